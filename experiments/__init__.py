@@ -1,0 +1,1 @@
+"""Ablations of linear token mixers: data, teacher, distillation, evaluation, report."""

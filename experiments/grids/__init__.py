@@ -1,0 +1,1 @@
+"""Ready-made grids: one plain Python file per question, each exposing `GRID`."""

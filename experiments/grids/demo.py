@@ -1,0 +1,38 @@
+"""Which features of a linear mixer matter for images? Normalisation × causality, within ten minutes on two cores."""
+
+from experiments.config import Distillation, Evaluation, Grid, Variant
+from experiments.training import FitConfig
+
+_LINEAR = [
+    Variant(
+        name=f"linear_{causality}_{'normalized' if normalize else 'unnormalized'}",
+        label=f"linear attention, {causality}, {'normalised' if normalize else 'not normalised'}",
+        mixer="linear_attention",
+        causality=causality,
+        normalize=normalize,
+    )
+    for causality in ("noncausal", "causal")
+    for normalize in (True, False)
+]
+
+GRID = Grid(
+    name="demo",
+    question="Which features of a linear mixer matter for images: attention normalisation, or causality?",
+    variants=(
+        Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
+        Variant(name="linfusion", label="LinFusion", mixer="linfusion"),
+        *_LINEAR,
+        Variant(name="linfusion_unnormalized", label="LinFusion, not normalised", mixer="linfusion", normalize=False),
+        Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
+    ),
+    seeds=(0,),
+    distillation=Distillation(fit=FitConfig(steps=100, batch_size=16, learning_rate=1e-3, warmup=10)),
+    evaluation=Evaluation(
+        prompts=(
+            "red apple, teal background",
+            "blue heart, yellow background",
+            "full moon, black background",
+            "cat face, purple background",
+        ),
+    ),
+)

@@ -1,0 +1,56 @@
+"""A teacher small enough for tests: the real recipe's code, two steps of training."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.config import Distillation, Evaluation, Grid, Variant
+from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.train import train_teacher
+from experiments.training import FitConfig
+
+TINY = TeacherRecipe(
+    clip_width=16,
+    clip_layers=1,
+    vae_channels=(8, 8, 8),
+    unet_channels=(8, 16),
+    unet_heads=2,
+    variations=1,
+    clip=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
+    vae=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
+    unet=FitConfig(steps=2, batch_size=4, learning_rate=1e-3, ema=0.9),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pipeline in diffusers format."""
+    return train_teacher(tmp_path_factory.mktemp("teacher"), TINY)
+
+
+@pytest.fixture
+def grid(tiny_teacher: Path) -> Grid:
+    """Three cells that take seconds."""
+    return Grid(
+        name="tiny",
+        question="Does the road hold?",
+        teacher=str(tiny_teacher),
+        variants=(
+            Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
+            Variant(name="linear", label="linear attention", mixer="linear_attention"),
+            Variant(name="linear_raw", label="linear, not normalised", mixer="linear_attention", normalize=False),
+        ),
+        distillation=Distillation(
+            fit=FitConfig(steps=6, batch_size=2, learning_rate=1e-3, checkpoint_every=2, log_every=2), images=8
+        ),
+        evaluation=Evaluation(
+            sizes=(64, 128),
+            images=2,
+            timesteps=(500,),
+            prompts=("red apple, teal background",),
+            sample_sizes=(64,),
+            sample_steps=2,
+            speed_sizes=(64, 128),
+            speed_repeats=1,
+        ),
+    )

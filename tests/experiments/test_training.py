@@ -1,0 +1,92 @@
+"""The loop: resuming is exact, the state is never half written, a broken loss stops it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from experiments.training import FitConfig, fit
+from experiments.training.loop import learning_rate_factor
+
+CONFIG = FitConfig(steps=9, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
+
+
+class Noisy(nn.Module):
+    """A regression whose loss draws random numbers, as denoising does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(3, 2)
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.line(self.frozen(x)) + torch.randn(len(x), 2)).square().mean()}
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.full((4, 3), float(step))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@settings(max_examples=8)
+@given(stop=st.integers(1, 8))
+def test_a_run_killed_anywhere_ends_bit_identical(stop: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    undisturbed, resumed = Noisy(), Noisy()
+    whole = fit(undisturbed, batch, CONFIG, tmp_path_factory.mktemp("whole"))
+    directory = tmp_path_factory.mktemp("killed")
+
+    def kill(step: int, _: dict[str, float]) -> None:
+        if step == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(Noisy(), batch, CONFIG, directory, kill)
+    again = fit(resumed, batch, CONFIG, directory)
+    assert again == whole
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_frozen_parameters_do_not_change(tmp_path: Path) -> None:
+    model = Noisy()
+    before = model.frozen.weight.clone()
+    fit(model, batch, CONFIG, tmp_path)
+    assert torch.equal(model.frozen.weight, before)
+    assert not torch.equal(model.line.weight, Noisy().line.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    def broken(step: int) -> torch.Tensor:
+        return batch(step) * (float("nan") if step == 5 else 1)
+
+    with pytest.raises(FloatingPointError, match="step 5"):
+        fit(Noisy(), broken, CONFIG, tmp_path)
+    assert [json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+    fit(Noisy(), batch, CONFIG, tmp_path)  # goes on from step 3, the last checkpoint
+
+
+def test_damaged_or_foreign_state_is_one_clear_sentence(tmp_path: Path) -> None:
+    fit(Noisy(), batch, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="another model"):
+        fit(nn.Sequential(nn.Linear(2, 2)), batch, CONFIG, tmp_path)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:40])
+    with pytest.raises(ValueError, match="damaged"):
+        fit(Noisy(), batch, CONFIG, tmp_path)
+
+
+@given(steps=st.integers(1, 500), warmup=st.integers(0, 50))
+def test_the_rate_stays_within_its_bounds(steps: int, warmup: int) -> None:
+    config = CONFIG.model_copy(update={"steps": steps, "warmup": warmup})
+    factors = [learning_rate_factor(step, config) for step in range(steps)]
+    assert all(0 < f <= 1 for f in factors)
+    peak = factors.index(max(factors))
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)

@@ -1,0 +1,171 @@
+"""The registry: `@register_mixer("name")` on a mixer class is all that adding one takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mixers.traits import CAUSALITIES, Causality
+
+if TYPE_CHECKING:
+    from mixers.mixer import TokenMixer
+
+_Mixer = TypeVar("_Mixer", bound="type[TokenMixer]")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered mixer: its class, its published defaults, and what it can be asked for."""
+
+    name: str
+    mixer: type[TokenMixer]
+    causalities: tuple[Causality, ...]
+    normalizations: tuple[bool, ...]
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        """The mixer's frozen configuration class."""
+        return self.mixer.Config
+
+    @property
+    def default_causality(self) -> Causality:
+        """The causality the mixer was published with."""
+        return self.config().causality
+
+    @property
+    def default_normalize(self) -> bool:
+        """Whether the mixer was published normalised."""
+        return self.config().normalize
+
+    @property
+    def summary(self) -> str:
+        """The first line of the mixer's docstring."""
+        return (self.mixer.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def tiny(self) -> dict[str, Any]:
+        """Options that make it small, for tests."""
+        return dict(self.mixer.tiny)
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register_mixer(
+    name: str,
+    *,
+    causalities: tuple[Causality, ...] = CAUSALITIES,
+    normalizations: tuple[bool, ...] = (True, False),
+    refusals: Mapping[str, str] | None = None,
+) -> Callable[[_Mixer], _Mixer]:
+    """Class decorator that adds a `TokenMixer` to the registry under `name`.
+
+    Args:
+        name: lower case, unique.
+        causalities: those that have a meaning for it.
+        normalizations: likewise for `normalize`.
+        refusals: why a value that is left out is refused, e.g. `{"bidirectional": "softmax has no order"}`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(mixer: _Mixer) -> _Mixer:
+        taken = _ENTRIES.get(name)
+        if taken is not None and taken.mixer.__qualname__ != mixer.__qualname__:
+            raise ValueError(f"Cannot register {mixer.__name__} as {name!r}: {taken.mixer.__name__} has that name.")
+        _ENTRIES[name] = Entry(name, mixer, causalities, normalizations, refusals or {})
+        return mixer
+
+    return register
+
+
+@cache
+def _discover() -> None:
+    from mixers import zoo
+
+    zoo.load()
+    for plugin in entry_points(group="mixers"):
+        plugin.load()
+
+
+def entry(name: str) -> Entry:
+    """Look a mixer up.
+
+    Raises:
+        ValueError: no such mixer; the message names the nearest one.
+    """
+    _discover()
+    if name not in _ENTRIES:
+        close = difflib.get_close_matches(name, _ENTRIES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown mixer {name!r}: expected one of {', '.join(sorted(_ENTRIES))}.{hint}")
+    return _ENTRIES[name]
+
+
+def list_mixers(pattern: str = "*", **traits: Any) -> list[str]:
+    """Names that match a wildcard pattern and whose default configuration has these traits.
+
+    Example: `list_mixers("lin*", normalized=True)`.
+    """
+    _discover()
+    names = sorted(fnmatch.filter(_ENTRIES, pattern))
+    return [n for n in names if not traits or _has(n, traits)]
+
+
+def _has(name: str, traits: Mapping[str, Any]) -> bool:
+    promised = create_mixer(name, 8, 2, **entry(name).tiny).traits
+    return all(getattr(promised, key) == value for key, value in traits.items())
+
+
+def create_mixer(
+    name: str,
+    dim: int,
+    heads: int,
+    *,
+    causality: Causality | None = None,
+    normalize: bool | None = None,
+    own_projections: bool = True,
+    **options: Any,
+) -> TokenMixer:
+    """Build a mixer.
+
+    Args:
+        name: as in `list_mixers()`.
+        dim: model width d.
+        heads: number of heads; must divide `dim`.
+        causality: None for the mixer's published default.
+        normalize: None for the mixer's published default.
+        own_projections: give it to_q, to_k, to_v and to_out of its own; else the forward is handed a host's.
+        options: the other fields of the mixer's configuration.
+
+    Raises:
+        ValueError: unknown mixer or option, a combination that has no meaning, or heads that do not divide dim.
+    """
+    found = entry(name)
+    causality = found.default_causality if causality is None else causality
+    normalize = found.default_normalize if normalize is None else normalize
+    for what, value, allowed in (
+        ("causality", causality, found.causalities),
+        ("normalize", normalize, found.normalizations),
+    ):
+        if value not in allowed:
+            reason = found.refusals.get(str(value), "it has no meaning there")
+            raise ValueError(f"{name} refuses {what}={value!r}: {reason}. Expected one of {', '.join(map(str, allowed))}.")
+    known = {f.name for f in dataclasses.fields(found.config)} - {"causality", "normalize"}
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(sorted(known)) or 'none'}.{hint}")
+    if heads <= 0 or dim % heads:
+        raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
+    config = found.config(causality=causality, normalize=normalize, **options)
+    return found.mixer(config, dim, heads, own_projections=own_projections)

@@ -1,0 +1,1 @@
+"""The parts a mixer is chosen from."""

@@ -1,0 +1,48 @@
+"""φ and ψ: what is done to queries and keys before they meet."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """An elementwise map (b, l, h, k) -> (b, l, h, k); `positive`: its values are ≥ 0."""
+
+    apply: Callable[[Tensor], Tensor]
+    positive: bool
+
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; the min keeps the unused branch's gradient finite.
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "elu_plus_one": FeatureMap(_elu_plus_one, positive=True),
+    "relu": FeatureMap(torch.relu, positive=True),
+    "identity": FeatureMap(lambda x: x, positive=False),
+}
+
+
+def feature_map(name: str, normalize: bool) -> FeatureMap:
+    """Look a feature map up, for a mixer that is normalised or not.
+
+    Raises:
+        ValueError: unknown name, or a signed map where weights are to be normalised.
+    """
+    if name not in FEATURE_MAPS:
+        close = difflib.get_close_matches(name, FEATURE_MAPS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown feature map {name!r}: expected one of {', '.join(FEATURE_MAPS)}.{hint}")
+    if normalize and not FEATURE_MAPS[name].positive:
+        positive = ", ".join(n for n, m in FEATURE_MAPS.items() if m.positive)
+        raise ValueError(
+            f"normalize=True needs weights ≥ 0, and the feature map {name!r} is signed: use one of {positive}, or normalize=False."
+        )
+    return FEATURE_MAPS[name]

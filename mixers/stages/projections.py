@@ -1,0 +1,43 @@
+"""Tokens -> queries, keys and values, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Projections(nn.Module):
+    """The four projections under diffusers' names; to_q, to_k and to_v have no bias, as in Stable Diffusion."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+
+
+def call_output(to_out: Any, x: Tensor) -> Tensor:
+    """Apply `to_out`: a module, or a list of modules (diffusers: Linear, then Dropout)."""
+    for part in to_out if isinstance(to_out, nn.ModuleList) else [to_out]:
+        x = part(x)
+    return x
+
+
+class ResidualMLP(nn.Module):
+    """x + Linear(mid -> d)(LeakyReLU(LayerNorm(Linear(d -> mid)(x)))): LinFusion's input to to_q and to_k.
+
+    The last layer starts at zero, so a fresh one is the identity. 2·d·mid parameters and as many
+    multiply-adds a token (2409.02097 §3.3).
+    """
+
+    def __init__(self, dim: int, mid_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, dim))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, d)."""
+        return x + self.net(x)

@@ -28,7 +28,7 @@ def write_card(folder: Path, recipe: TeacherRecipe) -> Path:
     Samples 100 held-in captions; about a minute on two cores.
     """
     pipe = load_teacher(str(folder))
-    judge = CLIPModel.from_pretrained(folder / "evaluator", torch_dtype=torch.float32).eval()
+    judge = CLIPModel.from_pretrained(folder / "evaluator", dtype=torch.float32).eval()
     seen, unseen, size = EmojiSet("train"), EmojiSet("held_out"), recipe.image_size
     real, captions = batch(seen, _spread(len(seen), CANDIDATES), size, [1000] * CANDIDATES)
     drawn = sample(pipe, captions, size)

@@ -22,7 +22,7 @@ def load_teacher(source: str = "embedded") -> StableDiffusionPipeline:
     path = EMBEDDED if source == "embedded" else source
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            str(path), safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+            str(path), safety_checker=None, requires_safety_checker=False, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -1,0 +1,114 @@
+"""Formulations of linear_attention agree: dense, recurrent, chunked, two products; forward and gradient."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixers import operators
+from mixers.operators.linear.chunked import CHUNK
+from mixers.testing.tolerances import assert_close
+
+LENGTHS = (1, 2, 63, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+
+
+def inputs(length: int, heads: int = 2, key: int = 5, value: int = 3, seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    shapes = ((key, True), (key, True), (value, False))
+    made = [torch.randn(2, length, heads, width, dtype=torch.float64) for width, _ in shapes]
+    return [(t.exp() if positive else t).requires_grad_() for t, (_, positive) in zip(made, shapes, strict=True)]
+
+
+def same(backend: str, truth: str, length: int, **settings: object) -> None:
+    outcomes = []
+    for name in (backend, truth):
+        q, k, v = inputs(length)
+        y = operators.linear_attention(q, k, v, backend=name, **settings)
+        weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+        outcomes.append((y, *torch.autograd.grad((y * weighting).sum(), (q, k, v))))
+    for what, got, wanted in zip(("y", "dq", "dk", "dv"), *outcomes, strict=True):
+        assert_close(got, wanted, what=f"{backend} against {truth}, {what}, l = {length}")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_causal_formulations_agree(length: int, normalize: bool) -> None:
+    for backend in ("recurrent", "chunked"):
+        same(backend, "dense", length, causality="causal", normalize=normalize, eps=1e-3, scale=0.3)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("causality", ["noncausal", "bidirectional"])
+def test_two_products_agree_with_dense(length: int, normalize: bool, causality: str) -> None:
+    same("chunked", "dense", length, causality=causality, normalize=normalize, eps=1e-3, scale=0.3)
+
+
+@pytest.mark.parametrize("causality", ["causal", "noncausal"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_formula_is_written_out_once_more(causality: str, normalize: bool) -> None:
+    """The definition in loops, independent of every formulation: eps on the mean visible weight."""
+    q, k, v = (t.detach() for t in inputs(7))
+    y = operators.linear_attention(q, k, v, causality=causality, normalize=normalize, eps=0.1, scale=0.3)
+    for i in range(7):
+        seen = range(i + 1) if causality == "causal" else range(7)
+        weights = torch.stack([(q[:, i] * k[:, j]).sum(-1) for j in seen])
+        total = sum(w[..., None] * v[:, j] for w, j in zip(weights, seen, strict=True))
+        mean_weight = weights.mean(0)[..., None] + 0.1
+        assert_close(y[:, i], total / len(seen) / mean_weight if normalize else total * 0.3, what=f"token {i}")
+
+
+@given(cuts=st.lists(st.integers(1, 139), max_size=4), normalize=st.booleans(), backend=st.sampled_from(["recurrent", "chunked", "dense"]))
+def test_streaming_in_any_parts_equals_one_pass(cuts: list[int], normalize: bool, backend: str) -> None:
+    q, k, v = (t.detach() for t in inputs(140, heads=1))
+    settings = {"causality": "causal", "normalize": normalize, "eps": 1e-3}
+    whole = operators.linear_attention(q, k, v, **settings)
+    state, parts, edges = None, [], [0, *sorted(set(cuts)), 140]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        part = (t[:, start:stop] for t in (q, k, v))
+        y, state = operators.linear_attention(*part, **settings, initial_state=state, return_state=True, backend=backend)
+        parts.append(y)
+    assert_close(torch.cat(parts, dim=1), whole)
+    assert state.tokens == 140
+
+
+@given(factor=st.floats(0.1, 10), length=st.integers(1, 80))
+def test_normalised_weights_do_not_depend_on_the_scale_of_queries(factor: float, length: int) -> None:
+    q, k, v = (t.detach() for t in inputs(length))
+    settings = {"causality": "causal", "eps": 0.0}
+    assert_close(operators.linear_attention(factor * q, k, v, **settings), operators.linear_attention(q, k, v, **settings))
+
+
+def test_state_and_sums_are_float32_at_least() -> None:
+    q, k, v = (t.detach().half() for t in inputs(100))
+    y, state = operators.linear_attention(q, k, v, causality="causal", return_state=True)
+    assert y.dtype == torch.float16
+    assert state.memory.dtype == torch.float32
+    big = torch.ones(1, 70_000, 1, 2, dtype=torch.float16)  # a float16 sum would overflow at 65,504
+    assert_close(operators.linear_attention(big, big, big), big)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "recurrent"}, "causal only"),
+        ({"backend": "triton"}, "not implemented yet"),
+        ({"backend": "fastest"}, "no such backend"),
+        ({"causality": "acausal"}, "Unknown causality"),
+        ({"return_state": True}, "causal passes only"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        operators.linear_attention(*inputs(3), **settings)
+    with pytest.raises(NotImplementedError):
+        operators.linear_attention(*inputs(3), torch.zeros(2))
+    with pytest.raises(ValueError, match="Expected q and k"):
+        q, k, v = inputs(3)
+        operators.linear_attention(q, k[:, :2], v)
+
+
+def test_backends_say_what_can_run_here() -> None:
+    found = operators.backends()
+    assert {n for n, reason in found.items() if reason == "available"} == {"dense", "recurrent", "chunked"}
+    assert all(found.values())

@@ -1,0 +1,217 @@
+"""Mounting, unmounting and training, for every registered mixer."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+
+from mixers import list_mixers
+from unet_adapters import MixerAdapter, capture_outputs
+from unet_adapters.attention import MixerAttention
+
+every_mixer = pytest.mark.parametrize("name", list_mixers())
+
+
+def same(left, right) -> bool:
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+@every_mixer
+@torch.no_grad()
+def test_mounting_is_reversible(unet, run, weights, name) -> None:
+    base, before, objects = run(unet), weights(unet), dict(unet.named_parameters())
+    modules, processors = dict(unet.named_modules()), list(unet.attn_processors)
+    adapter = MixerAdapter.build(unet, name)
+    assert torch.equal(run(unet), base) and not adapter.is_mounted
+
+    mounted = run(adapter.mount().unet)
+    assert adapter.is_mounted and list(unet.attn_processors) == processors
+    if name == "softmax":
+        torch.testing.assert_close(mounted, base, rtol=1e-4, atol=1e-5)
+    else:
+        assert (mounted - base).abs().max() > 1e-5
+
+    adapter.unmount()
+    assert torch.equal(run(unet), base) and same(weights(unet), before)
+    assert dict(unet.named_modules()) == modules and list(unet.attn_processors) == processors
+    now = dict(unet.named_parameters())
+    assert now.keys() == objects.keys() and all(now[key] is objects[key] for key in now)
+    with adapter.mounted():
+        assert torch.equal(run(unet), mounted)
+        with adapter.unmounted():
+            assert torch.equal(run(unet), base)
+        assert torch.equal(run(unet), mounted)
+    assert torch.equal(run(unet), base)
+
+
+@every_mixer
+@pytest.mark.parametrize("train_projections", [True, False])
+def test_training_the_student_leaves_the_teacher_alone(unet, run, train, weights, name, train_projections) -> None:
+    adapter = MixerAdapter.build(unet, name, train_projections=train_projections)
+    if not list(adapter.student.parameters()):
+        pytest.skip("this mixer has no weights of its own")
+    unet.requires_grad_(False)
+    teacher, student = weights(unet), weights(adapter.student)
+    base = run(unet)
+    train(adapter)
+    assert same(weights(unet), teacher) and torch.equal(run(unet), base)
+    assert not same(weights(adapter.student), student)
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+    assert all(parameter.requires_grad for parameter in adapter.student.parameters())
+
+
+@every_mixer
+def test_every_student_weight_gets_a_gradient_also_when_checkpointing(unet, run, name) -> None:
+    adapter = MixerAdapter.build(unet, name).mount()
+    unet.train()
+    gradients = []
+    for switch in (unet.disable_gradient_checkpointing, unet.enable_gradient_checkpointing):
+        switch()
+        adapter.student.zero_grad()
+        run(unet).square().mean().backward()
+        gradients.append({key: parameter.grad for key, parameter in adapter.parameters_by_name().items()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    assert same(*gradients)
+
+
+def test_student_names_are_those_of_the_mounted_unet(unet) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion", select="every:2")
+    names = adapter.parameters_by_name()
+    assert {f"{adapter.sites[0].name}.{key}" for key in ("to_q.weight", "to_out.0.bias")} <= names.keys()
+    teacher = dict(unet.named_parameters())
+    with adapter.mounted():
+        inside = dict(unet.named_parameters())
+        assert all(inside[name] is parameter for name, parameter in names.items())
+    shared = names.keys() & teacher.keys()
+    assert shared and all(torch.equal(names[name], teacher[name]) for name in shared)
+
+
+@torch.no_grad()
+def test_hybrids_mount_the_chosen_sites_only(unet, run) -> None:
+    chosen = MixerAdapter.build(unet, "linear_attention", select="mid_block")
+    rest = MixerAdapter.build(unet, "linear_attention", select=lambda site: site.level != "mid_block")
+    base = run(unet)
+    with chosen.mounted():
+        kinds = {name: type(m) for name, m in unet.named_modules() if name.endswith("attn1")}
+        assert [n for n, kind in kinds.items() if kind is MixerAttention] == [site.name for site in chosen.sites]
+        alone = run(unet)
+        with rest.mounted():
+            both = run(unet)
+        assert torch.equal(run(unet), alone)
+    with MixerAdapter.build(unet, "linear_attention").mounted():
+        assert torch.equal(run(unet), both)
+    assert torch.equal(run(unet), base) and not torch.equal(base, alone)
+
+
+@torch.no_grad()
+def test_a_unet_of_the_sdxl_kind() -> None:
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=12,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    added = {"text_embeds": torch.randn(1, 8), "time_ids": torch.arange(6.0)[None]}
+    inputs = torch.randn(1, 4, 7, 9), 3, torch.randn(1, 3, 12)
+    base = unet(*inputs, added_cond_kwargs=added).sample
+    adapter = MixerAdapter.build(unet, "linfusion")
+    assert [site.heads for site in adapter.sites] == [4] * 8
+    with adapter.mounted():
+        assert not torch.equal(unet(*inputs, added_cond_kwargs=added).sample, base)
+    assert torch.equal(unet(*inputs, added_cond_kwargs=added).sample, base)
+
+
+def test_mounting_twice_does_nothing_and_another_adapter_is_refused(unet, run) -> None:
+    first, second = (MixerAdapter.build(unet, "linear_attention") for _ in range(2))
+    first.unmount()
+    first.mount().mount()
+    with pytest.raises(RuntimeError, match="another adapter"):
+        second.mount()
+    with pytest.raises(RuntimeError, match="another adapter"):
+        MixerAdapter.build(unet, "linear_attention")
+    assert first.is_mounted and not second.is_mounted
+    second.unmount()
+    assert first.is_mounted
+
+
+@torch.no_grad()
+def test_a_failure_while_mounting_rolls_back(unet, run, monkeypatch) -> None:
+    adapter = MixerAdapter.build(unet, "linear_attention")
+    base, objects = run(unet), dict(unet.named_parameters())
+    seat, seen = adapter._seat, []
+
+    def failing(site, undo):
+        seat(site, undo)
+        seen.append(site)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter, "_seat", failing)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.mount()
+    assert torch.equal(run(unet), base) and not adapter.is_mounted
+    assert all(parameter is objects[name] for name, parameter in unet.named_parameters())
+    assert all(type(m) is Attention for m in unet.modules() if isinstance(m, Attention))
+
+
+@torch.no_grad()
+def test_deepcopy_of_a_mounted_unet_is_independent(unet, run, train) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion").mount()
+    copy, mounted = deepcopy(unet), run(unet)
+    assert torch.equal(run(copy), mounted)
+    with torch.enable_grad():
+        train(adapter)
+    assert torch.equal(run(copy), mounted) and not torch.equal(run(unet), mounted)
+    twin_unet, twin = deepcopy((unet, adapter))
+    assert twin.unet is twin_unet and torch.equal(run(twin_unet), run(unet))
+    assert torch.equal(run(twin.unmount().unet), run(adapter.unmount().unet))
+
+
+@torch.no_grad()
+def test_the_student_follows_the_unet_to_another_dtype(unet, run) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion")
+    unet.to(torch.bfloat16)
+    base = run(unet)
+    with adapter.mounted():
+        assert run(unet).dtype == torch.bfloat16
+        unet.to(torch.float32)
+        assert run(unet).dtype == torch.float32
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
+    assert torch.equal(run(unet.to(torch.bfloat16)), base)
+
+
+def test_status_lists_what_is_new(unet) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion")
+    rows = adapter.status()
+    assert [row["site"] for row in rows] == [site.name for site in adapter.sites]
+    assert all(row["mixer"] == "linfusion" and row["new_parameters"] > 0 and not row["mounted"] for row in rows)
+    assert all(row["mounted"] for row in adapter.mount().status())
+
+
+@torch.no_grad()
+def test_capture_outputs_mounted_or_not(unet, run) -> None:
+    adapter = MixerAdapter.build(unet, "linear_attention")
+    names = [site.name for site in adapter.sites]
+    with capture_outputs(unet, names) as teacher:
+        run(unet)
+    with adapter.mounted(), capture_outputs(unet, names) as student:
+        run(unet)
+    assert teacher.keys() == student.keys() == set(names)
+    assert all(teacher[name].shape == student[name].shape for name in names)
+    assert not torch.equal(teacher[names[0]], student[names[0]])
+    assert all(not module._forward_hooks for module in unet.modules())
+    with pytest.raises(ValueError, match="no layer 'nowhere'"), capture_outputs(unet, ["nowhere"]):
+        pass

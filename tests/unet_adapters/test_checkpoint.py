@@ -1,0 +1,122 @@
+"""Adapters on disk: round trips, other UNets, damaged files."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from mixers import list_mixers
+from unet_adapters import MixerAdapter
+from unet_adapters.checkpoint import DESCRIPTION, WEIGHTS
+
+
+@pytest.fixture
+def saved(unet, tmp_path) -> Path:
+    MixerAdapter.build(unet, "linfusion").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("name", list_mixers())
+@pytest.mark.parametrize("train_projections", [True, False])
+@torch.no_grad()
+def test_round_trip_is_bitwise(unet, run, tmp_path, name, train_projections) -> None:
+    other = deepcopy(unet)
+    adapter = MixerAdapter.build(unet, name, select="every:2", train_projections=train_projections)
+    for parameter in adapter.student.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    with adapter.mounted():
+        mounted = run(unet)
+        adapter.save_pretrained(tmp_path)
+    again = MixerAdapter.from_pretrained(tmp_path, other)
+    assert not again.is_mounted and again.sites == adapter.sites
+    assert {key: m.config for key, m in again.mixers.items()} == {key: m.config for key, m in adapter.mixers.items()}
+    with again.mounted():
+        assert torch.equal(run(other), mounted)
+    assert torch.equal(run(other), run(unet))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [DESCRIPTION, WEIGHTS]
+
+
+def test_options_survive_the_round_trip(unet, tmp_path) -> None:
+    adapter = MixerAdapter.build(unet, "linear_attention", causality="causal", normalize=False)
+    adapter.save_pretrained(tmp_path)
+    config = next(iter(MixerAdapter.from_pretrained(tmp_path, unet).mixers.values())).config
+    assert config == next(iter(adapter.mixers.values())).config
+    assert config != next(iter(MixerAdapter.build(unet, "linear_attention").mixers.values())).config
+
+
+def test_the_files_hold_the_adapter_only(unet, saved) -> None:
+    description = json.loads((saved / DESCRIPTION).read_text())
+    sites = list(description["sites"])
+    assert description["format"] == 1 and description["fingerprint"].keys() == set(sites)
+    names = load_file(saved / WEIGHTS)
+    assert all(name.startswith(tuple(sites)) for name in names)
+    assert any(".mixer." in name for name in names) and any(".to_out.0.weight" in name for name in names)
+
+
+def test_another_unet_is_refused_and_the_sites_named(saved) -> None:
+    config = {"norm_num_groups": 4, "attention_head_dim": 2, "cross_attention_dim": 12, "layers_per_block": 1}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    blocks["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    other = UNet2DConditionModel(block_out_channels=(16, 16), **blocks, **config)
+    with pytest.raises(ValueError, match="made for another UNet") as caught:
+        MixerAdapter.from_pretrained(saved, other)
+    message = str(caught.value)
+    assert "down_blocks.0" in message and "up_blocks.1" in message and "mid_block" not in message
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def edit(key: str, value: object):
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+    return change
+
+
+DAMAGE = {
+    "weights truncated": (WEIGHTS, truncate, ValueError, "truncated"),
+    "weights flipped": (WEIGHTS, flip, ValueError, "damaged"),
+    "weights empty": (WEIGHTS, lambda path: path.write_bytes(b""), ValueError, "truncated"),
+    "weights missing": (WEIGHTS, Path.unlink, FileNotFoundError, "no weights"),
+    "description truncated": (DESCRIPTION, truncate, ValueError, "damaged"),
+    "description not a dict": (DESCRIPTION, lambda path: path.write_text("[1]"), ValueError, "damaged"),
+    "description missing": (DESCRIPTION, Path.unlink, FileNotFoundError, "not an adapter"),
+    "newer format": (DESCRIPTION, edit("format", 2), ValueError, "reads format 1"),
+    "sites missing": (DESCRIPTION, edit("sites", None), ValueError, "damaged"),
+    "unknown site": (DESCRIPTION, edit("sites", {"x": {"mixer": "linfusion", "config": {}}}), ValueError, "damaged"),
+}
+
+
+@pytest.mark.parametrize(("file", "damage", "kind", "message"), DAMAGE.values(), ids=DAMAGE)
+@torch.no_grad()
+def test_damaged_files_are_one_clear_error(unet, run, saved, file, damage, kind, message) -> None:
+    base = run(unet)
+    damage(saved / file)
+    with pytest.raises(kind, match=message):
+        MixerAdapter.from_pretrained(saved, unet)
+    assert torch.equal(run(unet), base)
+
+
+def test_saving_again_replaces_both_files(unet, saved) -> None:
+    MixerAdapter.build(unet, "linear_attention", train_projections=False, select="mid_block").save_pretrained(saved)
+    again = MixerAdapter.from_pretrained(saved, unet)
+    assert [site.level for site in again.sites] == ["mid_block"] and not again.train_projections
+
+
+def test_a_source_that_is_no_directory_and_no_repository(unet, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a directory nor a Hub repository"):
+        MixerAdapter.from_pretrained(tmp_path / "nowhere", unet)

@@ -1,0 +1,200 @@
+"""What a host may do to a mounted UNet: processors, masks, LoRA, offloading, layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    PAGCFGIdentitySelfAttnProcessor2_0,
+    PAGIdentitySelfAttnProcessor2_0,
+)
+from peft import LoraConfig
+
+from unet_adapters import MixerAdapter
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def adapter(unet) -> MixerAdapter:
+    return MixerAdapter.build(unet, "linear_attention")
+
+
+def first(adapter: MixerAdapter) -> Attention:
+    return adapter.unet.get_submodule(adapter.sites[0].name)
+
+
+CHANGES = {
+    "attention slices on": lambda unet: unet.set_attention_slice("max"),
+    "attention slices off": lambda unet: unet.set_attention_slice(None),
+    "default processor": lambda unet: unet.set_default_attn_processor(),
+    "another processor": lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
+    "processors by name": lambda unet: unet.set_attn_processor({key: AttnProcessor() for key in unet.attn_processors}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_mixer_survives_a_change_of_processors(adapter, run, change) -> None:
+    unet, base = adapter.unet, run(adapter.unet)
+    mounted = run(adapter.mount().unet)
+    change(unet)
+    torch.testing.assert_close(run(unet), mounted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mounted, base, atol=1e-5)
+    chosen = unet.attn_processors
+    adapter.unmount()
+    assert unet.attn_processors == chosen
+    torch.testing.assert_close(run(unet), base, rtol=1e-4, atol=1e-5)
+
+
+def test_fusing_projections_is_undone_before_unmounting(adapter, run) -> None:
+    unet, base = adapter.unet, run(adapter.unet)
+    mounted = run(adapter.mount().unet)
+    unet.fuse_qkv_projections()
+    torch.testing.assert_close(run(unet), mounted)
+    with pytest.raises(RuntimeError, match="unfuse_qkv_projections"):
+        adapter.unmount()
+    unet.unfuse_qkv_projections()
+    assert torch.equal(run(adapter.unmount().unet), base)
+
+
+def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
+    attn, x = first(adapter.mount()), torch.randn(2, 6, 8)
+    free = attn(x)
+    for keep in (torch.ones(2, 1, 6, dtype=torch.bool), torch.zeros(2, 1, 6)):
+        assert torch.equal(attn(x, attention_mask=keep), free)
+        hide = keep.clone()
+        hide[0, 0, 2] = False if hide.dtype == torch.bool else -10000.0
+        with pytest.raises(ValueError, match="hides tokens"):
+            attn(x, attention_mask=hide)
+
+
+def test_cross_attention_falls_back_to_the_nominal_processor(adapter) -> None:
+    attn, x, other = first(adapter), torch.randn(2, 6, 8), torch.randn(2, 3, 8)
+    stock = attn(x, encoder_hidden_states=other)
+    adapter.mount()
+    assert torch.equal(attn(x, encoder_hidden_states=other), stock)
+
+
+def test_a_processor_that_a_mixer_would_ignore_is_refused(adapter) -> None:
+    class StoreProcessor:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            raise AssertionError
+
+    attn = first(adapter.mount())
+    attn.processor = StoreProcessor()  # set as some pipelines do, past set_processor
+    with pytest.raises(ValueError, match="StoreProcessor works on softmax"):
+        attn(torch.randn(2, 6, 8))
+
+
+def test_the_layer_keeps_its_contract(unet) -> None:
+    adapter = MixerAdapter.build(unet, "softmax", select="mid_block")
+    attn, x = first(adapter), torch.randn(2, 16, 3, 5)
+    attn.residual_connection, attn.rescale_output_factor = True, 2.0
+    attn.group_norm = torch.nn.GroupNorm(4, 16)
+    torch.nn.init.normal_(attn.group_norm.weight)
+    stock = attn(x)
+    with adapter.mounted():
+        torch.testing.assert_close(attn(x), stock)
+
+
+@pytest.mark.parametrize("kind", [PAGIdentitySelfAttnProcessor2_0, PAGCFGIdentitySelfAttnProcessor2_0])
+def test_perturbed_attention_guidance(unet, kind) -> None:
+    adapter = MixerAdapter.build(unet, "softmax")
+    attn, x = first(adapter), torch.randn(6, 6, 8)
+    plain = attn(x)
+    attn.processor = kind()
+    stock = attn(x)
+    with adapter.mounted():
+        torch.testing.assert_close(attn(x), stock)
+    assert not torch.allclose(plain, stock)
+
+
+def lora(unet, seed: int = 5) -> None:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    unet.add_adapter(config, "style")
+
+
+def test_lora_before_and_after_mounting_is_the_same(unet, run) -> None:
+    adapter = MixerAdapter.build(unet, "linear_attention")
+    base, plain = run(unet), run(adapter.mount().unet)
+    lora(unet)
+    after = run(unet)
+    assert not torch.allclose(after, plain, atol=1e-5)
+    adapter.unmount()
+    stock = run(unet)
+    assert not torch.allclose(stock, base, atol=1e-5)
+    with adapter.mounted():
+        assert torch.equal(run(unet), after)
+    with MixerAdapter.build(unet, "linear_attention").mounted():  # built on a UNet that has the LoRA
+        assert torch.equal(run(unet), after)
+        unet.delete_adapters("style")
+        unet.unload_lora()
+        assert torch.equal(run(unet), plain)
+    assert torch.equal(run(unet), base)
+
+
+def test_a_fused_lora_is_refused(unet, run) -> None:
+    adapter = MixerAdapter.build(unet, "linear_attention")
+    lora(unet)
+    unet.fuse_lora()
+    for act in (adapter.mount, lambda: MixerAdapter.build(unet, "linear_attention")):
+        with pytest.raises(RuntimeError, match="LoRA is fused"):
+            act()
+    unet.unfuse_lora()
+    adapter.mount()
+    unet.fuse_lora()
+    with pytest.raises(RuntimeError, match="cannot unmount: a LoRA is fused"):
+        adapter.unmount()
+    assert adapter.is_mounted
+    unet.unfuse_lora()
+    adapter.unmount()
+
+
+def test_weights_on_meta_are_refused(adapter) -> None:
+    site = adapter.sites[-1]
+    adapter.unet.get_submodule(site.name).to("meta")
+    with pytest.raises(RuntimeError, match=rf"cannot mount: weights of {site.name} are on the meta device"):
+        adapter.mount()
+    assert not adapter.is_mounted and type(first(adapter)) is Attention
+
+
+def test_layers_that_are_not_stock_are_refused(unet) -> None:
+    adapter = MixerAdapter.build(unet, "linear_attention")
+    attn = first(adapter)
+    attn.norm_q = torch.nn.LayerNorm(4)
+    with pytest.raises(ValueError, match="has norm_q, which a mixer would skip"):
+        adapter.mount()
+    attn.__class__ = type("Theirs", (Attention,), {})
+    with pytest.raises(RuntimeError, match="is a Theirs, not diffusers' own"):
+        adapter.mount()
+
+
+def test_user_hooks_on_the_layer_still_run(adapter, run) -> None:
+    calls = []
+    first(adapter).register_forward_hook(lambda *_: calls.append(1))
+    run(adapter.mount().unet)
+    run(adapter.unmount().unet)
+    assert len(calls) == 2
+
+
+def test_compiled_unets_see_the_mixer(adapter, run) -> None:
+    unet, base = adapter.unet, run(adapter.unet)
+    attn = first(adapter)
+    compiled = torch.compile(attn, backend="eager", fullgraph=True)
+    x = torch.randn(1, 6, 8)
+    before = compiled(x)
+    with adapter.mounted():
+        torch.testing.assert_close(compiled(x), attn(x))
+        assert not torch.allclose(compiled(x), before, atol=1e-5)
+    torch.testing.assert_close(compiled(x), before)
+    assert torch.equal(run(unet), base)

@@ -1,0 +1,7 @@
+"""Linear token mixers in the self-attention places of a diffusers UNet: find, mount, unmount, save, load."""
+
+from unet_adapters.adapter import MixerAdapter
+from unet_adapters.capture import capture_outputs
+from unet_adapters.sites import Site, find_sites
+
+__all__ = ["MixerAdapter", "Site", "capture_outputs", "find_sites"]

@@ -1,0 +1,238 @@
+"""`MixerAdapter`: mixers for the self-attention of a UNet, put in and taken out in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from mixers import TokenMixer
+from unet_adapters import checkpoint
+from unet_adapters.attention import MixerAttention
+from unet_adapters.checkpoint import Recipe
+from unet_adapters.checks import check_host, check_not_fused, check_site
+from unet_adapters.sites import Select, Site, find_sites, resolve_unet
+from unet_adapters.student import MIXER, PROJECTIONS, Student, copy_projections, follow, swap_in, swap_out
+
+
+class MixerAdapter:
+    """A student of a UNet: one mixer per site, and (by default) trainable copies of the sites' projections.
+
+    Mounting changes the class of each attention layer in place, adds the mixer as its child `mixer` and swaps the
+    Parameter objects of its projections; unmounting puts the same objects back, so that the UNet is again the
+    teacher to the last bit, whatever was trained. Adapters on different sites of one UNet can be mounted together.
+
+    Freeze the UNet (`requires_grad_(False)`, or peft's `add_adapter`) while unmounted: mounted, its parameters include
+    the student's. With gradient checkpointing, which runs forward again, call `backward` before the UNet is mounted or
+    unmounted.
+
+    While mounted, `unet.state_dict()` has the student's weights and the extra names `<site>.mixer.*`: save with
+    `save_pretrained`, and unmount around whatever copies a UNet strictly.
+
+    Attributes:
+        sites: the layers it stands in for.
+        student: a module with all trainable weights and nothing else; hand its `parameters()` to an optimizer. It
+            is the same object, with the same names, mounted or not.
+        mixers: the mixer of each site, by site name.
+    """
+
+    def __init__(self, unet: nn.Module, sites: list[Site], recipes: dict[str, Recipe], train_projections: bool):
+        self.unet = unet
+        self.sites = sites
+        self._names = {site.name: recipes[site.name].mixer for site in sites}
+        self.mixers: dict[str, TokenMixer] = {site.name: recipes[site.name].make(site) for site in sites}
+        self.train_projections = train_projections
+        self.student = Student()
+        self._originals: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
+        for site in sites:
+            attn = self._layer(site)
+            self.student.place(f"{site.name}.{MIXER}", self.mixers[site.name])
+            for name, holder in copy_projections(attn, site).items() if train_projections else ():
+                self.student.place(f"{site.name}.{name}", holder)
+        self._dtype = _host_dtype(unet)
+        self.student.to(device=next(unet.parameters()).device, dtype=self._dtype).requires_grad_(True)
+
+    @classmethod
+    def build(
+        cls,
+        unet_or_pipe: Any,
+        mixer_name: str,
+        select: Select = "all",
+        *,
+        causality: str | None = None,
+        normalize: bool | None = None,
+        train_projections: bool = True,
+        **options: Any,
+    ) -> MixerAdapter:
+        """Make an adapter for a UNet; nothing of the UNet is changed, and nothing is mounted.
+
+        Args:
+            unet_or_pipe: a diffusers UNet, or a pipeline with one.
+            mixer_name: as listed by `mixers.list_mixers()`.
+            select: which sites, see `find_sites`; the others stay softmax attention (a hybrid).
+            causality, normalize: None for the mixer's published default.
+            train_projections: give the student its own copies of the q, k, v and output projections, which start
+                from the teacher's values. False: the teacher's projections are used, and not trained.
+            **options: of the mixer.
+
+        Raises:
+            ValueError: no such site, or one that no mixer can stand in for; or the mixer refuses its options.
+            RuntimeError: a site is mounted already, a LoRA is fused, or weights are on the meta device.
+
+        Cost: memory for the mixers, plus one copy of the sites' projections where these are trained.
+        """
+        unet = resolve_unet(unet_or_pipe)
+        sites = find_sites(unet, select)
+        _check_all(unet, sites, "build")
+        asked = Recipe(mixer_name, {"causality": causality, "normalize": normalize, **options})
+        return cls(unet, sites, {site.name: asked for site in sites}, train_projections)
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether the mixers are in the UNet now; read from the UNet itself."""
+        first = self.sites[0]
+        return getattr(self._layer(first), MIXER, None) is self.mixers[first.name]
+
+    def mount(self) -> MixerAdapter:
+        """Put the mixers in: all sites or, on any error, none. Does nothing if they are in already.
+
+        The student follows the UNet to its device, and to its dtype if that has changed since it was built.
+
+        Raises:
+            ValueError, RuntimeError: as `build`; or the projections are fused.
+        """
+        if self.is_mounted:
+            return self
+        _check_all(self.unet, self.sites, "mount")
+        for site in self.sites if self.train_projections else ():
+            check_not_fused(self._layer(site), site, "mount")
+        dtype = _host_dtype(self.unet)
+        follow(self.student, next(self.unet.parameters()), dtype if dtype != self._dtype else None)
+        self._dtype = dtype
+        with ExitStack() as undo:
+            for site in self.sites:
+                self._seat(site, undo.callback)
+            undo.pop_all()
+        return self
+
+    def unmount(self) -> MixerAdapter:
+        """Give the UNet its own layers and Parameter objects back. Does nothing if the adapter is not mounted.
+
+        Raises:
+            RuntimeError: a LoRA is fused, projections are fused, or weights are on the meta device.
+        """
+        if not self.is_mounted:
+            return self
+        check_host(self.unet, self.sites, "unmount")
+        for site in self.sites if self.train_projections else ():
+            check_not_fused(self._layer(site), site, "unmount")
+        for site in self.sites:
+            for name in PROJECTIONS:
+                self._restore(site, name)
+            self._unseat(site)
+        self._dtype = _host_dtype(self.unet)
+        return self
+
+    @contextmanager
+    def mounted(self) -> Iterator[MixerAdapter]:
+        """Mounted inside, and as it was before on exit."""
+        with self._as(True):
+            yield self
+
+    @contextmanager
+    def unmounted(self) -> Iterator[MixerAdapter]:
+        """Unmounted inside (the teacher), and as it was before on exit."""
+        with self._as(False):
+            yield self
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, named as in the mounted UNet: `<site>.mixer.*`, `<site>.to_q.weight`, ..."""
+        return dict(self.student.named_parameters())
+
+    def status(self) -> list[dict[str, Any]]:
+        """One row per site: site, level, dim, heads, mixer, new_parameters (start random) and mounted."""
+        mounted = self.is_mounted
+        rows = []
+        for site in self.sites:
+            mixer = self.mixers[site.name]
+            new = sum(parameter.numel() for parameter in mixer.parameters())
+            row = {"site": site.name, "level": site.level, "dim": site.dim, "heads": site.heads}
+            rows.append(row | {"mixer": self._names[site.name], "new_parameters": new, "mounted": mounted})
+        return rows
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write `adapter.json` and `adapter.safetensors` (the student's weights only); see `checkpoint`."""
+        recipes = {name: Recipe(self._names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
+        checkpoint.save(directory, self.unet, recipes, self.train_projections, self.student)
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str], unet_or_pipe: Any) -> MixerAdapter:
+        """Read an adapter for this UNet from a directory or, if there is none, from the Hub; it is not mounted.
+
+        Raises:
+            FileNotFoundError: `source` is neither a directory with an adapter nor a repository with one.
+            ValueError: the files are damaged or of a newer format, or belong to a UNet with other sites, which the
+                message names. The UNet is unchanged in every case.
+        """
+        unet = resolve_unet(unet_or_pipe)
+        saved = checkpoint.load(source, unet)
+        _check_all(unet, saved.sites, "load an adapter")
+        adapter = cls(unet, saved.sites, saved.recipes, saved.train_projections)
+        checkpoint.fill(adapter.student, saved)
+        return adapter
+
+    @contextmanager
+    def _as(self, mounted: bool) -> Iterator[None]:
+        before = self.is_mounted
+        self._set(mounted)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, mounted: bool) -> None:
+        if mounted:
+            self.mount()
+        else:
+            self.unmount()
+
+    def _layer(self, site: Site) -> nn.Module:
+        return self.unet.get_submodule(site.name)  # by name: the UNet's modules may be wrapped or replaced meanwhile
+
+    def _seat(self, site: Site, undo: Callable[..., Any]) -> None:
+        attn = self._layer(site)
+        undo(self._unseat, site)
+        attn.__class__ = MixerAttention
+        attn.add_module(MIXER, self.mixers[site.name].train(attn.training))
+        for name in PROJECTIONS:
+            holder = self.student.projection(site.name, name)
+            if holder is not None:
+                undo(self._restore, site, name)
+                self._originals[site.name, name] = swap_in(attn.get_submodule(name), holder)
+
+    def _unseat(self, site: Site) -> None:
+        attn = self._layer(site)
+        attn._modules.pop(MIXER, None)
+        attn.__class__ = Attention
+
+    def _restore(self, site: Site, name: str) -> None:
+        originals = self._originals.pop((site.name, name), None)
+        holder = self.student.projection(site.name, name)
+        if originals is not None and holder is not None:
+            swap_out(self._layer(site).get_submodule(name), holder, originals)
+
+
+def _host_dtype(unet: nn.Module) -> torch.dtype:
+    dtype = getattr(unet, "dtype", None)  # diffusers' answer is the compute dtype, also under layerwise casting
+    return dtype if isinstance(dtype, torch.dtype) else next(unet.parameters()).dtype
+
+
+def _check_all(unet: nn.Module, sites: list[Site], verb: str) -> None:
+    check_host(unet, sites, verb)
+    for site in sites:
+        check_site(unet.get_submodule(site.name), site)

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
+)
 teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
 app.add_typer(teacher_app, name="teacher")
 console = Console()

@@ -158,13 +158,17 @@ def create_mixer(
     ):
         if value not in allowed:
             reason = found.refusals.get(str(value), "it has no meaning there")
-            raise ValueError(f"{name} refuses {what}={value!r}: {reason}. Expected one of {', '.join(map(str, allowed))}.")
+            raise ValueError(
+                f"{name} refuses {what}={value!r}: {reason}. Expected one of {', '.join(map(str, allowed))}."
+            )
     known = {f.name for f in dataclasses.fields(found.config)} - {"causality", "normalize"}
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(sorted(known)) or 'none'}.{hint}")
+            raise ValueError(
+                f"{name} has no option {option!r}: expected one of {', '.join(sorted(known)) or 'none'}.{hint}"
+            )
     if heads <= 0 or dim % heads:
         raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
     config = found.config(causality=causality, normalize=normalize, **options)

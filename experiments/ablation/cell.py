@@ -73,11 +73,19 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
     start = time.perf_counter()
     plan = config.distillation.fit.model_copy(update={"seed": config.seed})
     objective = Distil(setting.pipe.unet, adapter, setting.pipe.scheduler, config.distillation)
-    fit(objective, lambda step: setting.batch(step, plan), plan, directory, lambda done, _: report("distil", done, plan.steps))
+    fit(
+        objective,
+        lambda step: setting.batch(step, plan),
+        plan,
+        directory,
+        lambda done, _: report("distil", done, plan.steps),
+    )
     return time.perf_counter() - start
 
 
-def measure(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> dict[str, Any]:
+def measure(
+    config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report
+) -> dict[str, Any]:
     """Fidelity, mixing matrix, samples, time and memory of the trained student."""
     plan = config.evaluation
     report("compare", 0, 4)

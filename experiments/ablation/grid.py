@@ -26,11 +26,15 @@ def load_grid(source: str) -> Grid:
     if not path.is_file():
         close = difflib.get_close_matches(source, list_grids(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"No grid {source!r}: expected one of {', '.join(list_grids())}, or the path of a .py file.{hint}")
+        raise ValueError(
+            f"No grid {source!r}: expected one of {', '.join(list_grids())}, or the path of a .py file.{hint}"
+        )
     try:
         grid = runpy.run_path(str(path)).get("GRID")
     except (SyntaxError, ImportError, NameError, TypeError) as error:
         raise ValueError(f"Cannot load the grid {path}: {error}") from error
     if not isinstance(grid, Grid):
-        raise ValueError(f"{path} does not expose GRID = Grid(...): got {type(grid).__name__}. See experiments/grids/demo.py.")
+        raise ValueError(
+            f"{path} does not expose GRID = Grid(...): got {type(grid).__name__}. See experiments/grids/demo.py."
+        )
     return grid

@@ -90,5 +90,3 @@ def show_teacher(setting: Setting, plan: Evaluation, directory: Path) -> None:
     last = directory / "samples" / str(plan.sample_sizes[-1]) / f"{len(plan.prompts) - 1}.png"
     if plan.prompts and not last.exists():
         save_samples(setting.pipe, plan, directory / "samples")
-
-

@@ -39,7 +39,9 @@ class CaptionedImages(Protocol):
     def example(self, index: int, size: int, variation: int = 0) -> Example: ...
 
 
-def batch(data: CaptionedImages, indices: Sequence[int], size: int, variations: Sequence[int]) -> tuple[Tensor, list[str]]:
+def batch(
+    data: CaptionedImages, indices: Sequence[int], size: int, variations: Sequence[int]
+) -> tuple[Tensor, list[str]]:
     """Stack examples: images (b, 3, size, size) in [-1, 1] and their captions."""
     examples = [data.example(i, size, v) for i, v in zip(indices, variations, strict=True)]
     return torch.stack([e.image for e in examples]), [e.caption for e in examples]

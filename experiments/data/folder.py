@@ -32,7 +32,9 @@ class ImageFolder:
     def __init__(self, path: str | Path, split: str | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise DataError(f"Cannot open {self.path} as data: it is not a folder. Give a folder of images, or 'emoji'.")
+            raise DataError(
+                f"Cannot open {self.path} as data: it is not a folder. Give a folder of images, or 'emoji'."
+            )
         self.skipped: dict[str, str] = {}
         self.items: list[tuple[Path, str]] = []
         for image, caption in self._candidates():
@@ -76,7 +78,8 @@ class ImageFolder:
             return self.path / record["file_name"], str(record["text"]).strip()
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f'{self.path / "metadata.jsonl"}, line {number}: expected {{"file_name": …, "text": …}}, got {line[:80]!r}.'
+                f"{self.path / 'metadata.jsonl'}, line {number}: "
+                f'expected {{"file_name": …, "text": …}}, got {line[:80]!r}.'
             ) from error
 
     def __len__(self) -> int:

@@ -53,7 +53,7 @@ def teacher_views(setting: Setting, size: int, config: Evaluation) -> list[tuple
     images, captions = batch(setting.held_out, indices, size, [0] * config.images)
     latents, text = encode(setting.pipe, images, captions)
     scheduler, draw = setting.pipe.scheduler, torch.Generator().manual_seed(config.seed)
-    views = []
+    views: list[tuple[Tensor, ...]] = []
     for time in config.timesteps:
         noise = torch.randn(latents.shape, generator=draw).to(latents.device)
         steps = torch.full((len(latents),), time, device=latents.device)

@@ -37,7 +37,7 @@ def save_samples(pipe: StableDiffusionPipeline, config: Evaluation, directory: P
 
 @torch.no_grad()
 def mixing_matrix(setting: Setting, adapter: MixerAdapter, size: int) -> Tensor:
-    """The (l, l) weights with which the first site's first head mixes tokens, at timestep 500 of one held-out picture."""
+    """Weights (l, l) with which the first site's first head mixes tokens; timestep 500 of one held-out picture."""
     view = Evaluation(sizes=(size,), images=1, timesteps=(500,))
     noisy, steps, text, *_ = teacher_views(setting, size, view)[0]
     site = adapter.sites[0].name

@@ -35,7 +35,13 @@ def speed(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> list[d
             times = [_seconds(lambda noisy=noisy: unet(noisy, 500, text)) for _ in range(config.speed_repeats)]
             median = statistics.median(times)
             rows.append(
-                {"size": size, "tokens": side * side, "seconds": median, "spread": max(times) - min(times), "peak_bytes": peak}
+                {
+                    "size": size,
+                    "tokens": side * side,
+                    "seconds": median,
+                    "spread": max(times) - min(times),
+                    "peak_bytes": peak,
+                }
             )
     return rows
 

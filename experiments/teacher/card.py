@@ -75,7 +75,9 @@ def psnr(pipe: StableDiffusionPipeline, data: CaptionedImages, size: int) -> flo
 def retrieval(pipe: StableDiffusionPipeline, judge: CLIPModel, images: Tensor, captions: list[str]) -> float:
     """Share of pictures whose own caption the CLIP ranks first among all of `captions`."""
     tokens = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    logits = judge(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=images).logits_per_image
+    logits = judge(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=images
+    ).logits_per_image
     return float((logits.argmax(1) == torch.arange(len(images))).float().mean())
 
 

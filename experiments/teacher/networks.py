@@ -19,7 +19,9 @@ def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from the captions."""
     learner = Tokenizer(models.BPE(end_of_word_suffix=_END_OF_WORD))
     learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -40,7 +42,12 @@ def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:
 def clip(words: CLIPTokenizer, recipe: TeacherRecipe) -> CLIPModel:
     """A small CLIP: the text tower conditions the UNet, the vision tower judges the samples."""
     width, heads = recipe.clip_width, 4
-    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads, "projection_dim": width}
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "projection_dim": width,
+    }
     text = {
         **shared,
         "num_hidden_layers": recipe.clip_layers,
@@ -84,7 +91,7 @@ def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """DDIM on velocities with zero terminal signal: plain backgrounds need the picture's mean to start from noise alone."""
+    """DDIM on velocities with zero terminal signal, so that a plain background's colour can start from noise alone."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,

@@ -10,7 +10,7 @@ from transformers import CLIPModel
 
 
 class Contrastive(nn.Module):
-    """CLIP's symmetric contrastive loss (2103.00020); batch: pixels (b, 3, s, s), token ids (b, t), padding mask (b, t)."""
+    """CLIP's symmetric contrastive loss (2103.00020); batch: pixels (b, 3, s, s), token ids and mask (b, t)."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()

@@ -110,7 +110,9 @@ def cache(
     return latents * coder.config.scaling_factor, joined[1:], joined[0]
 
 
-def export(folder: Path, words: CLIPTokenizer, judge: CLIPModel, coder: AutoencoderKL, denoiser: torch.nn.Module) -> Path:
+def export(
+    folder: Path, words: CLIPTokenizer, judge: CLIPModel, coder: AutoencoderKL, denoiser: torch.nn.Module
+) -> Path:
     """Write the pipeline in diffusers format, half precision, no code of ours needed to load it."""
     from transformers import CLIPTextModel
 

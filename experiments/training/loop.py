@@ -99,7 +99,9 @@ def fit(
     return history
 
 
-def _update(accelerator: Accelerator, model: Any, optimizer: Any, batch: Any, config: FitConfig, step: int) -> dict[str, float]:
+def _update(
+    accelerator: Accelerator, model: Any, optimizer: Any, batch: Any, config: FitConfig, step: int
+) -> dict[str, float]:
     losses: dict[str, Tensor] = model(batch)
     values = {name: float(value.detach()) for name, value in losses.items()}
     if not math.isfinite(values["loss"]):

@@ -17,7 +17,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_state(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor]) -> None:
+def save_state(
+    path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor]
+) -> None:
     """Write parameters, optimiser moments and EMA after `step` steps; a reader sees the old file or the new one."""
     tensors = {f"model/{name}": p.detach() for name, p in trainable(model).items()}
     tensors |= {f"ema/{name}": value for name, value in ema.items()}
@@ -37,15 +39,18 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, e
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in list(file.keys())}
     except SafetensorError as error:
-        raise ValueError(f"Cannot resume from {path}: the file is damaged ({error}). Delete it to start again.") from error
+        raise ValueError(
+            f"Cannot resume from {path}: the file is damaged ({error}). Delete it to start again."
+        ) from error
     parameters = trainable(model)
     expected, found = set(parameters), {k.removeprefix("model/") for k in tensors if k.startswith("model/")}
     if expected != found:
         raise ValueError(
             f"Cannot resume from {path}: it holds another model "
-            f"({len(found - expected)} unknown and {len(expected - found)} missing parameters). Delete it to start again."
+            f"({len(found - expected)} unknown and {len(expected - found)} missing parameters). "
+            "Delete it to start again."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -19,7 +19,7 @@ class FeatureMap:
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; the min keeps the unused branch's gradient finite.
+    # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; the clamp keeps the unused gradient finite.
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
@@ -43,6 +43,7 @@ def feature_map(name: str, normalize: bool) -> FeatureMap:
     if normalize and not FEATURE_MAPS[name].positive:
         positive = ", ".join(n for n, m in FEATURE_MAPS.items() if m.positive)
         raise ValueError(
-            f"normalize=True needs weights ≥ 0, and the feature map {name!r} is signed: use one of {positive}, or normalize=False."
+            f"normalize=True needs weights ≥ 0, and the feature map {name!r} is signed: "
+            f"use one of {positive}, or normalize=False."
         )
     return FEATURE_MAPS[name]

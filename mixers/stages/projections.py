@@ -34,9 +34,10 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, mid_dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, dim))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        last = nn.Linear(mid_dim, dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, d)."""

@@ -62,7 +62,9 @@ def check_never_looks_ahead(mixer: TokenMixer) -> None:
         try:
             assert_close(mixer(changed)[:, :place], y[:, :place])
         except AssertionError as error:
-            raise AssertionError(f"claims to be causal, but tokens from {place} on change earlier outputs: {error}") from None
+            raise AssertionError(
+                f"claims to be causal, but tokens from {place} on change earlier outputs: {error}"
+            ) from None
 
 
 def check_sees_every_token(mixer: TokenMixer) -> None:

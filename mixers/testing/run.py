@@ -72,7 +72,7 @@ def check_mixer(name_or_factory: str | Callable[[], TokenMixer], **options: Any)
 
 
 def parametrize_with_checks(names: Iterable[str]) -> Any:
-    """A pytest decorator: one test (mixer, check) for every configuration of every named mixer and check it calls for."""
+    """A pytest decorator: one test (mixer, check) per configuration of each named mixer and check it calls for."""
     import pytest
 
     cases = [

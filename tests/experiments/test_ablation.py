@@ -61,7 +61,9 @@ def test_killed_and_started_again_is_bit_identical(grid: Grid, tmp_path: Path) -
     assert not results(tmp_path / "killed")
     run_grid(only, tmp_path / "killed", quiet)
     cell = only.cells()[0].id
-    whole, resumed = (load_file(tmp_path / run / "cells" / cell / "adapter" / "adapter.safetensors") for run in ("whole", "killed"))
+    whole, resumed = (
+        load_file(tmp_path / run / "cells" / cell / "adapter" / "adapter.safetensors") for run in ("whole", "killed")
+    )
     assert whole.keys() == resumed.keys()
     assert all(whole[k].equal(resumed[k]) for k in whole)
 
@@ -118,10 +120,17 @@ def test_command_line(grid: Grid, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ablate", "nothing"], ["report", "no/such/run"], ["ablate", "demo", "--set", "x"], ["ablate", "demo", "--teacher", "no/model"]],
+    [
+        ["ablate", "nothing"],
+        ["report", "no/such/run"],
+        ["ablate", "demo", "--set", "x"],
+        ["ablate", "demo", "--teacher", "no/model"],
+    ],
 )
 def test_bad_input_never_gives_a_traceback(arguments: list[str], tmp_path: Path) -> None:
-    outcome = CliRunner().invoke(app, [*arguments, *(["--out", str(tmp_path / "out")] if arguments[0] == "ablate" else [])])
+    outcome = CliRunner().invoke(
+        app, [*arguments, *(["--out", str(tmp_path / "out")] if arguments[0] == "ablate" else [])]
+    )
     assert outcome.exit_code == 2
     assert "error" in outcome.output
     assert "Traceback" not in outcome.output

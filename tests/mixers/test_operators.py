@@ -1,5 +1,7 @@
 """Formulations of linear_attention agree: dense, recurrent, chunked, two products; forward and gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -58,15 +60,21 @@ def test_the_formula_is_written_out_once_more(causality: str, normalize: bool) -
         assert_close(y[:, i], total / len(seen) / mean_weight if normalize else total * 0.3, what=f"token {i}")
 
 
-@given(cuts=st.lists(st.integers(1, 139), max_size=4), normalize=st.booleans(), backend=st.sampled_from(["recurrent", "chunked", "dense"]))
+@given(
+    cuts=st.lists(st.integers(1, 139), max_size=4),
+    normalize=st.booleans(),
+    backend=st.sampled_from(["recurrent", "chunked", "dense"]),
+)
 def test_streaming_in_any_parts_equals_one_pass(cuts: list[int], normalize: bool, backend: str) -> None:
     q, k, v = (t.detach() for t in inputs(140, heads=1))
     settings = {"causality": "causal", "normalize": normalize, "eps": 1e-3}
     whole = operators.linear_attention(q, k, v, **settings)
     state, parts, edges = None, [], [0, *sorted(set(cuts)), 140]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         part = (t[:, start:stop] for t in (q, k, v))
-        y, state = operators.linear_attention(*part, **settings, initial_state=state, return_state=True, backend=backend)
+        y, state = operators.linear_attention(
+            *part, **settings, initial_state=state, return_state=True, backend=backend
+        )
         parts.append(y)
     assert_close(torch.cat(parts, dim=1), whole)
     assert state.tokens == 140
@@ -76,7 +84,9 @@ def test_streaming_in_any_parts_equals_one_pass(cuts: list[int], normalize: bool
 def test_normalised_weights_do_not_depend_on_the_scale_of_queries(factor: float, length: int) -> None:
     q, k, v = (t.detach() for t in inputs(length))
     settings = {"causality": "causal", "eps": 0.0}
-    assert_close(operators.linear_attention(factor * q, k, v, **settings), operators.linear_attention(q, k, v, **settings))
+    assert_close(
+        operators.linear_attention(factor * q, k, v, **settings), operators.linear_attention(q, k, v, **settings)
+    )
 
 
 def test_state_and_sums_are_float32_at_least() -> None:

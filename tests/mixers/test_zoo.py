@@ -60,7 +60,10 @@ def test_linfusion_starts_as_normalised_linear_attention() -> None:
 def test_softmax_is_attention_as_written(causality: str) -> None:
     mixer = create_mixer("softmax", 12, 2, causality=causality).double()
     x = torch.randn(2, 9, 12, dtype=torch.float64)
-    q, k, v = (mixer.split(p(x)).transpose(1, 2) for p in (mixer.projections.to_q, mixer.projections.to_k, mixer.projections.to_v))
+    q, k, v = (
+        mixer.split(p(x)).transpose(1, 2)
+        for p in (mixer.projections.to_q, mixer.projections.to_k, mixer.projections.to_v)
+    )
     truth = F.scaled_dot_product_attention(q, k, v, is_causal=causality == "causal").transpose(1, 2).flatten(2)
     assert_close(mixer(x), mixer.projections.to_out(truth))
 
@@ -73,7 +76,9 @@ def test_bidirectional_without_decay_is_noncausal() -> None:
 
 
 def test_rank_is_at_most_the_number_of_features() -> None:
-    matrix = structure.mixing_matrix(create_mixer("linear_attention", 12, 2).double(), torch.randn(1, 40, 12, dtype=torch.float64))
+    matrix = structure.mixing_matrix(
+        create_mixer("linear_attention", 12, 2).double(), torch.randn(1, 40, 12, dtype=torch.float64)
+    )
     assert (structure.numerical_rank(matrix) <= 6).all()
     assert not structure.is_causal(matrix)
 

@@ -118,8 +118,14 @@ def backends() -> dict[str, str]:
 def _choose(backend: str, causality: Causality) -> Formulation:
     chosen = _FORMULATIONS.get(("chunked" if backend == "auto" else backend, causality == "causal"))
     if chosen is None:
-        reason = "it runs token by token, so it is causal only" if backend == "recurrent" else backends().get(backend, "no such backend")
-        raise ValueError(f"backend={backend!r} cannot do causality={causality!r}: {reason}. Expected auto, dense or chunked.")
+        reason = (
+            "it runs token by token, so it is causal only"
+            if backend == "recurrent"
+            else backends().get(backend, "no such backend")
+        )
+        raise ValueError(
+            f"backend={backend!r} cannot do causality={causality!r}: {reason}. Expected auto, dense or chunked."
+        )
     return chosen
 
 

@@ -1,0 +1,128 @@
+"""The page: one HTML file with everything in it, and the same in Markdown."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments.report.figures import Figure
+from experiments.report.finding import Finding
+from experiments.report.pictures import LICENCE
+from experiments.report.records import Cell, Run
+from experiments.report.tables import SPREAD, Table, number
+
+TABLE_NOTE = (
+    "Error to teacher: mean squared difference of the two predictions over the mean square of the "
+    "teacher's. Error ratio to truth: the student's error against the true target over the teacher's own; "
+    "1 is as good as the teacher. "
+    f"Values: {SPREAD}. Best among the trained variants: "
+)
+SECTIONS = (
+    ("Error against resolution", "error"),
+    ("Samples", "samples"),
+    ("Mixing matrices", "matrices"),
+    ("Training curves", "training"),
+    ("Time and memory", "cost"),
+)
+
+
+def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
+    """The self-contained page: styles inline, pictures as data URIs, no script, no network."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["pretty"] = _pretty
+    return environment.get_template("template.html.j2").render(
+        run=run,
+        finding=finding,
+        table=table,
+        table_note=TABLE_NOTE,
+        sections=[(title, [f for f in figures if f.kind == kind]) for title, kind in SECTIONS],
+        counts=_counts(run),
+        facts=_facts,
+        failed=[c for c in run.cells if c.status in ("failed", "damaged")],
+        unfinished=_unfinished(run),
+        environment=_flat(run.grid.get("environment")),
+        protocol=_flat(run.grid.get("protocol")),
+        notes=[str(n) for n in run.grid.get("notes") or []],
+        licence=LICENCE,
+    )
+
+
+def as_markdown(run: Run, finding: Finding, table: str, figures: list[Figure]) -> str:
+    """The page in Markdown, pictures beside it in figures/."""
+    parts = [f"# {run.name}", run.question, _counts(run), "## Finding"]
+    parts += [f"> **{b}**" for b in finding.broken]
+    parts += [" ".join(finding.sentences), finding.judged, *(f"> Caution: {w}" for w in finding.warnings)]
+    parts += ["## Results", table, TABLE_NOTE + "bold."]
+    for title, kind in SECTIONS:
+        parts.append(f"## {title}")
+        chosen = [f for f in figures if f.kind == kind]
+        parts += [f"![{f.alt}](figures/{f.path.name})\n\n*{f.caption}*" for f in chosen] or ["Nothing was recorded."]
+    parts.append("## Exact configuration")
+    parts += [f"- `cells/{c.id}/config.json`: {c.variant}, seed {c.seed}, {c.status}" for c in run.cells]
+    for title, value in (("Environment", run.grid.get("environment")), ("Protocol", run.grid.get("protocol"))):
+        rows = "\n".join(f"| {k} | {v} |" for k, v in _flat(value))
+        parts += [f"## {title}", f"| | |\n| --- | --- |\n{rows}" if rows else "Not recorded."]
+    parts += [f"- {n}" for n in run.grid.get("notes") or []]
+    parts.append("## Failed, unfinished and damaged")
+    lines = [f"- {c.id}: {c.status}. {c.error or ''}" for c in run.cells if c.status in ("failed", "damaged")]
+    lines += [f"- {u}" for u in _unfinished(run)] + [f"- {p}" for p in run.problems]
+    parts += ["\n".join(lines) or "None.", LICENCE]
+    return "\n\n".join(p.strip() for p in parts if p) + "\n"
+
+
+def _counts(run: Run) -> str:
+    states = ("done", "failed", "damaged", "unfinished")
+    found = {s: sum(c.status == s for c in run.cells) for s in states}
+    found["unfinished"] += len(run.missing())
+    texts = {"done": "finished"}
+    return "Cells: " + ", ".join(f"{n} {texts.get(s, s)}" for s, n in found.items() if n or s == "done") + "."
+
+
+def _unfinished(run: Run) -> list[str]:
+    started = [f"{c.id}: unfinished, {_steps(c)}" for c in run.cells if c.status == "unfinished"]
+    return started + [f"{v}, seed {s}: not started" for v, s in run.missing()]
+
+
+def _steps(cell: Cell) -> str:
+    return f"{cell.metrics[-1]['step']:.0f} training steps recorded" if cell.metrics else "no training step recorded"
+
+
+def _facts(cell: Cell) -> str:
+    facts = [f"seed {cell.seed}", cell.status]
+    if cell.status == "done":
+        facts += [f"{cell.steps} steps"] if cell.steps is not None else []
+        facts += [f"{number(cell.train_seconds)} s of training"] if cell.train_seconds is not None else []
+    return ", ".join(facts)
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted key, text) pairs of a nested object."""
+    if not isinstance(value, dict):
+        return [(prefix, "" if value is None else str(value))] if prefix else []
+    rows = []
+    for key, item in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(item, dict) and item:
+            rows += _flat(item, name)
+        else:
+            rows.append((name, ", ".join(map(str, item)) if isinstance(item, list) else str(item)))
+    return rows
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)

@@ -1,0 +1,90 @@
+"""Figures made of pictures: sample grids and mixing matrices."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
+
+from experiments.report.records import Run
+
+LICENCE = "Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
+
+
+def sample_grid(run: Run, size: int, path: Path) -> bool:
+    """Rows: teacher, variants; columns: prompts. False where there is no picture at all."""
+    rows = [("teacher", run.directory / "teacher" / "samples" / str(size))]
+    for variant in run.variants:
+        folders = [c.directory / "samples" / str(size) for c in run.done(variant.name)]
+        rows += [(variant.label, f) for f in folders if f.is_dir()][:1]
+    columns = len(run.prompts) or max((len(list(f.glob("*.png"))) for _, f in rows if f.is_dir()), default=0)
+    pictures = [[_picture(folder / f"{k}.png") for k in range(columns)] for _, folder in rows]
+    if not any(p is not None for row in pictures for p in row):
+        return False
+    canvas = Figure(figsize=(1.5 + 1.15 * columns, 0.55 + 1.15 * len(rows)))
+    grid = canvas.subplots(len(rows), columns, squeeze=False)
+    left, top = 1.45 / canvas.get_figwidth(), 1 - 0.5 / canvas.get_figheight()
+    canvas.subplots_adjust(left=left, right=0.995, bottom=0.005, top=top, wspace=0.04, hspace=0.04)
+    for (label, _), axes, row in zip(rows, grid, pictures, strict=True):
+        for k, picture in enumerate(row):
+            _bare(axes[k])
+            if picture is None:
+                axes[k].text(0.5, 0.5, "none", ha="center", va="center", color="#999999", transform=axes[k].transAxes)
+            else:
+                axes[k].imshow(picture, interpolation="nearest")
+        weight = "bold" if label == "teacher" else "normal"
+        axes[0].set_ylabel(
+            textwrap.fill(label, 20), rotation=0, ha="right", va="center", fontsize=8, labelpad=6, fontweight=weight
+        )
+    for axes, prompt in zip(grid[0], run.prompts, strict=False):
+        axes.set_title("\n".join(textwrap.wrap(prompt, 18, max_lines=3, placeholder="…")), fontsize=7)
+    canvas.savefig(path, dpi=150, metadata={"Software": None})
+    return True
+
+
+def matrices(run: Run, path: Path) -> bool:
+    """One panel per variant, of its first finished seed that has a matrix."""
+    found = []
+    for variant in run.variants:
+        seen = [m for c in run.done(variant.name) if (m := c.matrix()) is not None][:1]
+        found += [(variant.label, m) for m in seen]
+    if not found:
+        return False
+    columns = min(4, len(found))
+    rows = math.ceil(len(found) / columns)
+    canvas = Figure(figsize=(2.15 * columns, 2.45 * rows), layout="constrained")
+    panels = canvas.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    for axes, (label, matrix) in zip(panels, found, strict=False):
+        _bare(axes)
+        finite = np.abs(matrix[np.isfinite(matrix)])
+        # a percentile, or one strong entry would leave the rest of the panel blank
+        limit = float(np.percentile(finite, 99.5)) if finite.size else 0.0
+        limit = limit or (float(finite.max()) if finite.size else 0.0) or 1.0
+        axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set_title(textwrap.fill(label, 26), fontsize=8)
+        axes.set_xlabel(f"±{limit:.2g}", fontsize=7, color="#666666")
+    canvas.savefig(path, dpi=150, metadata={"Software": None})
+    return True
+
+
+def _picture(path: Path) -> np.ndarray | None:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError):
+        return None
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 app = typer.Typer(
@@ -106,11 +114,12 @@ def teacher_train(
     with _clean_errors():
         recipe = TeacherRecipe().scaled(share)
         with _bars() as bars:
-            tasks: dict[str, object] = {}
+            tasks: dict[str, TaskID] = {}
 
             def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-                task = tasks.setdefault(stage, bars.add_task(stage, total=steps) if stage not in tasks else None)
-                bars.update(task, completed=step, description=f"{stage}: loss {losses['loss']:.4f}")  # type: ignore[arg-type]
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=steps)
+                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4f}")
 
             folder = train_teacher(out, recipe, show)
         console.print("Measuring for the model card …")

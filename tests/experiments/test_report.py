@@ -115,7 +115,7 @@ def make_run(run: Path) -> Path:
     }
     grid |= {
         "reference": "teacher",
-        "variants": [dict(zip(names, v, strict=False)) for v in VARIANTS],
+        "variants": [dict(zip(names, v, strict=False)) | {"trained": v[-1] > 0} for v in VARIANTS],
         "notes": ["A made-up run."],
     }
     grid |= {

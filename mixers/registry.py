@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mixers.traits import CAUSALITIES, Causality
+from mixers.traits import CAUSALITIES, Causality, Traits
 
 if TYPE_CHECKING:
     from mixers.mixer import TokenMixer
@@ -104,18 +104,32 @@ def entry(name: str) -> Entry:
     """
     _discover()
     if name not in _ENTRIES:
-        close = difflib.get_close_matches(name, _ENTRIES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown mixer {name!r}: expected one of {', '.join(sorted(_ENTRIES))}.{hint}")
+        raise ValueError(
+            f"Unknown mixer {name!r}: expected one of {', '.join(sorted(_ENTRIES))}.{_hint(name, _ENTRIES)}"
+        )
     return _ENTRIES[name]
+
+
+def _hint(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def list_mixers(pattern: str = "*", **traits: Any) -> list[str]:
     """Names that match a wildcard pattern and whose default configuration has these traits.
 
     Example: `list_mixers("lin*", normalized=True)`.
+
+    Raises:
+        ValueError: no such trait; the message names the nearest one.
     """
     _discover()
+    known = {f.name for f in dataclasses.fields(Traits)}
+    for trait in traits:
+        if trait not in known:
+            raise ValueError(
+                f"Unknown trait {trait!r}: expected one of {', '.join(sorted(known))}.{_hint(trait, known)}"
+            )
     names = sorted(fnmatch.filter(_ENTRIES, pattern))
     return [n for n in names if not traits or _has(n, traits)]
 
@@ -164,11 +178,8 @@ def create_mixer(
     known = {f.name for f in dataclasses.fields(found.config)} - {"causality", "normalize"}
     for option in options:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"{name} has no option {option!r}: expected one of {', '.join(sorted(known)) or 'none'}.{hint}"
-            )
+            expected = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"{name} has no option {option!r}: expected one of {expected}.{_hint(option, known)}")
     if heads <= 0 or dim % heads:
         raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
     config = found.config(causality=causality, normalize=normalize, **options)

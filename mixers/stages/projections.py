@@ -19,8 +19,8 @@ class Projections(nn.Module):
 
 
 def call_output(to_out: Any, x: Tensor) -> Tensor:
-    """Apply `to_out`: a module, or a list of modules (diffusers: Linear, then Dropout)."""
-    for part in to_out if isinstance(to_out, nn.ModuleList) else [to_out]:
+    """Apply `to_out`, a module, or several in order (diffusers: a ModuleList of Linear and Dropout): (b, l, d)."""
+    for part in to_out if isinstance(to_out, nn.ModuleList | list | tuple) else [to_out]:
         x = part(x)
     return x
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +28,20 @@ def tokens(mixer: TokenMixer, length: int = 19, batch: int = 2, seed: int = 0) -
     return torch.randn(batch, length, mixer.dim, generator=generator, dtype=torch.float64).to(parameter.dtype)
 
 
+def rebuilt(mixer: TokenMixer, config: Any = None, own_projections: bool = True) -> TokenMixer:
+    """A new mixer of the same class with the same parameters, its configuration replaced where one is given."""
+    fresh = type(mixer)(config or mixer.config, mixer.dim, mixer.heads, own_projections=own_projections).double()
+    kept = {n: p for n, p in mixer.state_dict().items() if own_projections or not n.startswith("projections.")}
+    fresh.load_state_dict(kept)
+    return fresh.train(mixer.training)
+
+
+def without_eps(mixer: TokenMixer) -> TokenMixer:
+    """The mixer with eps = 0, or itself where its configuration has none."""
+    names = {f.name for f in dataclasses.fields(mixer.config)}
+    return rebuilt(mixer, dataclasses.replace(mixer.config, eps=0.0)) if "eps" in names else mixer
+
+
 def check_forward_equals_its_matrix(mixer: TokenMixer) -> None:
     """mixer(x) = to_out(W v) with W from the formula, forward and gradient, at awkward lengths."""
     for length in LENGTHS:
@@ -41,9 +59,41 @@ def check_forward_equals_its_matrix(mixer: TokenMixer) -> None:
 
 
 def check_rows_sum_to_one(mixer: TokenMixer) -> None:
-    """Normalised: constant values are kept, up to eps (whose share is at most 1e-2 here)."""
-    sums = structure.row_sums(structure.mixing_matrix(mixer, tokens(mixer)))
+    """Normalised: rows sum to one, less what eps takes (here at most 1e-2); exactly one where eps is 0."""
+    x = tokens(mixer)
+    sums = structure.row_sums(structure.mixing_matrix(mixer, x))
     assert ((sums - 1).abs() < 1e-2).all(), f"rows sum to {sums.min():.4f} … {sums.max():.4f}, expected 1"
+    exact = structure.row_sums(structure.mixing_matrix(without_eps(mixer), x))
+    assert_close(exact, torch.ones_like(exact), what="row sums without eps")
+
+
+def check_constant_values_are_kept(mixer: TokenMixer) -> None:
+    """Normalised: values that are the same for every token come out as they went in, exactly where eps is 0."""
+    x, host = tokens(mixer), mixer.host(None)
+    values = tokens(mixer, 1, batch=1).expand_as(x)
+    constant = SimpleNamespace(to_q=host.to_q, to_k=host.to_k, to_v=lambda _: values, to_out=torch.nn.Identity())
+    assert_close(without_eps(mixer)(x, projections=constant), values, what="output for constant values")
+
+
+def check_projections_are_called(mixer: TokenMixer) -> None:
+    """Handed a host's projections, each part of each is called once; nothing of them is kept."""
+    x, host = tokens(mixer), mixer.host(None)
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(t: Tensor) -> Tensor:
+            calls[name] += 1
+            return module(t)
+
+        return call
+
+    parts = {name: counted(name, getattr(host, name)) for name in ("to_q", "to_k", "to_v")}
+    last = [counted("to_out", host.to_out), counted("dropout", torch.nn.Identity())]
+    mounted = rebuilt(mixer, own_projections=False)
+    assert_close(mounted(x, projections=SimpleNamespace(**parts, to_out=last)), mixer(x), what="with a host's")
+    wanted = dict.fromkeys(("to_q", "to_k", "to_v", "to_out", "dropout"), 1)
+    assert calls == wanted, f"calls of the projections: {dict(calls)}, expected one each"
+    assert not any(name.startswith("projections.") for name in mounted.state_dict()), "has projections of its own"
 
 
 def check_weights_are_positive(mixer: TokenMixer) -> None:
@@ -131,9 +181,7 @@ def check_deterministic_copies(mixer: TokenMixer) -> None:
     x = tokens(mixer)
     y = mixer(x)
     assert torch.equal(mixer(x), y) and torch.equal(copy.deepcopy(mixer)(x), y)
-    fresh = type(mixer)(mixer.config, mixer.dim, mixer.heads).double()
-    fresh.load_state_dict(mixer.state_dict())
-    assert torch.equal(fresh(x), y)
+    assert torch.equal(rebuilt(mixer)(x), y)
 
 
 def check_costs_are_told(mixer: TokenMixer) -> None:
@@ -155,6 +203,8 @@ def check_meta_construction(mixer: TokenMixer) -> None:
 CHECKS: tuple[tuple[Check, Callable[[Traits], bool]], ...] = (
     (check_forward_equals_its_matrix, lambda t: True),
     (check_rows_sum_to_one, lambda t: t.normalized),
+    (check_constant_values_are_kept, lambda t: t.normalized),
+    (check_projections_are_called, lambda t: True),
     (check_weights_are_positive, lambda t: t.positive),
     (check_never_looks_ahead, lambda t: t.causality == "causal"),
     (check_sees_every_token, lambda t: t.causality != "causal"),

@@ -31,6 +31,10 @@ class LinearAttentionConfig(MixerConfig):
     scale_tokens: int = 256
     backend: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.eps < 0 or self.scale_tokens <= 0:
+            raise ValueError(f"Expected eps ≥ 0 and scale_tokens > 0, got {self.eps} and {self.scale_tokens}.")
+
 
 @register_mixer("linear_attention")
 class LinearAttention(TokenMixer):

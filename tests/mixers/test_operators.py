@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mixers import operators
 from mixers.operators.linear.chunked import CHUNK
+from mixers.testing import strategies
 from mixers.testing.tolerances import assert_close
 
 LENGTHS = (1, 2, 63, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -61,15 +62,15 @@ def test_the_formula_is_written_out_once_more(causality: str, normalize: bool) -
 
 
 @given(
-    cuts=st.lists(st.integers(1, 139), max_size=4),
+    edges=strategies.cuts(140),
     normalize=st.booleans(),
     backend=st.sampled_from(["recurrent", "chunked", "dense"]),
 )
-def test_streaming_in_any_parts_equals_one_pass(cuts: list[int], normalize: bool, backend: str) -> None:
+def test_streaming_in_any_parts_equals_one_pass(edges: list[int], normalize: bool, backend: str) -> None:
     q, k, v = (t.detach() for t in inputs(140, heads=1))
     settings = {"causality": "causal", "normalize": normalize, "eps": 1e-3}
     whole = operators.linear_attention(q, k, v, **settings)
-    state, parts, edges = None, [], [0, *sorted(set(cuts)), 140]
+    state, parts = None, []
     for start, stop in pairwise(edges):
         part = (t[:, start:stop] for t in (q, k, v))
         y, state = operators.linear_attention(
@@ -78,6 +79,15 @@ def test_streaming_in_any_parts_equals_one_pass(cuts: list[int], normalize: bool
         parts.append(y)
     assert_close(torch.cat(parts, dim=1), whole)
     assert state.tokens == 140
+
+
+@given(tensors=strategies.linear_inputs(), normalize=st.booleans())
+def test_chunked_equals_recurrent_at_any_shape(tensors: tuple[torch.Tensor, ...], normalize: bool) -> None:
+    settings = {"causality": "causal", "normalize": normalize, "return_state": True}
+    fast, after = operators.linear_attention(*tensors, **settings, backend="chunked")
+    truth, wanted = operators.linear_attention(*tensors, **settings, backend="recurrent")
+    assert_close(fast, truth)
+    assert_close(after.memory, wanted.memory, what="state")
 
 
 @given(factor=st.floats(0.1, 10), length=st.integers(1, 80))
@@ -96,6 +106,25 @@ def test_state_and_sums_are_float32_at_least() -> None:
     assert state.memory.dtype == torch.float32
     big = torch.ones(1, 70_000, 1, 2, dtype=torch.float16)  # a float16 sum would overflow at 65,504
     assert_close(operators.linear_attention(big, big, big), big)
+
+
+@pytest.mark.parametrize("causality", ["causal", "noncausal"])
+def test_autocast_does_not_reach_the_sums(causality: str) -> None:
+    q, k, v = (t.detach().float() for t in inputs(300))
+    truth = operators.linear_attention(q, k, v, causality=causality)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(operators.linear_attention(q, k, v, causality=causality), truth)
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    q, k, v = inputs(3)
+    _, state = operators.linear_attention(q, k, v, causality="causal", return_state=True)
+    with pytest.raises(ValueError, match="normalize it was made with"):
+        operators.linear_attention(q, k, v, causality="causal", normalize=False, initial_state=state)
+    with pytest.raises(ValueError, match="batch, heads"):
+        operators.linear_attention(q[:1], k[:1], v[:1], causality="causal", initial_state=state)
+    with pytest.raises(ValueError, match="at least one token"):
+        operators.linear_attention(q[:, :0], k[:, :0], v[:, :0])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,15 @@ from mixers.traits import CAUSALITIES, Causality
 
 Formulation = Callable[[Tensor, Tensor, Tensor, LinearState | None], tuple[Tensor, LinearState]]
 
-# (backend, ordered?) -> formulation: causal passes are ordered, the others see every token.
-_FORMULATIONS: dict[tuple[str, bool], Formulation] = {
-    ("dense", True): dense.causal,
-    ("dense", False): dense.noncausal,
-    ("recurrent", True): recurrent.causal,
-    ("chunked", True): chunked.causal,
-    ("chunked", False): two_matmuls.noncausal,
+# Without decay two passes see every token once, as the non-causal form does; dense builds them, for the proof.
+_FORMULATIONS: dict[tuple[str, Causality], Formulation] = {
+    ("dense", "causal"): dense.causal,
+    ("dense", "bidirectional"): dense.bidirectional,
+    ("dense", "noncausal"): dense.noncausal,
+    ("recurrent", "causal"): recurrent.causal,
+    ("chunked", "causal"): chunked.causal,
+    ("chunked", "bidirectional"): two_matmuls.noncausal,
+    ("chunked", "noncausal"): two_matmuls.noncausal,
 }
 _BRIDGES = ("triton", "fla", "mamba_ssm")
 
@@ -65,19 +69,21 @@ def linear_attention(
             where the order does not matter, blocks of matrix products where it does.
 
     Returns:
-        (b, l, h, v) in v's dtype; sums are float32 at least. Cost: O(l·k·v) time and O(l·(k + v)) memory;
-        `dense` O(l²).
+        (b, l, h, v) in v's dtype; sums are float32 at least, under autocast too.
+        Cost: O(l·k·v) time and O(l·(k + v)) memory; `dense` O(l²).
 
     Raises:
         ValueError: shapes that do not fit, an unknown causality, or a backend that cannot do what is asked.
         NotImplementedError: `log_decay` is given.
     """
-    _check(q, k, v, log_decay, causality, initial_state, return_state)
+    _check(q, k, v, log_decay, causality)
+    _check_state(q, v, causality, normalize, initial_state, return_state)
     formulation = _choose(backend, causality)
     dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     values = v.to(dtype)
     values = F.pad(values, (0, 1), value=1.0) if normalize else values
-    means, state = formulation(q.to(dtype), k.to(dtype), values, initial_state)
+    with full_precision(q):
+        means, state = formulation(q.to(dtype), k.to(dtype), values, initial_state)
     if normalize:
         y = means[..., :-1] / (means[..., -1:] + eps)
     else:
@@ -89,7 +95,8 @@ def linear_attention(
 def linear_weights(q: Tensor, k: Tensor, *, causality: Causality, normalize: bool, eps: float, scale: float) -> Tensor:
     """The matrix (b, h, l, l) that `linear_attention` applies to v, from the formula. O(l²) memory."""
     counts = visible(q, causality, None)[:, None]
-    weights = torch.einsum("bihk,bjhk->bhij", q, k)
+    with full_precision(q):
+        weights = torch.einsum("bihk,bjhk->bhij", q, k)
     weights = weights.tril() if causality == "causal" else weights
     if not normalize:
         return weights * scale
@@ -97,18 +104,24 @@ def linear_weights(q: Tensor, k: Tensor, *, causality: Causality, normalize: boo
     return means / (means.sum(-1, keepdim=True) + eps)
 
 
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for the device of a tensor: it would run the sums over tokens in half precision."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def visible(q: Tensor, causality: Causality, initial_state: LinearState | None) -> Tensor:
     """n_i, how many tokens each token sees: (l,)."""
-    length = q.shape[1]
+    length, dtype = q.shape[1], torch.promote_types(q.dtype, torch.float32)
     if causality != "causal":
-        return torch.full((length,), float(length), device=q.device, dtype=torch.float64)
+        return torch.full((length,), float(length), device=q.device, dtype=dtype)
     past = initial_state.tokens if initial_state else 0
-    return torch.arange(past + 1, past + length + 1, device=q.device, dtype=torch.float64)
+    return torch.arange(past + 1, past + length + 1, device=q.device, dtype=dtype)
 
 
 def backends() -> dict[str, str]:
     """Every backend of this operator -> "available", or the reason why it cannot run here."""
-    found = {name: "available" for name, _ in _FORMULATIONS}
+    found = dict.fromkeys((name for name, _ in _FORMULATIONS), "available")
     for name in _BRIDGES:
         here = importlib.util.find_spec(name) is not None
         found[name] = "not implemented yet" if here else "not implemented yet, and the package is not installed"
@@ -116,7 +129,7 @@ def backends() -> dict[str, str]:
 
 
 def _choose(backend: str, causality: Causality) -> Formulation:
-    chosen = _FORMULATIONS.get(("chunked" if backend == "auto" else backend, causality == "causal"))
+    chosen = _FORMULATIONS.get(("chunked" if backend == "auto" else backend, causality))
     if chosen is None:
         reason = (
             "it runs token by token, so it is causal only"
@@ -129,15 +142,7 @@ def _choose(backend: str, causality: Causality) -> Formulation:
     return chosen
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    causality: str,
-    initial_state: LinearState | None,
-    return_state: bool,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, causality: str) -> None:
     if log_decay is not None:
         raise NotImplementedError("linear_attention with log_decay is not implemented yet: pass None.")
     if causality not in CAUSALITIES:
@@ -145,5 +150,18 @@ def _check(
     if q.ndim != 4 or q.shape != k.shape or v.shape[:3] != k.shape[:3]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"Expected q and k (b, l, h, k) and v (b, l, h, v), got {shapes}.")
+    if q.shape[1] == 0:
+        raise ValueError("Expected at least one token, got l = 0.")
+
+
+def _check_state(
+    q: Tensor, v: Tensor, causality: str, normalize: bool, initial_state: LinearState | None, return_state: bool
+) -> None:
     if causality != "causal" and (initial_state is not None or return_state):
         raise ValueError(f"A state is carried by causal passes only, got causality={causality!r}.")
+    expected = (q.shape[0], *q.shape[2:], v.shape[-1] + int(normalize))
+    if initial_state is not None and initial_state.memory.shape != expected:
+        raise ValueError(
+            f"Expected initial_state.memory (b, h, k, v{' + 1' if normalize else ''}) = {expected}, got "
+            f"{tuple(initial_state.memory.shape)}: a state fits the batch, heads and normalize it was made with."
+        )

@@ -25,3 +25,10 @@ def noncausal(q: Tensor, k: Tensor, v: Tensor, initial: LinearState | None) -> t
     """Means over all tokens, (b, l, h, v)."""
     weights = torch.einsum("bihk,bjhk->bhij", q, k) / k.shape[1]
     return torch.einsum("bhij,bjhv->bihv", weights, v), LinearState(k.new_empty(0), k.shape[1])
+
+
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, initial: LinearState | None) -> tuple[Tensor, LinearState]:
+    """A causal and a strictly anti-causal pass, each with its own W; the diagonal is counted once. (b, l, h, v)."""
+    weights = torch.einsum("bihk,bjhk->bhij", q, k) / k.shape[1]
+    passes = (torch.einsum("bhij,bjhv->bihv", part, v) for part in (weights.tril(), weights.triu(1)))
+    return sum(passes, torch.zeros_like(v)), LinearState(k.new_empty(0), k.shape[1])

@@ -1,0 +1,33 @@
+"""Hypothesis strategies: conditioned float64 inputs of awkward shapes. Needs hypothesis (the extra `test`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixers.registry import list_mixers
+from mixers.testing.run import Configuration, configurations
+
+
+@st.composite
+def linear_inputs(draw: Any, max_length: int = 150) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive q and k (b, l, h, k) and normal v (b, l, h, v); k and v are drawn apart, h may be one."""
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, max_length)), draw(st.integers(1, 3)))
+    key, value = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    q, k, v = (torch.randn(*shape, width, generator=generator, dtype=torch.float64) for width in (key, key, value))
+    return q.exp(), k.exp(), v
+
+
+def cuts(length: int, most: int = 4) -> st.SearchStrategy[list[int]]:
+    """Places to cut a stream of `length` tokens: sorted edges, 0 and `length` among them."""
+    inner = st.lists(st.integers(1, max(1, length - 1)), max_size=most)
+    return inner.map(lambda places: sorted({0, length, *(p for p in places if p < length)}))
+
+
+def registered(pattern: str = "*") -> st.SearchStrategy[Configuration]:
+    """A legal configuration of a registered mixer; calling it builds the mixer."""
+    return st.sampled_from(configurations(list_mixers(pattern)))

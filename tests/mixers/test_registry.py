@@ -1,0 +1,102 @@
+"""Finding and building mixers by name: typos, refusals, listing, and mixers from other packages."""
+
+import dataclasses
+import json
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+
+from mixers import TokenMixer, create_mixer, list_mixers, register_mixer, registry
+from mixers.testing import check_mixer
+from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("linfusoin", {}, "Did you mean 'linfusion'"),
+        ("linfusion", {"mid_dimm": 3}, "Did you mean 'mid_dim'"),
+        ("linfusion", {"mid_dim": 0}, "must be positive"),
+        ("softmax", {"normalize": False}, "unbounded"),
+        ("softmax", {"causality": "bidirectional"}, "refuses causality"),
+        ("linear_attention", {"causality": "acausal"}, "refuses causality"),
+        ("linear_attention", {"feature_map": "identity"}, "signed.*elu_plus_one.*normalize=False"),
+        ("linear_attention", {"feature_map": "elu"}, "Did you mean"),
+        ("linear_attention", {"eps": -1.0}, "eps ≥ 0"),
+        ("linear_attention", {"scale_tokens": 0}, "scale_tokens > 0"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_mixer(name, 12, 2, **options)
+
+
+def test_heads_must_divide_and_tokens_must_fit() -> None:
+    with pytest.raises(ValueError, match="does not divide"):
+        create_mixer("linear_attention", 12, 5)
+    mixer = create_mixer("linear_attention", 12, 2, own_projections=False)
+    with pytest.raises(ValueError, match="own_projections=False"):
+        mixer(torch.randn(1, 3, 12))
+    with pytest.raises(ValueError, match="Expected tokens"):
+        create_mixer("linear_attention", 12, 2)(torch.randn(1, 3, 8))
+    with pytest.raises(ValueError, match="places for"):
+        create_mixer("linear_attention", 12, 2)(torch.randn(1, 6, 12), grid=(2, 2))
+
+
+def test_listing_by_pattern_and_trait() -> None:
+    assert list_mixers("lin*") == ["linear_attention", "linfusion"]
+    assert list_mixers(linear=False) == ["softmax"]
+    assert list_mixers("none*") == []
+    with pytest.raises(ValueError, match="Did you mean 'normalized'"):
+        list_mixers(normalised=True)
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_an_entry_tells_what_it_can_be_asked_for(name: str) -> None:
+    entry = registry.entry(name)
+    assert entry.default_causality in entry.causalities
+    assert entry.default_normalize in entry.normalizations
+    assert entry.summary
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_the_configuration_is_frozen_and_rebuilds_the_mixer_from_json(name: str) -> None:
+    mixer = create_mixer(name, 12, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mixer.config.normalize = False
+    again = create_mixer(name, 12, 2, **json.loads(json.dumps(mixer.config.to_dict())))
+    assert again.config == mixer.config
+
+
+def test_one_class_adds_a_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ENTRIES", {})
+
+    @register_mixer("mine", causalities=("noncausal",))
+    class Mine(LinearAttention):
+        """Mine: relu features."""
+
+        Config = dataclasses.make_dataclass(
+            "MineConfig", [("feature_map", str, "elu_plus_one")], bases=(LinearAttentionConfig,), frozen=True
+        )
+
+    assert list_mixers() == ["mine"]
+    assert isinstance(create_mixer("mine", 12, 2), TokenMixer)
+    assert "check_permutation_equivariance" in check_mixer("mine")
+    with pytest.raises(ValueError, match="has that name"):
+
+        @register_mixer("mine")
+        class Other(LinearAttention):
+            """Takes the same name."""
+
+
+def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def installed(group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return [EntryPoint("plugin", "mixers.zoo.softmax", "mixers")]
+
+    monkeypatch.setattr(registry, "entry_points", installed)
+    registry._discover.__wrapped__()
+    assert asked == ["mixers"]

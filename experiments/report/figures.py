@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from experiments.report import pictures, style
 from experiments.report.records import Run, Variant
@@ -50,7 +50,7 @@ def draw_all(run: Run, directory: Path) -> list[Figure]:
 
 def against_size(run: Run, metric: str, path: Path) -> Figure | None:
     """A fidelity metric against resolution, one line per variant, a band over seeds."""
-    canvas, axes = _canvas(7.6, 4.3)
+    canvas, axes = _canvas(6.8, 5.4)
     shown = 0
     zero = False
     for variant in run.variants:
@@ -72,6 +72,7 @@ def against_size(run: Run, metric: str, path: Path) -> Figure | None:
     axes.set(xscale="log", yscale="log", xlabel="image side (px)")
     axes.set_ylabel(RELATIVE if teacher else RATIO)
     _ticks(axes, run.sizes)
+    _plain_log(axes)
     axes.axvline(run.train_size, color="#999999", linewidth=1, linestyle=":", zorder=0)
     axes.annotate(
         "trained here", (run.train_size, 1), xycoords=("data", "axes fraction"), xytext=(3, 2),
@@ -94,7 +95,7 @@ def against_size(run: Run, metric: str, path: Path) -> Figure | None:
 
 def training(run: Run, path: Path) -> Figure | None:
     """Smoothed distillation loss against step, one thin line per seed."""
-    canvas, axes = _canvas(7.6, 3.8)
+    canvas, axes = _canvas(6.8, 5.0)
     shown = 0
     for variant in run.variants:
         label: str | None = variant.label
@@ -109,6 +110,7 @@ def training(run: Run, path: Path) -> Figure | None:
     if not shown:
         return None
     axes.set(yscale="log", xlabel="training step", ylabel="distillation loss (smoothed)")
+    _plain_log(axes)
     _legend(axes)
     _save(canvas, path)
     caption = (
@@ -135,6 +137,7 @@ def cost(run: Run, path: Path) -> Figure | None:
             axes.plot([t for t, _ in points], [v / scale for _, v in points], label=label, **style.line(run, variant))
         if axes.lines:
             _ticks(axes, tokens)
+            _plain_log(axes)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), title="variant: growth exponent")
         else:
             axes.set_axis_off()
@@ -177,8 +180,8 @@ def matrix_figure(run: Run, path: Path) -> Figure | None:
     caption = (
         f"Mixing matrices: the weights with which one head mixes tokens of one {run.train_size} px image; row: the "
         "token written, column: the token read, in raster order. Each panel has its own scale, white at 0; red is "
-        "positive, blue negative. A causal mixer leaves the upper triangle empty. "
-        "The teacher's is what a student should recover."
+        "positive, blue negative. A causal mixer leaves the upper triangle empty. The teacher's is what a student "
+        "should recover."
     )
     return Figure("matrices", path, caption, "Mixing matrix of each variant")
 
@@ -211,8 +214,15 @@ def _ticks(axes: Axes, values: list[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
 
 
+def _plain_log(axes: Axes) -> None:
+    """Label a log axis with plain numbers, at 1, 2 and 5 of each decade."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, handlelength=3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handlelength=3)
 
 
 def _save(canvas: Canvas, path: Path) -> None:

@@ -16,10 +16,9 @@ from experiments.report.records import Cell, Run
 from experiments.report.tables import SPREAD, Table, number
 
 TABLE_NOTE = (
-    "Error to teacher: mean squared difference of the two predictions over the mean square of the "
-    "teacher's. Error ratio to truth: the student's error against the true target over the teacher's own; "
-    "1 is as good as the teacher. "
-    f"Values: {SPREAD}. Best among the trained variants: "
+    "Error to teacher: mean squared difference of the two predictions over the mean square of the teacher's. "
+    "Error ratio to truth: the student's error against the true target over the teacher's own; 1 is as good as the "
+    f"teacher. Values: {SPREAD}. Best among the trained variants: "
 )
 SECTIONS = (
     ("Error against resolution", "error"),

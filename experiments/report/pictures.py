@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image, UnidentifiedImageError
 
 from experiments.report.records import Run
@@ -57,7 +58,8 @@ def matrices(run: Run, path: Path) -> bool:
         return False
     columns = min(4, len(found))
     rows = math.ceil(len(found) / columns)
-    canvas = Figure(figsize=(2.15 * columns, 2.45 * rows), layout="constrained")
+    engine = ConstrainedLayoutEngine(h_pad=0.1)  # room between a panel's scale and the title below it
+    canvas = Figure(figsize=(2.15 * columns, 2.6 * rows), layout=engine)
     panels = canvas.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(found) :]:
         axes.set_axis_off()

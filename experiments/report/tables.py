@@ -78,7 +78,7 @@ def over_seeds(run: Run, variant: Variant, size: int, metric: str) -> Value | No
 def main_table(run: Run) -> Table:
     """Relative error to the teacher and error ratio at each size; the untouched softmax cannot be the best."""
     keys = [(size, m) for m in ("relative_error_to_teacher", "error_ratio") for size in run.sizes]
-    heads = {"relative_error_to_teacher": "error to teacher", "error_ratio": "error ratio to truth"}
+    heads = {"relative_error_to_teacher": "Error to teacher", "error_ratio": "Error ratio to truth"}
     values = {v.name: [over_seeds(run, v, size, m) for size, m in keys] for v in run.variants}
     marked = [_best(run, [values[v.name][k] for v in run.variants]) for k in range(len(keys))]
     rows = []

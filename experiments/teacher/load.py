@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 EMBEDDED = Path(__file__).parent / "weights"
 
@@ -19,6 +21,8 @@ def load_teacher(source: str = "embedded") -> StableDiffusionPipeline:
     Raises:
         ValueError: nothing loadable there; the message says what was tried.
     """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     path = EMBEDDED if source == "embedded" else source
     try:
         pipe = StableDiffusionPipeline.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,4 +134,12 @@ def export(
     )
     pipe.to(torch.float16).save_pretrained(folder)
     judge.half().save_pretrained(folder / "evaluator")
+    for part in ("text_encoder", "evaluator"):
+        _compute_in_float32(folder / part / "config.json")
     return folder
+
+
+def _compute_in_float32(config: Path) -> None:
+    """transformers loads in the dtype that the config names, diffusers in float32: make a plain load of both agree."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

@@ -26,7 +26,9 @@ GRID = Grid(
         Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
     ),
     seeds=(0,),
-    distillation=Distillation(fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10)),
+    distillation=Distillation(
+        fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
+    ),
     evaluation=Evaluation(
         sample_steps=12,
         prompts=(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mixers import suggest
 from mixers.traits import CAUSALITIES, Causality, Traits
 
 if TYPE_CHECKING:
@@ -105,14 +105,9 @@ def entry(name: str) -> Entry:
     _discover()
     if name not in _ENTRIES:
         raise ValueError(
-            f"Unknown mixer {name!r}: expected one of {', '.join(sorted(_ENTRIES))}.{_hint(name, _ENTRIES)}"
+            f"Unknown mixer {name!r}: expected one of {', '.join(sorted(_ENTRIES))}.{suggest.hint(name, _ENTRIES)}"
         )
     return _ENTRIES[name]
-
-
-def _hint(wrong: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(wrong, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def list_mixers(pattern: str = "*", **traits: Any) -> list[str]:
@@ -128,7 +123,7 @@ def list_mixers(pattern: str = "*", **traits: Any) -> list[str]:
     for trait in traits:
         if trait not in known:
             raise ValueError(
-                f"Unknown trait {trait!r}: expected one of {', '.join(sorted(known))}.{_hint(trait, known)}"
+                f"Unknown trait {trait!r}: expected one of {', '.join(sorted(known))}.{suggest.hint(trait, known)}"
             )
     names = sorted(fnmatch.filter(_ENTRIES, pattern))
     return [n for n in names if not traits or _has(n, traits)]
@@ -179,7 +174,9 @@ def create_mixer(
     for option in options:
         if option not in known:
             expected = ", ".join(sorted(known)) or "none"
-            raise ValueError(f"{name} has no option {option!r}: expected one of {expected}.{_hint(option, known)}")
+            raise ValueError(
+                f"{name} has no option {option!r}: expected one of {expected}.{suggest.hint(option, known)}"
+            )
     if heads <= 0 or dim % heads:
         raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
     config = found.config(causality=causality, normalize=normalize, **options)

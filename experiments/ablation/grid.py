@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import runpy
 from pathlib import Path
 
 from experiments.config import Grid
+from mixers.suggest import hint
 
 _READY_MADE = Path(__file__).parent.parent / "grids"
 
@@ -24,10 +24,9 @@ def load_grid(source: str) -> Grid:
     """
     path = Path(source) if source.endswith(".py") else _READY_MADE / f"{source}.py"
     if not path.is_file():
-        close = difflib.get_close_matches(source, list_grids(), n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"No grid {source!r}: expected one of {', '.join(list_grids())}, or the path of a .py file.{hint}"
+            f"No grid {source!r}: expected one of {', '.join(list_grids())}, or the path of a .py file."
+            f"{hint(source, list_grids())}"
         )
     try:
         grid = runpy.run_path(str(path)).get("GRID")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.data import CaptionedImages, batch, open_dataset
 from experiments.teacher.load import load_teacher
-from experiments.training import FitConfig
+from experiments.training import FitConfig, pick
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Setting:
 
     def batch(self, step: int, config: FitConfig) -> tuple[Tensor, Tensor]:
         """The batch of `step`, a function of the seed and the step alone: latents and text states."""
-        generator = torch.Generator().manual_seed(config.seed * 7_000_003 + step)
-        picked = torch.randint(0, len(self.latents), (config.batch_size,), generator=generator)
+        picked = pick(step, config, len(self.latents))
         return self.latents[picked], self.states[picked]
 
 

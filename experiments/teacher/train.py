@@ -16,7 +16,7 @@ from experiments.data.emoji import BACKGROUNDS, catalogue
 from experiments.teacher import networks
 from experiments.teacher.objectives import Contrastive, Denoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.training import FitConfig, fit
+from experiments.training import FitConfig, fit, pick
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 
@@ -76,12 +76,6 @@ def renders(recipe: TeacherRecipe) -> tuple[Tensor, list[str]]:
     examples = [data.example(i, recipe.image_size, v) for v in range(recipe.variations) for i in range(len(data))]
     pixels = torch.stack([((e.image + 1) * 127.5).round().to(torch.uint8) for e in examples])
     return pixels, [e.caption for e in examples]
-
-
-def pick(step: int, config: FitConfig, total: int) -> Tensor:
-    """Indices of the batch of `step`: a function of the seed and the step alone."""
-    generator = torch.Generator().manual_seed(config.seed * 7_000_003 + step)
-    return torch.randint(0, total, (config.batch_size,), generator=generator)
 
 
 def encode(words: CLIPTokenizer, texts: list[str]):  # type: ignore[no-untyped-def]

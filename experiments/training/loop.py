@@ -99,6 +99,12 @@ def fit(
     return history
 
 
+def pick(step: int, config: FitConfig, total: int) -> Tensor:
+    """Indices of the batch of `step`: a function of the seed and the step alone."""
+    generator = torch.Generator().manual_seed(config.seed * 7_000_003 + step)
+    return torch.randint(0, total, (config.batch_size,), generator=generator)
+
+
 def _update(
     accelerator: Accelerator, model: Any, optimizer: Any, batch: Any, config: FitConfig, step: int
 ) -> dict[str, float]:

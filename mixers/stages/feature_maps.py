@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mixers.suggest import hint
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ def feature_map(name: str, normalize: bool) -> FeatureMap:
         ValueError: unknown name, or a signed map where weights are to be normalised.
     """
     if name not in FEATURE_MAPS:
-        close = difflib.get_close_matches(name, FEATURE_MAPS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown feature map {name!r}: expected one of {', '.join(FEATURE_MAPS)}.{hint}")
+        raise ValueError(
+            f"Unknown feature map {name!r}: expected one of {', '.join(FEATURE_MAPS)}.{hint(name, FEATURE_MAPS)}"
+        )
     if normalize and not FEATURE_MAPS[name].positive:
         positive = ", ".join(n for n, m in FEATURE_MAPS.items() if m.positive)
         raise ValueError(

@@ -32,6 +32,7 @@ console = Console()
 
 Out = Annotated[Path, typer.Option("--out", help="folder that receives everything")]
 Settings = Annotated[list[str], typer.Option("--set", help="override, as dotted.key=value; repeat as needed")]
+Plugins = Annotated[list[Path], typer.Option("--plugin", help="a .py file that registers mixers; repeat as needed")]
 
 
 def main() -> None:
@@ -41,11 +42,15 @@ def main() -> None:
 
 
 @app.command("list")
-def list_(pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*") -> None:
+def list_(
+    pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*",
+    plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
+) -> None:
     """List the mixers with what they offer, and the ready-made grids."""
     from experiments.ablation.grid import list_grids
     from mixers import list_mixers, registry
 
+    _load(plugins)
     table = Table("mixer", "causality (default first)", "normalised (default first)", "what it is")
     for name in list_mixers(pattern):
         entry = registry.entry(name)
@@ -61,6 +66,7 @@ def ablate(
     grid: Annotated[str, typer.Argument(help="a ready-made grid's name, or a .py file that exposes GRID")],
     out: Out = Path("runs/ablation"),
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    plugins: Plugins = [],  # noqa: B006
     seeds: Annotated[int | None, typer.Option(min=1, help="run seeds 0 … N−1 instead of the grid's")] = None,
     teacher: Annotated[str | None, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = None,
 ) -> None:
@@ -69,6 +75,7 @@ def ablate(
     from experiments.config import override
     from experiments.report import build_report
 
+    _load(plugins)
     with _clean_errors():
         plan = override(load_grid(grid), settings)
         changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
@@ -89,6 +96,27 @@ def ablate(
         console.print(f"[red]failed[/] {record['cell']}: {record['error']}", soft_wrap=True)
     console.print(f"Report: {page.resolve()}", soft_wrap=True)
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    pattern: Annotated[str, typer.Argument(help="wildcard pattern of mixers' names")] = "*",
+    plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
+    deep: Annotated[bool, typer.Option(help="also run the slow checks on every configuration")] = False,
+) -> None:
+    """Prove that mixers keep their promises: the conformance suite on every configuration, as a table."""
+    from experiments.check import check_mixers, show
+
+    _load(plugins)
+    with _clean_errors():
+        with _bars() as bars:
+            task = bars.add_task("checking", total=1)
+            results = check_mixers(
+                pattern, deep, lambda n, of, what: bars.update(task, completed=n, total=of, description=what)
+            )
+        show(results, console)
+    if any(result.failed for result in results):
         raise typer.Exit(1)
 
 
@@ -138,6 +166,14 @@ def teacher_card(
 
     with _clean_errors():
         console.print(f"Card: {write_card(folder or EMBEDDED, TeacherRecipe()).resolve()}", soft_wrap=True)
+
+
+def _load(plugins: list[Path]) -> None:
+    from mixers.registry import load_plugin
+
+    with _clean_errors():
+        for path in plugins:
+            load_plugin(path)
 
 
 @contextmanager

@@ -2,48 +2,199 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mixers.stages.convolutions import ShortConvolution
+from mixers.stages.directions import SCANS, inverse, scan_orders
+from mixers.stages.outputs import Output
 from mixers.stages.projections import Projections, call_output
+from mixers.suggest import hint
 from mixers.traits import Causality, Traits
 
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """Base of every mixer's configuration; the defaults are the published ones. JSON-able."""
+    """Base of every mixer's configuration; the defaults are the published ones. JSON-able.
+
+    Every part is a switch of its own, so that an ablation can take one away or add one to any mixer.
+
+    Attributes:
+        causality: which tokens a token sees.
+        normalize: divide by the row sum of the weights.
+        scan: the order in which an image's tokens are read: `raster`, `column`, `cross` (both, averaged),
+            `zigzag` or `hilbert`; of mixers that have an order.
+        expand: width of the values over the model width; other than 1 it needs projections of its own.
+        short_convolution: tokens that a depthwise convolution and SiLU on q, k and v span; 0 is none. Causal mixers
+            look back only, others to both sides.
+        local_convolution: side of a depthwise convolution of the values over the image that is added to the
+            result; 0 is none.
+        skip: add D · v to the result, D one number a head.
+        norm: RMSNorm (or the mixer's own norm) of the result.
+        gate: multiply the result by SiLU(to_gate(x)).
+    """
 
     causality: Causality = "noncausal"
     normalize: bool = True
+    scan: str = "raster"
+    expand: float = 1
+    short_convolution: int = 0
+    local_convolution: int = 0
+    skip: bool = False
+    norm: bool = False
+    gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scan not in SCANS:
+            raise ValueError(f"Unknown scan {self.scan!r}: expected one of {', '.join(SCANS)}.{hint(self.scan, SCANS)}")
+        if self.expand <= 0 or self.short_convolution < 0 or self.local_convolution < 0:
+            raise ValueError(
+                f"Expected expand > 0, short_convolution ≥ 0 and local_convolution ≥ 0, got {self.expand}, "
+                f"{self.short_convolution} and {self.local_convolution}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Streams:
+    """What the stages after the projections work on.
+
+    Attributes:
+        x: the tokens themselves (b, l, d), in the order in which they are scanned.
+        q, k: queries and keys before the feature map, (b, l, h, k).
+        v: values, (b, l, h, v).
+        log_decay: logarithms of the gates, ≤ 0, as the operator takes them; None without decay.
+        write: how strongly a token writes, ≥ 0: Δ of a state-space model, β of the delta rule; (b, l, h[, v]).
+        grid: (height, width) of the image, or None where nobody asked.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    write: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a peer's state dict says: how to build our mixer, and its parameters under our names."""
+
+    dim: int
+    heads: int
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+
+
 class TokenMixer(nn.Module):
     """Tokens (b, l, d) -> tokens (b, l, d). Subclasses choose the stages.
 
-    The four projections are called, never copied: they are the mixer's own module `projections`,
-    or the host's, handed to `forward`. What a mixer adds to them is its own.
+    The four projections are called, never copied: they are the mixer's own module `projections`, or the host's,
+    handed to `forward`. What a mixer adds to them is its own.
+
+    Subclasses set:
+        Config: the frozen configuration, published defaults.
+        plain: the options that make it the plain form, which starts from a host's q, k, v and out; the defaults of
+            `create_mixer(own_projections=False)`.
+        tiny: options that make it small, for tests.
+        output_style: how its result is normed and gated, as options of `stages.outputs.Output`.
+        exceptions: {check: reason} of conformance checks that it is known to fail.
     """
 
     Config: ClassVar[Any] = MixerConfig
+    plain: ClassVar[dict[str, Any]] = {}
     tiny: ClassVar[dict[str, Any]] = {}
+    output_style: ClassVar[dict[str, Any]] = {}
+    exceptions: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__()
         self.config, self.dim, self.heads = config, dim, heads
-        self.projections = Projections(dim) if own_projections else None
+        self._refuse_what_has_no_meaning(own_projections)
+        self.projections = self.own_projections() if own_projections else None
+        self.short_convolution = (
+            ShortConvolution(self.convolved_width, config.short_convolution, causal=config.causality == "causal")
+            if config.short_convolution
+            else None
+        )
+        self.output = Output(
+            dim,
+            heads,
+            self.head_dim,
+            skip=config.skip,
+            norm=config.norm,
+            gate=config.gate,
+            local_convolution=config.local_convolution,
+            **self.output_style,
+        )
+
+    def _refuse_what_has_no_meaning(self, own_projections: bool) -> None:
+        config, name = self.config, type(self).__name__
+        if self.order_free and config.scan != "raster":
+            raise ValueError(f"scan={config.scan!r} has no meaning here: {name} reads in no order.")
+        if config.local_convolution and (config.causality == "causal" or config.scan != "raster"):
+            raise ValueError(
+                f"local_convolution={config.local_convolution} sees neighbours on all sides of the image: it goes with "
+                f"a mixer that is not causal and with scan='raster', not with causality={config.causality!r} and "
+                f"scan={config.scan!r}."
+            )
+        widths, needed = (self.dim, self.dim), (self.key_width, self.value_width)
+        if not own_projections and needed != widths:
+            raise ValueError(
+                f"A host's projections give queries and values of width {self.dim}, and this configuration of {name} "
+                f"needs {needed[0]} and {needed[1]}: use the options of its plain form, {self.plain}."
+            )
+
+    @classmethod
+    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+        """Read the state dict of the paper's own block, or of a library's; see `mixers.load_published`.
+
+        Args:
+            state: its tensors, by their published names.
+            options: what the caller says, for what shapes do not tell; a mixer may need `heads`.
+
+        Raises:
+            ValueError: there is no such loader, or the tensors are not those of such a block.
+        """
+        raise ValueError(f"{cls.__name__} has no published state dict to load.")
+
+    @property
+    def value_width(self) -> int:
+        """Channels of the values, all heads together."""
+        return round(self.dim * self.config.expand)
+
+    @property
+    def key_width(self) -> int:
+        """Channels that to_q and to_k give."""
+        return self.dim
+
+    @property
+    def convolved_width(self) -> int:
+        """Channels that the short convolution sees: q, k and v."""
+        return 2 * self.key_width + self.value_width
 
     @property
     def head_dim(self) -> int:
-        """Channels a head, k = v = d / h."""
-        return self.dim // self.heads
+        """Value channels a head."""
+        return self.value_width // self.heads
+
+    @property
+    def key_dim(self) -> int:
+        """Key channels a head, before the feature map."""
+        return self.key_width // self.heads
+
+    def own_projections(self) -> Projections:
+        """Projections for a mixer that is handed none."""
+        return Projections(self.dim, self.key_width, self.value_width)
 
     def forward(self, x: Tensor, *, grid: tuple[int, int] | None = None, projections: Any = None) -> Tensor:
         """Mix tokens.
@@ -54,16 +205,15 @@ class TokenMixer(nn.Module):
             projections: anything with to_q, to_k, to_v and to_out; needed where the mixer has none of its own.
 
         Raises:
-            ValueError: x is not (b, l, d), the grid does not fit, or there are no projections.
+            ValueError: x is not (b, l, d), the grid does not fit or is missing, or there are no projections.
         """
-        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
-            raise ValueError(f"Expected tokens (b, l ≥ 1, {self.dim}), got {tuple(x.shape)}.")
-        if grid is not None and grid[0] * grid[1] != x.shape[1]:
-            raise ValueError(f"The grid {grid} has {grid[0] * grid[1]} places for {x.shape[1]} tokens.")
         host = self.host(projections)
-        q, k = self.queries_keys(x, host)
-        v = self.split(host.to_v(x))
-        y = self.mix(q, k, v)
+        results = []
+        for order in self.orders(x, grid):
+            streams = self.streams(x if order is None else x[:, order], host, grid)
+            y = self.output(self.mix(streams), streams).to(streams.v.dtype)  # mix may keep float32 for the norm
+            results.append(y if order is None else y[:, inverse(order)])
+        y = sum(results[1:], results[0]) / len(results)
         return call_output(host.to_out, rearrange(y, "b l h v -> b l (h v)"))
 
     def host(self, projections: Any) -> Any:
@@ -76,31 +226,72 @@ class TokenMixer(nn.Module):
             )
         return chosen
 
-    def split(self, x: Tensor) -> Tensor:
-        """(b, l, h·c) -> (b, l, h, c)."""
-        return rearrange(x, "b l (h c) -> b l h c", h=self.heads)
+    def orders(self, x: Tensor, grid: tuple[int, int] | None) -> list[Tensor | None]:
+        """The orders to read tokens x (b, l, d) in, (l,) each; None leaves them as they are."""
+        if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[1] == 0:
+            raise ValueError(f"Expected tokens (b, l ≥ 1, {self.dim}), got {tuple(x.shape)}.")
+        if grid is not None and grid[0] * grid[1] != x.shape[1]:
+            raise ValueError(f"The grid {grid} has {grid[0] * grid[1]} places for {x.shape[1]} tokens.")
+        return scan_orders(self.config.scan, grid, x.device)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What to_q and to_k see, (b, l, d) each; the tokens themselves unless a mixer adds to them."""
         return x, x
 
-    def queries_keys(self, x: Tensor, host: Any) -> tuple[Tensor, Tensor]:
-        """Queries and keys before the feature map, (b, l, h, k) each."""
+    def streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
+        """Projections, short convolution and gates: tokens (b, l, d), in scan order, -> what the operator takes."""
         for_q, for_k = self.inputs(x)
-        return self.split(host.to_q(for_q)), self.split(host.to_k(for_k))
+        q, k, v = host.to_q(for_q), host.to_k(for_k), host.to_v(x)
+        if self.short_convolution is not None:
+            widths = [v.shape[-1], k.shape[-1], q.shape[-1]]
+            v, k, q = self.short_convolution(torch.cat([v, k, q], dim=-1)).split(widths, dim=-1)
+        return self.gates(Streams(x, self.split_keys(q), self.split_keys(k), self.split(v), grid=grid))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Feature map, operator and normalisation: (b, l, h, k), (b, l, h, k), (b, l, h, v) -> (b, l, h, v)."""
+    def gates(self, streams: Streams) -> Streams:
+        """Add `log_decay` and `write`, for mixers that have them."""
+        return streams
+
+    def split(self, x: Tensor) -> Tensor:
+        """(b, l, h·c) -> (b, l, h, c)."""
+        return rearrange(x, "b l (h c) -> b l h c", h=self.heads)
+
+    def split_keys(self, x: Tensor) -> Tensor:
+        """What to_q or to_k gave -> (b, l, h, k)."""
+        return self.split(x)
+
+    def mix(self, streams: Streams) -> Tensor:
+        """Feature map, operator and normalisation -> (b, l, h, v); linear in the values."""
         raise NotImplementedError
 
-    def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """The matrix (b, h, l, l) that `mix` applies to the values, from its formula. Costs l² memory."""
+    def weights(self, streams: Streams) -> Tensor:
+        """The matrix that `mix` applies to the values, from its formula: (b, h, l, l), or (b, h, v, l, l)
+        where every value channel has its own. Costs l² memory."""
+        raise NotImplementedError
+
+    @property
+    def order_free(self) -> bool:
+        """Whether permuting the tokens permutes the output: no causality, decay, rotation or convolution."""
+        config = self.config
+        return config.causality != "causal" and not (config.short_convolution or config.local_convolution)
+
+    @property
+    def positive(self) -> bool:
+        """Whether every weight is ≥ 0."""
         raise NotImplementedError
 
     @property
     def traits(self) -> Traits:
         """What this mixer, as configured, promises."""
-        raise NotImplementedError
+        config = self.config
+        return Traits(
+            causality=config.causality,
+            normalized=config.normalize,
+            positive=self.positive,
+            order_free=self.order_free,
+            repetition_free=self.order_free and config.normalize,
+            linear=True,
+            needs_grid=config.scan != "raster" or config.local_convolution > 0,
+        )
 
     def state_size(self, length: int) -> int:
         """Numbers a causal pass carries from token to token after `length` tokens."""
@@ -108,13 +299,29 @@ class TokenMixer(nn.Module):
 
     def flops(self, length: int) -> int:
         """Multiply-adds × 2 of one forward over `length` tokens, batch 1; elementwise work is not counted."""
-        return 8 * length * self.dim**2 + self.mixing_flops(length)
+        return self.projection_flops(length) + self.mixing_flops(length)
+
+    def projection_flops(self, length: int) -> int:
+        """The share of `flops` of the four projections."""
+        return 4 * length * self.dim * (self.key_width + self.value_width)
 
     def mixing_flops(self, length: int) -> int:
         """The share of `flops` that is not the four projections."""
+        config, width = self.config, self.value_width
+        convolved = config.short_convolution * self.convolved_width + config.local_convolution**2 * width
+        gate = self.dim * width if config.gate else 0
+        return 2 * length * (convolved + gate) + self.operator_flops(length)
+
+    def operator_flops(self, length: int) -> int:
+        """The share of `flops` of the operator."""
         raise NotImplementedError
 
 
 def upcast(dtype: torch.dtype) -> torch.dtype:
     """State and sums are float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def with_values(streams: Streams, v: Tensor) -> Streams:
+    """The same streams with other values."""
+    return replace(streams, v=v)

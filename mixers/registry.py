@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
 
 from mixers import suggest
 from mixers.traits import CAUSALITIES, Causality, Traits
@@ -96,6 +101,29 @@ def _discover() -> None:
         plugin.load()
 
 
+def load_plugin(path: str | Path) -> list[str]:
+    """Run a .py file that registers mixers; returns their names.
+
+    Raises:
+        ValueError: there is no such file, it does not run, or it registers nothing.
+    """
+    _discover()
+    path, before = Path(path), set(_ENTRIES)
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"Cannot load the plug-in {path}: expected a .py file that registers mixers.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"Cannot load the plug-in {path}: {type(error).__name__}: {error}") from error
+    added = sorted(n for n, e in _ENTRIES.items() if e.mixer.__module__ == path.stem or n not in before)
+    if not added:
+        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
+    return added
+
+
 def entry(name: str) -> Entry:
     """Look a mixer up.
 
@@ -152,7 +180,8 @@ def create_mixer(
         heads: number of heads; must divide `dim`.
         causality: None for the mixer's published default.
         normalize: None for the mixer's published default.
-        own_projections: give it to_q, to_k, to_v and to_out of its own; else the forward is handed a host's.
+        own_projections: give it to_q, to_k, to_v and to_out of its own; else the forward is handed a host's, and
+            options that are not given are those of the mixer's plain form, which starts from the host's weights.
         options: the other fields of the mixer's configuration.
 
     Raises:
@@ -179,5 +208,34 @@ def create_mixer(
             )
     if heads <= 0 or dim % heads:
         raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
+    options = options if own_projections else {**found.mixer.plain, **options}
     config = found.config(causality=causality, normalize=normalize, **options)
     return found.mixer(config, dim, heads, own_projections=own_projections)
+
+
+def load_published(name: str, state: Mapping[str, Tensor], **options: Any) -> TokenMixer:
+    """Build a mixer from the state dict of the paper's block as `transformers`, `mamba_ssm` or `fla` save it.
+
+    Args:
+        name: of a mixer that has a loader (`TokenMixer.from_published`).
+        state: the block's tensors, by their published names; floating dtypes are kept.
+        options: those of the configuration that shapes do not tell; also `heads` where a mixer asks for it.
+
+    Raises:
+        ValueError: the mixer has no loader, or a tensor is missing, left over or of another shape; each is named.
+    """
+    found = entry(name)
+    read = found.mixer.from_published(state, options)
+    mixer = create_mixer(name, read.dim, read.heads, **read.options)
+    wanted = mixer.state_dict()
+    faults = [f"{n} is missing" for n in wanted if n not in read.state]
+    faults += [f"{n} is left over" for n in read.state if n not in wanted]
+    faults += [
+        f"{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}"
+        for n, t in read.state.items()
+        if n in wanted and t.shape != wanted[n].shape
+    ]
+    if faults:
+        raise ValueError(f"Cannot load {name} from this state dict: {'; '.join(faults)}.")
+    mixer.to(next(iter(read.state.values())).dtype).load_state_dict(read.state)
+    return mixer

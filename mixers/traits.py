@@ -14,11 +14,12 @@ class Traits:
     """Promises of a mixer as configured.
 
     Attributes:
-        causality: which tokens a token sees.
+        causality: which tokens a token sees, in the order of the scan.
         normalized: the weights of a row sum to one (up to `eps`).
         positive: every weight is ≥ 0.
         order_free: permuting the tokens permutes the output.
         linear: time and memory grow linearly in the number of tokens.
+        repetition_free: repeating every token changes nothing, so it carries over to other resolutions.
         needs_grid: the forward must be told (height, width).
     """
 
@@ -27,4 +28,5 @@ class Traits:
     positive: bool
     order_free: bool
     linear: bool
+    repetition_free: bool = False
     needs_grid: bool = False

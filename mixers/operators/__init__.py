@@ -1,5 +1,15 @@
 """Operators: one matrix per head applied to the values, each in several formulations that must agree."""
 
-from mixers.operators.linear import LinearState, backends, linear_attention, linear_weights
+from mixers.operators.common import backends
+from mixers.operators.linear import linear_attention, linear_weights
+from mixers.operators.scan import selective_scan, selective_scan_weights
+from mixers.operators.state import State
 
-__all__ = ["LinearState", "backends", "linear_attention", "linear_weights"]
+__all__ = [
+    "State",
+    "backends",
+    "linear_attention",
+    "linear_weights",
+    "selective_scan",
+    "selective_scan_weights",
+]

@@ -8,14 +8,30 @@ from torch import Tensor, nn
 
 
 class Projections(nn.Module):
-    """The four projections under diffusers' names; to_q, to_k and to_v have no bias, as in Stable Diffusion."""
+    """The four projections under diffusers' names; to_q, to_k and to_v have no bias, as in Stable Diffusion.
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        dim: model width d.
+        key_width: channels of to_q and to_k; None is d.
+        value_width: channels of to_v, which to_out takes back to d; None is d.
+        key_input: channels that to_q and to_k see; None is d.
+        bias: whether to_out has one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        key_input: int | None = None,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.Linear(dim, dim)
+        key_width, value_width, key_input = (w or dim for w in (key_width, value_width, key_input))
+        self.to_q = nn.Linear(key_input, key_width, bias=False)
+        self.to_k = nn.Linear(key_input, key_width, bias=False)
+        self.to_v = nn.Linear(dim, value_width, bias=False)
+        self.to_out = nn.Linear(value_width, dim, bias=bias)
 
 
 def call_output(to_out: Any, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers.registry import list_mixers
+from mixers.testing.inputs import Inputs
 from mixers.testing.run import Configuration, configurations
 
 
@@ -20,6 +21,12 @@ def linear_inputs(draw: Any, max_length: int = 150) -> tuple[Tensor, Tensor, Ten
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     q, k, v = (torch.randn(*shape, width, generator=generator, dtype=torch.float64) for width in (key, key, value))
     return q.exp(), k.exp(), v
+
+
+@st.composite
+def inputs(draw: Any, max_length: int = 70) -> Inputs:
+    """What a check feeds a mixer or an operator: any length, batch and seed."""
+    return Inputs((draw(st.integers(1, max_length)),), draw(st.integers(1, 3)), draw(st.integers(0, 2**31 - 1)))
 
 
 def cuts(length: int, most: int = 4) -> st.SearchStrategy[list[int]]:

@@ -44,5 +44,5 @@ class LinFusion(LinearAttention):
         return self.for_q(x), self.for_k(x)
 
     def mixing_flops(self, length: int) -> int:
-        """Linear attention's, and the two MLPs'."""
+        """Those of linear attention, and the two MLPs'."""
         return super().mixing_flops(length) + 8 * length * self.dim * self.mid_dim

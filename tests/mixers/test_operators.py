@@ -11,8 +11,12 @@ from mixers import operators
 from mixers.operators.linear.chunked import CHUNK
 from mixers.testing import strategies
 from mixers.testing.tolerances import assert_close
+from mixers.traits import CAUSALITIES
 
 LENGTHS = (1, 2, 63, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+
+
+DECAYS = {"none": None, "fixed": "h", "scalar": "blh", "vector": "blhk"}
 
 
 def inputs(length: int, heads: int = 2, key: int = 5, value: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -22,29 +26,90 @@ def inputs(length: int, heads: int = 2, key: int = 5, value: int = 3, seed: int 
     return [(t.exp() if positive else t).requires_grad_() for t, (_, positive) in zip(made, shapes, strict=True)]
 
 
-def same(backend: str, truth: str, length: int, **settings: object) -> None:
-    outcomes = []
-    for name in (backend, truth):
-        q, k, v = inputs(length)
-        y = operators.linear_attention(q, k, v, backend=name, **settings)
+def gates(shape: str | None, length: int, heads: int = 2, key: int = 5) -> list[torch.Tensor]:
+    """[log decay] between −1e-6 and −50 a step, or nothing."""
+    if shape is None:
+        return []
+    sizes = {"b": 2, "l": length, "h": heads, "k": key}
+    spread = torch.empty([sizes[axis] for axis in shape], dtype=torch.float64).uniform_(-13.8, 3.9)
+    return [(-spread.exp()).requires_grad_()]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("causality", CAUSALITIES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_formulations_agree(decay: str, causality: str, normalize: bool, length: int) -> None:
+    outcomes = {}
+    for backend in ("dense", "recurrent", "chunked"):
+        tensors = [*inputs(length), *gates(DECAYS[decay], length)]
+        y = operators.linear_attention(
+            *tensors, causality=causality, normalize=normalize, eps=1e-3, scale=0.3, backend=backend
+        )
         weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-        outcomes.append((y, *torch.autograd.grad((y * weighting).sum(), (q, k, v))))
-    for what, got, wanted in zip(("y", "dq", "dk", "dv"), *outcomes, strict=True):
-        assert_close(got, wanted, what=f"{backend} against {truth}, {what}, l = {length}")
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("normalize", [True, False])
-def test_causal_formulations_agree(length: int, normalize: bool) -> None:
+        outcomes[backend] = (y, *torch.autograd.grad((y * weighting).sum(), tensors))
     for backend in ("recurrent", "chunked"):
-        same(backend, "dense", length, causality="causal", normalize=normalize, eps=1e-3, scale=0.3)
+        for what, got, wanted in zip(("y", "dq", "dk", "dv", "dg"), outcomes[backend], outcomes["dense"], strict=False):
+            assert_close(got, wanted, what=f"{backend} against dense, {what}")
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("causality", ["noncausal", "bidirectional"])
-def test_two_products_agree_with_dense(length: int, normalize: bool, causality: str) -> None:
-    same("chunked", "dense", length, causality=causality, normalize=normalize, eps=1e-3, scale=0.3)
+@pytest.mark.parametrize("decay", ["fixed", "scalar", "vector"])
+def test_the_formula_with_decay_is_written_out_once_more(decay: str, normalize: bool, causality: str) -> None:
+    """The definition in loops, independent of every formulation."""
+    q, k, v = (t.detach() for t in inputs(7))
+    (log_decay,) = (g.detach() for g in gates(DECAYS[decay], 7))
+    settings = {"causality": causality, "normalize": normalize, "eps": 0.1, "scale": 0.3}
+    y = operators.linear_attention(q, k, v, log_decay, **settings)
+    matrix = operators.linear_weights(q, k, log_decay, **settings)
+    a = (log_decay if decay == "vector" else log_decay.expand(2, 7, 2)[..., None].expand_as(q)).exp()
+    for i in range(7):
+        row = torch.zeros(2, 2, 7, dtype=torch.float64)
+        for j in range(7):
+            if causality == "noncausal":
+                visible = a[:, j]
+            elif j <= i:
+                visible = a[:, j + 1 : i + 1].prod(1)
+            elif causality == "bidirectional":
+                visible = a[:, i:j].prod(1)
+            else:
+                continue
+            row[:, :, j] = (q[:, i] * k[:, j] * visible).sum(-1)
+        if normalize:
+            row = row / 7 if causality == "noncausal" else row
+            row = row / (row.sum(-1, keepdim=True) + 0.1)
+        else:
+            row = row * 0.3
+        assert_close(matrix[:, :, i], row, what=f"row {i}")
+        assert_close(y[:, i], torch.einsum("bhj,bjhv->bhv", row, v), what=f"token {i}")
+
+
+@pytest.mark.parametrize("decay", ["fixed", "scalar", "vector"])
+def test_chunked_is_exact_in_float32_for_any_mix_of_decays(decay: str) -> None:
+    q, k, v = (t.detach() for t in inputs(500))
+    (log_decay,) = (g.detach() for g in gates(DECAYS[decay], 500))
+    settings = {"causality": "causal", "normalize": False}
+    truth = operators.linear_attention(q, k, v, log_decay, **settings, backend="recurrent")
+    single = (t.float() for t in (q, k, v, log_decay))
+    error = operators.linear_attention(*single, **settings).double() - truth
+    assert error.abs().max() < 1e-5 * truth.abs().max()
+
+
+def test_backward_keeps_no_state_for_every_token() -> None:
+    length, key, value = 512, 32, 32
+    q, k, v = (torch.rand(1, length, 1, width, requires_grad=True) for width in (key, key, value))
+    log_decay = -torch.rand(1, length, 1, key)
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        operators.linear_attention(q, k, v, log_decay, causality="causal")
+    assert max(kept.values()) <= length * (value + 1) * 4, "a tensor of the size l × k × v is kept"
+    assert sum(kept.values()) < length * key * value
 
 
 @pytest.mark.parametrize("causality", ["causal", "noncausal"])
@@ -65,14 +130,15 @@ def test_the_formula_is_written_out_once_more(causality: str, normalize: bool) -
     edges=strategies.cuts(140),
     normalize=st.booleans(),
     backend=st.sampled_from(["recurrent", "chunked", "dense"]),
+    decay=st.sampled_from(["none", "scalar", "vector"]),
 )
-def test_streaming_in_any_parts_equals_one_pass(edges: list[int], normalize: bool, backend: str) -> None:
-    q, k, v = (t.detach() for t in inputs(140, heads=1))
+def test_streaming_in_any_parts_equals_one_pass(edges: list[int], normalize: bool, backend: str, decay: str) -> None:
+    tensors = [t.detach() for t in (*inputs(140, heads=1), *gates(DECAYS[decay], 140, heads=1))]
     settings = {"causality": "causal", "normalize": normalize, "eps": 1e-3}
-    whole = operators.linear_attention(q, k, v, **settings)
+    whole = operators.linear_attention(*tensors, **settings)
     state, parts = None, []
     for start, stop in pairwise(edges):
-        part = (t[:, start:stop] for t in (q, k, v))
+        part = (t[:, start:stop] for t in tensors)
         y, state = operators.linear_attention(
             *part, **settings, initial_state=state, return_state=True, backend=backend
         )
@@ -130,7 +196,6 @@ def test_a_state_of_another_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "recurrent"}, "causal only"),
         ({"backend": "triton"}, "not implemented yet"),
         ({"backend": "fastest"}, "no such backend"),
         ({"causality": "acausal"}, "Unknown causality"),
@@ -140,8 +205,8 @@ def test_a_state_of_another_kind_is_refused() -> None:
 def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         operators.linear_attention(*inputs(3), **settings)
-    with pytest.raises(NotImplementedError):
-        operators.linear_attention(*inputs(3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"log_decay None, \(h,\)"):
+        operators.linear_attention(*inputs(3), torch.zeros(3))
     with pytest.raises(ValueError, match="Expected q and k"):
         q, k, v = inputs(3)
         operators.linear_attention(q, k[:, :2], v)

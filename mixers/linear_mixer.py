@@ -1,0 +1,114 @@
+"""Mixers whose operator is `linear_attention`: feature map, gates, sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from torch import Tensor
+
+from mixers import operators
+from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
+from mixers.stages.feature_maps import FEATURE_MAPS, feature_map
+
+
+@dataclass(frozen=True)
+class LinearConfig(MixerConfig):
+    """Options of every mixer on `linear_attention`.
+
+    Attributes:
+        feature_map: φ = ψ; None is the published one or, where that is signed and the mixer normalised, elu+1.
+        eps: added to the mean weight where normalised, with decay to the decayed sum.
+        backend: of the operator.
+    """
+
+    feature_map: str | None = None
+    eps: float = 1e-6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps < 0:
+            raise ValueError(f"Expected eps ≥ 0, got {self.eps}.")
+
+
+class LinearMixer(TokenMixer):
+    """W = (φ(q) φ(k)ᵀ) ⊙ L. Subclasses give the gates, if there are any, and the scale.
+
+    Subclasses set:
+        published_map: the feature map of the paper.
+        decays: whether `gates` gives a log decay.
+    """
+
+    Config: ClassVar[Any] = LinearConfig
+    published_map: ClassVar[str] = "identity"
+    decays: ClassVar[bool] = False
+
+    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+        self._map = feature_map(self.map_name(config), config.normalize)
+        super().__init__(config, dim, heads, own_projections=own_projections)
+
+    @classmethod
+    def map_name(cls, config: Any) -> str:
+        """The feature map in force: the named one, else the published one, else elu+1 where it has to be positive."""
+        if config.feature_map is not None:
+            return cast(str, config.feature_map)
+        fits = FEATURE_MAPS[cls.published_map].positive or not config.normalize
+        return cls.published_map if fits else "elu_plus_one"
+
+    def mix(self, streams: Streams) -> Tensor:
+        """W v, (b, l, h, v)."""
+        q, k = self.features(streams)
+        mixed = operators.linear_attention(
+            q, k, streams.v, streams.log_decay, backend=self.config.backend, **self._settings()
+        )
+        return cast(Tensor, mixed)
+
+    def weights(self, streams: Streams) -> Tensor:
+        """(b, h, l, l), from the formula."""
+        q, k = self.features(streams)
+        return operators.linear_weights(q, k, streams.log_decay, **self._settings())
+
+    def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        """φ(q) and φ(k), the latter times `write` where there is one: (b, l, h, k) each, float32 at least."""
+        dtype = upcast(streams.q.dtype)
+        q, k = self._map.apply(streams.q.to(dtype)), self._map.apply(streams.k.to(dtype))
+        return q, k if streams.write is None else k * streams.write[..., None]
+
+    @property
+    def scale(self) -> float:
+        """Factor of unnormalised weights: a constant of the mixer, never of the number of tokens."""
+        return 1.0
+
+    def _settings(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "causality": config.causality,
+            "normalize": config.normalize,
+            "eps": config.eps,
+            "scale": self.scale,
+        }
+
+    @property
+    def order_free(self) -> bool:
+        """Whether permuting the tokens permutes the output: decay has an order unless the mixer is non-causal."""
+        return super().order_free and not (self.decays and self.config.causality == "bidirectional")
+
+    @property
+    def positive(self) -> bool:
+        """Whether every weight is ≥ 0: the feature map's are."""
+        return self._map.positive
+
+    @property
+    def features_dim(self) -> int:
+        """Channels a head after the feature map."""
+        return self.key_dim
+
+    def state_size(self, length: int) -> int:
+        """h·k·(v + 1): the same after any number of tokens; one column less unnormalised."""
+        return self.heads * self.features_dim * (self.head_dim + int(self.config.normalize))
+
+    def operator_flops(self, length: int) -> int:
+        """Two products of l × k by k × v; with an order also the triangles of blocks of 64 tokens."""
+        width = self.head_dim + int(self.config.normalize)
+        return self.heads * operators.linear.flops(length, self.features_dim, width, self.config.causality, self.decays)

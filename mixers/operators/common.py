@@ -1,0 +1,105 @@
+"""What every operator shares: the choice of a formulation, precision, normalisation, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixers.operators.state import State
+from mixers.suggest import hint
+from mixers.traits import CAUSALITIES
+
+FORMULATIONS = ("dense", "recurrent", "chunked")
+BRIDGES = ("triton", "fla", "mamba_ssm")
+
+
+def backends() -> dict[str, str]:
+    """Every backend of the operators -> "available", or the reason why it cannot run here."""
+    found = dict.fromkeys(FORMULATIONS, "available")
+    for name in BRIDGES:
+        here = importlib.util.find_spec(name) is not None
+        found[name] = "not implemented yet" if here else "not implemented yet, and the package is not installed"
+    return found
+
+
+def choose(formulations: Mapping[str, Any], backend: str) -> Any:
+    """The formulation of that name; `auto` is `chunked`.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    chosen = formulations.get("chunked" if backend == "auto" else backend)
+    if chosen is None:
+        reason = backends().get(backend, "no such backend" + hint(backend, backends()))
+        raise ValueError(
+            f"backend={backend!r} cannot run: {reason}. Expected auto or one of {', '.join(formulations)}."
+        )
+    return chosen
+
+
+def check_causality(causality: str, initial_state: State | None, return_state: bool) -> None:
+    """Refuse an unknown causality, and a state where there is no stream.
+
+    Raises:
+        ValueError: either.
+    """
+    if causality not in CAUSALITIES:
+        raise ValueError(f"Unknown causality {causality!r}: expected one of {', '.join(CAUSALITIES)}.")
+    if causality != "causal" and (initial_state is not None or return_state):
+        raise ValueError(f"A state is carried by causal passes only, got causality={causality!r}.")
+
+
+def check_state(initial_state: State | None, expected: tuple[int, ...], axes: str) -> None:
+    """Refuse a state of another shape.
+
+    Raises:
+        ValueError: its memory is not `expected`, whose axes are named in `axes`.
+    """
+    if initial_state is not None and initial_state.memory.shape != expected:
+        raise ValueError(
+            f"Expected initial_state.memory {axes} = {expected}, got {tuple(initial_state.memory.shape)}: "
+            "a state fits the batch, heads and normalize it was made with."
+        )
+
+
+def precision(*tensors: Tensor) -> torch.dtype:
+    """The dtype of state and sums: the widest of the inputs, float32 at least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for the device of a tensor: it would run the sums over tokens in half precision."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """(…, v) -> (…, v + 1): a column of ones, which the weights turn into their row sums."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def divide_by_ones(y: Tensor, eps: float) -> Tensor:
+    """(…, v + 1) -> (…, v): values over what became of the column of ones, plus eps."""
+    return y[..., :-1] / (y[..., -1:] + eps)
+
+
+def both_directions(causal: Callable[..., Tensor], *streams: Tensor) -> Tensor:
+    """A causal pass plus a strictly anti-causal one: the diagonal is counted once. (b, l, h, ·).
+
+    Args:
+        causal: called as causal(*streams, diagonal=...); with diagonal=False a token does not see itself.
+            In the reversed order each token decays the state with its own gate before it reads, which is the
+            reverse pass that is wanted: L_ij = ∏_{t=i..j−1} a_t for j > i.
+        streams: (b, l, …) each.
+    """
+    ahead = causal(*streams, diagonal=True)
+    return ahead + causal(*(s.flip(1) for s in streams), diagonal=False).flip(1)

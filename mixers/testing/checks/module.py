@@ -1,0 +1,71 @@
+"""Promises as a torch module: whose projections it calls, how it is copied, saved and built."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from mixers.mixer import TokenMixer
+from mixers.testing.inputs import Inputs, rebuilt, run
+from mixers.testing.tolerances import assert_close
+
+
+def fits_a_host(mixer: TokenMixer) -> bool:
+    """Whether it can be handed projections of the model's width."""
+    return mixer.config.scan != "cross" and (mixer.key_width, mixer.value_width) == (mixer.dim, mixer.dim)
+
+
+def check_projections_are_called(mixer: TokenMixer, inputs: Inputs) -> None:
+    """Handed a host's projections, each part of each is called once; nothing of them is kept."""
+    x, host = inputs.tokens(mixer, max(inputs.lengths)), mixer.host(None)
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(t: Tensor) -> Tensor:
+            calls[name] += 1
+            return module(t)
+
+        return call
+
+    parts = {name: counted(name, getattr(host, name)) for name in ("to_q", "to_k", "to_v")}
+    last = [counted("to_out", host.to_out), counted("dropout", torch.nn.Identity())]
+    mounted = rebuilt(mixer, own_projections=False)
+    assert_close(run(mounted, x, SimpleNamespace(**parts, to_out=last)), run(mixer, x), what="with a host's")
+    wanted = dict.fromkeys(("to_q", "to_k", "to_v", "to_out", "dropout"), 1)
+    assert calls == wanted, f"calls of the projections: {dict(calls)}, expected one each"
+    assert not any(name.startswith("projections.") for name in mounted.state_dict()), "has projections of its own"
+
+
+def check_deterministic_copies(mixer: TokenMixer, inputs: Inputs) -> None:
+    """The same input gives the same output, also from a deep copy."""
+    x = inputs.tokens(mixer, max(inputs.lengths))
+    y = run(mixer, x)
+    assert torch.equal(run(mixer, x), y) and torch.equal(run(copy.deepcopy(mixer), x), y)
+
+
+def check_saved_and_loaded(mixer: TokenMixer, inputs: Inputs) -> None:
+    """The configuration as JSON and the state without pickled code rebuild the mixer to the last bit."""
+    config = type(mixer.config)(**json.loads(json.dumps(mixer.config.to_dict())))
+    assert config == mixer.config, "the configuration does not survive JSON"
+    buffer = io.BytesIO()
+    torch.save(mixer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = type(mixer)(config, mixer.dim, mixer.heads).double()
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    x = inputs.tokens(mixer, max(inputs.lengths))
+    assert torch.equal(run(fresh, x), run(mixer, x)), "the rebuilt mixer gives another output"
+
+
+def check_meta_construction(mixer: TokenMixer, inputs: Inputs) -> None:
+    """The mixer can be built on the meta device, for structure without memory."""
+    with torch.device("meta"):
+        ghost = type(mixer)(mixer.config, mixer.dim, mixer.heads)
+    devices = {t.device.type for t in (*ghost.parameters(), *ghost.buffers())}
+    assert devices == {"meta"}, f"built on {', '.join(sorted(devices))}"

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mixers.published import Published
 from mixers.stages.convolutions import ShortConvolution
 from mixers.stages.directions import SCANS, inverse, scan_orders
 from mixers.stages.outputs import Output
@@ -83,16 +84,6 @@ class Streams:
     log_decay: Tensor | None = None
     write: Tensor | None = None
     grid: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a peer's state dict says: how to build our mixer, and its parameters under our names."""
-
-    dim: int
-    heads: int
-    options: dict[str, Any]
-    state: dict[str, Tensor]
 
 
 class TokenMixer(nn.Module):

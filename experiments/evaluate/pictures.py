@@ -53,4 +53,6 @@ def mixing_matrix(setting: Setting, adapter: MixerAdapter, size: int) -> Tensor:
             setting.pipe.unet(noisy, steps, text)
         finally:
             hook.remove()
-        return structure.mixing_matrix(adapter.mixers[site], seen[0], projections=attention)[0, 0].float().cpu()
+        weights = structure.mixing_matrix(adapter.mixers[site], seen[0], projections=attention)[0, 0]
+    weights = weights if weights.ndim == 2 else weights[0]  # where every value channel has its own: the first
+    return weights.float().cpu()

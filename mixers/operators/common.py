@@ -64,7 +64,7 @@ def check_state(initial_state: State | None, expected: tuple[int, ...], axes: st
     if initial_state is not None and initial_state.memory.shape != expected:
         raise ValueError(
             f"Expected initial_state.memory {axes} = {expected}, got {tuple(initial_state.memory.shape)}: "
-            "a state fits the batch, heads and normalize it was made with."
+            "a state fits the batch, the heads and the switches it was made with."
         )
 
 

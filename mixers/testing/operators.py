@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.operators import (
+    delta_rule,
+    delta_rule_weights,
     linear_attention,
     linear_weights,
     selective_scan,
@@ -37,6 +39,7 @@ class OperatorCase:
         over_tokens: the names of the tensors that have an axis of tokens, their second.
         causalities, normalizations: what it can be asked for; (None,) where it takes no `normalize`.
         settings: what every call gets besides.
+        skip: the name of a tensor D with the result's channels, where the result is W v + D · v.
     """
 
     name: str
@@ -48,6 +51,7 @@ class OperatorCase:
     causalities: tuple[Causality, ...] = CAUSALITIES
     normalizations: tuple[bool | None, ...] = (True, False)
     settings: dict[str, Any] = field(default_factory=dict)
+    skip: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -65,7 +69,7 @@ class OperatorCase:
 
     def matrix(self, tensors: Tensors, **switches: Any) -> Tensor:
         """Its matrix from the formula."""
-        return self.weights(**{n: t for n, t in tensors.items() if n != self.values}, **switches)
+        return self.weights(**{n: t for n, t in tensors.items() if n not in (self.values, self.skip)}, **switches)
 
 
 FORMULATIONS = ("dense", "recurrent", "chunked")
@@ -92,7 +96,8 @@ def _scan(generator: torch.Generator, b: int, length: int, k: int = KEY, v: int 
     normal = _normal(generator, b, length)
     rates = torch.empty(HEADS, v, k, dtype=torch.float64).uniform_(-3, 1, generator=generator)
     step = -_spread(generator, b, length, HEADS, v)
-    return {"u": normal(v), "dt": step, "A": -rates.exp(), "B": normal(k).exp(), "C": normal(k).exp()}
+    skip = torch.randn(HEADS, v, generator=generator, dtype=torch.float64)
+    return {"u": normal(v), "dt": step, "A": -rates.exp(), "B": normal(k).exp(), "C": normal(k).exp(), "D": skip}
 
 
 def _delta(decay: str) -> Make:
@@ -118,8 +123,28 @@ def _cases() -> Iterator[OperatorCase]:
         yield OperatorCase(name, linear_attention, linear_weights, _linear(decay), over, settings=settings)
     over = ("u", "dt", "B", "C")
     yield OperatorCase(
-        selective_scan.__name__, selective_scan, selective_scan_weights, _scan, over, values="u", settings=settings
+        selective_scan.__name__,
+        selective_scan,
+        selective_scan_weights,
+        _scan,
+        over,
+        values="u",
+        settings=settings,
+        skip="D",
     )
+    for decay in ("", "h", "blh"):
+        over = ("q", "k", "v", "beta") + (("log_decay",) if "l" in decay else ())
+        name = delta_rule.__name__ + (f" with log_decay ({', '.join(decay)})" if decay else "")
+        yield OperatorCase(
+            name,
+            delta_rule,
+            delta_rule_weights,
+            _delta(decay),
+            over,
+            causalities=("causal", "bidirectional"),
+            normalizations=(None,),
+            settings={"scale": 0.3},
+        )
 
 
 OPERATORS: dict[str, OperatorCase] = {case.name: case for case in _cases()}
@@ -137,10 +162,13 @@ def check_formulations_agree(case: OperatorCase, inputs: Inputs) -> None:
 
 
 def check_equals_its_matrix(case: OperatorCase, inputs: Inputs) -> None:
-    """The result is the matrix from the formula, times the values."""
+    """The result is the matrix from the formula, times the values, and what is skipped past it."""
     for length, switches in itertools.product(inputs.lengths, case.switches()):
         tensors = case.inputs(inputs, length)
-        wanted = apply_matrix(case.matrix(tensors, **switches), tensors[case.values])
+        values = tensors[case.values]
+        wanted = apply_matrix(case.matrix(tensors, **switches), values)
+        if case.skip is not None:
+            wanted = wanted + tensors[case.skip] * values
         assert_close(case.run(**tensors, **switches), wanted, what=f"result at l = {length}, {_told(switches)}")
 
 
@@ -247,7 +275,8 @@ def _outcome(case: OperatorCase, inputs: Inputs, length: int, **switches: Any) -
     tensors = {n: t.requires_grad_() for n, t in case.inputs(inputs, length).items()}
     y = case.run(**tensors, **switches)
     weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-    gradients = torch.autograd.grad((y * weighting).sum(), list(tensors.values()))
+    loss, leaves = (y * weighting).sum(), list(tensors.values())
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return {"y": y, **{f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}}
 
 

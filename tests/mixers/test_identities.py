@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixers import create_mixer, list_mixers, structure
+from mixers import create_mixer, list_mixers, registry, structure
 from mixers.operators import linear_attention
 from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
@@ -85,7 +85,7 @@ def test_elu_plus_one_keeps_small_values_and_finite_gradients() -> None:
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_mixing_matrix_takes_a_hosts_projections(name: str) -> None:
-    own = create_mixer(name, 12, 2).double()
+    own = create_mixer(name, 12, 2, **registry.entry(name).mixer.plain).double()
     mounted = create_mixer(name, 12, 2, own_projections=False).double()
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, 5, 12)

@@ -185,7 +185,7 @@ def test_autocast_does_not_reach_the_sums(causality: str) -> None:
 def test_a_state_of_another_kind_is_refused() -> None:
     q, k, v = inputs(3)
     _, state = operators.linear_attention(q, k, v, causality="causal", return_state=True)
-    with pytest.raises(ValueError, match="normalize it was made with"):
+    with pytest.raises(ValueError, match="switches it was made with"):
         operators.linear_attention(q, k, v, causality="causal", normalize=False, initial_state=state)
     with pytest.raises(ValueError, match="batch, heads"):
         operators.linear_attention(q[:1], k[:1], v[:1], causality="causal", initial_state=state)

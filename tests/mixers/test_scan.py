@@ -244,7 +244,7 @@ def test_a_state_is_float32_and_fits_what_it_was_made_with() -> None:
     tensors = [t.detach().half() for t in inputs(3)]
     _, state = scan(*tensors, return_state=True)
     assert state.memory.dtype == torch.float32
-    with pytest.raises(ValueError, match="normalize it was made with"):
+    with pytest.raises(ValueError, match="switches it was made with"):
         scan(*tensors, normalize=True, initial_state=state)
     with pytest.raises(ValueError, match="causal passes only"):
         scan(*tensors, causality="noncausal", initial_state=state)

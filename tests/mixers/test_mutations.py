@@ -1,0 +1,117 @@
+"""The suite catches broken operators: each mutation changes one thing in one formulation, and has to fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mixers.operators import delta, linear, scan
+from mixers.testing import Inputs
+from mixers.testing.operators import OPERATORS, check_operator
+
+_UNIQUE = itertools.count()
+FUNCTIONS = {linear: "linear_attention", scan: "selective_scan", delta: "delta_rule"}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of the source of one formulation."""
+
+    operator: ModuleType
+    file: str
+    what: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.operator.__name__.split('.')[-1]}-{self.file}-{self.what}".replace(" ", "_")
+
+
+MUTATIONS = [
+    Mutation(
+        linear,
+        "dense",
+        "mask off by one",
+        "segment_sums(log_decay).exp().tril()",
+        "segment_sums(log_decay).exp().tril(-1)",
+    ),
+    Mutation(linear, "dense", "reverse decay a step late", "log_decay[:, :1], log_decay[:, :-1]", "log_decay"),
+    Mutation(linear, "recurrent", "decay after the write", "memory = kept + k", "memory = memory + k"),
+    Mutation(linear, "recurrent", "reads before it writes", "memory if diagonal else kept", "kept"),
+    Mutation(
+        linear, "chunked", "mask off by one", "k.transpose(-1, -2)).tril() @ v", "k.transpose(-1, -2)).tril(-1) @ v"
+    ),
+    Mutation(linear, "chunked", "keys decay a step late", "_after(first(g)).exp()", "first(g).cumsum(-2).exp()"),
+    Mutation(linear, "chunked", "state does not decay", "keep * memory + addition", "memory + addition"),
+    Mutation(
+        linear, "chunked", "queries miss their own gate", "read = q * g.cumsum(-2)", "read = q * (g.cumsum(-2) - g)"
+    ),
+    Mutation(linear, "chunked", "sum instead of mean", "k / k.shape[1]", "k"),
+    Mutation(linear, "chunked", "smallest halves left out", "while half >= 1:", "while half > 1:"),
+    Mutation(linear, "__init__", "eps on the sum, not the mean", "normalize and gates is None", "False"),
+    Mutation(linear, "__init__", "gate of the token before", "k * gates.exp()", "k * gates.roll(1, 1).exp()"),
+    Mutation(scan, "dense", "decay a step early", "rows.tril(-1).cumsum(-2)", "rows.tril().cumsum(-2)"),
+    Mutation(scan, "dense", "weights without the step", "total * dt.permute(0, 2, 3, 1)[..., None, :]", "total"),
+    Mutation(scan, "recurrent", "decay after the write", "memory = kept + _addition", "memory = memory + _addition"),
+    Mutation(scan, "__init__", "eps outside the fraction", "values / (ones + eps)", "values / ones + eps"),
+    Mutation(scan, "__init__", "skip taken off", "y if D is None else y + D", "y if D is None else y - D"),
+    Mutation(
+        scan, "chunked", "decay a step late", "(A * dt).exp().unbind(-1)", "(A * dt.roll(1, -1)).exp().unbind(-1)"
+    ),
+    Mutation(scan, "chunked", "chunk before does not decay", "dt.cumsum(-1)).exp()", "(0 * dt)).exp()"),
+    Mutation(scan, "chunked", "weights without the gate", "(A[..., None] * dt).exp() * (dt * u) * B", "(dt * u) * B"),
+    Mutation(delta, "dense", "reads before it erases", "rows - column[..., None]", "rows - 0 * column[..., None]"),
+    Mutation(delta, "recurrent", "erases before it decays", "k[:, i], decayed)", "k[:, i], memory)"),
+    Mutation(delta, "recurrent", "writes without strength", "writer * v[", "k[:, i, :, :, None] * v["),
+    Mutation(delta, "chunked", "mask off by one", "tril(0 if diagonal else -1)", "tril(-1)"),
+    Mutation(
+        delta,
+        "chunked",
+        "decay a step late",
+        "since_start = g.cumsum(-2).exp()",
+        "since_start = (g.cumsum(-2) - g).exp()",
+    ),
+    Mutation(delta, "chunked", "system without decay", "(k @ k.mT) * decay", "(k @ k.mT)"),
+]
+
+
+def mutated(mutation: Mutation) -> ModuleType:
+    """The formulation's module, made anew from its changed source."""
+    path = Path(inspect.getfile(mutation.operator)).parent / f"{mutation.file}.py"
+    source = path.read_text(encoding="utf-8")
+    assert source.count(mutation.old) == 1, f"{path.name} has {source.count(mutation.old)} times {mutation.old!r}"
+    source = source.replace(mutation.old, mutation.new).replace('opaque("', f'opaque("mutant_{next(_UNIQUE)}_')
+    name = f"{mutation.operator.__name__}.{mutation.file}"
+    spec = importlib.util.spec_from_loader(name, loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_a_mutation_is_caught(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = mutated(mutation)
+    if mutation.file == "__init__":
+        (entry,) = (n for n in vars(mutation.operator) if n == FUNCTIONS[mutation.operator])
+        run = getattr(module, entry)
+    else:
+        monkeypatch.setitem(mutation.operator._FORMULATIONS, mutation.file, module)
+        run = None
+    caught = []
+    for case in OPERATORS.values():
+        if case.name.split()[0] != FUNCTIONS[mutation.operator]:
+            continue
+        chosen = replace(case, run=run) if run else case
+        try:
+            check_operator(chosen, Inputs((1, 2, 65), batch=1))
+        except (AssertionError, RuntimeError) as error:
+            caught.append(f"{case.name}: {error}")
+    assert caught, f"nothing noticed: {mutation.what}"
+    print(f"{mutation}: {caught[0]}")

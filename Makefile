@@ -12,16 +12,23 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 RUN_PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-deep parity check format clean
 
 help: ## Show these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  \1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  \1\t/' | expand -t 12
 
 demo: .venv/.installed ## Run the small ablation on the embedded teacher and write its report
 	$(BIN)/mixlab ablate demo --out runs/demo
 
 test: .venv/.installed ## Run all tests
 	$(RUN_PYTEST)
+
+test-deep: .venv/.installed ## Run the mixers' tests with 1,000 random examples a check, on every configuration (hours)
+	$(RUN_PYTEST) --hypothesis-profile=deep tests/mixers
+
+parity: .venv/.installed ## Install the libraries that ours is compared with (300 MB), and compare
+	$(PIP) -c constraints.txt -e '.[test,parity]'
+	$(RUN_PYTEST) tests/parity
 
 check: .venv/.installed-dev ## Formatting, lint, types and the fast tests
 	$(BIN)/ruff format --check .

@@ -3,5 +3,6 @@
 from unet_adapters.adapter import MixerAdapter
 from unet_adapters.capture import capture_outputs
 from unet_adapters.sites import Site, find_sites
+from unet_adapters.stamp import load_unet
 
-__all__ = ["MixerAdapter", "Site", "capture_outputs", "find_sites"]
+__all__ = ["MixerAdapter", "Site", "capture_outputs", "find_sites", "load_unet"]

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from mixers import TokenMixer
 from unet_adapters import checkpoint
 from unet_adapters.attention import MixerAttention
 from unet_adapters.checkpoint import Recipe
 from unet_adapters.checks import check_host, check_not_fused, check_site
+from unet_adapters.grid import tell_grids
 from unet_adapters.sites import Select, Site, find_sites, resolve_unet
+from unet_adapters.stamp import stamp, unstamp
+from unet_adapters.status import SiteStatus, Status, tokens_at
 from unet_adapters.student import MIXER, PROJECTIONS, Student, copy_projections, follow, swap_in, swap_out
 
 
@@ -41,20 +45,30 @@ class MixerAdapter:
         mixers: the mixer of each site, by site name.
     """
 
-    def __init__(self, unet: nn.Module, sites: list[Site], recipes: dict[str, Recipe], train_projections: bool):
+    def __init__(
+        self,
+        unet: nn.Module,
+        sites: list[Site],
+        recipes: dict[str, Recipe],
+        train_projections: bool,
+        min_tokens: int = 0,
+    ):
         self.unet = unet
         self.sites = sites
+        self.min_tokens = min_tokens
         self._names = {site.name: recipes[site.name].mixer for site in sites}
         self.mixers: dict[str, TokenMixer] = {site.name: recipes[site.name].make(site) for site in sites}
         self.train_projections = train_projections
         self.student = Student()
         self._originals: dict[tuple[str, str], dict[str, nn.Parameter]] = {}
+        self._hooks: list[RemovableHandle] = []
         for site in sites:
             attn = self._layer(site)
             self.student.place(f"{site.name}.{MIXER}", self.mixers[site.name])
             for name, holder in copy_projections(attn, site).items() if train_projections else ():
                 self.student.place(f"{site.name}.{name}", holder)
         self._dtype = _host_dtype(unet)
+        self._pixels = 8  # a side of a latent's place in pixels, as of Stable Diffusion's autoencoders
         self.student.to(device=next(unet.parameters()).device, dtype=self._dtype).requires_grad_(True)
 
     @classmethod
@@ -67,6 +81,7 @@ class MixerAdapter:
         causality: str | None = None,
         normalize: bool | None = None,
         train_projections: bool = True,
+        min_tokens: int = 0,
         **options: Any,
     ) -> MixerAdapter:
         """Make an adapter for a UNet; nothing of the UNet is changed, and nothing is mounted.
@@ -78,6 +93,8 @@ class MixerAdapter:
             causality, normalize: None for the mixer's published default.
             train_projections: give the student its own copies of the q, k, v and output projections, which start
                 from the teacher's values. False: the teacher's projections are used, and not trained.
+            min_tokens: where a site is called with fewer tokens, it is the teacher's softmax attention, which is faster
+                there; decided at each call. `mixlab crossover` measures the number for a machine.
             **options: of the mixer.
 
         Raises:
@@ -90,7 +107,11 @@ class MixerAdapter:
         sites = find_sites(unet, select)
         _check_all(unet, sites, "build")
         asked = Recipe(mixer_name, {"causality": causality, "normalize": normalize, **options})
-        return cls(unet, sites, {site.name: asked for site in sites}, train_projections)
+        if min_tokens < 0:
+            raise ValueError(f"min_tokens={min_tokens}: expected the number of tokens from which mixers run, 0 or more")
+        adapter = cls(unet, sites, {site.name: asked for site in sites}, train_projections, min_tokens)
+        adapter._pixels = getattr(unet_or_pipe, "vae_scale_factor", adapter._pixels)
+        return adapter
 
     @property
     def is_mounted(self) -> bool:
@@ -117,7 +138,10 @@ class MixerAdapter:
         with ExitStack() as undo:
             for site in self.sites:
                 self._seat(site, undo.callback)
+            told = [site.name for site in self.sites if self.mixers[site.name].traits.needs_grid]
+            self._hooks = tell_grids(self.unet, told)
             undo.pop_all()
+        stamp(self.unet, self.recipes, self.min_tokens)
         return self
 
     def unmount(self) -> MixerAdapter:
@@ -135,6 +159,9 @@ class MixerAdapter:
             for name in PROJECTIONS:
                 self._restore(site, name)
             self._unseat(site)
+        for hook in self._hooks:
+            hook.remove()
+        unstamp(self.unet, [site.name for site in self.sites])
         self._dtype = _host_dtype(self.unet)
         return self
 
@@ -150,25 +177,40 @@ class MixerAdapter:
         with self._as(False):
             yield self
 
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """How to make the mixer of each site again."""
+        return {name: Recipe(self._names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
+
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, named as in the mounted UNet: `<site>.mixer.*`, `<site>.to_q.weight`, ..."""
         return dict(self.student.named_parameters())
 
-    def status(self) -> list[dict[str, Any]]:
-        """One row per site: site, level, dim, heads, mixer, new_parameters (start random) and mounted."""
+    def status(self, size: tuple[int, int] | None = None) -> Status:
+        """A row per site: level, tokens, dim, heads, mixer, new parameters, mounted; `print` it for a table.
+
+        Args:
+            size: (height, width) of an image in pixels, for the number of tokens.
+        """
         mounted = self.is_mounted
-        rows = []
-        for site in self.sites:
-            mixer = self.mixers[site.name]
-            new = sum(parameter.numel() for parameter in mixer.parameters())
-            row = {"site": site.name, "level": site.level, "dim": site.dim, "heads": site.heads}
-            rows.append(row | {"mixer": self._names[site.name], "new_parameters": new, "mounted": mounted})
-        return rows
+        latent = None if size is None else (size[0] // self._pixels, size[1] // self._pixels)
+        return Status(
+            SiteStatus(
+                site=site.name,
+                level=site.level,
+                tokens=None if latent is None else tokens_at(self.unet, site, latent),
+                dim=site.dim,
+                heads=site.heads,
+                mixer=self._names[site.name],
+                new_parameters=sum(parameter.numel() for parameter in self.mixers[site.name].parameters()),
+                mounted=mounted,
+            )
+            for site in self.sites
+        )
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write `adapter.json` and `adapter.safetensors` (the student's weights only); see `checkpoint`."""
-        recipes = {name: Recipe(self._names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
-        checkpoint.save(directory, self.unet, recipes, self.train_projections, self.student)
+        checkpoint.save(directory, self.unet, self.recipes, self.train_projections, self.min_tokens, self.student)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], unet_or_pipe: Any) -> MixerAdapter:
@@ -182,7 +224,8 @@ class MixerAdapter:
         unet = resolve_unet(unet_or_pipe)
         saved = checkpoint.load(source, unet)
         _check_all(unet, saved.sites, "load an adapter")
-        adapter = cls(unet, saved.sites, saved.recipes, saved.train_projections)
+        adapter = cls(unet, saved.sites, saved.recipes, saved.train_projections, saved.min_tokens)
+        adapter._pixels = getattr(unet_or_pipe, "vae_scale_factor", adapter._pixels)
         checkpoint.fill(adapter.student, saved)
         return adapter
 
@@ -208,16 +251,23 @@ class MixerAdapter:
         attn = self._layer(site)
         undo(self._unseat, site)
         attn.__class__ = MixerAttention
+        assert isinstance(attn, MixerAttention)
         attn.add_module(MIXER, self.mixers[site.name].train(attn.training))
         for name in PROJECTIONS:
             holder = self.student.projection(site.name, name)
             if holder is not None:
                 undo(self._restore, site, name)
                 self._originals[site.name, name] = swap_in(attn.get_submodule(name), holder)
+        if self.min_tokens:
+            attn.mixer_from = self.min_tokens
+            taught = [name for name in PROJECTIONS if (site.name, name) in self._originals]
+            attn.teacher = {name: self._originals[site.name, name] for name in taught}
 
     def _unseat(self, site: Site) -> None:
         attn = self._layer(site)
         attn._modules.pop(MIXER, None)
+        for name in ("mixer_from", "teacher"):
+            attn.__dict__.pop(name, None)
         attn.__class__ = Attention
 
     def _restore(self, site: Site, name: str) -> None:

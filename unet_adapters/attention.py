@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+from unet_adapters.grid import take_grid
+from unet_adapters.student import teacher_projections
 
 # Perturbed-attention guidance: the parts a batch is made of; the last part is the perturbed one.
 PERTURBED_PARTS: dict[type, int] = {
@@ -36,10 +41,13 @@ class MixerDispatch:
         Raises:
             ValueError: the mask hides tokens, or a processor that is not stock diffusers was set on the layer.
         """
-        nominal = attn.get_processor()
+        nominal, grid = attn.get_processor(), take_grid(attn)
         if encoder_hidden_states is not None:
             return nominal(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask, temb=temb)
         require_stock_processor(nominal)
+        if _tokens(hidden_states) < attn.mixer_from:
+            with teacher_projections(attn, attn.teacher):
+                return nominal(attn, hidden_states, attention_mask=attention_mask, temb=temb)
         _require_all_visible(attention_mask)
 
         residual = hidden_states
@@ -47,10 +55,11 @@ class MixerDispatch:
             hidden_states = attn.spatial_norm(hidden_states, temb)
         picture = hidden_states.shape if hidden_states.ndim == 4 else None
         if picture is not None:
+            grid = (hidden_states.shape[2], hidden_states.shape[3])
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        hidden_states = _mix(attn, hidden_states, PERTURBED_PARTS.get(type(nominal)))
+        hidden_states = _mix(attn, hidden_states, grid, PERTURBED_PARTS.get(type(nominal)))
         if picture is not None:
             hidden_states = hidden_states.transpose(1, 2).reshape(picture)
         if attn.residual_connection:
@@ -67,7 +76,14 @@ class MixerAttention(Attention):
     It has no `__init__` and no `forward` of its own, so hooks, LoRA, slicing, PAG and IP-Adapter find the layer they
     know. `processor` hands out the dispatcher; the nominal processor stays where it was, for whoever asks for it or
     replaces it, and is in force again after unmounting.
+
+    Attributes:
+        mixer_from: with fewer tokens than this, the layer is the teacher's softmax attention.
+        teacher: the teacher's Parameters of the projections, by projection name, where others are trained.
     """
+
+    mixer_from: int = 0
+    teacher: Mapping[str, Mapping[str, nn.Parameter]] = MappingProxyType({})
 
     @property
     def processor(self) -> MixerDispatch:
@@ -117,11 +133,15 @@ def _require_all_visible(mask: Tensor | None) -> None:
         )
 
 
-def _mix(attn: Attention, tokens: Tensor, parts: int | None) -> Tensor:
+def _tokens(hidden_states: Tensor) -> int:
+    return hidden_states.shape[2] * hidden_states.shape[3] if hidden_states.ndim == 4 else hidden_states.shape[1]
+
+
+def _mix(attn: Attention, tokens: Tensor, grid: tuple[int, int] | None, parts: int | None) -> Tensor:
     if parts is None:
-        return attn.mixer(tokens, projections=attn)
+        return attn.mixer(tokens, grid=grid, projections=attn)
     *kept, perturbed = tokens.chunk(parts)
-    mixed = attn.mixer(torch.cat(kept), projections=attn)
+    mixed = attn.mixer(torch.cat(kept), grid=grid, projections=attn)
     return torch.cat([mixed, _identity_attention(attn, perturbed)])
 
 
@@ -131,3 +151,16 @@ def _identity_attention(attn: Attention, tokens: Tensor) -> Tensor:
     for layer in layers:
         output = layer(output)
     return output
+
+
+def _register_for_layer_skip() -> None:
+    """diffusers' layer skipping looks a processor's class up in a table of its own, which is private."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+        from diffusers.hooks._helpers import _skip_proc_output_fn_Attention_AttnProcessor2_0 as skip
+    except ImportError:  # another version of diffusers: skipping a mounted layer then says "not registered"
+        return
+    AttentionProcessorRegistry.register(MixerDispatch, AttentionProcessorMetadata(skip_processor_output_fn=skip))
+
+
+_register_for_layer_skip()

@@ -49,6 +49,7 @@ class Saved:
     sites: list[Site]
     recipes: dict[str, Recipe]
     train_projections: bool
+    min_tokens: int
     weights: dict[str, Tensor]
 
 
@@ -57,6 +58,7 @@ def save(
     unet: nn.Module,
     recipes: Mapping[str, Recipe],
     train_projections: bool,
+    min_tokens: int,
     student: nn.Module,
 ) -> None:
     """Write an adapter's two files; a directory that has them already is updated. Cost: one copy of the weights."""
@@ -68,6 +70,7 @@ def save(
         "format": FORMAT,
         "library": {DISTRIBUTION: _library_version()},
         "train_projections": train_projections,
+        "min_tokens": min_tokens,
         "sites": {name: {"mixer": recipe.mixer, "config": dict(recipe.config)} for name, recipe in recipes.items()},
         "fingerprint": fingerprint(unet),
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
@@ -93,7 +96,8 @@ def load(source: str | os.PathLike[str], unet: nn.Module) -> Saved:
     if unknown or not recipes:
         raise ValueError(f"{folder / DESCRIPTION} is damaged: its sites {unknown} are not in its fingerprint")
     weights = _read_weights(folder / WEIGHTS, description["weights_sha256"])
-    return Saved([sites[name] for name in sites if name in recipes], recipes, description["train_projections"], weights)
+    chosen = [sites[name] for name in sites if name in recipes]
+    return Saved(chosen, recipes, description["train_projections"], description["min_tokens"], weights)
 
 
 def fill(student: nn.Module, saved: Saved) -> None:
@@ -152,7 +156,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _well_formed(description: dict[str, Any]) -> bool:
-    kinds = {"sites": dict, "fingerprint": dict, "weights_sha256": str, "train_projections": bool}
+    kinds = {"sites": dict, "fingerprint": dict, "weights_sha256": str, "train_projections": bool, "min_tokens": int}
     if not all(isinstance(description.get(key), kind) for key, kind in kinds.items()):
         return False
     entries = description["sites"].values()

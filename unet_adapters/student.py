@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +86,24 @@ def swap_out(layer: nn.Module, holder: nn.Module, originals: dict[str, nn.Parame
         if (current.device, current.dtype) != (original.device, original.dtype):
             original.data = original.data.to(current.device, current.dtype)
         base._parameters[key] = original
+
+
+@contextmanager
+def teacher_projections(attn: nn.Module, teacher: Mapping[str, Mapping[str, nn.Parameter]]) -> Iterator[None]:
+    """The teacher's Parameter objects inside, what was there again on exit; `teacher`: projection -> its Parameters."""
+    layers = {name: base_layer(attn.get_submodule(name)) for name in teacher}
+    students = {name: dict(layer._parameters) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            for key, original in teacher[name].items():
+                current = layer._parameters[key]
+                if current is not None and (current.device, current.dtype) != (original.device, original.dtype):
+                    original.data = original.data.to(current.device, current.dtype)
+                layer._parameters[key] = original
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer._parameters.update(students[name])
 
 
 def follow(student: nn.Module, reference: Tensor, dtype: torch.dtype | None) -> None:

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from mixers import list_mixers
-from unet_adapters import MixerAdapter, capture_outputs
+from unet_adapters import MixerAdapter, capture_outputs, load_unet
 from unet_adapters.attention import MixerAttention
 
 every_mixer = pytest.mark.parametrize("name", list_mixers())
@@ -196,9 +196,37 @@ def test_the_student_follows_the_unet_to_another_dtype(unet, run) -> None:
 def test_status_lists_what_is_new(unet) -> None:
     adapter = MixerAdapter.build(unet, "linfusion")
     rows = adapter.status()
-    assert [row["site"] for row in rows] == [site.name for site in adapter.sites]
-    assert all(row["mixer"] == "linfusion" and row["new_parameters"] > 0 and not row["mounted"] for row in rows)
-    assert all(row["mounted"] for row in adapter.mount().status())
+    assert [row.site for row in rows] == [site.name for site in adapter.sites]
+    assert all(row.mixer == "linfusion" and row.new_parameters > 0 and not row.mounted for row in rows)
+    assert all(row.mounted and row.tokens is None for row in adapter.mount().status())
+
+
+def test_status_tells_the_tokens_that_sites_see(unet, run) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion")
+    with adapter.mounted(), capture_outputs(unet, [site.name for site in adapter.sites]) as seen:
+        run(unet)
+    rows = adapter.status(size=(64, 80))
+    assert {row.site: row.tokens for row in rows} == {name: y.shape[1] for name, y in seen.items()}
+    table = str(rows).splitlines()
+    assert len(table) == 1 + len({(row.level, row.tokens) for row in rows})
+    assert "new parameters" in table[0] and "down_blocks.0" in table[1]
+
+
+def test_a_mounted_unet_that_was_saved_is_read_again_as_such(unet, run, train, tmp_path) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion", select="mid_block")
+    train(adapter)
+    config = dict(unet.config)
+    with adapter.mounted(), torch.no_grad():
+        mounted = run(unet)
+        unet.save_pretrained(tmp_path / "mounted")
+    assert {k: v for k, v in unet.config.items() if k[0] != "_"} == {k: v for k, v in config.items() if k[0] != "_"}
+    again = load_unet(tmp_path / "mounted")
+    assert again.is_mounted and [s.name for s in again.sites] == [s.name for s in adapter.sites]
+    with torch.no_grad():
+        assert torch.equal(run(again.unet), mounted)
+    unet.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="saved without mixers"):
+        load_unet(tmp_path / "plain")
 
 
 @torch.no_grad()

@@ -38,14 +38,16 @@ class LinearMixer(TokenMixer):
     Subclasses set:
         published_map: the feature map of the paper.
         decays: whether `gates` gives a log decay.
+        divides: whether it normalises by division, which takes a feature map that is positive.
     """
 
     Config: ClassVar[Any] = LinearConfig
     published_map: ClassVar[str] = "identity"
     decays: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
-        self._map = feature_map(self.map_name(config), config.normalize)
+        self._map = feature_map(self.map_name(config), config.normalize and self.divides)
         super().__init__(config, dim, heads, own_projections=own_projections)
 
     @classmethod
@@ -53,15 +55,14 @@ class LinearMixer(TokenMixer):
         """The feature map in force: the named one, else the published one, else elu+1 where it has to be positive."""
         if config.feature_map is not None:
             return cast(str, config.feature_map)
-        fits = FEATURE_MAPS[cls.published_map].positive or not config.normalize
+        fits = FEATURE_MAPS[cls.published_map].positive or not (config.normalize and cls.divides)
         return cls.published_map if fits else "elu_plus_one"
 
     def mix(self, streams: Streams) -> Tensor:
-        """W v, (b, l, h, v)."""
+        """W v, (b, l, h, v); unnormalised in float32 at least."""
         q, k = self.features(streams)
-        mixed = operators.linear_attention(
-            q, k, streams.v, streams.log_decay, backend=self.config.backend, **self._settings()
-        )
+        v = streams.v if self.config.normalize else streams.values
+        mixed = operators.linear_attention(q, k, v, streams.log_decay, backend=self.config.backend, **self._settings())
         return cast(Tensor, mixed)
 
     def weights(self, streams: Streams) -> Tensor:

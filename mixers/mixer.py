@@ -34,26 +34,31 @@ class MixerConfig:
         short_convolution: tokens that a depthwise convolution and SiLU on q, k and v span; 0 is none. Causal mixers
             look back only, others to both sides.
         local_convolution: side of a depthwise convolution of the values over the image that is added to the
-            result; 0 is none.
+            result; 0 is none. None becomes the published one, or 0 where the mixer is causal, which it would break.
         skip: add D · v to the result, D one number a head.
         norm: RMSNorm (or the mixer's own norm) of the result.
         gate: multiply the result by SiLU(to_gate(x)).
     """
+
+    published_local_convolution: ClassVar[int] = 0
 
     causality: Causality = "noncausal"
     normalize: bool = True
     scan: str = "raster"
     expand: float = 1
     short_convolution: int = 0
-    local_convolution: int = 0
+    local_convolution: int | None = None
     skip: bool = False
     norm: bool = False
     gate: bool = False
 
     def __post_init__(self) -> None:
+        if self.local_convolution is None:
+            local = 0 if self.causality == "causal" else self.published_local_convolution
+            object.__setattr__(self, "local_convolution", local)
         if self.scan not in SCANS:
             raise ValueError(f"Unknown scan {self.scan!r}: expected one of {', '.join(SCANS)}.{hint(self.scan, SCANS)}")
-        if self.expand <= 0 or self.short_convolution < 0 or self.local_convolution < 0:
+        if self.expand <= 0 or self.short_convolution < 0 or (self.local_convolution or 0) < 0:
             raise ValueError(
                 f"Expected expand > 0, short_convolution ≥ 0 and local_convolution ≥ 0, got {self.expand}, "
                 f"{self.short_convolution} and {self.local_convolution}."
@@ -84,6 +89,11 @@ class Streams:
     log_decay: Tensor | None = None
     write: Tensor | None = None
     grid: tuple[int, int] | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """v in float32 at least: unnormalised sums may pass what half precision holds before they are normed."""
+        return self.v.to(upcast(self.v.dtype))
 
 
 class TokenMixer(nn.Module):
@@ -232,11 +242,16 @@ class TokenMixer(nn.Module):
     def streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
         """Projections, short convolution and gates: tokens (b, l, d), in scan order, -> what the operator takes."""
         for_q, for_k = self.inputs(x)
-        q, k, v = host.to_q(for_q), host.to_k(for_k), host.to_v(x)
+        q, k, v = self.project(host, for_q, for_k, x)
+        return self.gates(Streams(x, q, k, v, grid=grid))
+
+    def project(self, host: Any, for_q: Tensor, for_k: Tensor, for_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the projections see (b, l, d) -> q, k (b, l, h, k) and v (b, l, h, v), after the short convolution."""
+        q, k, v = host.to_q(for_q), host.to_k(for_k), host.to_v(for_v)
         if self.short_convolution is not None:
             widths = [v.shape[-1], k.shape[-1], q.shape[-1]]
             v, k, q = self.short_convolution(torch.cat([v, k, q], dim=-1)).split(widths, dim=-1)
-        return self.gates(Streams(x, self.split_keys(q), self.split_keys(k), self.split(v), grid=grid))
+        return self.split_keys(q), self.split_keys(k), self.split(v)
 
     def gates(self, streams: Streams) -> Streams:
         """Add `log_decay` and `write`, for mixers that have them."""
@@ -289,8 +304,13 @@ class TokenMixer(nn.Module):
         raise NotImplementedError
 
     def flops(self, length: int) -> int:
-        """Multiply-adds × 2 of one forward over `length` tokens, batch 1; elementwise work is not counted."""
-        return self.projection_flops(length) + self.mixing_flops(length)
+        """Multiply-adds × 2 of one forward over `length` tokens, batch 1; elementwise work is not counted.
+
+        A scan in several orders does everything but the output projection once for each.
+        """
+        once = 2 * length * self.dim * self.value_width
+        a_pass = self.projection_flops(length) + self.mixing_flops(length) - once
+        return len(SCANS[self.config.scan]) * a_pass + once
 
     def projection_flops(self, length: int) -> int:
         """The share of `flops` of the four projections."""

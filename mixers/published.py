@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -41,3 +42,44 @@ def split_rows(state: Mapping[str, Tensor], name: str, rows: list[int]) -> tuple
     if len(state[name]) != sum(rows):
         raise ValueError(f"Expected {name} with {' + '.join(map(str, rows))} rows, got {len(state[name])}.")
     return state[name].split(rows)
+
+
+FLA = {
+    **{f"{part}_proj.weight": f"projections.to_{part}.weight" for part in "qkv"},
+    **{"o_proj.weight": "projections.to_out.weight", "g_proj.weight": "output.to_gate.weight"},
+    **dict.fromkeys(("g_norm.weight", "g_norm_swish_gate.weight", "o_norm.weight"), "output.norm.weight"),
+}
+"""Names that the layers of `fla` have in common -> ours."""
+
+
+def read_fla(state: Mapping[str, Tensor], options: Mapping[str, Any], names: Mapping[str, str]) -> Published:
+    """Read the state dict of an `fla` layer: projections, short convolutions, gate and norm per head.
+
+    Heads are told by the width of the norm; where it has no weight, `options` must have `heads`.
+
+    Args:
+        names: of the tensors that this layer has besides -> ours; it must have them.
+
+    Raises:
+        ValueError: a tensor is missing, or nothing tells the heads.
+    """
+    require(state, " ".join(["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", *names]))
+    known = {**FLA, **names}
+    convolved = [n for n in ("v_conv1d", "k_conv1d", "q_conv1d") if f"{n}.weight" in state]
+    found = {known.get(n, n): t for n, t in state.items() if not n.startswith(tuple(f"{c}." for c in convolved))}
+    dim, inner = state["o_proj.weight"].shape
+    norm = found.get("output.norm.weight")
+    if norm is None and "heads" not in options:
+        raise ValueError(f"The norm has no weight that would tell the heads: say heads=…. It has {', '.join(state)}.")
+    heads = int(options["heads"]) if norm is None or "heads" in options else inner // len(norm)
+    if norm is None:
+        found["output.norm.weight"] = state["o_proj.weight"].new_ones(inner // heads)
+    size = state[f"{convolved[0]}.weight"].shape[-1] if convolved else 0
+    if convolved:
+        weights = [state[f"{n}.weight"] for n in convolved]
+        biases = [state.get(f"{n}.bias", w.new_zeros(len(w))) for n, w in zip(convolved, weights, strict=True)]
+        found["short_convolution.conv.weight"] = torch.cat(weights)
+        found["short_convolution.conv.bias"] = torch.cat(biases)
+    derived = {"expand": inner / dim, "short_convolution": size, "gate": "g_proj.weight" in state}
+    given = {name: value for name, value in options.items() if name != "heads"}
+    return Published(dim, heads, {**derived, **given}, found)

@@ -9,7 +9,6 @@ from einops import repeat
 from torch import Tensor, nn
 
 from mixers.linear_mixer import LinearConfig, LinearMixer
-from mixers.mixer import Streams, upcast, with_values
 from mixers.stages.projections import Projections
 from mixers.traits import Causality
 
@@ -84,7 +83,3 @@ class StateSpaceMixer(LinearMixer):
     def split_keys(self, x: Tensor) -> Tensor:
         """(b, l, groups·n) -> (b, l, h, n), each group repeated for its heads."""
         return repeat(x, "b l (g n) -> b l (g r) n", g=self.groups, r=self.heads // self.groups)
-
-    def mix(self, streams: Streams) -> Tensor:
-        """W x, (b, l, h, v), float32 at least: cubic in the tokens, it may pass what float16 holds before the norm."""
-        return super().mix(with_values(streams, streams.v.to(upcast(streams.v.dtype))))

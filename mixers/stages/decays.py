@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import full_precision, precision
+from mixers.operators.common import precision
+from mixers.stages.projections import linear_in_full_precision
 
 
 class FixedDecay(nn.Module):
@@ -67,7 +68,7 @@ class ScalarDecay(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(b, l, d) -> Δ ≥ 0 and the log decay, (b, l, h) each."""
-        step = _linear(self.to_dt, x)
+        step = linear_in_full_precision(self.to_dt, x)
         dt = F.softplus(step + self.dt_bias.to(step.dtype).repeat(self.directions))
         return dt, -dt * self.A_log.to(step.dtype).exp().repeat(self.directions)
 
@@ -92,7 +93,7 @@ class LowRankDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, channels)."""
-        return F.logsigmoid(_linear(self.up, _linear(self.down, x))) / self.normalizer
+        return F.logsigmoid(linear_in_full_precision(self.up, linear_in_full_precision(self.down, x))) / self.normalizer
 
 
 class DoubleExponentialDecay(nn.Module):
@@ -120,11 +121,4 @@ class DoubleExponentialDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, channels)."""
-        return -_linear(self.up, _linear(self.down, x).tanh()).clamp(max=7).exp()
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A projection in float32 at least, autocast or not."""
-    dtype = precision(x, layer.weight)
-    with full_precision(x):
-        return F.linear(x.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+        return -linear_in_full_precision(self.up, linear_in_full_precision(self.down, x).tanh()).clamp(max=7).exp()

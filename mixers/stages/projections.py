@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixers.operators.common import full_precision, precision
 
 
 class Projections(nn.Module):
@@ -58,3 +61,10 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, d)."""
         return x + self.net(x)
+
+
+def linear_in_full_precision(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A projection in float32 at least, whatever the parameters' dtype and autocast say: (…, in) -> (…, out)."""
+    dtype = precision(x, layer.weight)
+    with full_precision(x):
+        return F.linear(x.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))

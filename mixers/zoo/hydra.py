@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mixers import operators
 from mixers.mixer import Streams, upcast
-from mixers.operators.common import divide_by_ones, full_precision, precision, with_ones
+from mixers.operators.common import divide_by_ones, with_ones
 from mixers.registry import register_mixer
 from mixers.stages.decays import ScalarDecay
+from mixers.stages.projections import linear_in_full_precision
 from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
 from mixers.traits import Causality
 
@@ -85,17 +86,14 @@ class Hydra(StateSpaceMixer):
     def gates(self, streams: Streams) -> Streams:
         """Add Δ and Δ·A of every direction, and the diagonal."""
         write, log_decay = self.decay(streams.x)
-        dtype = precision(streams.v, self.diagonal.weight)
-        with full_precision(streams.v):
-            weight, bias = self.diagonal.weight.to(dtype), self.diagonal.bias.to(dtype)
-            diagonal = F.linear(streams.v.flatten(2).to(dtype), weight, bias)
+        diagonal = linear_in_full_precision(self.diagonal, streams.v.flatten(2))
         diagonal = F.softplus(diagonal) if self.config.normalize else diagonal
         return HydraStreams(streams.x, streams.q, streams.k, streams.v, log_decay, write, streams.grid, diagonal)
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v), float32 at least: the directions' sums, moved by one, and the diagonal."""
         assert isinstance(streams, HydraStreams) and streams.diagonal is not None
-        v = streams.v.to(upcast(streams.v.dtype))
+        v = streams.values
         v = with_ones(v) if self.config.normalize else v
         y = streams.diagonal[..., None] * v
         for direction, (q, k, log_decay) in enumerate(self._directions(streams)):

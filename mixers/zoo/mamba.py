@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers.mixer import Streams
-from mixers.operators.common import full_precision, precision
+from mixers.operators.common import precision
 from mixers.operators.scan import selective_scan, selective_scan_weights
 from mixers.published import Published, require, split_rows
 from mixers.registry import register_mixer
-from mixers.stages.projections import Projections
+from mixers.stages.projections import Projections, linear_in_full_precision
 from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
 from mixers.suggest import hint
 
@@ -66,10 +66,7 @@ class LowRankStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, width) -> (b, l, channels)."""
-        dtype = precision(x, self.up.weight)
-        with full_precision(x):
-            low = F.linear(x.to(dtype), self.down.weight.to(dtype))
-            return F.softplus(F.linear(low, self.up.weight.to(dtype), self.up.bias.to(dtype)))
+        return F.softplus(linear_in_full_precision(self.up, linear_in_full_precision(self.down, x)))
 
 
 @register_mixer("mamba")

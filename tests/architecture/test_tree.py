@@ -35,7 +35,10 @@ OPTIONAL_IMPORTS = {
 
 # Files outside zoo/ and grids/ that may name a mixer: {path: (names, reason)}.
 NAMES_ALLOWED: dict[str, tuple[set[str], str]] = {
-    "unet_adapters/linfusion.py": ({"linfusion"}, "the published file format belongs to this one mixer"),
+    "unet_adapters/linfusion.py": (
+        {"linfusion", "linear_attention"},
+        "the published file format belongs to this one mixer, and without MLPs to the other",
+    ),
     "mixers/operators/__init__.py": ({"linear_attention"}, "the operator of that name, in __all__"),
 }
 

@@ -187,7 +187,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
     _, state = operators.linear_attention(q, k, v, causality="causal", return_state=True)
     with pytest.raises(ValueError, match="switches it was made with"):
         operators.linear_attention(q, k, v, causality="causal", normalize=False, initial_state=state)
-    with pytest.raises(ValueError, match="batch, heads"):
+    with pytest.raises(ValueError, match="batch, the heads"):
         operators.linear_attention(q[:1], k[:1], v[:1], causality="causal", initial_state=state)
     with pytest.raises(ValueError, match="at least one token"):
         operators.linear_attention(q[:, :0], k[:, :0], v[:, :0])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixers import TokenMixer, list_mixers
+from mixers.stages.directions import SCANS
 from mixers.testing import (
     CHECKS,
     Check,
@@ -29,6 +30,23 @@ DEEP = settings().max_examples >= 1000
 
 @parametrize_with_checks(list_mixers(), deep=DEEP)
 def test_conformance(mixer: TokenMixer, check: Check) -> None:
+    check(mixer)
+
+
+SCANNED = [
+    Configuration(name, causality, normalize=name == "linear_attention", form=form, options={"scan": scan})
+    for scan in SCANS
+    if scan != "raster"
+    for name, causality, form in (
+        ("linear_attention", "causal", "published"),
+        ("gla", "bidirectional", "plain"),
+        ("mamba", "causal", "published"),
+    )
+]
+
+
+@parametrize_with_checks(SCANNED, deep=DEEP)
+def test_conformance_of_scans(mixer: TokenMixer, check: Check) -> None:
     check(mixer)
 
 

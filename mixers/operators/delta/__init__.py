@@ -106,6 +106,18 @@ def delta_rule_weights(
         return dense.weights(q, k, beta, gates, causality) * scale
 
 
+def flops(length: int, k: int, v: int, causality: Causality) -> int:
+    """Multiply-adds × 2 of the chunked formulation's products, a head.
+
+    Elementwise work is not counted, nor is solving the triangular systems, (c − 1)·(k + v) more a token, which torch
+    does not count either.
+    """
+    c = chunked.CHUNK
+    products = c * (3 * k + v) + k * (k + 2 * v)  # within blocks, and to and from the state
+    between = -(-length // c) * k * k * v
+    return 2 * (length * products + between) * (2 if causality == "bidirectional" else 1)
+
+
 def _gates(q: Tensor, log_decay: Tensor | None) -> Tensor:
     """Log decays (b, l, h); zeros where there is no decay."""
     return (q.new_zeros(1) if log_decay is None else log_decay).expand(q.shape[:3])

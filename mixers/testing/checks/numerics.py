@@ -6,22 +6,38 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixers.mixer import TokenMixer
 from mixers.testing.inputs import Inputs, grid_of, run
-from mixers.testing.tolerances import assert_close
+from mixers.testing.tolerances import TOLERANCES, assert_close
 
 MANY = 2**20
 
 
 def check_half_precision(mixer: TokenMixer, inputs: Inputs) -> None:
-    """float16 and bfloat16 stay near float64."""
+    """float16 and bfloat16 stay near float64, but for a few tokens whose output in float64 jumps as well.
+
+    Where a feature map can be zero (relu), a query near zero sees a token or nothing.
+    """
     x = inputs.tokens(mixer, max(inputs.lengths))
     truth = run(mixer, x)
     for dtype in (torch.bfloat16, torch.float16):
-        half = copy.deepcopy(mixer).to(dtype)
-        assert_close(run(half, x.to(dtype)), truth, dtype, what=f"output in {dtype}")
+        half = run(copy.deepcopy(mixer).to(dtype), x.to(dtype))
+        allowed = TOLERANCES[dtype].absolute + TOLERANCES[dtype].relative * truth.abs().max()
+        off = (half.double() - truth).abs().amax(-1) > allowed
+        few = 0 < off.sum() <= 2 + off.numel() // 10
+        near = ~off | _steady(mixer, x, truth, dtype) if few else torch.ones_like(off)
+        assert_close(half[near], truth[near], dtype, what=f"output in {dtype}")
+
+
+def _steady(mixer: TokenMixer, x: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, l): whether an output stays where it is, to twice the tolerance, when tokens move by a few roundings."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    step = 4 * torch.finfo(dtype).eps * noise
+    moved = torch.stack([(run(mixer, x + sign * step) - truth).abs().amax(-1) for sign in (1, -1)]).amax(0)
+    return moved <= 2 * TOLERANCES[dtype].relative * truth.abs().max()
 
 
 def check_extreme_inputs(mixer: TokenMixer, inputs: Inputs) -> None:
@@ -85,12 +101,15 @@ def check_compiles_once(mixer: TokenMixer, inputs: Inputs) -> None:
 
         return aot_eager(graph, example)
 
-    compiled = torch.compile(mixer, fullgraph=True, backend=counted)
+    # The sides of a grid are plain numbers, dynamic by `dynamic` alone, which eps and other floats are kept out of.
+    compiled = torch.compile(mixer, fullgraph=True, backend=counted, dynamic=mixer.traits.needs_grid or None)
     for length in (66, 140):
         x, grid = inputs.tokens(mixer, length), grid_of(mixer, length)
         first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
         torch._dynamo.mark_dynamic(first, 1)
-        fast, eager = compiled(first, grid=grid), mixer(second, grid=grid)
+        with torch._dynamo.config.patch(specialize_float=True):
+            fast = compiled(first, grid=grid)
+        eager = mixer(second, grid=grid)
         assert_close(fast, eager, what=f"compiled against eager at l = {length}")
         (got,) = torch.autograd.grad(fast.square().sum(), first)
         (wanted,) = torch.autograd.grad(eager.square().sum(), second)

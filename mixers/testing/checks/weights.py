@@ -68,7 +68,8 @@ def check_rows_sum_to_one(mixer: TokenMixer, inputs: Inputs) -> None:
         rows.append(seen.flatten())
         sums = structure.row_sums(weights)[seen]
         assert_close(sums, torch.ones_like(sums), what=f"row sums without eps at l = {length}")
-    assert torch.cat(rows).double().mean() > 0.5, "most rows are all zeros"
+    found = torch.cat(rows)
+    assert found.numel() < 64 or found.double().mean() > 0.5, "most rows are all zeros"
 
 
 def check_constant_values_are_kept(mixer: TokenMixer, inputs: Inputs) -> None:

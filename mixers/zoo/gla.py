@@ -1,0 +1,101 @@
+"""Gated linear attention, GLA (Yang et al. 2023, 2312.06635)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mixers.linear_mixer import LinearConfig, LinearMixer
+from mixers.mixer import Streams
+from mixers.published import Published, read_fla
+from mixers.registry import register_mixer
+from mixers.stages.decays import LowRankDecay
+from mixers.stages.projections import Projections
+from mixers.traits import Causality
+
+
+@dataclass(frozen=True)
+class GLAConfig(LinearConfig):
+    """Options of `gla`.
+
+    Attributes:
+        expand_keys: width of queries and keys over the model width, rounded to whole channels a head; other than 1
+            it needs projections of its own.
+        gate_low_rank_dim: rank of the decay's projection.
+        gate_logit_normalizer: τ, the logarithms of the gates are divided by it; a larger one forgets less.
+    """
+
+    causality: Causality = "causal"
+    normalize: bool = False
+    norm: bool = True
+    gate: bool = True
+    expand_keys: float = 0.5
+    gate_low_rank_dim: int = 16
+    gate_logit_normalizer: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expand_keys <= 0 or self.gate_low_rank_dim <= 0:
+            raise ValueError(
+                f"Expected expand_keys > 0 and gate_low_rank_dim > 0, got {self.expand_keys} and "
+                f"{self.gate_low_rank_dim}."
+            )
+
+
+@register_mixer("gla")
+class GLA(LinearMixer):
+    """GLA (2312.06635): W_ij = Σ_c q_ic k_jc ∏_{t=j+1..i} α_tc / √k, a gate for every token and key channel.
+
+    α = σ(up(down(x)) + bias)^(1/τ). The result goes through RMSNorm, one a head, and times SiLU(to_gate(x)); to_out has
+    no bias, the gate neither.
+    """
+
+    Config: ClassVar[Any] = GLAConfig
+    decays: ClassVar[bool] = True
+    plain: ClassVar[dict[str, Any]] = {"expand_keys": 1, "norm": False, "gate": False}
+    tiny: ClassVar[dict[str, Any]] = {"gate_low_rank_dim": 4}
+
+    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+        super().__init__(config, dim, heads, own_projections=own_projections)
+        rank, normalizer = config.gate_low_rank_dim, config.gate_logit_normalizer
+        self.decay = LowRankDecay(dim, self.key_width, rank, normalizer)
+
+    @property
+    def key_width(self) -> int:
+        """expand_keys · d, in whole channels a head."""
+        return self.heads * max(1, round(self.dim * self.config.expand_keys / self.heads))
+
+    def own_projections(self) -> Projections:
+        """Projections without a bias."""
+        return Projections(self.dim, self.key_width, self.value_width, bias=False)
+
+    def gates(self, streams: Streams) -> Streams:
+        """Add log α, (b, l, h, k)."""
+        return replace(streams, log_decay=self.split(self.decay(streams.x)))
+
+    @property
+    def scale(self) -> float:
+        """1 / √k."""
+        return self.key_dim**-0.5
+
+    def mixing_flops(self, length: int) -> int:
+        """Those of linear attention, and the decay's."""
+        return super().mixing_flops(length) + 2 * length * self.config.gate_low_rank_dim * (self.dim + self.key_width)
+
+    @classmethod
+    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+        """Of `fla`'s GatedLinearAttention; say gate_logit_normalizer where it is not 16, heads where the norm is plain.
+
+        Not read: keys and values that heads share, a feature map, `clamp_min`, a gate other than SiLU.
+        """
+        names = {"gk_proj.0.weight": "decay.down.weight"}
+        names |= {"gk_proj.1.weight": "decay.up.weight", "gk_proj.1.bias": "decay.up.bias"}
+        read = read_fla(state, options, names)
+        derived = {
+            "expand_keys": len(state["q_proj.weight"]) / read.dim,
+            "gate_low_rank_dim": len(state["gk_proj.0.weight"]),
+        }
+        return replace(read, options={**derived, **read.options})

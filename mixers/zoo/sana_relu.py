@@ -1,0 +1,29 @@
+"""Sana's linear attention (Xie et al. 2024, 2410.10629)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mixers.registry import register_mixer
+from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
+
+
+@dataclass(frozen=True)
+class SanaReLUConfig(LinearAttentionConfig):
+    """Options of `sana_relu`."""
+
+    eps: float = 1e-15
+
+
+@register_mixer("sana_relu")
+class SanaReLU(LinearAttention):
+    """Sana (2410.10629): W_ij = relu(q_i)·relu(k_j), rows normalised.
+
+    A token whose queries are all ≤ 0 sees nothing and gives 0. The published eps = 1e-15 is added to the sum of the
+    weights, here to their mean. Of the published block the convolutions in its feed-forward part (Mix-FFN) and the
+    norms of q and k, which some models have, are left out.
+    """
+
+    Config: ClassVar[Any] = SanaReLUConfig
+    published_map: ClassVar[str] = "relu"

@@ -21,7 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
@@ -49,15 +49,21 @@ def list_(
     """List the mixers with what they offer, and the ready-made grids."""
     from experiments.ablation.grid import list_grids
     from mixers import list_mixers, registry
+    from mixers.traits import CAUSALITIES
 
     _load(plugins)
-    table = Table("mixer", "causality (default first)", "normalised (default first)", "what it is")
-    for name in list_mixers(pattern):
+    names = list_mixers(pattern)
+    table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
+    for name in names:
         entry = registry.entry(name)
-        causalities = sorted(entry.causalities, key=lambda c: c != entry.default_causality)
+        offered = [_offer(c, entry.causalities, entry.default_causality) for c in CAUSALITIES]
         normal = sorted(entry.normalizations, key=lambda n: n != entry.default_normalize)
-        table.add_row(name, ", ".join(causalities), ", ".join("yes" if n else "no" for n in normal), entry.summary)
+        table.add_row(name, *offered, " / ".join("yes" if n else "no" for n in normal), entry.promises)
     console.print(table)
+    console.print("● as published  ○ offered  – refused, and `create_mixer` says why", soft_wrap=True)
+    if len(names) <= 3:
+        for name in names:
+            console.print(f"[bold]{name}[/]: {registry.entry(name).summary}", soft_wrap=True, highlight=False)
     console.print(f"Grids: {', '.join(list_grids())}")
 
 
@@ -121,6 +127,42 @@ def check(
 
 
 @app.command()
+def crossover(
+    pattern: Annotated[str, typer.Argument(help="wildcard pattern of mixers' names")] = "*",
+    profile: Annotated[str, typer.Option(help="whose sites: embedded, sd15, sd21 or sdxl")] = "embedded",
+    dim: Annotated[int | None, typer.Option(min=1, help="width of one kind of site, instead of a profile")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="its number of heads")] = None,
+    max_tokens: Annotated[int, typer.Option(help="largest number of tokens")] = 65536,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="turns that the medians are over")] = 7,
+    out: Out = Path("runs/crossover"),
+    plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
+) -> None:
+    """Measure from how many tokens on each mixer is as fast as softmax attention here: the `min_tokens` to use."""
+    from experiments.bench import crossover as bench
+
+    _load(plugins)
+    with _clean_errors():
+        kinds = bench.choose_kinds(profile, dim, heads)
+        with _bars() as bars:
+            task = bars.add_task("starting", total=1)
+            result = bench.measure_crossovers(
+                pattern,
+                kinds,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                device=device,
+                repeats=repeats,
+                report=lambda n, of, what: bars.update(task, completed=n, total=of, description=what),
+            )
+        record = bench.save(result, out)
+        bench.draw(result, out / "crossover.png")
+    bench.show(result, console)
+    console.print(f"\nRecord and figure: {record.parent.resolve()}", soft_wrap=True)
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Build the report of a run again, from its files alone."""
     from experiments.report import build_report
@@ -166,6 +208,10 @@ def teacher_card(
 
     with _clean_errors():
         console.print(f"Card: {write_card(folder or EMBEDDED, TeacherRecipe()).resolve()}", soft_wrap=True)
+
+
+def _offer(value: str, offered: tuple[str, ...], default: str) -> str:
+    return "–" if value not in offered else "●" if value == default else "○"
 
 
 def _load(plugins: list[Path]) -> None:

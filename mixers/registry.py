@@ -55,6 +55,14 @@ class Entry:
         return (self.mixer.__doc__ or "").strip().splitlines()[0]
 
     @property
+    def promises(self) -> str:
+        """The traits of the published form that a reader looks for, as words."""
+        traits = create_mixer(self.name, 8, 2, **self.tiny).traits
+        words = {"positive": traits.positive, "order-free": traits.order_free, "quadratic": not traits.linear}
+        words |= {"needs grid": traits.needs_grid}
+        return ", ".join(word for word, holds in words.items() if holds)
+
+    @property
     def tiny(self) -> dict[str, Any]:
         """Options that make it small, for tests."""
         return dict(self.mixer.tiny)

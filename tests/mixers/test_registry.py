@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,13 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "entry_points", installed)
     registry._discover.__wrapped__()
     assert asked == ["mixers"]
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_the_page_of_the_family_tells_what_the_registry_tells(name: str) -> None:
+    entry = registry.entry(name)
+    page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text(encoding="utf-8").replace("\\|", "|")
+    default = entry.default_causality + (", normalised" if entry.default_normalize else "")
+    plain = ", ".join(f"{key}={value}" for key, value in entry.mixer.plain.items()) or "the same"
+    assert f"| `{name}` | {entry.summary} | {default} | {plain} |" in page
+    assert all(reason in page for reason in entry.refusals.values())

@@ -162,6 +162,32 @@ def crossover(
     console.print(f"\nRecord and figure: {record.parent.resolve()}", soft_wrap=True)
 
 
+@app.command("structure")
+def structure_(
+    pattern: Annotated[str, typer.Argument(help="wildcard pattern of mixers' names")] = "*",
+    out: Out = Path("runs/structure"),
+    scanned: Annotated[str | None, typer.Option(help="show the scan orders by this mixer, with decay")] = None,
+    plugins: Plugins = [],  # noqa: B006
+) -> None:
+    """Look at mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
+    from experiments.structure import decaying, draw, records
+
+    _load(plugins)
+    with _clean_errors(), _bars() as bars:
+        task = bars.add_task("matrices", total=1)
+        found = records(pattern, lambda n, of, what: bars.update(task, completed=n, total=of, description=what))
+        paths = draw(found, out, scanned or decaying(found))
+    columns = ("mixer", "causality", "rank", "below", "above", "row sums", "radius")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), pad_edge=False, padding=(0, 0))
+    for r in found:
+        least, most = (f"{bound:.3g}" for bound in (r.matrix.sum(-1).min(), r.matrix.sum(-1).max()))
+        spread = least if least == most else f"{least} … {most}"
+        table.add_row(r.mixer, r.causality, str(r.rank), str(r.lower), str(r.upper), spread, f"{r.radius:.2f}")
+    console.print(table)
+    console.print("below, above: the largest rank of a block on that side of the diagonal", soft_wrap=True)
+    console.print(f"Figures: {', '.join(path.name for path in paths)} in {out.resolve()}", soft_wrap=True)
+
+
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Build the report of a run again, from its files alone."""

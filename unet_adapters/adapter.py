@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mixers import TokenMixer
-from unet_adapters import checkpoint
+from unet_adapters import checkpoint, linfusion
 from unet_adapters.attention import MixerAttention
 from unet_adapters.checkpoint import Recipe
 from unet_adapters.checks import check_host, check_not_fused, check_site
+from unet_adapters.grid import PLACE as GRID
 from unet_adapters.grid import tell_grids
 from unet_adapters.sites import Select, Site, find_sites, resolve_unet
 from unet_adapters.stamp import stamp, unstamp
@@ -221,8 +222,31 @@ class MixerAdapter:
             ValueError: the files are damaged or of a newer format, or belong to a UNet with other sites, which the
                 message names. The UNet is unchanged in every case.
         """
+        return cls._of(checkpoint.load(source, resolve_unet(unet_or_pipe)), unet_or_pipe)
+
+    def save_linfusion(self, directory: str | PathLike[str]) -> None:
+        """Write the published LinFusion format, `config.json` and `diffusion_pytorch_model.safetensors`.
+
+        Raises:
+            ValueError: it has no place for something of this adapter, which the message names.
+        """
+        linfusion.write(directory, self.unet, self.sites, self.recipes, self.min_tokens, self.student)
+
+    @classmethod
+    def from_linfusion(cls, source: str | PathLike[str], unet_or_pipe: Any) -> MixerAdapter:
+        """Read published LinFusion weights, from a directory or the Hub ("Yuanshi/LinFusion-1-5"); it is not mounted.
+
+        They fit a UNet with the same sites, whatever it is called.
+
+        Raises:
+            FileNotFoundError: no such files, or pickled ones only.
+            ValueError: the files are damaged, or for another UNet. The UNet is unchanged in every case.
+        """
+        return cls._of(linfusion.read(source, resolve_unet(unet_or_pipe)), unet_or_pipe)
+
+    @classmethod
+    def _of(cls, saved: checkpoint.Saved, unet_or_pipe: Any) -> MixerAdapter:
         unet = resolve_unet(unet_or_pipe)
-        saved = checkpoint.load(source, unet)
         _check_all(unet, saved.sites, "load an adapter")
         adapter = cls(unet, saved.sites, saved.recipes, saved.train_projections, saved.min_tokens)
         adapter._pixels = getattr(unet_or_pipe, "vae_scale_factor", adapter._pixels)
@@ -266,7 +290,7 @@ class MixerAdapter:
     def _unseat(self, site: Site) -> None:
         attn = self._layer(site)
         attn._modules.pop(MIXER, None)
-        for name in ("mixer_from", "teacher"):
+        for name in ("mixer_from", "teacher", GRID):
             attn.__dict__.pop(name, None)
         attn.__class__ = Attention
 

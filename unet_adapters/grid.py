@@ -66,7 +66,8 @@ def _deliver(
     if not told or KEY not in told:
         return args, kwargs
     rest = {key: value for key, value in told.items() if key != KEY}
-    setattr(module.attn1, PLACE, told[KEY])
+    if hasattr(module.attn1, "mixer"):
+        setattr(module.attn1, PLACE, told[KEY])
     if by_position:
         return (*args[:POSITION], rest, *args[POSITION + 1 :]), kwargs
     return args, kwargs | {KWARGS: rest}

@@ -1,0 +1,1 @@
+"""What mixers cost on the machine at hand."""

@@ -1,0 +1,81 @@
+"""What a matrix has, on matrices whose answers are known by hand, and on mixers whose answers are known by theory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixers import create_mixer, structure
+from mixers.operators import linear_weights
+from mixers.testing.tolerances import assert_close
+
+
+def test_triangularity_of_known_matrices() -> None:
+    past, own, future = structure.triangularity(torch.ones(2, 4, 4))
+    assert_close(past, torch.full((2,), 6 / 16))
+    assert_close(own, torch.full((2,), 4 / 16))
+    assert_close(future, past)
+    assert structure.triangularity(-torch.ones(4, 4).tril()).future == 0
+    assert structure.triangularity(torch.eye(3)).own == 1
+
+
+@given(state=st.integers(1, 4), length=st.integers(2, 12), seed=st.integers(0, 100))
+def test_semiseparable_rank_is_at_most_the_state(state: int, length: int, seed: int) -> None:
+    """SSD with n states: every block below the diagonal has rank ≤ n, whatever the rank of the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, length, 1, state, dtype=torch.float64, generator=generator) for _ in range(2))
+    decay = -torch.rand(1, length, 1, dtype=torch.float64, generator=generator)
+    settings = {"normalize": False, "eps": 0.0, "scale": 1.0}
+    causal = linear_weights(q, k, decay, causality="causal", **settings)
+    lower, upper = structure.semiseparable_rank(causal)
+    assert lower.max() <= min(state, length // 2) and upper.max() == 0
+    both = linear_weights(q, k, decay, causality="bidirectional", **settings)
+    assert max(r.max() for r in structure.semiseparable_rank(both)) <= state
+
+
+def test_a_full_matrix_has_full_blocks() -> None:
+    lower, upper = structure.semiseparable_rank(torch.randn(8, 8, dtype=torch.float64))
+    assert (lower, upper) == (4, 4)
+
+
+def test_the_receptive_field_is_the_row_as_a_picture() -> None:
+    matrix = torch.zeros(6, 6)
+    matrix[4, 1] = -3.0
+    field = structure.receptive_field(matrix, (2, 3))
+    assert field.shape == (6, 2, 3)
+    assert field[4, 0, 1] == 1 and field[4].sum() == 1
+    assert (field[0] == 0).all()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (4, 4)])
+def test_the_radius_of_known_matrices(grid: tuple[int, int]) -> None:
+    height, width = grid
+    length = height * width
+    assert (structure.effective_radius(torch.eye(length), grid) == 0).all()
+    uniform = torch.ones(length, length, dtype=torch.float64)
+    rows, columns = torch.arange(height), torch.arange(width)
+    expected = ((rows**2).double().mean() + (columns**2).double().mean()).sqrt()  # of the token in the corner
+    assert_close(structure.effective_radius(uniform, grid)[0], expected)
+    neighbours = torch.diag(torch.ones(length - 1), 1) if length > 1 else torch.zeros(1, 1)
+    assert structure.effective_radius(neighbours, grid)[0] == (1.0 if length > 1 else 0.0)
+
+
+def test_decay_shortens_what_a_token_sees() -> None:
+    x = torch.randn(1, 36, 12, dtype=torch.float64)
+    radii = []
+    for exponent in (1.0, 3.0, 6.0):
+        mixer = create_mixer("retnet", 12, 2, rotary=False, normalize=True, first_exponent=exponent).double()
+        radii.append(structure.effective_radius(structure.mixing_matrix(mixer, x), (6, 6)).mean())
+    assert radii == sorted(radii) and radii[0] < radii[2]
+
+
+def test_a_cross_scan_is_the_mean_of_its_two_orders() -> None:
+    x, made = torch.randn(1, 12, 12, dtype=torch.float64), {}
+    for scan in ("raster", "column", "cross"):
+        torch.manual_seed(0)
+        mixer = create_mixer("linear_attention", 12, 2, causality="causal", scan=scan).double()
+        made[scan] = structure.mixing_matrix(mixer, x, grid=(3, 4))
+    assert_close(made["cross"], (made["raster"] + made["column"]) / 2)
+    assert structure.is_causal(made["raster"]) and not structure.is_causal(made["column"])

@@ -12,9 +12,7 @@ from mixers.mixer import Streams, TokenMixer, with_values
 from mixers.stages.directions import inverse
 
 
-def mixing_matrix(
-    mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None
-) -> Tensor:
+def mixing_matrix(mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None) -> Tensor:
     """The l × l matrix that `mixer` applies to the values of tokens x (b, l, d): (b, h, l, l), float32 at least.
 
     (b, h, v, l, l) where every value channel has its own. From the mixer's formula, normalised if the mixer is;
@@ -24,9 +22,7 @@ def mixing_matrix(
     return _over_orders(mixer, x, projections, grid, mixer.weights)
 
 
-def probed_matrix(
-    mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None
-) -> Tensor:
+def probed_matrix(mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None) -> Tensor:
     """The same matrix as `mixing_matrix`, found by mixing basis values: whatever the mixer does, it shows.
 
     Values e_j, one token at a time, in every channel: l mixings, so small inputs only. (b, h, v, l, l).
@@ -75,7 +71,7 @@ class Triangularity(NamedTuple):
 
 
 def triangularity(matrix: Tensor) -> Triangularity:
-    """Where the weight of a matrix (…, l, l) lies: before, on and after the diagonal."""
+    """Where the weight of a matrix (…, l, l) lies: before, on and after the diagonal. NaN for a matrix of zeros."""
     size = matrix.abs()
     total = size.sum((-2, -1))
     own = size.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -123,7 +119,8 @@ def receptive_field(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
 def effective_radius(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
     """How far each token sees: the root mean squared distance, in places of the grid, weighted by |W_ij|: (…, l).
 
-    0 for the identity; for uniform weights what a disc of the image's own size would have.
+    0 for the identity and for rows of zeros. Uniform weights over h × w places give the token at (y, x)
+    √((h² + w² − 2)/12 + (y − (h − 1)/2)² + (x − (w − 1)/2)²). Costs O(l²) memory for each matrix.
     """
     height, width = grid
     rows, columns = torch.arange(height * width, device=matrix.device), torch.arange(width, device=matrix.device)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers import TokenMixer, create_mixer, list_mixers, registry, structure
+from mixers.stages.directions import SCANS
 from mixers.traits import CAUSALITIES, Causality
 
 DIM, HEADS, GRID = 32, 2, (8, 8)
@@ -102,6 +103,15 @@ def records(pattern: str = "*", report: Callable[[int, int, str], None] | None =
 
 
 def decaying(found: Sequence[Record]) -> str | None:
-    """The causal mixer that sees least far, and so shows a scan order best; None where there is no causal one."""
-    causal = [r for r in found if r.causality == "causal"]
-    return min(causal, key=lambda r: r.radius).mixer if causal else None
+    """The causal mixer that sees least far of those that read in every scan order; None where there is none."""
+    causal = sorted((r for r in found if r.causality == "causal"), key=lambda r: r.radius)
+    return next((record.mixer for record in causal if _reads_in_every_order(record.mixer)), None)
+
+
+def _reads_in_every_order(name: str) -> bool:
+    try:
+        for scan in SCANS:
+            build(name, causality="causal", scan=scan)
+    except ValueError:  # the mixer says why, to whoever asks for that scan
+        return False
+    return True

@@ -144,9 +144,9 @@ def scans(name: str) -> Figure:
 
 
 def _matrix(panel: Axes, record: Record) -> None:
-    """Each row over its largest weight, so that unnormalised rows can be seen; red is negative."""
+    """Each row over its largest weight, so that unnormalised rows can be seen; blue is negative."""
     size = record.matrix.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    panel.imshow((record.matrix / size).numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+    panel.imshow((record.matrix / size).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
 
 
 def _field(panel: Axes, record: Record, token: int | None = None) -> None:

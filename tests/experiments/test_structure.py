@@ -50,3 +50,9 @@ def test_a_pattern_that_matches_nothing_is_one_sentence(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["structure", "nothing*", "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert "No mixer matches 'nothing*'" in done.output and "Traceback" not in done.output
+
+
+def test_a_mixer_that_refuses_a_scan_gets_the_other_figures(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["structure", "mila", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert len(list(tmp_path.glob("*.png"))) == 6 and "scan_orders" not in done.output

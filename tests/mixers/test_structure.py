@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mixers import create_mixer, structure
 from mixers.operators import linear_weights
+from mixers.stages.directions import SCANS
 from mixers.testing.tolerances import assert_close
 
 
@@ -58,6 +59,9 @@ def test_the_radius_of_known_matrices(grid: tuple[int, int]) -> None:
     rows, columns = torch.arange(height), torch.arange(width)
     expected = ((rows**2).double().mean() + (columns**2).double().mean()).sqrt()  # of the token in the corner
     assert_close(structure.effective_radius(uniform, grid)[0], expected)
+    offsets = [(torch.arange(n).double() - (n - 1) / 2).square() for n in grid]
+    everywhere = (offsets[0][:, None] + offsets[1] + (height**2 + width**2 - 2) / 12).sqrt()
+    assert_close(structure.effective_radius(uniform, grid), everywhere.flatten())
     neighbours = torch.diag(torch.ones(length - 1), 1) if length > 1 else torch.zeros(1, 1)
     assert structure.effective_radius(neighbours, grid)[0] == (1.0 if length > 1 else 0.0)
 
@@ -79,3 +83,38 @@ def test_a_cross_scan_is_the_mean_of_its_two_orders() -> None:
         made[scan] = structure.mixing_matrix(mixer, x, grid=(3, 4))
     assert_close(made["cross"], (made["raster"] + made["column"]) / 2)
     assert structure.is_causal(made["raster"]) and not structure.is_causal(made["column"])
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("name", ["linear_attention", "gla", "mamba"])
+def test_both_routes_agree_in_every_scan_order(name: str, scan: str) -> None:
+    """The conformance suite reads in raster order; this is the way back from the others."""
+    torch.manual_seed(0)
+    mixer = create_mixer(name, 12, 2, causality="causal", scan=scan).double()
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    formula = structure.mixing_matrix(mixer, x, grid=(2, 3))
+    formula = formula if formula.ndim == 5 else formula[:, :, None]
+    probed = structure.probed_matrix(mixer, x, grid=(2, 3))
+    assert_close(formula.expand_as(probed), probed)
+
+
+def test_the_matrix_has_gradients_through_a_cross_scan() -> None:
+    mixer = create_mixer("gla", 12, 2, causality="causal", scan="cross").double()
+    x = torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
+    structure.mixing_matrix(mixer, x, grid=(2, 3)).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_measures_take_a_matrix_for_every_value_channel() -> None:
+    grid, generator = (2, 3), torch.Generator().manual_seed(0)
+    many = torch.randn(2, 1, 3, 6, 6, dtype=torch.float64, generator=generator)
+    many[0] = many[0].tril()
+    one = many[1, 0, 2]
+    for measure in (structure.numerical_rank, structure.row_sums):
+        assert_close(measure(many)[1, 0, 2].double(), measure(one).double())
+    for measure in (structure.triangularity, structure.semiseparable_rank):
+        for found, wanted in zip(measure(many), measure(one), strict=True):
+            assert found.shape == (2, 1, 3)
+            assert_close(found[1, 0, 2].double(), wanted.double())
+    assert structure.receptive_field(many, grid).shape == (2, 1, 3, 6, *grid)
+    assert_close(structure.effective_radius(many, grid)[1, 0, 2], structure.effective_radius(one, grid))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from mixers import list_mixers
-from mixers.testing import Configuration, Outcome, checks_for, configurations, run_checks
+from mixers.testing import CHECKS, Check, Configuration, Outcome, checks_for, configurations, run_checks
+from mixers.traits import CAUSALITIES
+
+_SHORT = {"causal": "causal", "bidirectional": "bidir.", "noncausal": "non-c."}
+_MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "known": ("~", "yellow")}
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,69 @@ def check_mixers(
 
 
 def show(results: list[Result], console: Console) -> None:
-    """Print a row a configuration, then why checks failed."""
-    table = Table("mixer", "form", "causality", "normalised", "passed", "failed", "known", "seconds")
-    for result in results:
-        c, outcomes = result.configuration, result.outcomes
-        counts = [sum(o.status == status for o in outcomes) for status in ("passed", "failed", "known")]
-        style = "red" if counts[1] else "green"
-        seconds = sum(o.seconds for o in outcomes)
-        cells = (c.name, c.form, c.causality, "yes" if c.normalize else "no")
-        passed, failed, known = (str(n) if n else "–" for n in counts)
-        table.add_row(*cells, f"[{style}]{passed}[/]", f"[{style}]{failed}[/]", known, f"{seconds:.1f}")
-    console.print(table)
+    """Print a row a mixer and form; of a single mixer also what was checked; then why checks failed."""
+    console.print(_table(results))
+    legend = "passed checks; N normalised, U not; – refused"
+    statuses = {outcome.status for result in results for outcome in result.outcomes}
+    legend += "; ✗ failed" if "failed" in statuses else ""
+    legend += "; ~ known exception" if "known" in statuses else ""
+    console.print(legend, style="dim", highlight=False)
+    if len({result.configuration.name for result in results}) == 1:
+        console.print(_list(results))
     for result in results:
         for outcome in result.failed:
-            console.print(f"\n[red]failed[/] {result.configuration} [bold]{outcome.check}[/]", soft_wrap=True)
+            title = Text.assemble("\n", ("failed", "red"), f" {result.configuration} ", (outcome.check, "bold"))
+            console.print(title, soft_wrap=True)
             console.print(outcome.message, soft_wrap=True, highlight=False, markup=False)
     failures, total = sum(len(r.failed) for r in results), sum(len(r.outcomes) for r in results)
     verdict = f"[red]{failures} of {total} checks failed[/]" if failures else f"[green]all {total} checks pass[/]"
     console.print(f"{len(results)} configurations: {verdict}.")
+
+
+def _table(results: list[Result]) -> Table:
+    """Mixers and forms × causality and normalisation."""
+    switches = list(itertools.product(CAUSALITIES, (True, False)))
+    heads = [f"{_SHORT[causality]}\n{'N' if normalize else 'U'}" for causality, normalize in switches]
+    columns = [Column(header, justify="right", no_wrap=True) for header in heads]
+    first = (Column("mixer", overflow="fold"), Column("form", no_wrap=True))
+    table = Table(*first, *columns, box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    rows: dict[tuple[str, str], dict[tuple[str, bool], Result]] = defaultdict(dict)
+    for result in results:
+        c = result.configuration
+        rows[c.name, c.form][c.causality, c.normalize] = result
+    for (name, form), cells in rows.items():
+        table.add_row(name, form, *(_cell(cells.get(switch)) for switch in switches))
+    return table
+
+
+def _cell(result: Result | None) -> Text:
+    """How many checks passed, failed and are known to fail; "–" where the registry refuses."""
+    if result is None:
+        return Text("–", style="dim")
+    counts = {status: sum(o.status == status for o in result.outcomes) for status in _MARKS}
+    style = "red" if counts["failed"] else "green"
+    others = [f"{counts[s]}{_MARKS[s][0]}" for s in ("failed", "known") if counts[s]]
+    return Text(" ".join([str(counts["passed"]), *others]), style=style)
+
+
+def _list(results: list[Result]) -> Table:
+    """Every check that ran: in how many configurations, what became of it, and what it says."""
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in (o for result in results for o in result.outcomes):
+        outcomes[outcome.check].append(outcome)
+    table = Table.grid(Column(justify="right", no_wrap=True), Column(), padding=(0, 1))
+    for check in CHECKS:
+        if check.name in outcomes:
+            table.add_row(_status(outcomes[check.name]), _described(check))
+    return table
+
+
+def _status(outcomes: list[Outcome]) -> Text:
+    worst = next(s for s in ("failed", "known", "passed") if any(o.status == s for o in outcomes))
+    mark, style = _MARKS[worst]
+    count, total = sum(o.status == worst for o in outcomes), len(outcomes)
+    return Text(f"{count}/{total} {mark}" if worst != "passed" else f"{total} {mark}", style=style)
+
+
+def _described(check: Check) -> Text:
+    return Text.assemble((check.name, "bold"), "\n", (check.summary, "dim"))

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -189,6 +190,27 @@ def structure_(
 
 
 @app.command()
+def compatibility(
+    out: Out = Path("runs/compatibility"),
+    share: Annotated[float, typer.Option("--steps-share", min=0.0, help="train for this share of the steps")] = 1.0,
+) -> None:
+    """Measure whether a ControlNet and an IP-Adapter made for softmax attention work under a distilled student."""
+    from experiments.compatibility import default_plan, run_compatibility, show, write_page
+
+    with _clean_errors():
+        with _bars() as bars:
+            task = bars.add_task("starting", total=1)
+            record = run_compatibility(
+                out,
+                default_plan(share),
+                lambda what, n, of: bars.update(task, description=what, completed=n, total=of),
+            )
+        page = write_page(out, out / "compatibility.md")
+    show(record, console)
+    console.print(f"Page: {page.resolve()}", soft_wrap=True)
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Build the report of a run again, from its files alone."""
     from experiments.report import build_report
@@ -261,7 +283,7 @@ def _clean_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Stopped. Start the same command again to go on.")

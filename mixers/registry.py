@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -92,12 +93,16 @@ def register_mixer(
 
     def register(mixer: _Mixer) -> _Mixer:
         taken = _ENTRIES.get(name)
-        if taken is not None and taken.mixer.__qualname__ != mixer.__qualname__:
-            raise ValueError(f"Cannot register {mixer.__name__} as {name!r}: {taken.mixer.__name__} has that name.")
+        if taken is not None and _place(taken.mixer) != _place(mixer):
+            raise ValueError(f"Cannot register {mixer.__name__} as {name!r}: {_place(taken.mixer)} has that name.")
         _ENTRIES[name] = Entry(name, mixer, causalities, normalizations, refusals or {})
         return mixer
 
     return register
+
+
+def _place(mixer: type[TokenMixer]) -> str:
+    return f"{mixer.__module__}.{mixer.__qualname__}"
 
 
 @cache
@@ -106,7 +111,14 @@ def _discover() -> None:
 
     zoo.load()
     for plugin in entry_points(group="mixers"):
-        plugin.load()
+        try:
+            plugin.load()
+        except Exception as error:  # one broken package must not take the others away
+            warnings.warn(
+                f"The installed plug-in {plugin.name!r} ({plugin.value}) does not load, so its mixers are missing: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
 
 def load_plugin(path: str | Path) -> list[str]:
@@ -117,16 +129,17 @@ def load_plugin(path: str | Path) -> list[str]:
     """
     _discover()
     path, before = Path(path), set(_ENTRIES)
-    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    name = f"mixers_plugin_{path.stem}"  # a file called json.py must not take that module's place
+    spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise ValueError(f"Cannot load the plug-in {path}: expected a .py file that registers mixers.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"Cannot load the plug-in {path}: {type(error).__name__}: {error}") from error
-    added = sorted(n for n, e in _ENTRIES.items() if e.mixer.__module__ == path.stem or n not in before)
+    added = sorted(n for n, e in _ENTRIES.items() if e.mixer.__module__ == name or n not in before)
     if not added:
         raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
     return added

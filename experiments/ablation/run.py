@@ -87,6 +87,8 @@ def describe(grid: Grid) -> dict[str, Any]:
 
 def show_teacher(setting: Setting, plan: Evaluation, directory: Path) -> None:
     """The teacher's own samples, once, and real held-out pictures at the same sizes."""
+    if not plan.sample_sizes or not plan.prompts:
+        return
     last = directory / "samples" / str(plan.sample_sizes[-1]) / f"{len(plan.prompts) - 1}.png"
-    if plan.prompts and not last.exists():
+    if not last.exists():
         save_samples(setting.pipe, plan, directory / "samples")

@@ -118,8 +118,7 @@ def check_compiles_once(mixer: TokenMixer, inputs: Inputs) -> None:
 
 
 def check_a_million_tokens(mixer: TokenMixer, inputs: Inputs) -> None:
-    """Finite in half precision at 2²⁰ tokens: float16 where normalised; unnormalised sums may rightly pass what
-    float16 holds, so bfloat16 there."""
+    """Finite in half precision at 2²⁰ tokens: float16 where normalised, else bfloat16, as sums may pass float16."""
     small = type(mixer)(mixer.config, 2 * mixer.heads, mixer.heads)
     dtype = torch.float16 if mixer.traits.normalized else torch.bfloat16
     small = small.to(dtype).requires_grad_(False)

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
-settings.register_profile("deep", deadline=None, derandomize=False, max_examples=1000)
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine is no failure
+settings.register_profile("default", derandomize=True, max_examples=25, **PATIENT)
+settings.register_profile("deep", derandomize=False, max_examples=1000, **PATIENT)
 settings.load_profile("default")  # `pytest --hypothesis-profile=deep` is applied after this and wins
 
 

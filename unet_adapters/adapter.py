@@ -16,7 +16,7 @@ from mixers import TokenMixer
 from unet_adapters import checkpoint, linfusion
 from unet_adapters.attention import MixerAttention
 from unet_adapters.checkpoint import Recipe
-from unet_adapters.checks import check_host, check_not_fused, check_site
+from unet_adapters.checks import check_host, check_no_lora, check_not_fused, check_site
 from unet_adapters.grid import PLACE as GRID
 from unet_adapters.grid import tell_grids
 from unet_adapters.sites import Select, Site, find_sites, resolve_unet
@@ -210,7 +210,14 @@ class MixerAdapter:
         )
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write `adapter.json` and `adapter.safetensors` (the student's weights only); see `checkpoint`."""
+        """Write `adapter.json` and `adapter.safetensors` (the student's weights only); see `checkpoint`.
+
+        Raises:
+            RuntimeError: a LoRA is on a mixer, or fused into the mounted student; or the UNet is offloaded.
+        """
+        check_no_lora(self.student, "save")
+        if self.is_mounted:
+            check_host(self.unet, self.sites, "save")
         checkpoint.save(directory, self.unet, self.recipes, self.train_projections, self.min_tokens, self.student)
 
     @classmethod
@@ -229,7 +236,9 @@ class MixerAdapter:
 
         Raises:
             ValueError: it has no place for something of this adapter, which the message names.
+            RuntimeError: as `save_pretrained`.
         """
+        check_no_lora(self.student, "save")
         linfusion.write(directory, self.unet, self.sites, self.recipes, self.min_tokens, self.student)
 
     @classmethod

@@ -92,6 +92,7 @@ class MixerAttention(Attention):
 
     @processor.setter
     def processor(self, processor: Any) -> None:
+        require_stock_processor(processor)
         self.__dict__["processor"] = processor
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
@@ -101,8 +102,23 @@ class MixerAttention(Attention):
         module = self._modules.get("processor")
         return self.__dict__["processor"] if module is None else module
 
+    def get_extra_state(self) -> Tensor:
+        """One more name in the state dict: a stock layer never loads a mounted one's weights as if they were its own.
+
+        A mixer without weights of its own would leave no other trace.
+        """
+        return torch.ones(1, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to restore."""
+
     def set_processor(self, processor: Any) -> None:
-        """Replace the nominal processor; the mixer stays."""
+        """Replace the nominal processor; the mixer stays.
+
+        Raises:
+            ValueError: it is not stock diffusers; the one before stays.
+        """
+        require_stock_processor(processor)
         self._modules.pop("processor", None)
         self.__dict__.pop("processor", None)
         self.processor = processor

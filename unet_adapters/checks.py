@@ -18,8 +18,15 @@ def check_host(unet: nn.Module, sites: Iterable[Site], verb: str) -> None:
     """Refuse to `verb` ("mount") on weights that are merged with a LoRA or not in memory.
 
     Raises:
-        RuntimeError: a LoRA is fused; or weights of a site are on the meta device (offloaded, or not loaded).
+        RuntimeError: a LoRA is fused; group offloading is on, which knows the layers that it began with; or weights of
+            a site are on the meta device (offloaded, or not loaded).
     """
+    for module in unet.modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hooks is not None and hooks.get_hook("group_offloading") is not None:
+            raise RuntimeError(
+                f"cannot {verb}: group offloading is on; remove its hooks and apply them again afterwards"
+            )
     tuners = sys.modules.get("peft.tuners.tuners_utils")  # not imported: then there is no LoRA either
     if tuners is not None:
         for name, module in unet.named_modules():
@@ -31,6 +38,20 @@ def check_host(unet: nn.Module, sites: Iterable[Site], verb: str) -> None:
                 f"cannot {verb}: weights of {site.name} are on the meta device; load them, or remove the offloading "
                 "hooks and apply them again afterwards"
             )
+
+
+def check_no_lora(student: nn.Module, verb: str) -> None:
+    """Refuse to `verb` ("save") a student that a LoRA is part of.
+
+    Raises:
+        RuntimeError: a LoRA targets layers of a mixer ("all-linear" does).
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return
+    for name, module in student.named_modules():
+        if isinstance(module, tuners.BaseTunerLayer):
+            raise RuntimeError(f"cannot {verb}: a LoRA is on {name}; unload it, or target the attention's own layers")
 
 
 def check_site(attn: Any, site: Site) -> None:

@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import safetensors.torch
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
@@ -42,11 +42,12 @@ def load_unet(folder: str | PathLike[str], **settings: Any) -> MixerAdapter:
 
     Args:
         folder: of the UNet, with config.json and safetensors files.
-        **settings: of `UNet2DConditionModel.from_pretrained`.
+        **settings: of its class's `from_pretrained`. The class is what config.json names: a UNet2DConditionModel, a
+            UNetMotionModel, a ControlNetModel.
 
     Raises:
-        ValueError: the UNet was not mounted when it was saved, its sites are not those of its config, or weights of a
-            mixer are missing.
+        ValueError: the UNet was not mounted when it was saved, it is no model of diffusers, its sites are not those of
+            its config, or weights of a mixer are missing.
     """
     from unet_adapters.adapter import MixerAdapter
 
@@ -55,7 +56,11 @@ def load_unet(folder: str | PathLike[str], **settings: Any) -> MixerAdapter:
     entries = config.get(STAMP)
     if not entries:
         raise ValueError(f"{folder} was saved without mixers: read it with UNet2DConditionModel.from_pretrained")
-    unet = UNet2DConditionModel.from_pretrained(folder, **settings)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if not known:
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, which is no model of diffusers")
+    unet = kind.from_pretrained(folder, **settings)
     unstamp(unet, list(entries))
     sites = {site.name: site for site in all_sites(unet)}
     unknown = sorted(set(entries) - set(sites))
@@ -83,4 +88,7 @@ def _set(unet: Any, entries: dict[str, Any]) -> None:
     if not hasattr(unet, "register_to_config"):
         return
     rest = {key: value for key, value in unet.config.items() if key != STAMP}
-    unet._internal_dict = FrozenDict({**rest, STAMP: entries} if entries else rest)
+    config = FrozenDict({**rest, STAMP: entries} if entries else rest)
+    # An IP-Adapter's loader sets attributes of the config that differ from its entries.
+    vars(config).update({key: value for key, value in vars(unet.config).items() if key != STAMP})
+    unet._internal_dict = config

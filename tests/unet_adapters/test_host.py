@@ -90,9 +90,11 @@ def test_a_processor_that_a_mixer_would_ignore_is_refused(adapter) -> None:
             raise AssertionError
 
     attn = first(adapter.mount())
-    attn.processor = StoreProcessor()  # set as some pipelines do, past set_processor
-    with pytest.raises(ValueError, match="StoreProcessor works on softmax"):
-        attn(torch.randn(2, 6, 8))
+    before = attn.get_processor()
+    for put in (attn.set_processor, lambda p: setattr(attn, "processor", p)):  # some pipelines go past set_processor
+        with pytest.raises(ValueError, match="StoreProcessor works on softmax"):
+            put(StoreProcessor())
+        assert attn.get_processor() is before
 
 
 def test_the_layer_keeps_its_contract(unet) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -53,12 +55,23 @@ def check_mixers(
     for done, configuration in enumerate(chosen):
         if report:
             report(done, len(chosen), str(configuration))
-        mixer = configuration()
-        checks = [c for c in checks_for(mixer) if deep or configuration.is_default or not c.heavy]
-        results.append(Result(configuration, run_checks(mixer, checks=checks)))
+        results.append(_check(configuration, deep))
     if report:
         report(len(chosen), len(chosen), "checked")
     return results
+
+
+def _check(configuration: Configuration, deep: bool) -> Result:
+    """Its outcomes; one failure, `builds`, of a configuration that cannot be built or cannot tell its traits."""
+    try:
+        mixer = configuration()
+        checks = [c for c in checks_for(mixer) if deep or configuration.is_default or not c.heavy]
+    except Exception as error:  # one broken mixer must not take the others away
+        *_, last = traceback.extract_tb(error.__traceback__)
+        told = ": ".join(part for part in (type(error).__name__, str(error)) if part)
+        message = f"cannot be built: {told} (in {last.name}, {Path(last.filename).name} line {last.lineno})"
+        return Result(configuration, [Outcome("builds", "failed", message, 0.0)])
+    return Result(configuration, run_checks(mixer, checks=checks))
 
 
 def show(results: list[Result], console: Console) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from mixers.registry import Entry
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
@@ -59,7 +62,7 @@ def list_(
         entry = registry.entry(name)
         offered = [_offer(c, entry.causalities, entry.default_causality) for c in CAUSALITIES]
         normal = sorted(entry.normalizations, key=lambda n: n != entry.default_normalize)
-        table.add_row(name, *offered, " / ".join("yes" if n else "no" for n in normal), entry.promises)
+        table.add_row(name, *offered, " / ".join("yes" if n else "no" for n in normal), _promises(entry))
     console.print(table)
     console.print("● as published  ○ offered  – refused, and `create_mixer` says why", soft_wrap=True)
     if len(names) <= 3:
@@ -260,6 +263,14 @@ def teacher_card(
 
 def _offer(value: str, offered: tuple[str, ...], default: str) -> str:
     return "–" if value not in offered else "●" if value == default else "○"
+
+
+def _promises(entry: Entry) -> str:
+    """What the published form promises; a mixer that cannot be built must not take the list away."""
+    try:
+        return entry.promises
+    except Exception:
+        return "[red]broken[/]: see mixlab check"
 
 
 def _load(plugins: list[Path]) -> None:

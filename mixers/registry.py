@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import hashlib
 import importlib.util
 import sys
 import warnings
@@ -53,7 +54,7 @@ class Entry:
     @property
     def summary(self) -> str:
         """The first line of the mixer's docstring."""
-        return (self.mixer.__doc__ or "").strip().splitlines()[0]
+        return (self.mixer.__doc__ or "").strip().partition("\n")[0]
 
     @property
     def promises(self) -> str:
@@ -88,10 +89,14 @@ def register_mixer(
         refusals: why a value that is left out is refused, e.g. `{"bidirectional": "softmax has no order"}`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or the class is no `TokenMixer`.
     """
 
     def register(mixer: _Mixer) -> _Mixer:
+        from mixers.mixer import TokenMixer
+
+        if not (isinstance(mixer, type) and issubclass(mixer, TokenMixer)):
+            raise ValueError(f"Cannot register {mixer!r} as {name!r}: expected a subclass of mixers.TokenMixer.")
         taken = _ENTRIES.get(name)
         if taken is not None and _place(taken.mixer) != _place(mixer):
             raise ValueError(f"Cannot register {mixer.__name__} as {name!r}: {_place(taken.mixer)} has that name.")
@@ -129,7 +134,8 @@ def load_plugin(path: str | Path) -> list[str]:
     """
     _discover()
     path, before = Path(path), set(_ENTRIES)
-    name = f"mixers_plugin_{path.stem}"  # a file called json.py must not take that module's place
+    # By the place of the file: json.py must not take that module's place, nor a/mine.py that of b/mine.py.
+    name = f"mixers_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise ValueError(f"Cannot load the plug-in {path}: expected a .py file that registers mixers.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import re
 import shlex
@@ -11,10 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from experiments.check import Result, show
 from experiments.cli import app
-from mixers.testing import CHECKS
+from mixers import list_mixers, registry
+from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +26,7 @@ ADD, CHECK = (ROOT / "docs" / "howto" / name for name in ("add_a_mixer.md", "che
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
-    *("evaluation.sizes=[64]", "evaluation.images=1", "evaluation.timesteps=[500]", "evaluation.sample_sizes=[64]"),
+    *("evaluation.sizes=[64,128]", "evaluation.images=1", "evaluation.timesteps=[500]", "evaluation.sample_sizes=[64]"),
     *(
         'evaluation.prompts=["red apple, teal background"]',
         "evaluation.sample_steps=2",
@@ -36,6 +40,13 @@ def blocks(page: Path, *languages: str) -> list[str]:
     """The page's blocks of code of these languages that start at the margin, in their order."""
     text = page.read_text(encoding="utf-8")
     return [code for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S) if language in languages]
+
+
+def table(page: Path) -> list[dict[str, str]]:
+    """The rows of the page's table of variants."""
+    lines = page.read_text(encoding="utf-8").partition("| Variant |")
+    rows = [line.strip("| ").split(" | ") for line in "".join(lines[1:]).split("\n\n")[0].splitlines()]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
 def commands() -> list[str]:
@@ -102,10 +113,18 @@ def test_step_4_the_mixer_in_an_ablation(folder: Path) -> None:
     done = shell(f"{commands()[3].strip()} {settings}", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_shown(done.stdout, blocks(ADD, "text")[2])
-    page = (folder / "runs" / "mine" / "report" / "index.html").read_text(encoding="utf-8")
-    assert all(label in page for label in ("softmax, untouched", "linear attention", "power attention, p = 4"))
+    report = folder / "runs" / "mine" / "report"
+    page, made = (report / "index.html").read_text(encoding="utf-8"), table(report / "report.md")
+    shown = table(ADD)  # of the whole run, whose errors this short one does not have
+    assert [row["Variant"] for row in shown] == [row["Variant"] for row in made]
+    for ours, theirs in zip(shown, made, strict=True):
+        assert ours["Variant"] in page
+        assert set(ours) < set(theirs) and ours["Features"] == theirs["Features"]
+    errors = [key for key in shown[0] if key.startswith("Error")]
+    assert [shown[0][key] for key in errors] == [made[0][key] for key in errors] == ["0", "0"]
 
 
+@pytest.mark.slow  # pip, and two starts of mixlab
 def test_step_5_an_installed_package_needs_no_plugin(folder: Path) -> None:
     """The page's own package, built and installed by pip; offline, so with the build backend that is here."""
     pytest.importorskip("setuptools", "77", reason="pip builds the package with it, offline")
@@ -118,6 +137,9 @@ def test_step_5_an_installed_package_needs_no_plugin(folder: Path) -> None:
     listed = shell(commands()[5].splitlines()[1], folder, folder / "site")
     assert listed.returncode == 0, listed.stdout + listed.stderr
     assert_shown(listed.stdout, blocks(ADD, "text")[-1])
+    twice = shell(f"{commands()[5].splitlines()[1]} --plugin my_mixer.py", folder, folder / "site")
+    assert twice.returncode == 2
+    assert "my_mixer.PowerAttention has that name" in twice.stdout and "Traceback" not in twice.stdout + twice.stderr
 
 
 @pytest.mark.parametrize(
@@ -127,9 +149,14 @@ def test_step_5_an_installed_package_needs_no_plugin(folder: Path) -> None:
         ("def (", "* --plugin mine.py", "Cannot load the plug-in mine.py: SyntaxError"),
         ("x = 1", "* --plugin mine.py", "The plug-in mine.py registers no mixer"),
         ("x = 1 / 0", "* --plugin mine.py", "Cannot load the plug-in mine.py: ZeroDivisionError"),
+        (
+            "import mixers\nmixers.register_mixer('mine')(dict)",
+            "* --plugin mine.py",
+            "Cannot load the plug-in mine.py: ValueError: Cannot register <class 'dict'> as 'mine'",
+        ),
         (None, "no_such_mixer", "No mixer matches 'no_such_mixer'"),
     ],
-    ids=["missing", "syntax", "registers nothing", "raises", "unknown pattern"],
+    ids=["missing", "syntax", "registers nothing", "raises", "no mixer", "unknown pattern"],
 )
 def test_what_a_user_can_mend_is_one_sentence(
     source: str | None, arguments: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +168,73 @@ def test_what_a_user_can_mend_is_one_sentence(
     assert done.exit_code == 2, done.output
     assert [line for line in done.output.splitlines() if line.startswith(f"error: {told}")]
     assert "Traceback" not in done.output
+
+
+BROKEN = """
+from mixers import TokenMixer, register_mixer
+
+@register_mixer("broken", causalities=("noncausal",))
+class Broken(TokenMixer):
+    pass
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A plug-in, registered for one test, whose mixer has nothing of what a mixer must have, no docstring either."""
+    list_mixers()
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
+    return str(tmp_path / "broken.py")
+
+
+def test_a_mixer_that_cannot_be_built_fails_and_the_others_go_on(broken: str) -> None:
+    listed = CliRunner().invoke(app, ["list", "broken", "--plugin", broken])
+    assert listed.exit_code == 0, listed.output
+    assert "see mixlab check" in listed.output
+    done = CliRunner().invoke(app, ["check", "broken", "--plugin", broken])
+    assert done.exit_code == 1, done.output
+    assert "cannot be built: NotImplementedError (in positive, mixer.py line " in done.output
+    assert "2 configurations: 2 of 2 checks failed." in done.output
+    assert "Traceback" not in listed.output + done.output
+
+
+def test_a_plug_in_of_the_same_file_name_takes_no_other_s_place(broken: str) -> None:
+    assert registry.load_plugin(broken) == registry.load_plugin(broken) == ["broken"]  # the same file: loaded again
+    other = Path(broken).parent / "other" / "broken.py"
+    other.parent.mkdir()
+    other.write_text(BROKEN, encoding="utf-8")
+    with pytest.raises(ValueError, match="has that name"):
+        registry.load_plugin(other)
+
+
+def test_the_table_of_checks_fits_a_terminal() -> None:
+    """All that is registered at 80 columns, in cells as full as they get."""
+    counts = {"passed": 19, "failed": 12, "known": 1}
+    outcomes = [Outcome("check_flops", status, "told", 0.0) for status, n in counts.items() for _ in range(n)]
+    everything = configurations(list_mixers())
+    console = Console(width=80, file=io.StringIO(), record=True)
+    show([Result(configuration, outcomes) for configuration in everything], console)
+    table, _, rest = console.export_text().partition("passed checks; ")
+    assert table.count("19 12✗ 1~") == len(everything)
+    assert max(map(len, table.splitlines())) <= 80 and "…" not in table
+    assert rest.startswith("N normalised, U not; – refused; ✗ failed; ~ known exception")
+    assert f"{len(everything)} configurations: {12 * len(everything)} of {32 * len(everything)} checks failed." in rest
+
+
+def test_a_single_mixer_is_shown_check_by_check() -> None:
+    outcomes = [
+        Outcome(check.name, status, "told in full", 0.0)
+        for check, status in zip(CHECKS, ("passed", "failed", "known"), strict=False)
+    ]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    (chosen, *_) = configurations(list_mixers()[:1])
+    show([Result(chosen, outcomes)], console)
+    text = console.export_text()
+    for check, status in zip(CHECKS, ("1 ✓", "1/1 ✗", "1/1 ~"), strict=False):
+        assert f"{status} {check.name}" in text
+        assert check.summary.split(",")[0] in text
+    assert f"failed {chosen} {CHECKS[1].name}\ntold in full" in text
 
 
 @pytest.mark.slow  # every check of a mixer and of an operator

@@ -30,8 +30,8 @@ def load_grid(source: str) -> Grid:
         )
     try:
         grid = runpy.run_path(str(path)).get("GRID")
-    except (SyntaxError, ImportError, NameError, TypeError) as error:
-        raise ValueError(f"Cannot load the grid {path}: {error}") from error
+    except Exception as error:  # whatever is wrong with the user's file, it is one sentence
+        raise ValueError(f"Cannot load the grid {path}: {type(error).__name__}: {error}") from error
     if not isinstance(grid, Grid):
         raise ValueError(
             f"{path} does not expose GRID = Grid(...): got {type(grid).__name__}. See experiments/grids/demo.py."

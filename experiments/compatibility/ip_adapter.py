@@ -37,8 +37,7 @@ def fresh(pipe: StableDiffusionPipeline, embeddings: Tensor, states: Tensor) -> 
 
     The projection is the least-squares map (with a small ridge) from pictures' embeddings to their
     captions' text states at four places of the second half, where a causal text encoder has read
-    the whole caption; keys and values start as those of the text. From a random projection, some
-    hundred steps teach the tiny teacher next to nothing of a picture.
+    the whole caption; keys and values start as those of the text.
 
     Args:
         pipe: with no IP-Adapter loaded.

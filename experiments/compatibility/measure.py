@@ -109,16 +109,19 @@ Extras = Callable[[slice], dict[str, Any]]
 
 
 @torch.no_grad()
-def draw(pipe: Any, captions: list[str], size: int, config: Sampling, extras: Extras | None = None) -> Tensor:
+def draw(
+    pipe: Any, captions: list[str], size: int, config: Sampling, extras: Extras | None = None, chunk: int = CHUNK
+) -> Tensor:
     """One picture a caption, seed + k for caption k: (n, 3, size, size) in [-1, 1], of 8-bit colours.
 
     Args:
         pipe: a text-to-image or ControlNet pipeline.
         extras: which pictures -> further arguments of the call, for those pictures.
+        chunk: pictures a call.
     """
     parts = []
-    for start in range(0, len(captions), CHUNK):
-        part = slice(start, min(start + CHUNK, len(captions)))
+    for start in range(0, len(captions), chunk):
+        part = slice(start, min(start + chunk, len(captions)))
         noise = [torch.Generator().manual_seed(config.seed + k) for k in range(part.start, part.stop)]
         options = {"height": size, "width": size, "num_inference_steps": config.steps}
         further = extras(part) if extras else {}
@@ -140,10 +143,16 @@ def edge_extras(wanted: Tensor) -> Extras:
 
 
 def picture_extras(embeddings: Tensor) -> Extras:
-    """A pipeline's arguments for image embeddings (n, d); the unguided half of a call sees zeros, as in training."""
+    """A pipeline's arguments for image embeddings (n, d); the unguided half of a call sees zeros, as in training.
+
+    For calls of one picture only: diffusers repeats what it is given for every prompt of a call, and
+    would show each of several prompts all of several pictures, silently.
+    """
 
     def make(part: slice) -> dict[str, Any]:
         wanted = embeddings[part, None]
+        if len(wanted) != 1:
+            raise ValueError(f"An IP-Adapter call draws from one picture, not {len(wanted)}: draw with chunk=1.")
         return {"ip_adapter_image_embeds": [torch.cat([torch.zeros_like(wanted), wanted])]}
 
     return make
@@ -158,15 +167,15 @@ def leaves_no_trace(
     real: Scene,
 ) -> dict[str, bool]:
     """Whether latents sampled with both parts are the stock ones again, bitwise, after unmounting and unloading."""
-    two = slice(0, 2)
-    guided, first = controlled(pipe, controlnet), real.images[two]
-    both = edge_extras(edges(first))(two) | picture_extras(ip.embed(judge, first))(two)
+    one = slice(0, 1)
+    guided, first = controlled(pipe, controlnet), real.images[one]
+    both = edge_extras(edges(first))(one) | picture_extras(ip.embed(judge, first))(one)
 
     @torch.no_grad()
     def latents(pipeline: Any, **extras: Any) -> Tensor:
         noise = [torch.Generator().manual_seed(k) for k in range(len(first))]
         options = {"height": real.size, "width": real.size, "num_inference_steps": 3, "output_type": "latent"}
-        return pipeline(real.captions[two], generator=noise, **options, **extras).images
+        return pipeline(real.captions[one], generator=noise, **options, **extras).images
 
     stock = latents(pipe)
     with ip.loaded(pipe, weights):

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from experiments.compatibility import run
@@ -58,7 +58,7 @@ def show(record: dict[str, Any], console: Console) -> None:
     plan = run.Plan.model_validate(record["plan"])
     student = plan.grid.variants[0].label
     with_it, alone = ("softmax + it", f"{student} + it"), ("softmax alone", f"{student} alone")
-    table = Table("part", "px", "emoji", *with_it, "difference [95 %]", *alone)
+    table = Table(Column("part", no_wrap=True), "px", "emoji", *with_it, "difference [95 %]", *alone)
     for part, name in PARTS.items():
         for row in record[part]:
             means = {arm: f"{found['mean']:.3f}" for arm, found in row["arms"].items()}
@@ -96,9 +96,9 @@ def _grid(directory: Path, record: dict[str, Any], plan: run.Plan, part: str, si
     columns = [column for block in blocks for column in block]
     titles = ["edges given" if part == "controlnet" else "picture given"]
     titles += [names[arm] for arm in ("teacher+", "student+", "teacher")]
-    canvas = Figure(figsize=(1.35 + 0.8 * len(columns), 0.45 + 0.8 * len(titles)))
+    canvas = Figure(figsize=(1.6 + 0.8 * len(columns), 0.45 + 0.8 * len(titles)))
     axes = canvas.subplots(len(titles), len(columns), squeeze=False)
-    left, top = 1.3 / canvas.get_figwidth(), 1 - 0.4 / canvas.get_figheight()
+    left, top = 1.55 / canvas.get_figwidth(), 1 - 0.4 / canvas.get_figheight()
     canvas.subplots_adjust(left=left, right=0.998, bottom=0.005, top=top, wspace=0.04, hspace=0.04)
     for k, (caption, pictures) in enumerate(columns):
         name, _, background = caption.partition(", ")
@@ -187,7 +187,8 @@ def _text(record: dict[str, Any], plan: run.Plan, folder: str) -> str:
         "Edges: Sobel's magnitude, the largest over the colour channels, above a fifth of the range. Agreement: F1 "
         "with one pixel of tolerance, at every size. Likeness: cosine of the embeddings of the teacher's own small "
         "CLIP, which is also the IP-Adapter's image encoder, so that likeness is judged by what it was trained on. The "
-        "IP-Adapter draws from the empty caption.",
+        "IP-Adapter draws from the empty caption; its projection starts as the least-squares map from embeddings to "
+        "text states, before it is trained.",
         "",
         "| part | parameters | steps | batch |",
         "|---|---|---|---|",

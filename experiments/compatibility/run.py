@@ -239,7 +239,7 @@ def picture_row(
         if not extra:
             return draw(pipe, silent, real.size, plan.sampling)
         with ip.loaded(pipe, weights):
-            return draw(pipe, silent, real.size, plan.sampling, picture_extras(embeddings))
+            return draw(pipe, silent, real.size, plan.sampling, picture_extras(embeddings), chunk=1)
 
     arms = _arms("ip_adapter", adapter, real, paint, directory, report)
     arms["caption"] = load_pictures(directory, "controlnet", real, "teacher")

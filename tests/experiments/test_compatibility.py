@@ -130,6 +130,15 @@ def test_the_published_format_and_the_public_loader(setting: Setting, tmp_path: 
     assert processors == {n: type(p) for n, p in pipe.unet.attn_processors.items()}
 
 
+def test_an_ip_adapter_call_draws_from_one_picture() -> None:
+    """diffusers would show every prompt of a call all the pictures given."""
+    make = measure.picture_extras(torch.randn(3, 16))
+    (embedding,) = make(slice(1, 2))["ip_adapter_image_embeds"]
+    assert embedding.shape == (2, 1, 16) and not embedding[0].any()
+    with pytest.raises(ValueError, match="one picture"):
+        make(slice(0, 2))
+
+
 def test_embeddings_at_any_size(tiny_teacher: Path) -> None:
     judge = CLIPModel.from_pretrained(tiny_teacher / "evaluator", dtype=torch.float32).eval()
     assert ip_adapter.embed(judge, square(128, 32, 96)).shape == ip_adapter.embed(judge, square(64)).shape == (1, 16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mixers import TokenMixer
-from unet_adapters import checkpoint, linfusion
+from unet_adapters import checkpoint, hub, linfusion
 from unet_adapters.attention import MixerAttention
 from unet_adapters.checkpoint import Recipe
 from unet_adapters.checks import check_host, check_no_lora, check_not_fused, check_site
@@ -230,6 +232,31 @@ class MixerAdapter:
                 message names. The UNet is unchanged in every case.
         """
         return cls._of(checkpoint.load(source, resolve_unet(unet_or_pipe)), unet_or_pipe)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        message: str = "Upload adapter",
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hub, in one commit; returns the repository's address.
+
+        Args:
+            repo_id: "name" or "owner/name"; the repository is made if there is none.
+            private: of a new repository; None for the owner's default.
+            message: of the commit.
+            token: None for the one that `hf auth login` stored.
+
+        Raises:
+            ConnectionError: the Hub refused, or is out of reach.
+            ValueError: no id of a repository.
+            RuntimeError: as `save_pretrained`.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(Path(folder), repo_id, private, message, token)
 
     def save_linfusion(self, directory: str | PathLike[str]) -> None:
         """Write the published LinFusion format, `config.json` and `diffusion_pytorch_model.safetensors`.

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mixers import create_mixer
+from unet_adapters.hub import fetch
 from unet_adapters.sites import Site, all_sites
 
 FORMAT = 1
@@ -87,7 +88,7 @@ def load(source: str | os.PathLike[str], unet: nn.Module) -> Saved:
         FileNotFoundError: no such adapter, here or on the Hub.
         ValueError: damaged files, a newer format, or a UNet with other sites.
     """
-    folder = _folder(source)
+    folder = fetch(source, [DESCRIPTION, WEIGHTS])
     description = _describe(folder / DESCRIPTION)
     _compare(description["fingerprint"], fingerprint(unet))
     sites = {site.name: site for site in all_sites(unet)}
@@ -122,22 +123,6 @@ def _compare(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     if differing:
         lines = "".join(f"\n  {n}: saved {saved.get(n, 'none')}, here {here.get(n, 'none')}" for n in differing)
         raise ValueError(f"the adapter was made for another UNet; these sites differ:{lines}")
-
-
-def _folder(source: str | os.PathLike[str]) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=[DESCRIPTION, WEIGHTS]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"{source} is neither a directory nor a Hub repository within reach: {reason}"
-        ) from error
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mixers import create_mixer
 from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, Recipe, Saved, fingerprint
 from unet_adapters.checks import check_host
+from unet_adapters.hub import fetch
 from unet_adapters.profiles import Profile, profile_of, profile_with
 from unet_adapters.sites import Site, all_sites
 from unet_adapters.student import PROJECTIONS, base_layer
@@ -89,7 +90,7 @@ def read(source: str | os.PathLike[str], unet: nn.Module) -> Saved:
         FileNotFoundError: no such files, here or on the Hub; or pickled weights only.
         ValueError: damaged files, or the modules are not sites of this UNet.
     """
-    folder = _folder(source)
+    folder = fetch(source, [CONFIG, *WEIGHTS])
     modules = _modules(folder / CONFIG)
     _match(modules, unet, folder / CONFIG)
     sites = {site.name: site for site in all_sites(unet)}
@@ -196,22 +197,6 @@ def _match(modules: list[Module], unet: nn.Module, path: Path) -> None:
 
 def _called(profile: Profile | None) -> str:
     return "a UNet without a published profile" if profile is None else profile.name
-
-
-def _folder(source: str | os.PathLike[str]) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=[CONFIG, *WEIGHTS]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"{source} is neither a directory nor a Hub repository within reach: {reason}"
-        ) from error
 
 
 def _modules(path: Path) -> list[Module]:

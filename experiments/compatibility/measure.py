@@ -185,6 +185,6 @@ def leaves_no_trace(
         after = latents(guided, **both)
     return {
         "mounting changes the result": not torch.equal(before, under),
-        "unmounting gives the stock result bitwise, ControlNet and IP-Adapter loaded": torch.equal(before, after),
-        "so it is with the IP-Adapter unloaded as well": torch.equal(stock, latents(pipe)),
+        "unmounting gives the stock result again, with ControlNet and IP-Adapter loaded": torch.equal(before, after),
+        "unloading the IP-Adapter as well gives the plain teacher's result again": torch.equal(stock, latents(pipe)),
     }

@@ -26,9 +26,10 @@ LIMITS = (
     "",
     "- The teacher is tiny (2.45 M parameters, 64 px, emoji): alone it draws what a person would recognise about one "
     "time in three, and a held-out name tells it little. The ControlNet gives it outlines, not inner detail; thin "
-    "strokes and letters are lost under softmax as well. Judge the differences, not the pictures.",
+    "strokes and letters are lost under softmax as well. The IP-Adapter brings the colours and the coarse shape of a "
+    "picture, not its drawing. Judge the differences, not the pictures.",
     "- Unrelated emoji agree by chance too: read agreement from the rows without the ControlNet upwards, not from 0. "
-    "Chance is lower at twice the resolution, where lines are as thin in pixels and so thinner in the picture.",
+    "Chance is lower at twice the resolution, where the same tolerance of one pixel is half as wide.",
     "- An emoji that its background hides has no edges; its agreement is all or nothing, and it is counted.",
     "- The autoencoder blurs weak edges away, which no model can make good: the last row of a table is the ceiling.",
     "- At these sizes the largest self-attention has a few hundred to a thousand tokens: this is about "
@@ -46,8 +47,8 @@ def write_page(directory: Path, page: Path) -> Path:
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for size in plan.sampling.sizes:
-        _grid(directory, record, plan, "controlnet", size, folder / f"controlnet_{size}.png")
-    _grid(directory, record, plan, "ip_adapter", plan.sampling.sizes[0], folder / "ip_adapter.png")
+        _grid(directory, plan, "controlnet", size, folder / f"controlnet_{size}.png")
+    _grid(directory, plan, "ip_adapter", plan.sampling.sizes[0], folder / "ip_adapter.png")
     _bars(record, plan, folder / "bars.png")
     page.write_text(_text(record, plan, folder.name), encoding="utf-8")
     return page
@@ -84,7 +85,7 @@ def labels(plan: run.Plan, part: str) -> dict[str, str]:
     return rows | {"ceiling": "truth, encoded and decoded"}
 
 
-def _grid(directory: Path, record: dict[str, Any], plan: run.Plan, part: str, size: int, path: Path) -> None:
+def _grid(directory: Path, plan: run.Plan, part: str, size: int, path: Path) -> None:
     """Rows: condition, both models with the part, teacher without; columns: spread over both splits, unpicked."""
     names, blocks = labels(plan, part), []
     for split in SPLITS:
@@ -166,7 +167,7 @@ def _text(record: dict[str, Any], plan: run.Plan, folder: str) -> str:
         "",
         *(f"- {_finding(row, part, student)}" for part in PARTS for row in record[part]),
         "",
-        *(f"- Bitwise: {what}: {'yes' if true else '**no**'}." for what, true in record["trace"].items()),
+        *(f"- Checked bitwise: {what}: {'yes' if true else '**no**'}." for what, true in record["trace"].items()),
         "",
         f"![Edge agreement and likeness, means with intervals]({folder}/bars.png)",
         "",
@@ -207,7 +208,7 @@ def _finding(row: dict[str, Any], part: str, student: str) -> str:
         verdict = f"the {PARTS[part]} has no clear effect on the softmax model itself, so there is nothing to keep"
     else:
         kept = f"the {PARTS[part]} adds {_signed(effect['teacher'])} under softmax and {_signed(effect['student'])} "
-        verdict = f"{kept}under {student}: {row['effect_kept']:.0%} of the effect is kept"
+        verdict = f"{kept}under {student}: {100 * row['effect_kept']:.0f} % of the effect is kept"
     sense = "worse than" if apart["high"] < 0 else "better than" if apart["low"] > 0 else "not told apart from"
     return (
         f"**{PARTS[part]}, {row['size']} px, {SPLITS[row['split']]}:** {verdict}. With it, {student} is {sense} "

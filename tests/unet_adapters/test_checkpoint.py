@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub import RepoUrl
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
 from mixers import list_mixers
@@ -120,3 +125,50 @@ def test_saving_again_replaces_both_files(unet, saved) -> None:
 def test_a_source_that_is_no_directory_and_no_repository(unet, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a directory nor a Hub repository"):
         MixerAdapter.from_pretrained(tmp_path / "nowhere", unet)
+
+
+class Hub:
+    """A Hub in a folder, behind the two calls that are made."""
+
+    def __init__(self, folder: Path, error: Exception | None = None) -> None:
+        self.folder, self.error = folder, error
+
+    def __call__(self, token: str | None) -> Hub:
+        return self
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> RepoUrl:
+        if self.error:
+            raise self.error
+        validate_repo_id(repo_id)
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        shutil.copytree(folder_path, self.folder / repo_id)
+
+
+@torch.no_grad()
+def test_what_is_pushed_is_what_is_loaded(unet, run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda source, allow_patterns: tmp_path / source)
+    monkeypatch.chdir("/")
+    adapter = MixerAdapter.build(unet, "linfusion")
+    assert adapter.push_to_hub("somebody/adapter") == "https://huggingface.co/somebody/adapter"
+    assert sorted(path.name for path in (tmp_path / "somebody/adapter").iterdir()) == [DESCRIPTION, WEIGHTS]
+    with adapter.mounted():
+        wanted = run(unet)
+    with MixerAdapter.from_pretrained("somebody/adapter", unet).mounted():
+        assert torch.equal(run(unet), wanted)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "error", "kind", "message"),
+    [
+        ("a/b/c", None, ValueError, "no id of a Hub repository"),
+        ("a/b", LocalTokenNotFoundError("no token"), ConnectionError, "not uploaded to a/b: no token"),
+        ("a/b", OSError("no route"), ConnectionError, "hf auth login"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_clear_error(unet, tmp_path, monkeypatch, repo_id, error, kind, message) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path, error))
+    with pytest.raises(kind, match=message):
+        MixerAdapter.build(unet, "linfusion").push_to_hub(repo_id)

@@ -1,9 +1,8 @@
-"""What every operator shares: the choice of a formulation, precision, normalisation, and what it refuses."""
+"""What every operator shares: precision, normalisation, and what it refuses."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,35 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.operators.state import State
-from mixers.suggest import hint
 from mixers.traits import CAUSALITIES
-
-FORMULATIONS = ("dense", "recurrent", "chunked")
-BRIDGES = ("triton", "fla", "mamba_ssm")
-
-
-def backends() -> dict[str, str]:
-    """Every backend of the operators -> "available", or the reason why it cannot run here."""
-    found = dict.fromkeys(FORMULATIONS, "available")
-    for name in BRIDGES:
-        here = importlib.util.find_spec(name) is not None
-        found[name] = "not implemented yet" if here else "not implemented yet, and the package is not installed"
-    return found
-
-
-def choose(formulations: Mapping[str, Any], backend: str) -> Any:
-    """The formulation of that name; `auto` is `chunked`.
-
-    Raises:
-        ValueError: there is none; the message says why.
-    """
-    chosen = formulations.get("chunked" if backend == "auto" else backend)
-    if chosen is None:
-        reason = backends().get(backend, "no such backend" + hint(backend, backends()))
-        raise ValueError(
-            f"backend={backend!r} cannot run: {reason}. Expected auto or one of {', '.join(formulations)}."
-        )
-    return chosen
 
 
 def check_causality(causality: str, initial_state: State | None, return_state: bool) -> None:

@@ -1,13 +1,27 @@
-"""Loops over chunks as one node of a compiled graph, so that another number of tokens compiles nothing anew."""
+"""What a compiled graph does not look into.
+
+Loops over chunks are one node of it, so that another number of tokens compiles nothing anew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 Formulation = Callable[..., tuple[Tensor, Tensor]]
+
+
+def constant_in_graphs(function: F) -> F:
+    """Make a compiled graph take a function's result as a constant: it runs when the graph is traced.
+
+    What `torch.compiler.assume_constant_result` does, without importing the compiler, and with it triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def opaque(name: str, formulation: Formulation) -> Formulation:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from mixers.operators import delta, linear, scan
+from mixers.operators.linear.call import Backend
 from mixers.testing import Inputs
 from mixers.testing.operators import OPERATORS, check_operator
 
@@ -54,8 +57,8 @@ MUTATIONS = [
     ),
     Mutation(linear, "chunked", "sum instead of mean", "k / k.shape[1]", "k"),
     Mutation(linear, "chunked", "smallest halves left out", "while half >= 1:", "while half > 1:"),
-    Mutation(linear, "__init__", "eps on the sum, not the mean", "normalize and gates is None", "False"),
-    Mutation(linear, "__init__", "gate of the token before", "k * gates.exp()", "k * gates.roll(1, 1).exp()"),
+    Mutation(linear, "call", "eps on the sum, not the mean", "normalize and gates is None", "False"),
+    Mutation(linear, "call", "gate of the token before", "k * gates.exp()", "k * gates.roll(1, 1).exp()"),
     Mutation(scan, "dense", "decay a step early", "rows.tril(-1).cumsum(-2)", "rows.tril().cumsum(-2)"),
     Mutation(scan, "dense", "weights without the step", "total * dt.permute(0, 2, 3, 1)[..., None, :]", "total"),
     Mutation(scan, "recurrent", "decay after the write", "memory = kept + _addition", "memory = memory + _addition"),
@@ -95,15 +98,37 @@ def mutated(mutation: Mutation) -> ModuleType:
     return module
 
 
+def put_in_place(mutation: Mutation, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the operator use a module that was made anew."""
+    table = mutation.operator._BACKENDS
+    if isinstance(table[mutation.file], Backend):
+        monkeypatch.setitem(table, mutation.file, replace(table[mutation.file], sums=module, whole={}))
+    else:
+        monkeypatch.setitem(table, mutation.file, module)
+
+
+def with_calls_of(module: ModuleType) -> Callable[..., Any]:
+    """linear_attention with another `Call` and `Backend`, while its matrix keeps the real ones."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        table = {name: module.Backend(backend.sums) for name, backend in linear._BACKENDS.items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "Call", module.Call)
+            patch.setattr(linear, "_BACKENDS", table)
+            return linear.linear_attention(*args, **kwargs)
+
+    return run
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_a_mutation_is_caught(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = mutated(mutation)
+    module, run = mutated(mutation), None
     if mutation.file == "__init__":
-        (entry,) = (n for n in vars(mutation.operator) if n == FUNCTIONS[mutation.operator])
-        run = getattr(module, entry)
+        run = getattr(module, FUNCTIONS[mutation.operator])
+    elif mutation.file == "call":
+        run = with_calls_of(module)
     else:
-        monkeypatch.setitem(mutation.operator._FORMULATIONS, mutation.file, module)
-        run = None
+        put_in_place(mutation, module, monkeypatch)
     caught = []
     for case in OPERATORS.values():
         if case.name.split()[0] != FUNCTIONS[mutation.operator]:

@@ -196,7 +196,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "triton"}, "not implemented yet"),
+        ({"backend": "triton"}, "cannot run"),
         ({"backend": "fastest"}, "no such backend"),
         ({"causality": "acausal"}, "Unknown causality"),
         ({"return_state": True}, "causal passes only"),

@@ -1,6 +1,6 @@
 """delta_rule: a memory that erases what it holds under a key before it writes there, with a decay or without.
 
-A formulation is a module with two functions on float32 or float64 tensors, `causal` and `bidirectional`. Here scale,
+A backend is a module with two functions on float32 or float64 tensors, `causal` and `bidirectional`. Here scale,
 checks and the state are added, so that they exist once.
 """
 
@@ -10,12 +10,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from mixers.operators.common import check_causality, check_state, choose, full_precision, precision
+from mixers.operators.choice import Problem, choose
+from mixers.operators.common import check_causality, check_state, full_precision, precision
 from mixers.operators.delta import chunked, dense, recurrent
 from mixers.operators.state import State
 from mixers.traits import Causality
 
-_FORMULATIONS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
+_BACKENDS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
 
 
 def delta_rule(
@@ -47,9 +48,9 @@ def delta_rule(
         causality: `causal`: token i sees 0 … i. `bidirectional`: a causal and a strictly anti-causal pass, whose
             weights are W_ij = scale · q_iᵀ A_i A_{i+1} … A_{j−1} k_j β_j for j > i.
         scale: factor of the result.
-        initial_state: what earlier tokens left, memory (b, h, k, v), for a causal pass over the next part of a stream.
-        return_state: also return the state after the last token; the result is then a pair.
-        backend: `dense`, `recurrent`, `chunked` (matrix products; exact for any decay), or `auto`, which is `chunked`.
+        initial_state: of the tokens before, memory (b, h, k, v); causal.
+        return_state: also return the state after the last token.
+        backend: `dense`, `recurrent`, `chunked` (matrix products; exact), `fla`, or `auto` by a table.
 
     Returns:
         (b, l, h, v) in v's dtype; state and sums are float32 at least, under autocast too.
@@ -65,16 +66,15 @@ def delta_rule(
     _check_order(causality, initial_state, return_state)
     memory_shape = (q.shape[0], *q.shape[2:], v.shape[-1])
     check_state(initial_state, memory_shape, "(b, h, k, v)")
-    formulation = choose(_FORMULATIONS, backend)
     gates = _gates(q, log_decay)
+    tensors = {"q": q, "k": k, "beta": beta, "log_decay": log_decay, "v": v}
+    formulation = choose(_BACKENDS, backend, Problem("delta", tensors, causality, False, return_state, initial_state))
     dtype = precision(q, k, v, beta, gates)
     with full_precision(q):
         streams = tuple(t.to(dtype) for t in (q, k, beta, gates, v))
         memory = initial_state.memory.to(dtype) if initial_state else streams[0].new_zeros(memory_shape)
-        if causality == "causal":
-            y, memory = formulation.causal(*streams, memory)
-        else:
-            y = formulation.bidirectional(*streams)
+        causal = causality == "causal"
+        y, memory = formulation.causal(*streams, memory) if causal else (formulation.bidirectional(*streams), memory)
         y = (y * scale).to(v.dtype)
     seen = initial_state.tokens if initial_state else 0
     return (y, State(memory, seen + q.shape[1])) if return_state else y

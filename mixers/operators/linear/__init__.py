@@ -1,31 +1,19 @@
-"""linear_attention: W = (q kᵀ) ⊙ L applied to v, normalised by its row sums or not.
-
-A formulation is a module with three functions on float32 or float64 tensors: `causal` and `bidirectional` give
-(decayed) sums, `noncausal` means over the tokens. Here they become the result, so that scale, eps and normalisation
-exist once.
-"""
+"""linear_attention: W = (φ(q) ψ(k)ᵀ) ⊙ L applied to v, normalised by its row sums or not."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
-from mixers.operators.common import (
-    check_causality,
-    check_state,
-    choose,
-    divide_by_ones,
-    full_precision,
-    precision,
-    with_ones,
-)
+from mixers.operators.choice import Problem, choose
+from mixers.operators.common import check_causality, check_state, full_precision
 from mixers.operators.linear import chunked, dense, recurrent
+from mixers.operators.linear.call import Backend, Call, visible
 from mixers.operators.state import State
+from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.suggest import hint
 from mixers.traits import Causality
 
-_FORMULATIONS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
+_BACKENDS = {"dense": Backend(dense), "recurrent": Backend(recurrent), "chunked": Backend(chunked)}
 
 
 def linear_attention(
@@ -34,6 +22,7 @@ def linear_attention(
     v: Tensor,
     log_decay: Tensor | None = None,
     *,
+    feature_map: str = "identity",
     causality: Causality = "noncausal",
     normalize: bool = True,
     eps: float = 1e-6,
@@ -42,15 +31,18 @@ def linear_attention(
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State]:
-    """Linear attention (2006.16236, eq. 4-12), with gates a_t = exp(log_decay_t) or without, on mapped features.
+    """Linear attention (2006.16236, eq. 4-12), with gates a_t = exp(log_decay_t) or without.
 
-    W_ij = Σ_c q_ic k_jc L_ijc with L_ij = ∏_{t=j+1..i} a_t for j ≤ i and, bidirectional, ∏_{t=i..j−1} a_t for j > i.
+    W_ij = Σ_c φ(q_i)_c φ(k_j)_c L_ijc with L_ij = ∏_{t=j+1..i} a_t for j ≤ i and, bidirectional,
+    ∏_{t=i..j−1} a_t for j > i.
     One gate a token and head is SSD (2405.21060), one a key channel is GLA (2312.06635).
 
     Args:
-        q, k: (b, l, h, k), after the feature map; k ≥ 0 and q ≥ 0 where `normalize`.
+        q, k: (b, l, h, k).
         v: (b, l, h, v).
         log_decay: ≤ 0: None, (h,), (b, l, h) or (b, l, h, k).
+        feature_map: φ, a name in `mixers.stages.feature_maps`; backends that can apply it as they read q and k.
+            With `identity` these are features already, and have to be ≥ 0 where `normalize`.
         causality: `causal`: token i sees 0 … i. `bidirectional`: a causal and a strictly anti-causal pass, which
             without decay is `noncausal`. `noncausal`: all tokens, with no order to decay over: gates become weights
             of their tokens, k_j ← k_j ⊙ a_j.
@@ -60,7 +52,8 @@ def linear_attention(
         scale: factor of the unnormalised result.
         initial_state: what earlier tokens left, for a causal pass over the next part of a stream.
         return_state: also return the state after the last token; the result is then a pair.
-        backend: `dense`, `recurrent`, `chunked` (matrix products; exact for any decay), or `auto`, which is `chunked`.
+        backend: `dense`, `recurrent`, `chunked` (matrix products; exact for any decay), `triton`, `fla`, `mamba_ssm`,
+            or `auto`: the first of a table that can (`mixers.operators.preference`).
 
     Returns:
         (b, l, h, v) in v's dtype; sums are float32 at least, under autocast too.
@@ -68,36 +61,18 @@ def linear_attention(
         `dense` O(l²), with a gate a channel O(l²·k).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown causality, or a backend that cannot do what is asked.
+        ValueError: shapes that do not fit, an unknown causality or feature map, or a backend that cannot do what is
+            asked.
     """
-    _check(q, k, v, log_decay)
+    _check(q, k, v, log_decay, feature_map)
     check_causality(causality, initial_state, return_state)
     check_state(initial_state, (q.shape[0], *q.shape[2:], v.shape[-1] + int(normalize)), "(b, h, k, v [+ 1])")
-    dtype = precision(q, k, v)
-    values = with_ones(v.to(dtype)) if normalize else v.to(dtype)
-    with full_precision(q):
-        q, k, gates = _gated(q.to(dtype), k.to(dtype), log_decay, causality)
-        memory = initial_state.memory if initial_state else q.new_zeros(q.shape[0], *q.shape[2:], values.shape[-1])
-        seen = initial_state.tokens if initial_state else 0
-        mixed, memory = _mix(choose(_FORMULATIONS, backend), q, k, gates, values, memory, causality)
-        counts = visible(q, causality, seen)[:, None, None]
-        if causality != "noncausal" and normalize and gates is None:
-            mixed = mixed / counts
-        elif causality == "noncausal" and not normalize:
-            mixed = mixed * counts
-        y = (divide_by_ones(mixed, eps) if normalize else mixed * scale).to(v.dtype)
-    return (y, State(memory, seen + q.shape[1])) if return_state else y
-
-
-def _mix(
-    formulation: ModuleType, q: Tensor, k: Tensor, gates: Tensor | None, v: Tensor, memory: Tensor, causality: str
-) -> tuple[Tensor, Tensor]:
-    """Sums over the visible tokens (means where non-causal: there may be millions), and the memory after the last."""
-    if causality == "causal":
-        return formulation.causal(q, k, gates, v, memory)
-    if causality == "bidirectional":
-        return formulation.bidirectional(q, k, gates, v), memory
-    return formulation.noncausal(q, k, v), memory
+    gates = _gates(q, log_decay)
+    call = Call(q, k, v, gates, feature_map, causality, normalize, eps, scale, initial_state)
+    tensors = {"q": q, "k": k, "v": v, "log_decay": gates}
+    problem = Problem("linear", tensors, causality, normalize, return_state, initial_state)
+    y, memory = choose(_BACKENDS, backend, problem).attend(call)
+    return (y, State(memory, call.seen + q.shape[1])) if return_state else y
 
 
 def linear_weights(
@@ -105,20 +80,22 @@ def linear_weights(
     k: Tensor,
     log_decay: Tensor | None = None,
     *,
+    feature_map: str = "identity",
     causality: Causality,
     normalize: bool,
     eps: float,
     scale: float,
 ) -> Tensor:
     """The matrix (b, h, l, l) that `linear_attention` applies to v, from the formula. O(l²·k) memory with decay."""
-    dtype = precision(q, k)
+    _check(q, k, None, log_decay, feature_map)
+    call = Call(q, k, q, _gates(q, log_decay), feature_map, causality, normalize, eps, scale)
     with full_precision(q):
-        q, k, gates = _gated(q.to(dtype), k.to(dtype), log_decay, causality)
-        weights = dense.weights(q, k, gates, causality)
+        call = call.mapped()
+        weights = dense.weights(call.q, call.k, call.log_decay, causality)
     if not normalize:
         return weights * scale
-    if gates is None:
-        weights = weights / visible(q, causality, 0)[:, None]
+    if call.log_decay is None:
+        weights = weights / visible(call.q, causality, 0)[:, None]
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
 
@@ -134,28 +111,17 @@ def flops(length: int, k: int, v: int, causality: Causality, decayed: bool) -> i
     return (whole + triangles) * (2 if causality == "bidirectional" else 1)
 
 
-def visible(q: Tensor, causality: Causality, past: int) -> Tensor:
-    """n_i, how many tokens each token sees: (l,)."""
-    length = q.shape[1]
-    if causality != "causal":
-        return torch.full((length,), float(length), device=q.device, dtype=q.dtype)
-    return torch.arange(past + 1, past + length + 1, device=q.device, dtype=q.dtype)
-
-
-def _gated(q: Tensor, k: Tensor, log_decay: Tensor | None, causality: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Queries, keys, and log decays (b, l, h, 1 or k); without an order the gates go into the keys."""
+def _gates(q: Tensor, log_decay: Tensor | None) -> Tensor | None:
+    """Log decays (b, l, h, 1 or k)."""
     if log_decay is None:
-        return q, k, None
-    gates = log_decay.to(q.dtype)
-    if gates.ndim == 1:
-        gates = gates.expand(q.shape[:3])
-    gates = gates[..., None] if gates.ndim == 3 else gates
-    return (q, k * gates.exp(), None) if causality == "noncausal" else (q, k, gates)
+        return None
+    gates = log_decay.expand(q.shape[:3]) if log_decay.ndim == 1 else log_decay
+    return gates[..., None] if gates.ndim == 3 else gates
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    if q.ndim != 4 or q.shape != k.shape or v.shape[:-1] != k.shape[:-1]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+def _check(q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | None, feature_map: str) -> None:
+    if q.ndim != 4 or q.shape != k.shape or (v is not None and v.shape[:-1] != k.shape[:-1]):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}" + ("" if v is None else f", v {tuple(v.shape)}")
         raise ValueError(f"Expected q and k (b, l, h, k) and v (b, l, h, v), got {shapes}.")
     if q.shape[1] == 0:
         raise ValueError("Expected at least one token, got l = 0.")
@@ -163,4 +129,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         raise ValueError(
             f"Expected log_decay None, (h,) = {tuple(q.shape[2:3])}, (b, l, h) = {tuple(q.shape[:3])} or "
             f"(b, l, h, k) = {tuple(q.shape)}, got {tuple(log_decay.shape)}."
+        )
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(
+            f"Unknown feature map {feature_map!r}: expected one of {', '.join(FEATURE_MAPS)}."
+            f"{hint(feature_map, FEATURE_MAPS)}"
         )

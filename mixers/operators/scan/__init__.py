@@ -1,6 +1,6 @@
 """selective_scan: W_ij = Σ_n C_i B_j dt_j ∏ exp(dt_t A), a matrix for every value channel, normalised or not.
 
-A formulation is a module with three functions on float32 or float64 tensors: `causal` and `bidirectional` give
+A backend is a module with three functions on float32 or float64 tensors: `causal` and `bidirectional` give
 decayed sums, `noncausal` means over the tokens. Here they become the result, so that scale, eps, normalisation and
 the skip exist once.
 """
@@ -12,12 +12,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mixers.operators.common import check_causality, check_state, choose, full_precision, precision
+from mixers.operators.choice import Problem, choose
+from mixers.operators.common import check_causality, check_state, full_precision, precision
 from mixers.operators.scan import chunked, dense, recurrent
 from mixers.operators.state import State
 from mixers.traits import Causality
 
-_FORMULATIONS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
+_BACKENDS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
 
 
 def selective_scan(
@@ -53,9 +54,9 @@ def selective_scan(
         normalize: divide by the row sums of the weights, of which every value channel has its own.
         eps: where `normalize`, added to the row sum; `noncausal` to the row's mean: repeating tokens changes nothing.
         scale: factor of the unnormalised result.
-        initial_state: what earlier tokens left, for a causal pass over the next part of a stream.
-        return_state: also return the state after the last token: memory (b, h, v, n), normalised (b, h, 2·v, n).
-        backend: `dense`, `recurrent`, `chunked` (exact for any decay; first derivatives only), or `auto`: `chunked`.
+        initial_state: of the tokens before; causal. Its memory is (b, h, v, n), normalised (b, h, 2·v, n).
+        return_state: also return the state after the last token.
+        backend: `dense`, `recurrent`, `chunked` (exact; first derivatives only), `mamba_ssm`, or `auto` by a table.
 
     Returns:
         (b, l, h, v) in u's dtype; sums are float32 at least, under autocast too.
@@ -66,20 +67,19 @@ def selective_scan(
     """
     _check(dt, A, B, C, u, D)
     check_causality(causality, initial_state, return_state)
-    formulation = choose(_FORMULATIONS, backend)
+    tensors = {"dt": dt, "A": A, "B": B, "C": C, "u": u}
+    problem = Problem("scan", tensors, causality, normalize, return_state, initial_state)
+    formulation = choose(_BACKENDS, backend, problem)
     dtype = precision(u, dt, A, B, C)
     with full_precision(u):
         streams = tuple(t.to(dtype) for t in (dt, A, B, C, u))
         streams = _with_ones(*streams) if normalize else streams
         y, memory = _sums(formulation, streams, initial_state, causality)
-        if normalize:
-            values, ones = y.chunk(2, dim=-1)
-            y = values / (ones + eps)
-        else:
-            y = y * (scale * u.shape[1] if causality == "noncausal" else scale)
+        counts = u.shape[1] if causality == "noncausal" else 1
+        y = _divide_by_ones(y, eps) if normalize else y * counts * scale
         y = (y if D is None else y + D.to(dtype) * u.to(dtype)).to(u.dtype)
-    tokens = u.shape[1] + (initial_state.tokens if initial_state else 0)
-    return (y, State(memory, tokens)) if return_state else y
+    seen = initial_state.tokens if initial_state else 0
+    return (y, State(memory, seen + u.shape[1])) if return_state else y
 
 
 def selective_scan_weights(
@@ -114,6 +114,11 @@ def selective_scan_weights(
 def _with_ones(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, ...]:
     """The streams of a formulation, with a one for every value, which decays as the value does."""
     return torch.cat([dt, dt], dim=-1), torch.cat([A, A], dim=1), B, C, torch.cat([u, torch.ones_like(u)], dim=-1)
+
+
+def _divide_by_ones(y: Tensor, eps: float) -> Tensor:
+    values, ones = y.chunk(2, dim=-1)
+    return values / (ones + eps)
 
 
 def _sums(

@@ -25,6 +25,10 @@ KERNELS = ("triton", "fla", "mamba_ssm")
 LAST_RESORT = "chunked"  # refuses nothing
 
 
+class Refused(ValueError):
+    """A named backend cannot run a call."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a backend looks at to tell whether it can compute a call.
@@ -125,12 +129,12 @@ def choose(implemented: Mapping[str, Any], backend: str, problem: Problem) -> An
         implemented: backend -> implementation, of this operator.
 
     Raises:
-        ValueError: no such backend of this operator, or it refuses; the message says why.
+        Refused: no such backend of this operator, or it cannot compute the call; the message says why.
     """
     if backend != "auto":
         refusal = _reason(implemented, backend, problem)
         if refusal is not None:
-            raise ValueError(
+            raise Refused(
                 f"backend={backend!r} cannot run this call of the {problem.operator} operator: {refusal}. Use auto, or "
                 f"another of {', '.join(name for name in implemented if name != backend)}."
             )

@@ -22,11 +22,13 @@ class Inputs:
         lengths: numbers of tokens.
         batch: items.
         seed: of the generator.
+        device: of an operator's tensors; a mixer's tokens are where the mixer is.
     """
 
     lengths: tuple[int, ...] = (1, 2, 3, 19, 64, 65)
     batch: int = 2
     seed: int = 0
+    device: str = "cpu"
 
     def at_least(self, fewest: int) -> list[int]:
         """The lengths from `fewest` on; `fewest` itself where all are shorter."""
@@ -37,7 +39,7 @@ class Inputs:
         generator = torch.Generator().manual_seed(self.seed + stream * 2**32)
         shape = (batch or self.batch, length, mixer.dim)
         parameter = next(mixer.parameters())
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(parameter)
 
     def streams(self, mixer: TokenMixer, length: int) -> Streams:
         """What the mixer's operator gets for such tokens, in the first of its scan orders."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mixers.operators import (
     selective_scan,
     selective_scan_weights,
 )
+from mixers.operators.choice import FORMULATIONS, KERNELS, Refused, unavailable
 from mixers.testing.inputs import Inputs, apply_matrix
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES, Causality
@@ -65,14 +66,14 @@ class OperatorCase:
 
     def inputs(self, inputs: Inputs, length: int) -> Tensors:
         """Its tensors for these inputs."""
-        return self.make(torch.Generator().manual_seed(inputs.seed), inputs.batch, length)
+        tensors = self.make(torch.Generator().manual_seed(inputs.seed), inputs.batch, length)
+        return {name: tensor.to(inputs.device) for name, tensor in tensors.items()}
 
     def matrix(self, tensors: Tensors, **switches: Any) -> Tensor:
         """Its matrix from the formula."""
         return self.weights(**{n: t for n, t in tensors.items() if n not in (self.values, self.skip)}, **switches)
 
 
-FORMULATIONS = ("dense", "recurrent", "chunked")
 HEADS, KEY, VALUE, WIDE = 2, 5, 3, 48
 Make = Callable[..., Tensors]
 
@@ -161,6 +162,19 @@ def check_formulations_agree(case: OperatorCase, inputs: Inputs) -> None:
                 assert_close(outcomes[backend][name], wanted, what=what)
 
 
+def check_kernels_agree(case: OperatorCase, inputs: Inputs) -> None:
+    """Kernels that can run here (on a CPU those of triton, interpreted) give the dense result and gradients too."""
+    kernels = [name for name in KERNELS if unavailable(name, torch.device(inputs.device).type) is None]
+    for backend, length, switches in itertools.product(kernels, inputs.lengths, case.switches()):
+        try:
+            outcome = _outcome(case, inputs, length, backend=backend, **switches)
+        except Refused:
+            continue
+        for name, wanted in _outcome(case, inputs, length, backend="dense", **switches).items():
+            what = f"{backend} against dense, {name}, l = {length}, {_told(switches)}"
+            assert_close(outcome[name], wanted, what=what)
+
+
 def check_equals_its_matrix(case: OperatorCase, inputs: Inputs) -> None:
     """The result is the matrix from the formula, times the values, and what is skipped past it."""
     for length, switches in itertools.product(inputs.lengths, case.switches()):
@@ -193,7 +207,7 @@ def check_never_looks_ahead(case: OperatorCase, inputs: Inputs) -> None:
     for length, switches in itertools.product(inputs.at_least(2), case.switches("causal")):
         tensors = case.inputs(inputs, length)
         place = 1 + inputs.seed % (length - 1)
-        other = case.make(torch.Generator().manual_seed(inputs.seed + 1), inputs.batch, length)
+        other = case.inputs(replace(inputs, seed=inputs.seed + 1), length)
         changed = {
             n: torch.cat([t[:, :place], other[n][:, place:]], dim=1) if n in case.over_tokens else t
             for n, t in tensors.items()
@@ -274,7 +288,7 @@ def _kept(case: OperatorCase, length: int, switches: dict[str, Any]) -> list[int
 def _outcome(case: OperatorCase, inputs: Inputs, length: int, **switches: Any) -> Tensors:
     tensors = {n: t.requires_grad_() for n, t in case.inputs(inputs, length).items()}
     y = case.run(**tensors, **switches)
-    weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype, device=y.device)).view_as(y)
     loss, leaves = (y * weighting).sum(), list(tensors.values())
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return {"y": y, **{f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}}
@@ -298,6 +312,7 @@ OPERATOR_CHECKS: tuple[Callable[[OperatorCase, Inputs], None], ...] = (
     check_half_precision,
     check_gradients,
     check_memory_is_linear,
+    check_kernels_agree,
 )
 
 

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixers import operators
+from mixers.operators.choice import FORMULATIONS, KERNELS
 from mixers.operators.linear.chunked import CHUNK
-from mixers.testing import strategies
+from mixers.testing import Inputs, strategies
+from mixers.testing.operators import OPERATORS, check_operator
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
@@ -193,6 +195,12 @@ def test_a_state_of_another_kind_is_refused() -> None:
         operators.linear_attention(q[:, :0], k[:, :0], v[:, :0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", OPERATORS)
+def test_the_contract_holds_on_a_gpu(case: str) -> None:
+    check_operator(case, Inputs(device="cuda"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -214,5 +222,6 @@ def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
 
 def test_backends_say_what_can_run_here() -> None:
     found = operators.backends()
-    assert {n for n, reason in found.items() if reason == "available"} == {"dense", "recurrent", "chunked"}
-    assert all(found.values())
+    assert all(found[name] == "available" for name in FORMULATIONS)
+    for name in KERNELS:
+        assert found[name] == "available" or "not installed" in found[name] or "needs a CUDA device" in found[name]

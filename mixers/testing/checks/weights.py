@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mixers import structure
 from mixers.mixer import TokenMixer, with_values
+from mixers.operators.choice import FORMULATIONS
 from mixers.testing.inputs import Inputs, grid_of, has_option, run, through_its_matrix, with_option, without_eps
 from mixers.testing.tolerances import assert_close
 
@@ -42,7 +43,6 @@ def check_formulations_agree(mixer: TokenMixer, inputs: Inputs) -> None:
                 assert_close(got, wanted, what=f"{backend} against dense, {name}, l = {length}")
 
 
-FORMULATIONS = ("dense", "recurrent", "chunked")
 
 
 def _outcome(mixer: TokenMixer, inputs: Inputs, length: int) -> list[Tensor]:

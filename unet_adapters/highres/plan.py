@@ -1,0 +1,209 @@
+"""What a large image will need, before the work: memory and time of every stage, and the savings that make it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unet_adapters.highres import vae as autoencoder
+from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder
+from unet_adapters.highres.memory import Allocations, foresee
+from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
+from unet_adapters.highres.vae import Tiling
+
+LARGEST = 2**31 - 1
+"""Elements of a tensor from which on kernels with 32-bit offsets go wrong, silently."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage will need.
+
+    Attributes:
+        stage: its size and strength.
+        steps: calls of the scheduler.
+        denoising, decoding: bytes at the peak, the model's weights included.
+        largest: elements of the largest tensor.
+        flops: of all its steps; matrix products and convolutions.
+        seconds: at the rate that was handed over; None without one.
+    """
+
+    stage: Stage
+    steps: int
+    denoising: int
+    decoding: int
+    largest: int
+    flops: int
+    seconds: float | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the stage's peak."""
+        return max(self.denoising, self.decoding)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an image will be made.
+
+    Attributes:
+        stages: what each needs, with these savings.
+        savings: those in force, see `savings`.
+        tiling: of the autoencoder.
+        chunk_tokens: of feed-forward layers, where these are saved on.
+    """
+
+    stages: tuple[StagePlan, ...]
+    savings: tuple[str, ...]
+    tiling: Tiling
+    chunk_tokens: int = CHUNK_TOKENS
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of all stages."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages."""
+        times = [stage.seconds for stage in self.stages]
+        return None if None in times else sum(t for t in times if t is not None)
+
+
+class TooLittleMemory(ValueError):
+    """No way to make the image fits the budget."""
+
+
+def make_plan(
+    pipe: Any,
+    size: Size,
+    *,
+    budget: int | None = None,
+    base: int | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    steps: int = 50,
+    guidance: float = 7.5,
+    rate: float | None = None,
+    direct: bool = False,
+) -> Plan:
+    """Choose the fewest savings with which an image fits, and say what it needs.
+
+    Args:
+        pipe: a Stable Diffusion pipeline, with what is mounted in it.
+        size: (height, width) in pixels.
+        budget: bytes that may be used, the model's weights included; None: as many as it takes.
+        base: side of the images that the model was trained on; None asks its UNet.
+        strengths, steps, guidance: as of `generate`.
+        rate: floating-point operations a second, see `measure_rate`; without it no time is told.
+        direct: denoise at the full size from noise, without stages.
+
+    Raises:
+        TooLittleMemory: not even all savings are enough; the message says what is.
+        ValueError: a size that the model cannot have.
+    """
+    unit = latent_unit(pipe)
+    stages = ladder(size, base or native_side(pipe), unit, strengths)
+    stages = (Stage(size, 1.0),) if direct else stages
+    foresight, tried = _Foresight(pipe, steps, guidance, rate), []
+    for savings, tiling in _choices():
+        last = foresight.stage(stages[-1], savings, tiling)  # the largest: what fits there fits everywhere
+        tried.append(last.peak)
+        if (budget is None or last.peak <= budget) and last.largest <= LARGEST:
+            return Plan(tuple(foresight.stage(stage, savings, tiling) for stage in stages), savings, tiling)
+    least = min(tried)
+    raise TooLittleMemory(
+        f"An image of {size[0]} × {size[1]} pixels does not fit in {told(budget or 0)}: with every saving it needs "
+        f"{told(least)}. Give it that much, or make it smaller."
+    )
+
+
+def _choices() -> list[tuple[tuple[str, ...], Tiling]]:
+    """Savings and tilings, the fastest first."""
+    plain = Tiling()
+    found = [(SAVINGS[:n], plain) for n in range(len(SAVINGS) + 1)]
+    smaller = [replace(plain, tile=tile, overview=tile, whole_middle=128 * 128) for tile in (64, 32)]
+    return [*found, *((SAVINGS, tiling) for tiling in smaller)]
+
+
+class _Foresight:
+    """What stages need; what was found once is not looked for again."""
+
+    def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None) -> None:
+        self.pipe, self.steps, self.guidance, self.rate = pipe, steps, guidance, rate
+        self.weights = weight_bytes(pipe)
+        self._step = cache(lambda size, savings: foresee_step(pipe, size, savings, guidance))
+        self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling).peak)
+
+    def stage(self, stage: Stage, savings: tuple[str, ...], tiling: Tiling) -> StagePlan:
+        """One stage with these savings."""
+        runs = max(1, self.steps - min(self.steps - 1, round(self.steps * (1 - stage.strength))))
+        step = self._step(stage.size, savings)
+        flops = runs * step.flops * (2 if self.guidance != 1 and "guidance" in savings else 1)
+        decoding = self.weights + self._decoding(stage.size, tiling)
+        seconds = None if self.rate is None else flops / self.rate
+        return StagePlan(stage, runs, self.weights + step.peak, decoding, step.largest, flops, seconds)
+
+
+def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Allocations:
+    """One call of the UNet for an image of `size`, as `denoise` will make it."""
+    unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
+    height, width = (side // pixels_a_place(pipe) for side in size)
+    shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
+    shapes["text"] = (batch, 77, unet.config.cross_attention_dim)
+    pooled = getattr(unet.config, "projection_class_embeddings_input_dim", None)
+    if unet.config.addition_embed_type == "text_time":
+        ids = 6 * unet.config.addition_time_embed_dim
+        shapes |= {"pooled": (batch, pooled - ids), "time_ids": (batch, 6)}
+
+    def run(*tensors: Tensor) -> Tensor:
+        told = dict(zip(shapes, tensors, strict=True))
+        added = {}
+        if "pooled" in told:
+            added = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": told["time_ids"]}}
+        result: Tensor = unet(told["latents"], torch.tensor(500), told["text"], return_dict=False, **added)[0]
+        return result
+
+    with save_memory(unet, savings, pretend=True):
+        inputs = [(shape, unet.dtype) for shape in shapes.values()]
+        return foresee(run, *inputs, device=unet.device)
+
+
+def foresee_decoding(pipe: Any, size: Size, tiling: Tiling) -> Allocations:
+    """Decoding an image of `size` in tiles: the largest of the middle block, the overview and a tile."""
+    vae, factor = pipe.vae, pixels_a_place(pipe)
+    latents = (1, vae.config.latent_channels, *(side // factor for side in size))
+    dtype = next(vae.parameters()).dtype
+    return foresee(lambda z: autoencoder.rehearse(vae, z, tiling), (latents, dtype), device=vae.device)
+
+
+def weight_bytes(pipe: Any) -> int:
+    """Bytes of all weights of a pipeline."""
+    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+
+
+def native_side(pipe: Any) -> int:
+    """The side, in pixels, of the images that the model was trained on, as its UNet's config says."""
+    return int(pipe.unet.config.sample_size) * pixels_a_place(pipe)
+
+
+def pixels_a_place(pipe: Any) -> int:
+    """Pixels along one side of a latent place."""
+    return int(pipe.vae_scale_factor)
+
+
+def latent_unit(pipe: Any) -> int:
+    """Sides are multiples of this many pixels, so that every level of the UNet halves without rounding."""
+    return pixels_a_place(pipe) << (len(pipe.unet.config.block_out_channels) - 1)
+
+
+def told(count: int) -> str:
+    """Bytes as people read them."""
+    power = min(4, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

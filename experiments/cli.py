@@ -110,6 +110,38 @@ def ablate(
 
 
 @app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="a ready-made recipe's name, or a .yaml file")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder that receives everything; default: runs/distill/<recipe>")
+    ] = None,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    plugins: Plugins = [],  # noqa: B006
+) -> None:
+    """Distil a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
+    from accelerate import PartialState
+
+    from experiments.distil.recipe import load_recipe
+    from experiments.distil.run import run_recipe
+
+    console.quiet = not PartialState().is_main_process  # of several, one tells
+    _load(plugins)
+    with _clean_errors():
+        plan = load_recipe(recipe, settings)
+        console.print(f"[bold]{plan.name}[/]: {plan.about}")
+        with _bars() as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=steps)
+                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4g}")
+
+            card = run_recipe(plan, out or Path("runs/distill") / plan.name, show)
+    console.print(f"Card: {card.resolve()}", soft_wrap=True)
+
+
+@app.command()
 def check(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern of mixers' names")] = "*",
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it

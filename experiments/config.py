@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from experiments.training import FitConfig
+from mixers.suggest import hint
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Frozen(BaseModel):
@@ -17,33 +21,110 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Variant(Frozen):
+class MixerChoice(Frozen):
+    """What is mounted where; `causality` and `normalize` left at None are the mixer's published defaults."""
+
+    causality: Literal["causal", "bidirectional", "noncausal"] | None = None
+    normalize: bool | None = None
+    options: dict[str, Any] = {}
+    select: str = "all"
+    min_tokens: int = Field(0, ge=0, description="sites with fewer tokens stay softmax")
+
+
+class Term(Frozen):
+    """An objective's weight in the loss: 0 before step `start`, then rising linearly over `ramp` steps."""
+
+    weight: float = Field(1.0, ge=0)
+    start: int = Field(0, ge=0)
+    ramp: int = Field(0, ge=0)
+    options: dict[str, Any] = Field({}, description="of the objective")
+
+    def at(self, step: int) -> float:
+        """The weight at `step`; full from step start + ramp − 1 on."""
+        return self.weight * min(1.0, max(0, step - self.start + 1) / max(1, self.ramp))
+
+
+class Stage(Frozen):
+    """A training of the student: what is minimised, and how. In files, `noise: 0.5` is `noise: {weight: 0.5}`."""
+
+    name: str = Field(pattern=r"^[a-z0-9_\-]+$")
+    objectives: dict[str, Term]
+    fit: FitConfig
+    sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((), description="step by step in turn; (): image_size")
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _short_form(cls, terms: Any) -> Any:
+        if not isinstance(terms, dict):
+            return terms
+        return {n: {"weight": t} if isinstance(t, int | float) else t for n, t in terms.items()}
+
+    @field_validator("objectives")
+    @classmethod
+    def _known(cls, terms: dict[str, Term]) -> dict[str, Term]:
+        from experiments.distil.objectives import create_objective  # which imports this module
+
+        for name, term in terms.items():
+            create_objective(name, **term.options)
+        if not any(term.at(0) > 0 for term in terms.values()):
+            raise ValueError("no objective has a weight at step 0, so that there would be nothing to minimise")
+        return terms
+
+
+class Distillation(Stage):
+    """How a student is made: `before`, stage by stage, and then the stage that this is, which is often the only one.
+
+    The default objectives are the published loss, `noise + output/2 + features/2` (2409.02097 §3.4).
+    """
+
+    name: str = Field("distil", pattern=r"^[a-z0-9_\-]+$")
+    objectives: dict[str, Term] = {"noise": Term(), "output": Term(weight=0.5), "features": Term(weight=0.5)}
+    before: tuple[Stage, ...] = Field((), description="stages that come first, such as matrix and local")
+    train: Literal["new", "new+projections"] = Field(
+        "new+projections", description="what is trained: what the mixers add, and the q, k, v and output projections"
+    )
+    start: Literal["host", "random"] = Field("host", description="of trained projections: the teacher's, or random")
+    image_size: int = Field(64, gt=0)
+    images: int = Field(1024, gt=0, description="training pictures drawn, encoded once")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of captions that are replaced by the empty one")
+    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Distillation:
+        if self.start == "random" and self.train == "new":
+            raise ValueError("start='random' is of trained projections, and train='new' trains none: drop one of them")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need names of their own, got {', '.join(names)}")
+        return self
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, in order."""
+        return (*self.before, self)
+
+    def sizes_of(self, stage: Stage) -> tuple[int, ...]:
+        """The sizes in pixels that a stage trains at, in turn."""
+        return stage.sizes or (self.image_size,)
+
+    @property
+    def all_sizes(self) -> tuple[int, ...]:
+        """`image_size`, and every other size that a stage trains at."""
+        return tuple(dict.fromkeys([self.image_size, *(size for s in self.stages for size in self.sizes_of(s))]))
+
+
+class Variant(MixerChoice):
     """One row of an ablation: a mixer and its options, mounted at the selected sites.
 
-    `causality` and `normalize` left at None are the mixer's published defaults. `trained=False`
-    mounts the mixer as it is: with softmax that is the sanity row, whose error must be zero.
+    `trained=False` mounts the mixer as it is: with softmax that is the sanity row, whose error must be zero.
+    `distillation` is this row's own, where the rows differ in how they are made; None is the grid's.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_\-]+$")
     label: str
     mixer: str
-    causality: Literal["causal", "bidirectional", "noncausal"] | None = None
-    normalize: bool | None = None
-    options: dict[str, Any] = {}
-    select: str = "all"
     trained: bool = True
-
-
-class Distillation(Frozen):
-    """The paper's loss, `noise + output/2 + features/2` (2409.02097 §3.4), and how it is minimised."""
-
-    fit: FitConfig
-    noise: float = Field(1.0, ge=0)
-    output: float = Field(0.5, ge=0)
-    features: float = Field(0.5, ge=0)
-    train_projections: bool = True
-    image_size: int = Field(64, gt=0)
-    images: int = Field(1024, gt=0, description="training pictures drawn, encoded once")
+    distillation: Distillation | None = None
 
 
 class Evaluation(Frozen):
@@ -90,35 +171,99 @@ class Grid(Frozen):
     distillation: Distillation
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="after")
+    def _one_set_of_pictures(self) -> Grid:
+        shared = (self.distillation.all_sizes, self.distillation.images)
+        for variant in self.variants:
+            own = variant.distillation
+            if own is not None and (own.all_sizes, own.images) != shared:
+                raise ValueError(
+                    f"the variant {variant.name!r} trains on other pictures than the grid (sizes and images "
+                    f"{(own.all_sizes, own.images)}, the grid {shared}): rows are compared on the same ones"
+                )
+        return self
+
     def cells(self) -> list[CellConfig]:
         """One configuration per seed and variant, seed by seed, so that a first table comes early."""
         shared = {"teacher": self.teacher, "data": self.data}
         return [
-            CellConfig(**shared, variant=v, seed=s, distillation=self.distillation, evaluation=self.evaluation)
+            CellConfig(
+                **shared,
+                variant=v,
+                seed=s,
+                distillation=v.distillation or self.distillation,
+                evaluation=self.evaluation,
+            )
             for s in self.seeds
             for v in self.variants
         ]
 
 
-def override(grid: Grid, settings: list[str]) -> Grid:
-    """A grid with `dotted.key=value` settings applied and checked; values are JSON, or plain text.
+def override(model: Model, settings: list[str]) -> Model:
+    """A model with `dotted.key=value` settings applied and checked; values are JSON, or plain text.
+
+    A number as a key is a place in a list, from 0: `distillation.before.0.fit.steps=50`.
 
     Raises:
         ValueError: a setting has no `=`, or names no field; the message lists the fields there are.
     """
-    tree = grid.model_dump()
+    tree = model.model_dump(mode="json")
     for setting in settings:
         path, separator, text = setting.partition("=")
         node, keys = tree, path.split(".")
         for depth, key in enumerate(keys):
-            if not separator or not isinstance(node, dict) or key not in node:
-                known = ", ".join(node) if isinstance(node, dict) else "nothing"
-                where = ".".join(keys[:depth]) or "the grid"
-                raise ValueError(f"Cannot set {setting!r}: expected key=value; {where} has {known}.")
+            known = _keys(node)
+            if not separator or key not in known:
+                where = ".".join(keys[:depth]) or f"the {type(model).__name__.lower()}"
+                raise ValueError(
+                    f"Cannot set {setting!r}: expected key=value; {where} has {', '.join(known) or 'nothing'}."
+                    f"{hint(key, known)}"
+                )
             if depth < len(keys) - 1:
-                node = node[key]
-        try:
-            node[keys[-1]] = json.loads(text)
-        except json.JSONDecodeError:
-            node[keys[-1]] = text
-    return Grid.model_validate(tree)
+                node = node[known[key]]
+        node[known[key]] = _value(text)
+    return validated(type(model), tree)
+
+
+def validated(kind: type[Model], tree: Any) -> Model:
+    """A model of plain values.
+
+    Raises:
+        ValueError: it is not valid; one sentence that says where, and names the nearest key for an unknown one.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        errors = error.errors()  # an unknown key before the one that is missing for its sake
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+        place = ".".join(str(key) for key in first["loc"]) or "it"
+        if first["type"] == "extra_forbidden":
+            known = _fields(kind, first["loc"][:-1])
+            raise ValueError(
+                f"{place} is unknown: expected one of {', '.join(known)}.{hint(str(first['loc'][-1]), known)}"
+            ) from None
+        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _keys(node: Any) -> dict[str, Any]:
+    """What can be asked of a tree's node: {as it is written: as it is indexed}."""
+    if isinstance(node, dict):
+        return {str(key): key for key in node}
+    return {str(place): place for place in range(len(node))} if isinstance(node, list) else {}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _fields(kind: Any, path: tuple[int | str, ...]) -> list[str]:
+    """The fields of the model at a path through models, dictionaries and tuples of models."""
+    for key in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(key)].annotation
+        else:
+            kind = next(a for a in reversed(get_args(kind)) if a not in (Ellipsis, NoneType))
+    return list(kind.model_fields)

@@ -38,12 +38,14 @@ class LinearMixer(TokenMixer):
     Subclasses set:
         published_map: the feature map of the paper.
         decays: whether `gates` gives a log decay.
+        channel_gates: whether every key channel has a gate of its own.
         divides: whether it normalises by division, which takes a feature map that is positive.
     """
 
     Config: ClassVar[Any] = LinearConfig
     published_map: ClassVar[str] = "identity"
     decays: ClassVar[bool] = False
+    channel_gates: ClassVar[bool] = False
     divides: ClassVar[bool] = True
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
@@ -60,10 +62,10 @@ class LinearMixer(TokenMixer):
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v); unnormalised in float32 at least."""
-        q, k = self.features(streams)
+        q, k, feature_map = self.operands(streams)
         v = streams.v if self.config.normalize else streams.values
-        mixed = operators.linear_attention(q, k, v, streams.log_decay, backend=self.config.backend, **self._settings())
-        return cast(Tensor, mixed)
+        settings = {**self._settings(), "feature_map": feature_map, "backend": self.config.backend}
+        return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **settings))
 
     def weights(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
@@ -75,6 +77,15 @@ class LinearMixer(TokenMixer):
         dtype = upcast(streams.q.dtype)
         q, k = self._map.apply(streams.q.to(dtype)), self._map.apply(streams.k.to(dtype))
         return q, k if streams.write is None else k * streams.write[..., None]
+
+    def operands(self, streams: Streams) -> tuple[Tensor, Tensor, str]:
+        """q, k and the map that the operator applies to them: where there is more to `features`, these and `identity`.
+
+        An operator that maps q and k as it reads them does not have to write features to memory.
+        """
+        if streams.write is None and type(self).features is LinearMixer.features:
+            return streams.q, streams.k, self.map_name(self.config)
+        return (*self.features(streams), "identity")
 
     @property
     def scale(self) -> float:
@@ -110,6 +121,12 @@ class LinearMixer(TokenMixer):
         return self.heads * self.features_dim * (self.head_dim + int(self.config.normalize))
 
     def operator_flops(self, length: int) -> int:
-        """Two products of l × k by k × v; with an order also the triangles of blocks of 64 tokens."""
-        width = self.head_dim + int(self.config.normalize)
-        return self.heads * operators.linear.flops(length, self.features_dim, width, self.config.causality, self.decays)
+        """Two products of l × k by k × v; with an order also those within chunks.
+
+        Where there is an order the row sums are a column of the products, and elsewhere elementwise work.
+        """
+        causality = self.config.causality
+        ordered = causality == "causal" or (causality == "bidirectional" and self.decays)
+        width = self.head_dim + int(self.config.normalize and ordered)
+        decay = "none" if not self.decays else "vector" if self.channel_gates else "scalar"
+        return self.heads * operators.linear.flops(length, self.features_dim, width, causality, decay)

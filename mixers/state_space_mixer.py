@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from einops import repeat
 from torch import Tensor, nn
 
 from mixers.linear_mixer import LinearConfig, LinearMixer
@@ -81,5 +80,6 @@ class StateSpaceMixer(LinearMixer):
         return made
 
     def split_keys(self, x: Tensor) -> Tensor:
-        """(b, l, groups·n) -> (b, l, h, n), each group repeated for its heads."""
-        return repeat(x, "b l (g n) -> b l (g r) n", g=self.groups, r=self.heads // self.groups)
+        """(b, l, groups·n) -> (b, l, h, n), each group for its heads; of one group a view, which costs nothing."""
+        shared = x.unflatten(-1, (self.groups, 1, -1)).expand(-1, -1, -1, self.heads // self.groups, -1)
+        return shared.flatten(2, 3)

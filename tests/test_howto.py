@@ -22,7 +22,7 @@ from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
-ADD, CHECK = (ROOT / "docs" / "howto" / name for name in ("add_a_mixer.md", "check_a_mixer.md"))
+ADD, CHECK, DATA = (ROOT / "docs" / "howto" / name for name in ("add_a_mixer.md", "check_a_mixer.md", "data.md"))
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
@@ -243,6 +243,19 @@ def test_the_kit_s_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for code in blocks(CHECK, "python"):
         exec(compile(code, str(CHECK), "exec"), names)
     assert capsys.readouterr().out == "".join(blocks(CHECK, "text"))
+
+
+def test_the_page_of_data_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for code in blocks(DATA, "python"):
+        exec(compile(code, str(DATA), "exec"), names)
+    assert capsys.readouterr().out == "".join(blocks(DATA, "text"))
 
 
 def test_the_kit_s_page_lists_every_check() -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from experiments.ablation import store
 from experiments.config import CellConfig
-from experiments.distil import Distil, Setting
+from experiments.distil import Setting, build_student, run_stages
+from experiments.distil.student import seeded
 from experiments.evaluate.fidelity import fidelity
 from experiments.evaluate.pictures import mixing_matrix, save_samples
 from experiments.evaluate.speed import speed
-from experiments.training import fit
 from unet_adapters import MixerAdapter
 
 Report = Callable[[str, int, int], None]
@@ -32,16 +31,8 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         report: called as (phase, done, total).
     """
     store.write_json(directory / "config.json", config.model_dump(mode="json"))
-    torch.manual_seed(config.seed)
-    variant = config.variant
-    adapter = MixerAdapter.build(
-        setting.pipe.unet,
-        variant.mixer,
-        select=variant.select,
-        causality=variant.causality,
-        normalize=variant.normalize,
-        **variant.options,
-    )
+    variant, plan = config.variant, config.distillation
+    adapter = build_student(setting.teacher, variant.mixer, variant, plan, config.seed)
     try:
         seconds = distil(config, setting, adapter, directory, report)
         record = measure(config, setting, adapter, directory, report)
@@ -49,7 +40,7 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         adapter.unmount()
     adapter.save_pretrained(directory / "adapter")
     trained = sum(p.numel() for p in adapter.student.parameters()) if variant.trained else 0
-    steps = config.distillation.fit.steps if variant.trained else 0
+    steps = sum(stage.fit.steps for stage in plan.stages) if variant.trained else 0
     result = {
         "cell": config.id,
         "variant": variant.name,
@@ -62,7 +53,8 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         **record,
     }
     store.write_json(directory / "result.json", result)
-    (directory / "state.safetensors").unlink(missing_ok=True)
+    for state in directory.rglob("state.safetensors"):
+        state.unlink()
     return result
 
 
@@ -70,17 +62,18 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
     """Train the adapter in place; returns the seconds spent (of this run, if it was taken up)."""
     if not config.variant.trained:
         return 0.0
-    start = time.perf_counter()
-    plan = config.distillation.fit.model_copy(update={"seed": config.seed})
-    objective = Distil(setting.pipe.unet, adapter, setting.pipe.scheduler, config.distillation)
-    fit(
-        objective,
-        lambda step: setting.batch(step, plan),
+    plan = seeded(config.distillation, config.seed)
+    records = run_stages(
+        setting.teacher,
+        adapter,
         plan,
+        setting.batch,
         directory,
-        lambda done, _: report("distil", done, plan.steps),
+        lambda _, done, steps, __: report("distil", done, steps),
     )
-    return time.perf_counter() - start
+    if len(records) > 1:
+        _join_logs([(record["log"], record["steps"]) for record in records], directory / "metrics.jsonl")
+    return sum(record["seconds"] for record in records)
 
 
 def measure(
@@ -99,3 +92,12 @@ def measure(
     report("time", 3, 4)
     record["speed"] = speed(setting, adapter, plan)
     return record
+
+
+def _join_logs(stages: list[tuple[list[dict[str, float]], int]], path: Path) -> None:
+    """One log of all stages, with the steps counted through."""
+    lines, before = [], 0
+    for log, steps in stages:
+        lines += [json.dumps({**row, "step": row["step"] + before}) + "\n" for row in log]
+        before += steps
+    path.write_text("".join(lines), encoding="utf-8")

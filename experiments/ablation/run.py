@@ -34,7 +34,7 @@ def run_grid(grid: Grid, directory: Path, report: Report) -> list[dict[str, Any]
         registry.entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
     plan = grid.distillation
-    setting = open_setting(grid.teacher, grid.data, plan.image_size, plan.images)
+    setting = open_setting(grid.teacher, grid.data, plan.image_size, plan.images, plan.all_sizes[1:])
     store.write_json(directory / "grid.json", describe(grid))
     show_teacher(setting, grid.evaluation, directory / "teacher")
     records = []

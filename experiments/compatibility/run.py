@@ -41,7 +41,7 @@ from experiments.compatibility.measure import (
 )
 from experiments.config import Frozen, Grid
 from experiments.data import open_dataset
-from experiments.distil import Setting, open_setting
+from experiments.distil import Setting, build_student, open_setting
 from experiments.teacher.load import EMBEDDED
 from experiments.training import FitConfig, fit
 from unet_adapters import MixerAdapter
@@ -81,7 +81,7 @@ def default_plan(share: float = 1.0) -> Plan:
 def open_plan(plan: Plan) -> tuple[Setting, CLIPModel]:
     """The teacher with its training pictures, and the CLIP that judges."""
     grid, fitted = plan.grid, plan.grid.distillation
-    setting = open_setting(grid.teacher, grid.data, fitted.image_size, fitted.images)
+    setting = open_setting(grid.teacher, grid.data, fitted.image_size, fitted.images, fitted.all_sizes[1:])
     folder = (EMBEDDED if grid.teacher == "embedded" else Path(grid.teacher)) / "evaluator"
     if not folder.is_dir():
         raise ValueError(
@@ -96,15 +96,7 @@ def train_student(plan: Plan, setting: Setting, directory: Path, report: Report)
     folder = directory / "student"
     if not folder.is_dir():
         cell, variant = plan.grid.cells()[0], plan.grid.variants[0]
-        torch.manual_seed(cell.seed)
-        adapter = MixerAdapter.build(
-            setting.pipe,
-            variant.mixer,
-            variant.select,
-            causality=variant.causality,
-            normalize=variant.normalize,
-            **variant.options,
-        )
+        adapter = build_student(setting.teacher, variant.mixer, variant, cell.distillation, cell.seed)
         distil(cell, setting, adapter, directory / "training" / "student", lambda _, n, of: report("student", n, of))
         _finish(folder, adapter.save_pretrained)
     return MixerAdapter.from_pretrained(folder, setting.pipe)

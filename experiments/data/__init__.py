@@ -1,24 +1,71 @@
 """Captioned images for distillation and evaluation, available at any resolution.
 
-`open_dataset("emoji")` is the embedded Twemoji set; `open_dataset("path/to/folder")` is a
-folder of your own images in the Hub's imagefolder convention.
+`open_dataset("emoji")` is the embedded Twemoji set; `open_dataset("path/to/folder")` is a folder of your own images in
+the Hub's imagefolder convention; Parquet, Arrow and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from experiments.data.emoji import EmojiSet
-from experiments.data.example import CaptionedImages, DataError, Example, batch
+from experiments.data.example import (
+    BadRecord,
+    CaptionedImages,
+    DataError,
+    Example,
+    Record,
+    Records,
+    Size,
+    batch,
+    extent,
+)
 from experiments.data.folder import ImageFolder
+from experiments.data.hub import TableImages, TableStream, is_table
 
-__all__ = ["CaptionedImages", "DataError", "EmojiSet", "Example", "ImageFolder", "batch", "open_dataset"]
+__all__ = [
+    "BadRecord",
+    "CaptionedImages",
+    "DataError",
+    "EmojiSet",
+    "Example",
+    "ImageFolder",
+    "Record",
+    "Records",
+    "Size",
+    "TableImages",
+    "TableStream",
+    "batch",
+    "extent",
+    "open_dataset",
+    "open_records",
+]
+
+Table = TypeVar("Table", TableImages, TableStream)
 
 
-def open_dataset(source: str, *, split: str = "train") -> CaptionedImages:
-    """Open the embedded emoji set (`"emoji"`) or a folder of captioned images (any other string: its path).
+def open_dataset(source: str, *, split: str = "train") -> EmojiSet | ImageFolder | TableImages:
+    """Open captioned images, which have a length and are drawn one by one in any order.
 
     Args:
-        source: `"emoji"`, or the path of a folder with images and captions.
-        split: `"train"` or `"held_out"`; the same fixed, content-keyed split for both sources.
+        source: `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar files; a directory
+            written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables: `SOURCE#image=COLUMN&text=COLUMN`.
+        split: `"train"` or `"held_out"`; the same fixed, content-keyed split for all sources.
 
     Raises:
-        DataError: the folder does not exist, has no readable captioned image, or the split is unknown.
+        DataError: there is no such source, it has no readable captioned image, or the split is unknown.
     """
-    return EmojiSet(split=split) if source == "emoji" else ImageFolder(source, split=split)
+    return _open(source, split, TableImages)
+
+
+def open_records(source: str, *, split: str = "train") -> EmojiSet | ImageFolder | TableStream:
+    """Open captioned images to be read once, in order, as a cache does: tables are streamed, without a copy on disk.
+
+    Arguments and errors are those of `open_dataset`.
+    """
+    return _open(source, split, TableStream)
+
+
+def _open(source: str, split: str, table: Callable[[str, str], Table]) -> EmojiSet | ImageFolder | Table:
+    if source == "emoji":
+        return EmojiSet(split=split)
+    return table(source, split) if is_table(source) else ImageFolder(source, split=split)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from experiments.data.example import Example, in_split, to_tensor
+from experiments.data.example import Example, RandomAccess, Size, extent, in_split, to_tensor
 
 LICENCE = "Twemoji graphics © Twitter, Inc. and other contributors, licensed CC-BY 4.0."
 
@@ -67,12 +67,12 @@ def catalogue(skin_tones: bool = False) -> tuple[Emoji, ...]:
     return tuple(found)
 
 
-class EmojiSet:
+class EmojiSet(RandomAccess):
     """Captioned emoji: "red apple, teal background".
 
     `variation` draws background, position and scale, always with the whole drawing in view;
-    one (index, variation) is the same scene at every size. Rendering costs about 1 ms at 64 px
-    and 5 ms at 256 px, and no memory is kept.
+    one (index, variation) is the same scene at every size, and has more background to both sides where
+    that is not square. Rendering costs about 1 ms at 64 px and 5 ms at 256 px, and no memory is kept.
 
     Args:
         split: `"train"` (about nine in ten emoji) or `"held_out"`; `None` for all of them.
@@ -80,12 +80,17 @@ class EmojiSet:
     """
 
     def __init__(self, split: str | None = "train", skin_tones: bool = False) -> None:
+        self.name = ", ".join(["emoji", *([split] if split else []), *(["skin tones"] if skin_tones else [])])
         self.emoji = tuple(e for e in catalogue(skin_tones) if split is None or in_split(e.path.stem, split))
 
     def __len__(self) -> int:
         return len(self.emoji)
 
-    def example(self, index: int, size: int, variation: int = 0) -> Example:
+    def key(self, index: int) -> str:
+        """Its code points."""
+        return self.emoji[index].path.stem
+
+    def example(self, index: int, size: Size, variation: int = 0) -> Example:
         """Render item `index` at `size` px; see the class for what `variation` draws."""
         item = self.emoji[index]
         draw = np.random.default_rng([int.from_bytes(item.path.stem.encode(), "big"), variation])
@@ -96,11 +101,11 @@ class EmojiSet:
         return Example(to_tensor(pixels), f"{item.name}, {background} background", item.path.stem)
 
 
-def render(svg: str, size: int, colour: str, scale: float = 1.0, left: float = 0.0, top: float = 0.0) -> np.ndarray:
-    """Draw an SVG on a plain background as uint8 pixels (size, size, 3).
+def render(svg: str, size: Size, colour: str, scale: float = 1.0, left: float = 0.0, top: float = 0.0) -> np.ndarray:
+    """Draw an SVG on a plain background as uint8 pixels (h, w, 3).
 
-    The drawing's longer side takes `scale` of the picture; its box starts at (`left`, `top`), as
-    fractions of the picture. The root element is given the size wanted: `resvg` draws at the
+    The drawing's longer side takes `scale` of the picture's central square; its box starts at (`left`, `top`), as
+    fractions of that square. The root element is given the size wanted: `resvg` draws at the
     document's own size and would otherwise crop or blur.
     """
     import resvg
@@ -110,11 +115,14 @@ def render(svg: str, size: int, colour: str, scale: float = 1.0, left: float = 0
     if opening is None or box is None:
         raise ValueError("Cannot render this SVG: its root element has no viewBox.")
     x, y, width, height = (float(n) for n in box.group(1).split())
+    tall, wide = extent(size)
     side = max(width, height) / scale
-    x, y = x - left * side - (max(width, height) - width) / 2, y - top * side - (max(width, height) - height) / 2
+    across, down = side * wide / min(tall, wide), side * tall / min(tall, wide)
+    x -= left * side + (max(width, height) - width) / 2 + (across - side) / 2
+    y -= top * side + (max(width, height) - height) / 2 + (down - side) / 2
     root = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" viewBox="{x} {y} {side} {side}">'
-        f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="{colour}"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{tall}" viewBox="{x} {y} {across} {down}">'
+        f'<rect x="{x}" y="{y}" width="{across}" height="{down}" fill="{colour}"/>'
     )
     tree = resvg.usvg.Tree.from_str(root + svg[opening.end() :], resvg.usvg.Options.default())
     png = resvg.render(tree, (1, 0, 0, 0, 1, 0))  # the identity, row by row

@@ -7,21 +7,20 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from experiments.data.example import DataError, Example, in_split, to_tensor
+from experiments.data.example import BadRecord, DataError, Example, RandomAccess, Size, in_split, photograph
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _log = logging.getLogger(__name__)
 
 
-class ImageFolder:
+class ImageFolder(RandomAccess):
     """Images with captions, in the Hub's imagefolder convention.
 
     Captions come from `metadata.jsonl` (lines with `file_name` and `text`) where there is one,
-    else from a text file beside each image (`cat.png`, `cat.txt`). Images are cropped to their
-    central square and resized; `variation` mirrors odd ones left to right.
+    else from a text file beside each image (`cat.png`, `cat.txt`). Images are turned upright (EXIF),
+    cropped to their centre and resized; odd `variation`s are mirrored left to right.
     Images that cannot be read or have no caption are named in the log, counted in `skipped` and
     left out. Opening verifies every file once.
 
@@ -31,9 +30,12 @@ class ImageFolder:
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
         self.path = Path(path)
+        self.name = ", ".join([self.path.name, *([split] if split else [])])
         if not self.path.is_dir():
             raise DataError(
-                f"Cannot open {self.path} as data: it is not a folder. Give a folder of images, or 'emoji'."
+                f"Cannot open {self.path} as data: it is not a folder. Give a folder of images, 'emoji', .parquet, "
+                ".arrow or .tar files (one, a folder of them, a glob), a saved data set's directory, or "
+                "'hub:owner/name'."
             )
         self.skipped: dict[str, str] = {}
         self.items: list[tuple[Path, str]] = []
@@ -85,26 +87,28 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.items)
 
-    def example(self, index: int, size: int, variation: int = 0) -> Example:
-        """Item `index` as a (3, size, size) image; odd variations are mirrored."""
+    def key(self, index: int) -> str:
+        """Its file's name."""
+        return self.items[index][0].name
+
+    def example(self, index: int, size: Size, variation: int = 0) -> Example:
+        """Item `index` at a size; odd variations are mirrored."""
         path, caption = self.items[index]
+        return Example(photograph(_upright(path), size, variation), caption, path.name)
+
+
+def _upright(path: Path) -> Image.Image:
+    try:
         with Image.open(path) as image:
-            square = _central_square(image.convert("RGB")).resize((size, size), Image.Resampling.LANCZOS)
-        pixels = np.asarray(square)
-        return Example(to_tensor(pixels[:, ::-1].copy() if variation % 2 else pixels), caption, path.name)
-
-
-def _central_square(image: Image.Image) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # PIL's readers of damaged files raise whatever they come across
+        raise BadRecord(f"cannot be read ({type(error).__name__})") from error
 
 
 def _fault(path: Path) -> str | None:
     """Why this image cannot be used, or None."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        return f"cannot be read ({type(error).__name__})"
+        _upright(path)
+    except BadRecord as error:
+        return str(error)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,8 @@ Batch = dict[str, Tensor]
 
 CONDITIONS = ("text", "pooled", "time_ids")
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+_PROVENANCE = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # of a configuration: no setting
 
 
 class Teacher:
@@ -47,32 +50,60 @@ class Teacher:
         """How many steps of noise there are."""
         return int(self.scheduler.config.num_train_timesteps)
 
-    @torch.no_grad()
     def encode(self, images: Tensor, captions: list[str]) -> Batch:
-        """Images (b, 3, h, w) in [-1, 1] and their captions -> a batch; latents are the posterior's means, scaled."""
+        """Images (b, 3, h, w) in [-1, 1] and their captions -> a batch."""
+        return {**self.encode_images(images), **self.conditions(captions)}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Batch:
+        """Images (b, 3, h, w) in [-1, 1] -> their part of a batch: latents, the posterior's means, scaled; time_ids.
+
+        Latents have the autoencoder's dtype.
+        """
         vae = self.pipe.vae
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-        conditions = self.conditions(captions)
-        if "pooled" in conditions:
-            height, width = images.shape[-2:]
-            ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=latents.dtype, device=latents.device)
-            conditions["time_ids"] = ids.repeat(len(images), 1)  # original size, crop, target size
-        return {"latents": latents, **conditions}
+        if not self.pools:
+            return {"latents": latents}
+        count, _, height, width = images.shape
+        return {"latents": latents, "time_ids": self.time_ids(count, (height, width))}
+
+    @property
+    def pools(self) -> bool:
+        """Whether the UNet is told pooled captions and the image's size, as SDXL's is."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    def time_ids(self, count: int, size: tuple[int, int]) -> Tensor:
+        """SDXL's micro-conditioning (b, 6): original size, crop, target size; of images that were not cropped.
+
+        In float32: bfloat16 has no 1,032.
+        """
+        return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device).repeat(count, 1)
 
     @torch.no_grad()
     def conditions(self, captions: list[str]) -> Batch:
         """What the text encoders make of captions: text, and pooled where there are two encoders."""
-        text, *others = self.pipe.encode_prompt(
-            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        text, _, *pooled = self._prompt(captions, guided=False)
+        return {"text": text, "pooled": pooled[0]} if pooled else {"text": text}
+
+    @cached_property
+    def unconditional(self) -> Batch:
+        """What the pipeline guides away from, of one sample: an empty caption's conditions; zeros, for SDXL."""
+        with torch.no_grad():
+            _, text, *pooled = self._prompt([""], guided=True)
+        return {"text": text[0], "pooled": pooled[1][0]} if pooled else {"text": text[0]}
+
+    def _prompt(self, captions: list[str], guided: bool) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = self.pipe.encode_prompt(
+            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
         )
-        return {"text": text, "pooled": others[1]} if len(others) > 1 else {"text": text}
+        return found
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        """What the UNet, as it is mounted now, makes of noisy latents (b, c, h, w) at timesteps (b,)."""
-        added = {}
+        """What the UNet, as it is mounted now, makes of noisy latents (b, c, h, w) at timesteps (b,); in its dtype."""
+        added, dtype = {}, self.unet.dtype
         if "pooled" in batch:
-            added = {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}}
-        return self.unet(noisy, timesteps, batch["text"], **added).sample
+            added["added_cond_kwargs"] = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
+        return self.unet(noisy.to(dtype), timesteps, batch["text"].to(dtype), **added).sample
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a perfect model predicts, for the scheduler's prediction type.
@@ -89,18 +120,35 @@ class Teacher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what `encode` depends on: configurations and weights of the VAE and the text encoders."""
-        digest = hashlib.sha256()
+        """A SHA-256 of all that `encode` depends on: configurations and weights of the autoencoder, the text encoders
+        and the tokenizers, in their precision. About a second per GB of weights.
+        """
+        digest = hashlib.sha256(json.dumps(self.pipe.config.get("force_zeros_for_empty_prompt")).encode())
+        for name in TOKENIZERS:
+            digest.update(f"{name} {_tokenizer(getattr(self.pipe, name, None))}".encode())
         for name in ENCODERS:
             network = getattr(self.pipe, name, None)
-            if network is not None:
-                digest.update(network.to_json_string().encode() if hasattr(network, "to_json_string") else b"")
-                for key, tensor in network.state_dict().items():
-                    digest.update(f"{key} {tuple(tensor.shape)}".encode())
-                    digest.update(_some(tensor).double().cpu().numpy().tobytes())
+            digest.update(f"{name} {_config(network)}".encode())
+            for key, tensor in network.state_dict().items() if network else ():
+                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
-def _some(tensor: Tensor) -> Tensor:
-    """Up to 4,096 values spread over a tensor: enough to tell two trainings apart."""
-    return tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)][:4096]
+def _config(network: Any) -> str:
+    """A network's configuration, without what depends on where it was read from and by which version."""
+    if network is None:
+        return ""
+    config = network.config
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    kept = {key: value for key, value in values.items() if key[0] != "_" and key not in _PROVENANCE}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """What a tokenizer does, without the padding that its last call asked for."""
+    if tokenizer is None:
+        return ""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return json.dumps([kept, tokenizer.special_tokens_map, tokenizer.model_max_length], sort_keys=True, default=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def precision(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def working_dtype(backend: ModuleType, result: Tensor, *others: Tensor) -> torch.dtype:
+    """What a backend is handed its tensors in: the result's dtype where it sums in float32 itself (NARROW)."""
+    return result.dtype if getattr(backend, "NARROW", False) else precision(result, *others)
+
+
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """Switches autocast off for the device of a tensor: it would run the sums over tokens in half precision."""
     device = like.device.type
@@ -61,6 +67,11 @@ def with_ones(v: Tensor) -> Tensor:
 def divide_by_ones(y: Tensor, eps: float) -> Tensor:
     """(…, v + 1) -> (…, v): values over what became of the column of ones, plus eps."""
     return y[..., :-1] / (y[..., -1:] + eps)
+
+
+def segment_sums(g: Tensor) -> Tensor:
+    """(…, c, 1) -> (…, c, c): Σ_{t=j+1..i} g_t for j ≤ i, and 0 for j > i; each summed by itself."""
+    return g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2)
 
 
 def both_directions(causal: Callable[..., Tensor], *streams: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ DEFAULT: Mapping[str, tuple[Row, ...]] = {
     "cuda": (
         _row("linear", "noncausal", ANY, "triton"),
         _row("linear", "bidirectional", ANY, "triton"),
-        _row("linear", "causal", ANY, "fla", "mamba_ssm"),
+        _row("linear", "causal", ANY, "fla"),
         _row("scan", ANY, ANY, "mamba_ssm"),
         _row("delta", ANY, ANY, "fla"),
     ),

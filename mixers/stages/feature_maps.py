@@ -13,21 +13,28 @@ from mixers.suggest import hint
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """An elementwise map (b, l, h, k) -> (b, l, h, k); `positive`: its values are ≥ 0."""
+    """An elementwise map (b, l, h, k) -> (b, l, h, k).
+
+    Attributes:
+        apply: φ.
+        slope: φ′, from the values of φ.
+        positive: whether values are ≥ 0.
+    """
 
     apply: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
     positive: bool
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; the clamp keeps the unused gradient finite.
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; here one term is exact and the other 0 or 1.
+    return x.clamp(max=0).exp() + x.relu()
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "elu_plus_one": FeatureMap(_elu_plus_one, positive=True),
-    "relu": FeatureMap(torch.relu, positive=True),
-    "identity": FeatureMap(lambda x: x, positive=False),
+    "elu_plus_one": FeatureMap(_elu_plus_one, slope=lambda y: y.clamp(max=1), positive=True),
+    "relu": FeatureMap(torch.relu, slope=torch.sign, positive=True),
+    "identity": FeatureMap(lambda x: x, slope=torch.ones_like, positive=False),
 }
 
 

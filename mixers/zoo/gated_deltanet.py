@@ -138,7 +138,7 @@ class GatedDeltaNet(TokenMixer):
         return super().mixing_flops(length) + 2 * length * self.dim * small
 
     def operator_flops(self, length: int) -> int:
-        """Those of the delta rule in blocks of 64 tokens, without the solving of its triangles."""
+        """Those of the delta rule in chunks, without the solving of its triangles."""
         return self.heads * delta.flops(length, self.key_dim, self.head_dim, self.config.causality)
 
     @classmethod

@@ -55,6 +55,7 @@ class GLA(LinearMixer):
 
     Config: ClassVar[Any] = GLAConfig
     decays: ClassVar[bool] = True
+    channel_gates: ClassVar[bool] = True
     plain: ClassVar[dict[str, Any]] = {"expand_keys": 1, "norm": False, "gate": False}
     tiny: ClassVar[dict[str, Any]] = {"gate_low_rank_dim": 4}
 

@@ -138,7 +138,7 @@ class Hydra(StateSpaceMixer):
     def operator_flops(self, length: int) -> int:
         """Those of causal linear attention with decay, once a direction."""
         width = self.head_dim + int(self.config.normalize)
-        one = operators.linear.flops(length, self.key_dim, width, "causal", True)
+        one = operators.linear.flops(length, self.key_dim, width, "causal", "scalar")
         return self.directions * self.heads * one
 
     def mixing_flops(self, length: int) -> int:

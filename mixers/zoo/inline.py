@@ -154,4 +154,4 @@ class InLine(LinearMixer):
     def operator_flops(self, length: int) -> int:
         """Those of linear attention, normalised with one feature more."""
         features = self.key_dim + int(self.config.normalize)
-        return self.heads * operators.linear.flops(length, features, self.head_dim, self.config.causality, False)
+        return self.heads * operators.linear.flops(length, features, self.head_dim, self.config.causality, "none")

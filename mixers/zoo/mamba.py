@@ -75,8 +75,8 @@ class Mamba(StateSpaceMixer):
 
     u = SiLU(convolution(to_v(x))). One Δ a channel, one A a channel and state; heads are splits of the channels. As
     published B, C and Δ come from u, and B and C are the same for all channels. The plain form takes them from x: B
-    and C with the width of a head, one of each a head, and Δ at low rank for every channel. `flops` has no share of
-    a scan with an order: about 7·l·channels·n multiplications, additions and exponentials, all elementwise.
+    and C with the width of a head, one of each a head, and Δ at low rank for every channel. Of the scan `flops` has
+    the reading of the states alone: the rest, about 5·l·channels·n operations and exponentials, is elementwise.
     """
 
     Config: ClassVar[Any] = MambaConfig
@@ -149,8 +149,8 @@ class Mamba(StateSpaceMixer):
         return super().mixing_flops(length) + 2 * length * self.rank * (self.selection_width + self.value_width)
 
     def operator_flops(self, length: int) -> int:
-        """The reading of the one state, where there is no order; a scan with an order is elementwise."""
-        return 2 * length * self.state_size(length) if self.config.causality == "noncausal" else 0
+        """The reading of the states; all else is elementwise."""
+        return 2 * length * self.state_size(length) * (2 if self.config.causality == "bidirectional" else 1)
 
     @classmethod
     def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:

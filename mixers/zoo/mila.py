@@ -109,4 +109,4 @@ class MILA(LinearAttention):
         if not self._apart:
             return super().operator_flops(length)
         widths, causality = (self.head_dim, 1), self.config.causality
-        return self.heads * sum(operators.linear.flops(length, self.key_dim, w, causality, False) for w in widths)
+        return self.heads * sum(operators.linear.flops(length, self.key_dim, w, causality, "none") for w in widths)

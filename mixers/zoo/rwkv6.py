@@ -65,6 +65,7 @@ class RWKV6(LinearMixer):
 
     Config: ClassVar[Any] = RWKV6Config
     decays: ClassVar[bool] = True
+    channel_gates: ClassVar[bool] = True
     plain: ClassVar[dict[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
     tiny: ClassVar[dict[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
     output_style: ClassVar[dict[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}
@@ -134,6 +135,11 @@ class RWKV6(LinearMixer):
         )
         assert isinstance(sums, Tensor)
         return sums
+
+    def operator_flops(self, length: int) -> int:
+        """Those of linear attention with decay, normalised with one column of the values more."""
+        width = self.head_dim + int(self.config.normalize)
+        return self.heads * operators.linear.flops(length, self.key_dim, width, self.config.causality, "vector")
 
     def _eps(self, length: int) -> float:
         """What is added to the row sum."""

@@ -289,7 +289,7 @@ def test_a_state_fits_what_it_was_made_with() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "triton"}, "cannot run"),
+        ({"backend": "fla", "causality": "causal"}, "cannot run"),
         ({"backend": "fastest"}, "no such backend"),
         ({"causality": "acausal"}, "Unknown causality"),
         ({"causality": "noncausal"}, "without an order there is no before"),

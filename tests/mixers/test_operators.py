@@ -204,7 +204,7 @@ def test_the_contract_holds_on_a_gpu(case: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "triton"}, "cannot run"),
+        ({"backend": "fla", "causality": "causal"}, "cannot run"),
         ({"backend": "fastest"}, "no such backend"),
         ({"causality": "acausal"}, "Unknown causality"),
         ({"return_state": True}, "causal passes only"),

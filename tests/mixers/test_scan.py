@@ -253,7 +253,7 @@ def test_a_state_is_float32_and_fits_what_it_was_made_with() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "triton"}, "cannot run"),
+        ({"backend": "mamba_ssm", "causality": "causal"}, "cannot run"),
         ({"backend": "fastest"}, "no such backend"),
         ({"causality": "acausal"}, "Unknown causality"),
         ({"causality": "bidirectional", "return_state": True}, "causal passes only"),

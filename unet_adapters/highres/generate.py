@@ -143,29 +143,20 @@ def generate(
     """
     request = Request(prompt=prompt, size=size, **options)
     stages = _stages(pipe, request, image if strength is None else None)
-    plan = plan or make_plan(
-        pipe,
-        size,
-        budget=memory,
-        base=request.base,
-        strengths=request.strengths,
-        steps=request.steps,
-        guidance=request.guidance,
-        direct=request.mode == "direct",
-    )
+    plan = plan or _plan(pipe, request, memory)
     run = _Run(pipe, request, plan, control, report)
     store = _Store(None if keep is None else Path(keep), request, pipe)
     latents, first = store.latest(stages)
     resumed = first
     if latents is None and image is not None:
-        latents, first = _given(pipe, image, plan, stages, strength)
-        if strength is not None:
-            stages = (replace(stages[0], strength=strength), *stages[1:])
+        latents, first = _encoded(pipe, image, stages[0].size, plan), 0 if strength is not None else 1
+    if strength is not None:
+        stages = (replace(stages[0], strength=strength), *stages[1:])
     for number, stage in list(enumerate(stages))[first:]:
         latents = run.stage(number, stage, latents)
         store.keep(stage, latents)
     assert latents is not None
-    pixels = autoencoder.decode(pipe.vae, latents, plan.tiling, run.told("pixels"))
+    pixels = autoencoder.decode(pipe.vae, latents.to(pipe.unet.device), plan.tiling, run.told("pixels"))
     return Result(pixels, request, stages, plan, resumed)
 
 
@@ -186,7 +177,7 @@ class _Run:
         pipe, request = self.pipe, self.request
         generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
         schedule = Schedule.of(pipe.scheduler, request.steps, stage.strength, pipe.unet.device)
-        start = None if before is None else self.enlarged(before, stage.size)
+        start = None if before is None else self.enlarged(before.to(pipe.unet.device), stage.size)
         noise = _noise(pipe, stage.size, generator)
         first = noise * schedule.scheduler.init_noise_sigma
         latents = first if start is None else schedule.noised(start, noise)
@@ -218,7 +209,7 @@ class _Run:
         if self.request.enlarge == "latents":
             return F.interpolate(latents, (size[0] // factor, size[1] // factor), mode="bicubic")
         small = autoencoder.decode(self.pipe.vae, latents, self.plan.tiling)
-        return _encoded(self.pipe, Image.fromarray(small.numpy()), size, self.plan, latents.dtype)
+        return _encoded(self.pipe, Image.fromarray(small.numpy()), size, self.plan)
 
 
 class _Store:
@@ -274,18 +265,24 @@ def _stages(pipe: Any, request: Request, given: Image.Image | None) -> tuple[Sta
     return (replace(stages[len(stages) - len(larger) - 1], strength=1.0), *larger)
 
 
-def _given(
-    pipe: Any, image: Image.Image, plan: Plan, stages: Sequence[Stage], strength: float | None
-) -> tuple[Tensor, int]:
-    """The latents of a given image at the first stage's size, and the number of the stage that runs first."""
-    latents = _encoded(pipe, image.convert("RGB"), stages[0].size, plan, pipe.unet.dtype)
-    return latents, 0 if strength is not None else 1
+def _plan(pipe: Any, request: Request, memory: int | None) -> Plan:
+    return make_plan(
+        pipe,
+        request.size,
+        budget=memory,
+        base=request.base,
+        strengths=request.strengths,
+        steps=request.steps,
+        guidance=request.guidance,
+        direct=request.mode == "direct",
+    )
 
 
-def _encoded(pipe: Any, image: Image.Image, size: Size, plan: Plan, dtype: torch.dtype) -> Tensor:
-    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+def _encoded(pipe: Any, image: Image.Image, size: Size, plan: Plan) -> Tensor:
+    """The latents of an image brought to `size`."""
+    resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size[0], size[1], 3)
-    return autoencoder.encode(pipe.vae, pixels, plan.tiling).to(pipe.unet.device, dtype)
+    return autoencoder.encode(pipe.vae, pixels, plan.tiling).to(pipe.unet.device, pipe.unet.dtype)
 
 
 def _noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:

@@ -11,12 +11,12 @@ from types import ModuleType
 from torch import Tensor
 
 from mixers.operators.choice import Problem, choose
-from mixers.operators.common import check_causality, check_state, full_precision, precision
-from mixers.operators.delta import chunked, dense, recurrent
+from mixers.operators.common import check_causality, check_state, full_precision, precision, working_dtype
+from mixers.operators.delta import chunked, dense, fla, recurrent
 from mixers.operators.state import State
 from mixers.traits import Causality
 
-_BACKENDS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
+_BACKENDS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked, "fla": fla}
 
 
 def delta_rule(
@@ -54,7 +54,7 @@ def delta_rule(
 
     Returns:
         (b, l, h, v) in v's dtype; state and sums are float32 at least, under autocast too.
-        Cost, with chunks of c = 64 tokens, a head: O(l·(c + k)·(k + v)) time and O(l·(c + k + v + k·(k + v)/c))
+        Cost, with chunks of c = 32 tokens, a head: O(l·(c + k)·(k + v)) time and O(l·(c + k + v + k·(k + v)/c))
         memory, with gradients too. `recurrent`: O(l·k·v) time in l steps, with gradients as much memory.
         `dense`: O(l²·(k + v)) time, O(l²) memory, with gradients O(l²·k).
 
@@ -69,7 +69,7 @@ def delta_rule(
     gates = _gates(q, log_decay)
     tensors = {"q": q, "k": k, "beta": beta, "log_decay": log_decay, "v": v}
     formulation = choose(_BACKENDS, backend, Problem("delta", tensors, causality, False, return_state, initial_state))
-    dtype = precision(q, k, v, beta, gates)
+    dtype = working_dtype(formulation, v, q, k, beta, gates)
     with full_precision(q):
         streams = tuple(t.to(dtype) for t in (q, k, beta, gates, v))
         memory = initial_state.memory.to(dtype) if initial_state else streams[0].new_zeros(memory_shape)

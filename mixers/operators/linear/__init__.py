@@ -6,14 +6,20 @@ from torch import Tensor
 
 from mixers.operators.choice import Problem, choose
 from mixers.operators.common import check_causality, check_state, full_precision
-from mixers.operators.linear import chunked, dense, recurrent
+from mixers.operators.linear import blocked, chunked, dense, fla, recurrent, triton
 from mixers.operators.linear.call import Backend, Call, visible
 from mixers.operators.state import State
 from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.suggest import hint
 from mixers.traits import Causality
 
-_BACKENDS = {"dense": Backend(dense), "recurrent": Backend(recurrent), "chunked": Backend(chunked)}
+_BACKENDS = {
+    "dense": Backend(dense),
+    "recurrent": Backend(recurrent),
+    "chunked": Backend(chunked, {"noncausal": blocked.unordered, "bidirectional": blocked.unordered}),
+    "triton": Backend(None, {"noncausal": triton.noncausal, "bidirectional": triton.bidirectional}, triton.refuses),
+    "fla": Backend(fla, refuses=fla.refuses),
+}
 
 
 def linear_attention(
@@ -52,12 +58,12 @@ def linear_attention(
         scale: factor of the unnormalised result.
         initial_state: what earlier tokens left, for a causal pass over the next part of a stream.
         return_state: also return the state after the last token; the result is then a pair.
-        backend: `dense`, `recurrent`, `chunked` (matrix products; exact for any decay), `triton`, `fla`, `mamba_ssm`,
-            or `auto`: the first of a table that can (`mixers.operators.preference`).
+        backend: `dense`, `recurrent`, `chunked` (matrix products; exact for any decay; first derivatives only),
+            `triton`, `fla`, `mamba_ssm`, or `auto`: the first of a table that can (`mixers.operators.preference`).
 
     Returns:
         (b, l, h, v) in v's dtype; sums are float32 at least, under autocast too.
-        Cost: O(l·k·v) time and O(l·(k + v)) memory; with decay O(l·k·log c) memory for chunks of c = 64 tokens;
+        Cost: O(l·k·v) time; memory, with gradients too, for the tensors, their gradients and a state now and then;
         `dense` O(l²), with a gate a channel O(l²·k).
 
     Raises:
@@ -99,16 +105,17 @@ def linear_weights(
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
 
-def flops(length: int, k: int, v: int, causality: Causality, decayed: bool) -> int:
-    """Multiply-adds × 2 of the chunked formulation, a head; elementwise work is not counted."""
-    whole = 4 * length * k * v
-    if causality == "noncausal" or (causality == "bidirectional" and not decayed):
+def flops(length: int, k: int, v: int, causality: Causality, decay: str) -> int:
+    """Multiply-adds × 2 of the chunked formulation, a head; elementwise work is not counted.
+
+    decay: `none`, `scalar` (one a token and head) or `vector` (one a channel).
+    """
+    whole, chunk = 4 * length * k * v, chunked.CHUNK
+    if causality == "noncausal" or (causality == "bidirectional" and decay == "none"):
         return whole
-    if not decayed:
-        return whole + 2 * length * chunked.CHUNK * (k + v)
-    # Halving a block of c: products of c/2, c/4, … 1 tokens, c/2 + c/4 + … + 1 = c − 1 a token and pair of halves.
-    triangles = length * (chunked.CHUNK - 1) * (k + v)
-    return (whole + triangles) * (2 if causality == "bidirectional" else 1)
+    # Weights from halves of a chunk: products of c/2, c/4, … 1 tokens, c/2 + c/4 + … + 1 = c − 1 a token.
+    weights = length * k * (chunk - 1 if decay == "vector" else 2 * chunk)
+    return (whole + weights + 2 * length * chunk * v) * (2 if causality == "bidirectional" else 1)
 
 
 def _gates(q: Tensor, log_decay: Tensor | None) -> Tensor | None:

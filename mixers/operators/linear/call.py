@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mixers.operators.common import divide_by_ones, full_precision, precision, with_ones
+from mixers.operators.choice import Problem
+from mixers.operators.common import divide_by_ones, full_precision, precision, with_ones, working_dtype
 from mixers.operators.state import State
 from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.traits import Causality
@@ -68,10 +69,12 @@ class Backend:
             and `noncausal` means over the tokens. `attend` makes the result of them, so that scale, eps and
             normalisation exist once.
         whole: for a causality, a function that gives the result itself.
+        refuses: see `mixers.operators.choice`; the formulations have none.
     """
 
     sums: ModuleType | None
     whole: Mapping[Causality, Callable[[Call], Tensor]] = field(default_factory=dict)
+    refuses: Callable[[Problem], str | None] = lambda problem: None
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The result (b, l, h, v) in v's dtype, and of a causal pass the memory after the last token."""
@@ -82,8 +85,10 @@ class Backend:
             return self._from_sums(self.sums, call.mapped())
 
     def _from_sums(self, sums: ModuleType, call: Call) -> tuple[Tensor, Tensor | None]:
-        q, k, gates, normalize = call.q, call.k, call.log_decay, call.normalize
-        v = with_ones(call.v.to(call.dtype)) if normalize else call.v.to(call.dtype)
+        dtype = working_dtype(sums, call.v, call.q, call.k)
+        q, k, v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
+        gates, normalize = call.log_decay, call.normalize
+        v = with_ones(v) if normalize else v
         memory = None
         if call.causality == "causal":
             start = call.initial_state.memory if call.initial_state else new_memory(k, v)
@@ -92,6 +97,7 @@ class Backend:
             mixed = sums.bidirectional(q, k, gates, v)
         else:
             mixed = sums.noncausal(q, k, v)
+        mixed = mixed.to(call.dtype)
         counts = visible(q, call.causality, call.seen)[:, None, None]
         if call.causality != "noncausal" and normalize and gates is None:
             mixed = mixed / counts

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from mixers.operators.choice import Problem, choose
-from mixers.operators.common import check_causality, check_state, full_precision, precision
-from mixers.operators.scan import chunked, dense, recurrent
+from mixers.operators.common import check_causality, check_state, full_precision, precision, working_dtype
+from mixers.operators.scan import chunked, dense, mamba_ssm, recurrent
 from mixers.operators.state import State
 from mixers.traits import Causality
 
-_BACKENDS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked}
+_BACKENDS: dict[str, ModuleType] = {
+    "dense": dense,
+    "recurrent": recurrent,
+    "chunked": chunked,
+    "mamba_ssm": mamba_ssm,
+}
 
 
 def selective_scan(
@@ -70,7 +75,7 @@ def selective_scan(
     tensors = {"dt": dt, "A": A, "B": B, "C": C, "u": u}
     problem = Problem("scan", tensors, causality, normalize, return_state, initial_state)
     formulation = choose(_BACKENDS, backend, problem)
-    dtype = precision(u, dt, A, B, C)
+    dtype = working_dtype(formulation, u, dt, A, B, C)
     with full_precision(u):
         streams = tuple(t.to(dtype) for t in (dt, A, B, C, u))
         streams = _with_ones(*streams) if normalize else streams

@@ -1,0 +1,39 @@
+"""Peak memory of a call, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int | None:
+    """What a call needs above what is there before it: the allocator's peak on a GPU, the peak resident set on Linux.
+
+    None elsewhere. A call that was made before has its libraries' buffers already; make one first, or count them in.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    if not sys.platform.startswith("linux"):
+        run()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or an earlier peak hides this one
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"Cannot read the memory in use: /proc/self/status has no {field}.")

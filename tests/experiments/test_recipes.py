@@ -1,0 +1,172 @@
+"""Recipes: those that ship, mistakes in one sentence, and a run from teacher to card, killed and started again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.distil.recipe import Recipe, list_recipes, load_recipe
+from experiments.distil.run import run_recipe
+from mixers import create_mixer
+from unet_adapters import PROFILES, MixerAdapter, find_sites
+
+TINY = """
+name: tiny
+about: Two stages of two steps.
+teacher: {teacher}
+mixer: {{name: linfusion, options: {{mid_dim: 4}}}}
+distillation:
+  before:
+    - name: local
+      objectives: {{local: 1, matrix: {{weight: 0.5, options: {{max_tokens: 256}}}}}}
+      fit: {{steps: 4, batch_size: 2, learning_rate: 1e-3, checkpoint_every: 1, log_every: 1}}
+  fit: {{steps: 4, batch_size: 2, learning_rate: 1e-3, checkpoint_every: 1, log_every: 1}}
+  images: 4
+  caption_dropout: 0.5
+samples: {{prompts: ["red apple, teal background", "full moon, red background"], every: 2, steps: 1, guidance: 3}}
+"""
+PLACES = {"embedded": "embedded", "sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
+
+
+@pytest.fixture
+def recipe(tiny_teacher: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.format(teacher=tiny_teacher))
+    return file
+
+
+def quiet(*_: object) -> None:
+    """No progress display."""
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_ready_made_recipes_load_and_fit_their_teachers(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.distillation.fit.steps > 0
+    profile = next(p for p in PROFILES if p.name == PLACES[name.partition("_")[0]])
+    choice, kinds = recipe.mixer, set()
+    for site in find_sites(profile.unet("meta"), choice.select):
+        kinds.add((site.dim, site.heads))
+    for dim, heads in kinds:
+        with torch.device("meta"):
+            options = {"causality": choice.causality, "normalize": choice.normalize, **choice.options}
+            mixer = create_mixer(choice.name, dim, heads, own_projections=False, **options)
+        assert sum(p.numel() for p in mixer.parameters()) > 0
+    assert all(size % (8 * profile.latent_divisor) == 0 for size in recipe.distillation.all_sizes)
+
+
+@pytest.mark.parametrize("name", [n for n in list_recipes() if n not in ("embedded",)])
+def test_the_published_recipe_is_the_published_one(name: str) -> None:
+    plan = load_recipe(name).distillation
+    assert {n: t.weight for n, t in plan.objectives.items()} == {"noise": 1, "output": 0.5, "features": 0.5}
+    assert (plan.start, plan.train, plan.before) == ("random", "new+projections", ())
+    assert (plan.fit.learning_rate, plan.fit.weight_decay, plan.fit.batch_size) == (1e-4, 0, 96)
+
+
+def test_settings_reach_into_stages(recipe: Path) -> None:
+    plan = load_recipe(str(recipe), ["distillation.before.0.fit.steps=9", "mixer.options.mid_dim=2", "seed=3"])
+    assert plan.distillation.before[0].fit.steps == 9 and plan.mixer.options == {"mid_dim": 2} and plan.seed == 3
+    one = load_recipe(str(recipe), ["distillation.before=[]", 'distillation.objectives={"local": 1}'])
+    assert [stage.name for stage in one.distillation.stages] == ["distil"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("mixer:", "mixr:", "Did you mean 'mixer'"),
+        ("checkpoint_every: 1, log", "checkpoints_every: 1, log", "Did you mean 'checkpoint_every'"),
+        ("max_tokens: 256", "max_token: 256", "Did you mean 'max_tokens'"),
+        ("{local: 1,", "{locale: 1,", "Did you mean 'local'"),
+        ("name: linfusion", "name: linfusio", "Did you mean 'linfusion'"),
+        ("images: 4", "images: many", "distillation.images"),
+        ("about: Two stages of two steps.", "", "about: Field required"),
+        ("name: tiny", "name: [tiny", "Cannot read the recipe"),
+        ("caption_dropout: 0.5", "caption_dropout: 1.5", "distillation.caption_dropout"),
+    ],
+)
+def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, told: str) -> None:
+    assert before in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(before, after, 1))
+    outcome = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(recipe.parent / "run")])
+    assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+    assert len(outcome.output.strip().splitlines()) == 1
+    assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["embeded"], "Did you mean 'embedded'"),
+        (["no/such.yaml"], "No recipe"),
+        (["embedded", "--set", "distillation.fit.step=3"], "Did you mean 'steps'"),
+        (["embedded", "--set", "distillation.before.1.fit.steps=3"], "distillation.before has 0"),
+        (["embedded", "--set", "teacher=no/model"], "Cannot load the teacher"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(app, ["distill", *arguments, "--out", str(tmp_path)])
+    assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+
+
+def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    card = json.loads((out / "card.json").read_text())
+    assert [stage["stage"] for stage in card["stages"]] == ["local", "distil"]
+    assert all(stage["seconds"] > 0 and stage["log"][-1]["step"] == 4 for stage in card["stages"])
+    assert card["environment"]["torch"] == torch.__version__
+    assert Recipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
+    text = (out / "card.md").read_text()
+    assert "| local | 1 local, 0.5 matrix |" in text and "CC-BY 4.0" in text
+    shown = text.partition("```yaml\n")[2].partition("```")[0]
+    assert Recipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), "the card's recipe is the run's"
+    assert Image.open(out / "samples.png").size == (128, 128)
+    assert Image.open(out / "curves.png").size[0] > 100
+    drawn = {path.name for path in (out / "samples").iterdir()}
+    assert drawn == {"local-2.png", "local-4.png", "distil-2.png", "distil-4.png"}
+    assert (out / "stage-1-local" / "metrics.jsonl").is_file() and (out / "stage-2-distil" / "metrics.jsonl").is_file()
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) -> None:
+    plan = load_recipe(str(recipe), ["samples.prompts=[]"])
+    run_recipe(plan, tmp_path / "whole", quiet)
+
+    def kill(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
+        if (stage, done) == ("distil", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(plan, tmp_path / "killed", kill)
+    assert not (tmp_path / "killed" / "card.md").exists()
+    steps: list[tuple[str, int]] = []
+    run_recipe(plan, tmp_path / "killed", lambda stage, done, *_: steps.append((stage, done)))
+    assert {stage for stage, _ in steps} == {"distil"}, "the finished stage is not run again"
+    whole, again = (load_file(tmp_path / run / "adapter" / "adapter.safetensors") for run in ("whole", "killed"))
+    assert whole.keys() == again.keys() and all(whole[name].equal(again[name]) for name in whole)
+    with pytest.raises(ValueError, match="another recipe"):
+        run_recipe(plan.model_copy(update={"seed": 1}), tmp_path / "killed", quiet)
+
+
+def test_the_adapter_is_the_trained_one(recipe: Path, tmp_path: Path) -> None:
+    from experiments.teacher.load import load_teacher
+
+    plan = load_recipe(str(recipe), ["samples.prompts=[]", "dtype=bfloat16", "distillation.before=[]"])
+    run_recipe(plan, tmp_path / "run", quiet)
+    pipe = load_teacher(plan.teacher)
+    trained, fresh = (
+        MixerAdapter.from_pretrained(tmp_path / "run" / "adapter", pipe),
+        MixerAdapter.build(pipe, "linfusion", mid_dim=4),
+    )
+    assert trained.parameters_by_name().keys() == fresh.parameters_by_name().keys()
+    assert any(
+        not torch.allclose(p, fresh.parameters_by_name()[n], atol=1e-3) for n, p in trained.parameters_by_name().items()
+    )

@@ -1,0 +1,241 @@
+"""Bridges to other libraries: the right arguments in the right places, and refusals before anything runs.
+
+Their kernels need a GPU. Here fla's are replaced by its own naive operators where fla is installed, and otherwise, as
+mamba_ssm's always, by the documented recurrence, written out.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixers import operators
+from mixers.operators import bridge, choice
+from mixers.operators.choice import Problem
+from mixers.operators.delta import fla as delta_fla
+from mixers.operators.linear import fla as linear_fla
+from mixers.operators.scan import mamba_ssm as scan_ssm
+
+B, H, K, V = 3, 2, 6, 5
+LENGTHS = (1, 2, 33)
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What fla documents of (simple_)gla: S ← exp(g) S + k vᵀ, y = scale · q S."""
+    assert settings["output_final_state"] and v.shape[-1] % 8 == 0
+    memory, rows = settings["initial_state"], []
+    for i in range(q.shape[1]):
+        kept = memory if g is None else memory * (g[:, i, :, None, None] if g.ndim == 3 else g[:, i, ..., None]).exp()
+        memory = kept + k[:, i, :, :, None] * v[:, i, :, None, :]
+        rows.append(settings["scale"] * torch.einsum("bhk,bhkv->bhv", q[:, i].to(memory), memory))
+    return torch.stack(rows, 1).to(v.dtype), memory
+
+
+def delta(q, k, v, g, beta, scale, initial_state, output_final_state):  # type: ignore[no-untyped-def]
+    """What fla documents of gated_delta_rule: S ← exp(g) S, S ← S + β k (v − kᵀ S), y = scale · q S."""
+    assert output_final_state
+    memory, rows = initial_state, []
+    for i in range(q.shape[1]):
+        memory = memory * g[:, i, :, None, None].exp()
+        new = v[:, i] - torch.einsum("bhk,bhkv->bhv", k[:, i], memory)
+        memory = memory + (beta[:, i, :, None] * k[:, i])[..., None] * new[..., None, :]
+        rows.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, i], memory))
+    return torch.stack(rows, 1), memory
+
+
+def selective_scan(u, delta, A, B, C, return_last_state):  # type: ignore[no-untyped-def]
+    """What mamba_ssm documents of selective_scan_fn: (b, d, l), A (d, n), B and C (b, groups, n, l)."""
+    assert return_last_state and u.shape[1] % B.shape[1] == 0
+    wide = u.shape[1] // B.shape[1]
+    B, C = (t.repeat_interleave(wide, 1) for t in (B, C))
+    state, rows = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for i in range(u.shape[-1]):
+        step = delta[..., i, None]
+        state = (step * A).exp() * state + step * u[..., i, None] * B[..., i]
+        rows.append((state * C[..., i]).sum(-1))
+    return torch.stack(rows, -1), state
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' places, taken by the recurrences above; as if all packages were installed and there were a GPU."""
+
+    def module(name: str, **functions: Any) -> None:
+        made = ModuleType(name)
+        vars(made).update(functions)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    for name in ("fla", "fla.ops", "mamba_ssm", "mamba_ssm.ops", "selective_scan_cuda"):
+        module(name)
+    module("fla.ops.gla", chunk_gla=lambda q, k, v, g, **s: gated(q, k, v, g, s))
+    module("fla.ops.simple_gla", chunk_simple_gla=lambda q, k, v, g, **s: gated(q, k, v, g, s))
+    module("fla.ops.gated_delta_rule", chunk_gated_delta_rule=delta)
+    module("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=selective_scan)
+    monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+
+
+def gates(length: int, decay: str) -> Tensor | None:
+    shapes = {"scalar": (B, length, H), "vector": (B, length, H, K)}
+    return -torch.rand(shapes[decay]) * 3 if decay in shapes else None
+
+
+def run(function: Any, *tensors: Tensor | None, backend: str, **settings: Any) -> list[Tensor]:
+    """The result and the gradients of all tensors."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    y = function(*leaves, backend=backend, **settings)
+    (y * torch.sin(torch.arange(y.numel()).view_as(y))).sum().backward()
+    return [y.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves if t is not None)]
+
+
+def assert_same(function: Any, *tensors: Tensor | None, backend: str, **settings: Any) -> None:
+    for truth in ("dense", "recurrent"):
+        pairs = zip(
+            run(function, *tensors, backend=backend, **settings),
+            run(function, *tensors, backend=truth, **settings),
+            strict=True,
+        )
+        for got, wanted in pairs:
+            torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("decay", "causality"),
+    [("none", "causal"), *((d, c) for d in ("scalar", "vector") for c in ("causal", "bidirectional"))],
+)
+def test_linear_attention(length: int, normalize: bool, decay: str, causality: str) -> None:
+    q, k, v = torch.rand(B, length, H, K), torch.rand(B, length, H, K), torch.randn(B, length, H, V)
+    settings = {"causality": causality, "normalize": normalize, "eps": 1e-3, "scale": 0.3}
+    assert_same(operators.linear_attention, q, k, v, gates(length, decay), backend="fla", **settings)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("decay", ["none", "scalar"])
+@pytest.mark.parametrize("causality", ["causal", "bidirectional"])
+def test_the_delta_rule(length: int, decay: str, causality: str) -> None:
+    q, k, v = (
+        torch.randn(B, length, H, K),
+        F.normalize(torch.randn(B, length, H, K), dim=-1),
+        torch.randn(B, length, H, V),
+    )
+    beta = torch.rand(B, length, H)
+    settings = {"causality": causality, "scale": 0.3, "backend": "fla"}
+    assert_same(operators.delta_rule, q, k, v, beta, gates(length, decay), **settings)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("causality", ["causal", "bidirectional"])
+def test_the_selective_scan(length: int, normalize: bool, causality: str) -> None:
+    u, dt = torch.randn(B, length, H, V), torch.rand(B, length, H, V)
+    A, b, c = -torch.rand(H, V, K), torch.rand(B, length, H, K), torch.rand(B, length, H, K)
+    settings = {"causality": causality, "normalize": normalize, "eps": 1e-3, "backend": "mamba_ssm"}
+    assert_same(operators.selective_scan, u, dt, A, b, c, torch.randn(H, V), **settings)
+
+
+@pytest.mark.parametrize("first", ["fla", "chunked"])
+@pytest.mark.parametrize("second", ["fla", "recurrent"])
+def test_a_stream_goes_from_one_backend_to_another(first: str, second: str) -> None:
+    q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
+    whole = operators.linear_attention(q, k, v, causality="causal", backend="dense")
+    head, tail = [t[:, :4] for t in (q, k, v)], [t[:, 4:] for t in (q, k, v)]
+    start, state = operators.linear_attention(*head, causality="causal", backend=first, return_state=True)
+    end = operators.linear_attention(*tail, causality="causal", backend=second, initial_state=state)
+    torch.testing.assert_close(torch.cat([start, end], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_what_passes_32_bit_offsets_is_taken_apart_by_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
+    calls: list[int] = []
+    kernel = linear_fla._kernel
+    monkeypatch.setattr(linear_fla, "_kernel", lambda *t: (calls.append(len(t[0])), kernel(*t))[1])
+    monkeypatch.setattr(bridge, "LARGEST", 9 * H * 8)
+    assert_same(operators.linear_attention, q, k, v, backend="fla", causality="causal")
+    assert calls and set(calls) == {1}
+    monkeypatch.setattr(bridge, "LARGEST", 9 * H * K - 1)
+    with pytest.raises(ValueError, match="32-bit offsets"):
+        operators.linear_attention(q, k, v, backend="fla", causality="causal")
+
+
+def problem(operator: str, causality: str = "causal", dtype: torch.dtype = torch.bfloat16, width: int = K) -> Problem:
+    tokens = (1, 4, H)
+    shapes = {
+        "linear": {"q": (*tokens, width), "k": (*tokens, width), "v": (*tokens, V), "log_decay": (*tokens, 1)},
+        "delta": {"q": (*tokens, width), "k": (*tokens, width), "beta": tokens, "v": (*tokens, V)},
+        "scan": {
+            "dt": (*tokens, V),
+            "A": (H, V, width),
+            "B": (*tokens, width),
+            "C": (*tokens, width),
+            "u": (*tokens, V),
+        },
+    }
+    return Problem(operator, {n: torch.zeros(s, dtype=dtype) for n, s in shapes[operator].items()}, causality)
+
+
+@pytest.mark.parametrize(
+    ("module", "asked", "reason"),
+    [
+        (linear_fla, problem("linear"), None),
+        (linear_fla, problem("linear", "noncausal"), "no order"),
+        (linear_fla, problem("linear", dtype=torch.float64), "no float64"),
+        (linear_fla, problem("linear", width=300), "wider than its 256"),
+        (delta_fla, problem("delta"), None),
+        (delta_fla, problem("delta", dtype=torch.float64), "no float64"),
+        (scan_ssm, problem("scan"), None),
+        (scan_ssm, problem("scan", "noncausal"), "no order"),
+        (scan_ssm, problem("scan", width=300), "larger than its 256"),
+        (scan_ssm, problem("scan", dtype=torch.float64), "no float64"),
+    ],
+)
+def test_refusals(module: ModuleType, asked: Problem, reason: str | None) -> None:
+    told = module.refuses(asked)
+    assert told is None if reason is None else told is not None and reason in told
+
+
+def test_float32_is_not_rounded_to_tf32_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linear_fla.refuses(problem("linear", dtype=torch.float32)) is None
+    monkeypatch.delenv("TRITON_F32_DEFAULT")
+    told = linear_fla.refuses(problem("linear", dtype=torch.float32))
+    assert told is not None and "TF32" in told
+
+
+def test_a_build_without_the_scan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
+    told = scan_ssm.refuses(problem("scan"))
+    assert told is not None and "MAMBA_FORCE_BUILD" in told
+
+
+def test_half_precision_is_handed_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    kernel = linear_fla._kernel
+    monkeypatch.setattr(linear_fla, "_kernel", lambda q, *t: (seen.append(q.dtype), kernel(q, *t))[1])
+    q, k, v = (torch.rand(1, 5, H, 8, dtype=torch.bfloat16) for _ in range(3))
+    y = operators.linear_attention(q, k, v, causality="causal", backend="fla", feature_map="elu_plus_one")
+    assert seen == [torch.bfloat16] and y.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+def test_fla_itself_on_a_gpu(decay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pytest.importorskip("fla", reason='install the extra "parity"')
+    q, k, v = (torch.rand(2, 1000, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    g = {
+        "none": None,
+        "scalar": -torch.rand(2, 1000, 4, device="cuda"),
+        "vector": -torch.rand(2, 1000, 4, 64, device="cuda"),
+    }
+    y = operators.linear_attention(q, k, v, g[decay], causality="causal", backend="fla")
+    wanted = operators.linear_attention(
+        q.double(), k.double(), v.double(), g[decay], causality="causal", backend="chunked"
+    )
+    assert (y - wanted).abs().max() < 0.03 * wanted.abs().max()

@@ -13,7 +13,8 @@ Call = Callable[[], object]
 
 
 def published_linfusion(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-4) -> Tensor:
-    """LinFusion's formula in eager torch, as its published code orders the steps; (b, l, h, ·), as views of projections.
+    """LinFusion's formula in eager torch, as its published code orders the steps; (b, l, h, ·), as views of
+    projections.
 
     q, k <- elu + 1;  z = q · mean k + eps;  y = q (l^-1/2 kᵀ · l^-1/2 v) / z.
     """
@@ -26,7 +27,8 @@ def published_linfusion(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-4) -> T
 
 def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention by torch (flash where the device has it); (b, l, h, ·)."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:

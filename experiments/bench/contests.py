@@ -80,8 +80,8 @@ def written(setup: Setup, length: int, heads: int, width: int) -> tuple[Tensor, 
 
 def operator_contests(setup: Setup) -> Iterator[Contest]:
     """Every operator in its kinds, forward and with backward, ours against others'."""
-    elu = {"feature_map": "elu_plus_one"}
-    run = operators.linear_attention
+    elu: dict[str, Any] = {"feature_map": "elu_plus_one"}
+    run: Any = operators.linear_attention
     for heads, width in setup.heads:
         tag = f"b{setup.batch} h{heads} k{width}"
         whole = partial(_noncausal_work, setup, heads, width)
@@ -99,7 +99,8 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
                 yield from _two(setup, told, ours, make, heads, width, {"fla": baselines.fla_gla})
             if decay != "none":
                 both = partial(run, causality="bidirectional", **elu)
-                yield from _two(setup, f"bidirectional, decay {decay}, normalised, {tag}", both, make, heads, width, {})
+                told = f"bidirectional, decay {decay}, normalised, {tag}"
+                yield from _two(setup, told, both, make, heads, width, {})
         yield from _two(setup, f"selective scan, {tag}", operators.selective_scan, states, heads, width, {})
         yield from _two(setup, f"delta rule, {tag}", operators.delta_rule, written, heads, width, {})
 
@@ -112,7 +113,7 @@ def _two(
     heads: int,
     width: int,
     others: Mapping[str, Callable[..., Any]],
-    work: Callable[[int, bool], Work] | None = None,
+    work: Callable[..., Work] | None = None,
 ) -> Iterator[Contest]:
     """The forward pass and, where asked for, forward and backward."""
     functions = {name: partial(ours, backend=name) for name in (CHUNKED, *setup.kernels, RECURRENT)}
@@ -137,7 +138,7 @@ def _two(
 
 
 def _noncausal_work(setup: Setup, heads: int, width: int, length: int, backward: bool) -> Work:
-    """q, k, v read and y written once, two products; backward q, k, v, dy read and dq, dk, dv written, five products."""
+    """q, k, v read and y written once, two products; backward q, k, v, dy read, dq, dk, dv written, five products."""
     numbers = setup.batch * length * heads * width
     size = torch.empty(0, dtype=setup.dtype).element_size()
     products = 2 * numbers * width
@@ -149,7 +150,7 @@ def layer_contests(setup: Setup, dim: int = 320, heads: int = 5) -> Iterator[Con
     pairs = {"mamba": baselines.transformers_mamba, "mamba2": baselines.transformers_mamba2}
     for name, theirs in pairs.items():
         inner = 1 if name == "mamba" else 2 * dim // 64
-        makers = {"ours": _block(setup, lambda n=name, h=inner: create_mixer(n, dim, h), dim)}
+        makers = {"ours": _block(setup, partial(create_mixer, name, dim, inner), dim)}
         makers["transformers"] = _block(setup, partial(theirs, dim), dim)
         yield Contest(f"{name} block, d {dim}: forward", makers, setup.lengths, frozenset({"transformers"}))
 

@@ -1,8 +1,8 @@
 """How should a student be distilled? Objectives on and off, and the published recipe against ours.
 
 Every row has the same pictures and seeds and, by its number of steps, about the same 70 seconds of one core. A step
-of batch 16, measured on a 2.6 GHz EPYC: noise 0.36 s, with any term of the teacher's 0.48 s, matrix 0.35 s, local 0.27 s
-(no gradient goes through the UNet); a step of batch 96 is 2.8 s.
+of batch 16, measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's terms 0.48 s, matrix 0.35 s, local
+0.27 s (no gradient goes through the UNet); a step of batch 96 is 2.8 s.
 """
 
 from experiments.config import Distillation, Evaluation, Grid, Stage, Term, Variant

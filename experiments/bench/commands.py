@@ -1,0 +1,124 @@
+"""`mixlab bench`: what mixers cost here, against others and against the machine's own limits."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from experiments.bench import calibrate as calibration
+from experiments.bench.contest import Contest, Limits, measure_rates, run_contest
+from experiments.bench.contests import Setup, layer_contests, matching, operator_contests, unet_contests
+from experiments.bench.crossover import DTYPES
+from experiments.bench.results import show, write
+from experiments.bench.timing import machine
+
+LADDER = calibration.LADDER
+VERBS = ("operators", "layers", "unet", "memory")
+QUICK = Setup(batch=1, heads=((2, 8),), lengths=(64, 128))
+DEFAULT = Setup()
+SIZES = (64, 128, 256, 512)
+
+Against = Annotated[str, typer.Option(help="only baselines whose name matches this wildcard pattern")]
+Out = Annotated[Path, typer.Option(help="folder for JSON, pages and plots")]
+Threads = Annotated[int | None, typer.Option(min=1, help="of torch on a CPU")]
+Progress = Callable[[], AbstractContextManager[Any]]
+
+
+def make_setup(
+    device: str, dtype: str, quick: bool, max_tokens: int | None, heads: str | None, batch: int | None
+) -> Setup:
+    """The sizes and the place of a benchmark, from its options.
+
+    Raises:
+        ValueError: an unknown device or dtype, no GPU, or heads that are not `8x40`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"No dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"No device {device!r}: expected cpu or cuda.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU here; use cpu.")
+    setup = replace(QUICK if quick else DEFAULT, device=device, dtype=DTYPES[dtype])
+    if heads is not None:
+        try:
+            pairs = tuple(tuple(int(n) for n in pair.split("x")) for pair in heads.split(","))
+            setup = replace(setup, heads=tuple((h, k) for h, k in pairs))
+        except ValueError:
+            raise ValueError(f"--heads {heads!r}: expected heads x width, as in 8x40,8x80.") from None
+    if max_tokens is not None:
+        setup = replace(setup, lengths=tuple(n for n in setup.lengths if n <= max_tokens) or (max_tokens,))
+    return setup if batch is None else replace(setup, batch=batch)
+
+
+def contests(
+    verb: str, setup: Setup, profile: str, mixer: str, min_tokens: int, sizes: tuple[int, ...]
+) -> Iterator[Contest]:
+    """The comparisons of a verb.
+
+    Raises:
+        ValueError: no such verb.
+    """
+    made: dict[str, Callable[[], Iterator[Contest]]] = {
+        "operators": lambda: operator_contests(setup),
+        "memory": lambda: operator_contests(replace(setup, lengths=setup.lengths[-2:])),
+        "layers": lambda: layer_contests(setup),
+        "unet": lambda: unet_contests(setup, profile, mixer, min_tokens, sizes),
+    }
+    if verb not in made:
+        raise ValueError(f"No benchmark {verb!r}: expected one of {', '.join((*VERBS, 'crossover'))}.")
+    return made[verb]()
+
+
+def bench(
+    verb: str,
+    out: Path,
+    against: str,
+    setup: Setup,
+    limits: Limits,
+    chosen: dict[str, Any],
+    console: Console,
+    bars: Progress,
+) -> None:
+    """Run the comparisons of a verb, print them and write them to a folder."""
+    found = matching(contests(verb, setup, **chosen), against)
+    rates = measure_rates(setup.device, setup.dtype)
+    rows = []
+    with bars() as shown:
+        task = shown.add_task(verb, total=len(found))
+        for contest in found:
+            tell = partial(shown.update, task)
+            share = replace(limits, budget=limits.budget / len(found))
+            rows += run_contest(contest, rates, share, setup.device, partial(_describe, tell))
+            tell(advance=1)
+            told = {**machine(setup.device), "dtype": str(setup.dtype).removeprefix("torch.")}
+            write(rows, rates, told, shlex.join(["mixlab", *sys.argv[1:]]), out, verb)  # a stop loses one contest
+    show(rows, console)
+    console.print(f"Tables and plots: {(out / verb).resolve()}.md", soft_wrap=True)
+
+
+def _describe(tell: Callable[..., None], what: str) -> None:
+    tell(description=what[:48])
+
+
+def calibrate(setup: Setup, path: Path | None, console: Console, bars: Progress, ladder: tuple[int, ...]) -> None:
+    """Measure the table of backends and print it."""
+    with bars() as shown:
+        task = shown.add_task("backends", total=None)
+        where, rows = calibration.calibrate(setup, path, ladder, lambda what: shown.update(task, description=what))
+    table = Table("operator", "causality", "decay", "backends, up to how many tokens")
+    for row in rows:
+        order = ", then ".join(f"{name}{'' if bound is None else f' ≤ {bound:,}'}" for name, bound in row.order)
+        table.add_row(row.operator, row.causality, row.decay, order)
+    console.print(table)
+    console.print(f"Written to {where.resolve()}: auto goes by it from now on.", soft_wrap=True)

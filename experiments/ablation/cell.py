@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from experiments.ablation import store
 from experiments.config import CellConfig
 from experiments.distil import Setting, build_student, run_stages
-from experiments.distil.student import seeded
+from experiments.distil.student import seeded, stage_folders
 from experiments.evaluate.fidelity import fidelity
 from experiments.evaluate.pictures import mixing_matrix, save_samples
 from experiments.evaluate.speed import speed
+from experiments.training import forget
 from unet_adapters import MixerAdapter
 
 Report = Callable[[str, int, int], None]
@@ -53,8 +54,8 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         **record,
     }
     store.write_json(directory / "result.json", result)
-    for state in directory.rglob("state.safetensors"):
-        state.unlink()
+    for folder in stage_folders(config.distillation, directory):
+        forget(folder)
     return result
 
 

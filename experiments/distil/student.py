@@ -84,7 +84,8 @@ def run_stages(
             def tell(done: int, losses: dict[str, float], stage: Stage = stage) -> None:
                 report(stage.name, done, stage.fit.steps, losses)
 
-            log = fit(Distil(teacher, adapter, stage.objectives), batch, config, folder, tell)
+            objective = Distil(teacher, adapter, stage.objectives)
+            log = fit(objective, batch, config, folder, tell, watched=teacher.unet)
             spent = {"steps": config.steps, "seconds": perf_counter() - start, "log": log}
             records.append({"stage": stage.name, "folder": folder.name, **spent})
     return records

@@ -1,0 +1,218 @@
+"""Checkpoints: whole or not there, the last few kept, and a run that stops in any way goes on as if it had not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from experiments.training import FitConfig, Interrupted, checkpoints, fit, forget
+from experiments.training.crash_test import crash_test
+from experiments.training.guard import first_broken
+from experiments.training.loop import shares
+
+CONFIG = FitConfig(steps=12, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
+
+
+class Line(nn.Module):
+    """A regression whose loss is of several terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(3, 2)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        error = self.line(batch["x"]) - batch["y"]
+        return {"loss": error.square().mean(), "largest": error.abs().amax()}
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    return {"x": torch.randn(4, 3, generator=draw), "y": torch.randn(4, 2, generator=draw)}
+
+
+def trained(directory: Path, config: FitConfig = CONFIG, data: object = batch) -> dict[str, Tensor]:
+    model = Line()
+    fit(model, data, config, directory)  # type: ignore[arg-type]
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return trained(tmp_path_factory.mktemp("whole"))
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted((directory / "checkpoints").glob("*.safetensors"))
+
+
+def test_the_last_few_are_kept(tmp_path: Path) -> None:
+    trained(tmp_path, CONFIG.model_copy(update={"keep": 3}))
+    assert [path.stem for path in files(tmp_path)] == [f"step-{n:08d}" for n in (6, 9, 12)]
+    forget(tmp_path)
+    assert not files(tmp_path)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_damage_anywhere_falls_back_to_the_one_before(
+    data: st.DataObject,
+    whole: dict[str, Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog_at_warning: list[str],
+) -> None:
+    directory = tmp_path_factory.mktemp("damaged")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step: int, _: object) -> None:
+        if step == 11:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(Line(), batch, CONFIG, directory, kill)
+    latest = files(directory)[-1]
+    content = bytearray(latest.read_bytes())
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    else:
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    latest.write_bytes(bytes(content))
+    caplog_at_warning.clear()
+    assert_equal(trained(directory), whole)
+    assert any("going back" in line for line in caplog_at_warning)
+
+
+@pytest.fixture(scope="module")
+def caplog_at_warning() -> list[str]:
+    """What checkpoints log."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logging.getLogger(checkpoints.__name__).addHandler(Keep())
+    return lines
+
+
+def test_nothing_but_damage_is_one_clear_sentence(tmp_path: Path) -> None:
+    trained(tmp_path)
+    for path in files(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="all 2 checkpoints there are damaged"):
+        trained(tmp_path)
+
+
+def test_a_full_disk_loses_no_older_checkpoint(
+    tmp_path: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog_at_warning: list[str]
+) -> None:
+    write = checkpoints._write
+
+    def full(path: Path, content: bytes) -> None:
+        if "00000009" in path.name or "00000012" in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints, "_write", full)
+    caplog_at_warning.clear()
+    assert_equal(trained(tmp_path), whole)
+    assert [path.stem for path in files(tmp_path)] == ["step-00000003", "step-00000006"]
+    assert any("No space left" in line for line in caplog_at_warning)
+
+
+def test_sigterm_saves_and_stops(tmp_path: Path, whole: dict[str, Tensor]) -> None:
+    def ask(step: int, _: object) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="after step 5 of 12"):
+        fit(Line(), batch, CONFIG, tmp_path, ask)
+    assert files(tmp_path)[-1].stem == "step-00000005" and signal.getsignal(signal.SIGTERM) is before
+    assert_equal(trained(tmp_path), whole)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_micro_batches_are_the_batch(tmp_path: Path, whole: dict[str, Tensor], accumulation: int) -> None:
+    got = trained(tmp_path, CONFIG.model_copy(update={"accumulation": accumulation}))
+    for name, wanted in whole.items():
+        torch.testing.assert_close(got[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_shares_make_up_the_batch(processes: int, accumulation: int, each: int) -> None:
+    total = processes * accumulation * each
+    given_batch = {"x": torch.arange(total), "pair": (torch.arange(total) * 2,)}
+    parts = [part for p in range(processes) for part in shares(given_batch, p, processes, accumulation)]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), given_batch["x"])
+    assert torch.equal(torch.cat([part["pair"][0] for part in parts]), given_batch["pair"][0])
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 3"):
+        shares(torch.zeros(4), 0, 3, 1)
+
+
+def test_seconds_add_up_over_stops(tmp_path: Path) -> None:
+    half = CONFIG.model_copy(update={"steps": 6})
+    trained(tmp_path, half)
+    first = checkpoints.Trainee(Line(), torch.optim.AdamW(Line().parameters()))
+    checkpoints.resume(tmp_path, first)
+    trained(tmp_path)
+    second = checkpoints.Trainee(Line(), torch.optim.AdamW(Line().parameters()))
+    assert checkpoints.resume(tmp_path, second) == 12 and second.seconds > first.seconds > 0
+
+
+def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
+    def broken(step: int) -> dict[str, Tensor]:
+        return {k: v * (float("inf") if step == 7 and k == "x" else 1) for k, v in batch(step).items()}
+
+    model = Line()
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: loss, largest not finite.*layer .* is line \(torch.float32\)"
+    ):
+        fit(model, broken, CONFIG, tmp_path, watched=model)
+    assert files(tmp_path)[-1].stem == "step-00000006"
+    network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    network[1][1].weight.data.fill_(float("nan"))
+    assert "1.1" in first_broken(lambda: network(torch.ones(1, 2)), network)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    class Root(Line):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"loss": (self.line(batch["x"]) * 0).abs().sqrt().sum()}  # the root's slope at 0 is infinite
+
+    with pytest.raises(FloatingPointError, match=r"gradients of 2 parameters .*line\.weight \(torch.float32\)"):
+        fit(Root(), batch, CONFIG, tmp_path)
+
+
+def test_half_precision_trains_float32_weights(tmp_path: Path) -> None:
+    assert all(
+        v.dtype == torch.float32
+        for v in trained(tmp_path, CONFIG.model_copy(update={"mixed_precision": "bf16"})).values()
+    )
+
+
+def test_a_tracker_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'wandb' is not installed"):
+        trained(tmp_path, CONFIG.model_copy(update={"trackers": ("wandb",)}))
+
+
+@pytest.mark.slow
+def test_killed_for_real_a_few_times(tmp_path: Path) -> None:
+    assert crash_test(tmp_path, kills=2, steps=30, pause=0.02).identical

@@ -214,7 +214,7 @@ def bench(
     heads: Annotated[str | None, typer.Option(help="heads x width, as in 8x40,8x80")] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
     profile: Annotated[str, typer.Option(help="of unet: embedded, sd15, sd21 or sdxl")] = "embedded",
-    mixer: Annotated[str, typer.Option(help="of unet")] = "linfusion",
+    mixer: Annotated[str | None, typer.Option(help="of unet; default: LinFusion")] = None,
     min_tokens: Annotated[int, typer.Option(min=1, help="of unet's hybrid")] = 512,
     sizes: Annotated[list[int] | None, typer.Option("--size", help="of unet: sides in pixels; repeat")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that it runs")] = False,
@@ -230,6 +230,8 @@ def bench(
             torch.set_num_threads(threads)
         setup = commands.make_setup(device, dtype, quick, max_tokens, heads, batch)
         limits = Limits(1 if quick else repeats, budget=budget)
+        if calibrate and quick and table is None:
+            raise ValueError("--quick measures next to nothing: give the table a --table of its own.")
         if calibrate:
             commands.calibrate(setup, table, console, _bars, (16, 64) if quick else commands.LADDER)
         elif verb == "crossover":
@@ -238,7 +240,7 @@ def bench(
             raise ValueError(f"Expected a benchmark: {', '.join((*commands.VERBS, 'crossover'))}; or --calibrate.")
         else:
             sides = tuple(sizes or commands.SIZES[: 1 if quick else None])
-            chosen = {"profile": profile, "mixer": mixer, "min_tokens": min_tokens, "sizes": sides}
+            chosen = {"profile": profile, "mixer": mixer or commands.MOUNTED, "min_tokens": min_tokens, "sizes": sides}
             commands.bench(verb, out, against, setup, limits, chosen, console, _bars)
 
 

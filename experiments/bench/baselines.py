@@ -41,13 +41,6 @@ def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor
     return chunk_simple_gla(q, k, v, log_decay, scale=1.0)[0]
 
 
-def mamba_ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """mamba_ssm's selective scan, on tensors laid out for it."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    return selective_scan_fn(u, dt, A, B, C)
-
-
 def transformers_mamba(dim: int) -> torch.nn.Module:
     """transformers' Mamba block at its defaults; on a CPU its own path in torch."""
     from transformers import MambaConfig

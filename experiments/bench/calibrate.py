@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 
 from experiments.bench import baselines
-from experiments.bench.contest import Report, told
+from experiments.bench.contest import Report
 from experiments.bench.contests import Setup, gated, states, written
 from experiments.bench.timing import interleaved
 from mixers import operators
 from mixers.operators.choice import FORMULATIONS, LAST_RESORT
-from mixers.operators.preference import Row, default_path, device_name, save_table
+from mixers.operators.preference import VARIABLE, Row, default_path, device_name, save_table
 
 RECURRENT = "recurrent"  # never the fastest; a truth for tests
 LADDER = (16, 64, 256, 1024, 4096, 16384)
@@ -47,7 +48,7 @@ def calibrate(
         for length in ladder:
             timed[length] = time_backends(setup, call, length, heads, width)
         rows.append(Row(operator, causality, decay, tuple(best(timed))))
-    target = path or default_path()
+    target = path or Path(os.environ.get(VARIABLE) or default_path())
     save_table(target, device_name(torch.device(setup.device)), rows)
     return target, rows
 
@@ -85,8 +86,7 @@ def time_backends(setup: Setup, call: Any, length: int, heads: int, width: int) 
         run = baselines.forward(partial(function, backend=name), *tensors)
         try:
             run()
-        except Exception as error:  # it cannot compute this: it is not in the table
-            told(error)
+        except Exception:  # it cannot compute this: it is not in the table
             continue
         runs[name] = run
     times = interleaved(runs, 5, device=setup.device, min_seconds=0.002)

@@ -8,30 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
+from experiments.ablation.store import write_json
 from experiments.bench import calibrate as calibration
-from experiments.bench.contest import Contest, Limits, measure_rates, run_contest
-from experiments.bench.contests import Setup, layer_contests, matching, operator_contests, unet_contests
+from experiments.bench.contest import Contest, Limits, as_json, measure_rates, run_contest
+from experiments.bench.contests import MOUNTED, Setup, layer_contests, matching, operator_contests, unet_contests
 from experiments.bench.crossover import DTYPES
 from experiments.bench.results import show, write
 from experiments.bench.timing import machine
 
 LADDER = calibration.LADDER
+__all__ = ["LADDER", "MOUNTED", "SIZES", "VERBS", "bench", "calibrate", "make_setup"]
 VERBS = ("operators", "layers", "unet", "memory")
 QUICK = Setup(batch=1, heads=((2, 8),), lengths=(64, 128))
 DEFAULT = Setup()
 SIZES = (64, 128, 256, 512)
 
-Against = Annotated[str, typer.Option(help="only baselines whose name matches this wildcard pattern")]
-Out = Annotated[Path, typer.Option(help="folder for JSON, pages and plots")]
-Threads = Annotated[int | None, typer.Option(min=1, help="of torch on a CPU")]
 Progress = Callable[[], AbstractContextManager[Any]]
 
 
@@ -57,7 +56,8 @@ def make_setup(
         except ValueError:
             raise ValueError(f"--heads {heads!r}: expected heads x width, as in 8x40,8x80.") from None
     if max_tokens is not None:
-        setup = replace(setup, lengths=tuple(n for n in setup.lengths if n <= max_tokens) or (max_tokens,))
+        lengths = {*(n for n in setup.lengths if n < max_tokens), max_tokens}
+        setup = replace(setup, lengths=tuple(sorted(lengths)))
     return setup if batch is None else replace(setup, batch=batch)
 
 
@@ -93,7 +93,8 @@ def bench(
     """Run the comparisons of a verb, print them and write them to a folder."""
     found = matching(contests(verb, setup, **chosen), against)
     rates = measure_rates(setup.device, setup.dtype)
-    rows = []
+    told = {**machine(setup.device), **versions(), "dtype": str(setup.dtype).removeprefix("torch.")}
+    rows, command = [], shlex.join(["mixlab", *sys.argv[1:]])
     with bars() as shown:
         task = shown.add_task(verb, total=len(found))
         for contest in found:
@@ -101,10 +102,21 @@ def bench(
             share = replace(limits, budget=limits.budget / len(found))
             rows += run_contest(contest, rates, share, setup.device, partial(_describe, tell))
             tell(advance=1)
-            told = {**machine(setup.device), "dtype": str(setup.dtype).removeprefix("torch.")}
-            write(rows, rates, told, shlex.join(["mixlab", *sys.argv[1:]]), out, verb)  # a stop loses one contest
+            write_json(out / f"{verb}.json", as_json(rows, rates, told, command))  # a stop loses one contest
+    write(rows, rates, told, command, out, verb)
     show(rows, console)
     console.print(f"Tables and plots: {(out / verb).resolve()}.md", soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers may depend on; those that are installed."""
+    found = {}
+    for name in ("transformers", "diffusers", "triton", "flash-linear-attention", "mamba-ssm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _describe(tell: Callable[..., None], what: str) -> None:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,14 +116,38 @@ def run_contest(
             except Exception as error:  # whatever a contender raises, the others go on
                 running.remove(name)
                 rows.append(Row(contest.name, name, size, error=told(error)))
-        if runs:
-            times = interleaved(runs, limits.repeats, warmup=1, max_seconds=5 * len(runs), device=device)
-            floor = contest.floor(size).seconds(rates) if contest.floor and rates else None
-            rows += [_row(contest, name, size, times, peaks[name], floor) for name in runs]
-            running = [n for n in running if statistics.median(times[n]) < limits.slow]
+        times = _timed(contest, runs, limits, device, size, rows)
+        running = [name for name in running if name in times]
+        floor = contest.floor(size).seconds(rates) if contest.floor and rates else None
+        rows += [_row(contest, name, size, times, peaks[name], floor) for name in times]
+        running = [n for n in running if statistics.median(times[n]) < limits.slow]
         del runs
         gc.collect()
     return rows
+
+
+def _timed(
+    contest: Contest, runs: dict[str, Callable[[], object]], limits: Limits, device: str, size: int, rows: list[Row]
+) -> dict[str, list[float]]:
+    """Seconds by contender; one that fails in its turn is recorded, and the rest are timed again."""
+    while runs:
+        failed: list[tuple[str, Exception]] = []
+
+        def guarded(name: str, call: Callable[[], object]) -> None:
+            try:
+                call()
+            except Exception as error:
+                failed.append((name, error))  # noqa: B023
+                raise
+
+        turns = {name: partial(guarded, name, call) for name, call in runs.items()}
+        try:
+            return interleaved(turns, limits.repeats, warmup=1, max_seconds=5 * len(runs), device=device)
+        except Exception:
+            (name, error), *_ = failed
+            del runs[name]
+            rows.append(Row(contest.name, name, size, error=told(error)))
+    return {}
 
 
 def _row(
@@ -138,8 +163,8 @@ def _row(
 
 def told(error: Exception) -> str:
     """An error as one line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
 
 
 def growth(points: Sequence[tuple[int, float]]) -> float | None:

@@ -18,6 +18,8 @@ from experiments.bench.crossover import EMBEDDED, PROFILES
 from mixers import create_mixer, operators
 from mixers.operators.choice import KERNELS, unavailable
 
+SOFTMAX = "softmax"
+MOUNTED = "linfusion"  # in a UNet, unless another mixer is named
 CHUNKED, RECURRENT = "chunked", "recurrent"
 
 
@@ -31,6 +33,11 @@ class Setup:
     heads: tuple[tuple[int, int], ...] = ((8, 40),)
     lengths: tuple[int, ...] = (4096, 16384, 65536, 262144)
     backward: bool = True
+
+    @property
+    def longest_recurrence(self) -> int:
+        """Tokens up to which the recurrence, which takes them one by one, is tried."""
+        return 16384 if self.device == "cpu" else 1024
 
     def normal(self, *shape: int) -> Tensor:
         """Random numbers there."""
@@ -85,7 +92,7 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
     for heads, width in setup.heads:
         tag = f"b{setup.batch} h{heads} k{width}"
         whole = partial(_noncausal_work, setup, heads, width)
-        published = {"published formula": baselines.published_linfusion, "softmax": baselines.softmax}
+        published = {"published formula": baselines.published_linfusion, "SDPA": baselines.softmax}
         yield from _two(
             setup, f"non-causal, normalised, {tag}", partial(run, **elu), unmapped, heads, width, published, whole
         )
@@ -96,7 +103,9 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
             for normalize in (True, False):
                 told = f"causal, decay {decay}{', normalised' if normalize else ''}, {tag}"
                 ours = partial(run, causality="causal", normalize=normalize, **(elu if normalize else {}))
-                yield from _two(setup, told, ours, make, heads, width, {"fla": baselines.fla_gla})
+                yield from _two(
+                    setup, told, ours, make, heads, width, {} if normalize else {"fla itself": baselines.fla_gla}
+                )
             if decay != "none":
                 both = partial(run, causality="bidirectional", **elu)
                 told = f"bidirectional, decay {decay}, normalised, {tag}"
@@ -131,28 +140,30 @@ def _two(
 
             return make
 
-        makers = {n: maker(f, bound=16384 if n == RECURRENT else None) for n, f in functions.items()}
+        makers = {n: maker(f, bound=setup.longest_recurrence if n == RECURRENT else None) for n, f in functions.items()}
         makers |= {n: maker(f) for n, f in others.items()}
         floor = None if work is None else partial(work, backward=way != "forward")
         yield Contest(f"{name}: {way}", makers, setup.lengths, frozenset({*others, RECURRENT}), floor=floor)
 
 
 def _noncausal_work(setup: Setup, heads: int, width: int, length: int, backward: bool) -> Work:
-    """q, k, v read and y written once, two products; backward q, k, v, dy read, dq, dk, dv written, five products."""
+    """q, k, v read and y written once, two products; backward q, k, v, dy read, dq, dk, dv written, four products."""
     numbers = setup.batch * length * heads * width
     size = torch.empty(0, dtype=setup.dtype).element_size()
     products = 2 * numbers * width
-    return Work((4 + 7 * backward) * numbers * size, (2 + 5 * backward) * products)
+    return Work((4 + 7 * backward) * numbers * size, (2 + 4 * backward) * products)
 
 
 def layer_contests(setup: Setup, dim: int = 320, heads: int = 5) -> Iterator[Contest]:
-    """Whole blocks against transformers', and every mixer's plain form against softmax attention."""
+    """Whole blocks, as published, against transformers', and against softmax attention of the same width."""
     pairs = {"mamba": baselines.transformers_mamba, "mamba2": baselines.transformers_mamba2}
     for name, theirs in pairs.items():
         inner = 1 if name == "mamba" else 2 * dim // 64
         makers = {"ours": _block(setup, partial(create_mixer, name, dim, inner), dim)}
         makers["transformers"] = _block(setup, partial(theirs, dim), dim)
-        yield Contest(f"{name} block, d {dim}: forward", makers, setup.lengths, frozenset({"transformers"}))
+        makers["softmax block"] = _block(setup, partial(create_mixer, SOFTMAX, dim, heads), dim)
+        others = frozenset({"transformers", "softmax block"})
+        yield Contest(f"{name} block, d {dim}: forward", makers, setup.lengths, others)
 
 
 def _block(setup: Setup, build: Callable[[], Any], dim: int) -> Make:

@@ -11,15 +11,17 @@ import sys, torch
 sys.exit(not torch.cuda.is_available())
 CHECK
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' | tee "$out/machine.txt"
-step() { echo "== $1"; shift; timeout "$1" "${@:2}" || echo "failed or out of time: ${*:2}" | tee -a "$out/failed.txt"; }
-bench() { "$python" -c 'from experiments.cli import main; main()' bench "$@" --device cuda --out "$out"; }
+rm -f "$out/failed.txt"
+step() { echo "== $1"; timeout "$2" "${@:3}" || echo "failed or out of time: $1" | tee -a "$out/failed.txt"; }
+bench() { "$python" -c 'from experiments.cli import main; main()' bench "$@" --device cuda --dtype bfloat16; }
 export -f bench; export python out
-step "tests of the kernels" 150 "$python" -m pytest -q -m gpu tests/mixers 2>&1 | tee "$out/tests.txt"
-step "operators, heads of SD-1.5" 110 bash -c 'bench operators --dtype bfloat16 --heads 8x40,8x80,8x160 --max-tokens 262144 --budget 90'
-step "operators, heads of SDXL" 60 bash -c 'out="$out/sdxl" bench operators --dtype bfloat16 --heads 10x64,20x64 --max-tokens 262144 --budget 45'
-step "operators, b8 h16 k64" 40 bash -c 'out="$out/b8" bench operators --dtype bfloat16 --heads 16x64 --batch 8 --max-tokens 32768 --budget 30'
-step "blocks" 60 bash -c 'bench layers --dtype bfloat16 --budget 45'
-step "UNet of SD-1.5" 90 bash -c 'bench unet --profile sd15 --dtype bfloat16 --min-tokens 4096 --size 256 --size 512 --size 1024 --size 2048 --size 4096 --budget 75'
-step "crossover" 60 bash -c 'bench crossover --dtype bfloat16 --repeats 3 --max-tokens 16384'
-step "table of backends" 60 bash -c 'bench --calibrate --table "$out/backends.json" --dtype bfloat16 --heads 8x64'
+step "tests of the kernels" 140 "$python" -m pytest -q -m gpu tests/mixers
+step "operators, heads of SD-1.5" 110 bash -c 'bench operators --heads 8x40,8x160 --against "[!r]*" --repeats 5 --budget 90 --out "$out/sd15"'
+step "operators, heads of SDXL" 70 bash -c 'bench operators --heads 20x64 --against "[!r]*" --repeats 5 --budget 50 --out "$out/sdxl"'
+step "operators, b8 h16 k64" 50 bash -c 'bench operators --heads 16x64 --batch 8 --max-tokens 32768 --repeats 5 --budget 35 --out "$out/b8"'
+step "blocks" 40 bash -c 'bench layers --budget 30 --out "$out"'
+step "UNet of SD-1.5" 80 bash -c 'bench unet --profile sd15 --min-tokens 4096 --size 256 --size 512 --size 1024 --size 2048 --size 4096 --repeats 5 --budget 65 --out "$out"'
+step "crossover" 50 bash -c 'bench crossover --repeats 3 --max-tokens 16384 --out "$out"'
+step "table of backends" 50 bash -c 'bench --calibrate --table "$out/backends.json" --heads 8x64'
 echo "Results: $out"
+[ ! -s "$out/failed.txt" ]

@@ -23,7 +23,7 @@ COLUMNS = ("contender", "size", "ms", "quartiles", "peak MiB", "× floor", "fast
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of COLUMNS."""
     if row.time is None:
-        return (row.contender, f"{row.size:,}", "–", "", "", "", f"failed: {row.error}")
+        return (row.contender, f"{row.size:,}", "–", "", "", "", f"failed: {row.error}".replace("|", "/"))
     low, high = 1e3 * row.time.low, 1e3 * row.time.high
     peak = "–" if row.peak is None else f"{row.peak / 2**20:,.1f}"
     over = "–" if row.over_floor is None else f"{row.over_floor:.2f}"
@@ -51,8 +51,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def write(
     rows: Sequence[Row], rates: Rates | None, machine: Mapping[str, Any], command: str, directory: Path, name: str
 ) -> Path:
-    """Write `<name>.json`, `<name>.md` and a plot a contest into a directory; returns the page's path."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write `<name>.json`, `<name>.md` and a plot a contest into a directory; returns the page's path.
+
+    A plot takes a second or two.
+    """
     write_json(directory / f"{name}.json", as_json(rows, rates, machine, command))
     page = directory / f"{name}.md"
     page.write_text(_page(rows, rates, machine, command, name), encoding="utf-8")

@@ -43,7 +43,9 @@ class Recipe(Frozen):
         about: one sentence.
         teacher: "embedded", a folder in diffusers format, or a Hub id.
         dtype: of the teacher's frozen networks; the student trains in float32.
-        data: "emoji", or a folder of captioned images.
+        data: "emoji", a folder of captioned images, or what else `open_dataset` reads.
+        cache: folder of encoded pictures, made where there is none and gone on with after a stop; None encodes them in
+            memory, which goes for a few thousand small ones.
         seed: of everything random; stages draw apart.
     """
 
@@ -52,6 +54,7 @@ class Recipe(Frozen):
     teacher: str = "embedded"
     dtype: Literal["float32", "bfloat16"] = "float32"
     data: str = "emoji"
+    cache: str | None = None
     mixer: Mixer
     distillation: Distillation
     samples: Samples = Samples()

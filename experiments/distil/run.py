@@ -17,13 +17,15 @@ import torch
 from accelerate import PartialState
 
 from experiments.ablation import store
+from experiments.data import open_records
+from experiments.distil.cache import build_cache, open_cache
 from experiments.distil.card import draw_samples, save_row, write_card
-from experiments.distil.draw import draw
+from experiments.distil.draw import Latents, draw
 from experiments.distil.recipe import Recipe
 from experiments.distil.setting import encode_pictures
 from experiments.distil.student import Report, build_student, run_stages, seeded
 from experiments.teacher.load import open_teacher
-from experiments.teacher.teacher import Batch
+from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
 
 
@@ -43,11 +45,12 @@ def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
     _check_recipe(recipe, directory, process)
     teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype))
     plan = seeded(recipe.distillation, recipe.seed)
-    latents = encode_pictures(teacher, recipe.data, plan.all_sizes, plan.images)
+    latents = _latents(recipe, teacher, process)
     adapter = build_student(teacher, recipe.mixer.name, recipe.mixer, plan, recipe.seed)
 
     def batch(step: int, fit: FitConfig, sizes: tuple[int, ...], caption_dropout: float) -> Batch:
-        return draw(latents, step, fit, teacher.train_timesteps, sizes, caption_dropout)
+        drawn = draw(latents, step, fit, teacher.train_timesteps, sizes, caption_dropout)
+        return {name: tensor.to(teacher.device) for name, tensor in drawn.items()}
 
     with _clock(directory / "seconds.json", process) as seconds:
 
@@ -67,6 +70,19 @@ def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
         write_card(recipe, teacher, adapter, stages, directory)
     process.wait_for_everyone()
     return card
+
+
+def _latents(recipe: Recipe, teacher: Teacher, process: PartialState) -> Latents:
+    """The encoded pictures: from the recipe's cache, which the main process makes or completes, or in memory."""
+    plan = recipe.distillation
+    if recipe.cache is None:
+        return encode_pictures(teacher, recipe.data, plan.all_sizes, plan.images)
+    folder = Path(recipe.cache)
+    if process.is_main_process:
+        records = open_records(recipe.data, split="train")
+        build_cache(teacher, records, folder, sizes=plan.all_sizes, images=plan.images)
+    process.wait_for_everyone()
+    return open_cache(folder, teacher)
 
 
 def _check_recipe(recipe: Recipe, directory: Path, process: PartialState) -> None:

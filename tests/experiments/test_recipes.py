@@ -170,3 +170,14 @@ def test_the_adapter_is_the_trained_one(recipe: Path, tmp_path: Path) -> None:
     assert any(
         not torch.allclose(p, fresh.parameters_by_name()[n], atol=1e-3) for n, p in trained.parameters_by_name().items()
     )
+
+
+def test_a_cache_on_disk_is_the_same_training_data_every_time(recipe: Path, tmp_path: Path) -> None:
+    settings = [f"cache={tmp_path / 'cache'}", "distillation.before=[]", "samples.prompts=[]"]
+    asked = load_recipe(str(recipe), settings)
+    weights = []
+    for name in ("first", "second"):
+        run_recipe(asked, tmp_path / name, quiet)
+        weights.append(load_file(tmp_path / name / "adapter" / "adapter.safetensors"))
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    assert (tmp_path / "cache" / "index.json").is_file()

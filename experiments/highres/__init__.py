@@ -1,0 +1,1 @@
+"""Large images from the command line, and what they cost."""

@@ -62,8 +62,7 @@ class LinearMixer(TokenMixer):
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v); unnormalised in float32 at least."""
-        q, k, feature_map = self.operands(streams)
-        v = streams.v if self.config.normalize else streams.values
+        q, k, v, feature_map = self.operands(streams)
         settings = {**self._settings(), "feature_map": feature_map, "backend": self.config.backend}
         return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **settings))
 
@@ -78,14 +77,17 @@ class LinearMixer(TokenMixer):
         q, k = self._map.apply(streams.q.to(dtype)), self._map.apply(streams.k.to(dtype))
         return q, k if streams.write is None else k * streams.write[..., None]
 
-    def operands(self, streams: Streams) -> tuple[Tensor, Tensor, str]:
-        """q, k and the map that the operator applies to them: where there is more to `features`, these and `identity`.
+    def operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, str]:
+        """q, k, v and the map that the operator applies to q and k: `identity` where there is more to `features`.
 
-        An operator that maps q and k as it reads them does not have to write features to memory.
+        An operator that maps q and k as it reads them does not have to write features to memory. Unnormalised, it is
+        one to the result whether keys or values are times `write`.
         """
-        if streams.write is None and type(self).features is LinearMixer.features:
-            return streams.q, streams.k, self.map_name(self.config)
-        return (*self.features(streams), "identity")
+        normalize, write = self.config.normalize, streams.write
+        v = streams.v if normalize else streams.values
+        if type(self).features is not LinearMixer.features or (normalize and write is not None):
+            return (*self.features(streams), v, "identity")
+        return streams.q, streams.k, v if write is None else v * write[..., None], self.map_name(self.config)
 
     @property
     def scale(self) -> float:

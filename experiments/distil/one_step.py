@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ class MadeUp:
         if config.addition_embed_type == "text_time":
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             self.one |= {"pooled": torch.randn(1, width), "time_ids": torch.zeros(1, 6)}
-        self.unconditional = {name: value for name, value in self.one.items() if name in ("text", "pooled")}
+        conditions = ("text", "pooled")
+        self.unconditional: Mapping[str, Tensor] = {n: t[0] for n, t in self.one.items() if n in conditions}
 
     def __len__(self) -> int:
         return 1

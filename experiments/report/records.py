@@ -167,11 +167,13 @@ def _current(cells: list[Cell], grid: dict[str, Any], variants: set[str], proble
     protocol = grid.get("protocol")
     now = dict(protocol) if isinstance(protocol, dict) else {}
     now |= {k: grid[k] for k in ("teacher", "data") if k in grid}
+    own = {v["name"]: v for v in grid.get("variants") or [] if isinstance(v, dict) and "name" in v}
     kept: dict[tuple[str, int | None], Cell] = {}
     for cell in sorted(cells, key=_age):
         config = cell.config or {}
-        both = [k for k in ("teacher", "data", "distillation", "evaluation") if k in config and k in now]
-        changed = [k for k in both if config[k] != now[k]]
+        wanted = now | {k: v for k, v in own.get(cell.variant, {}).items() if k == "distillation" and v is not None}
+        both = [k for k in ("teacher", "data", "distillation", "evaluation") if k in config and k in wanted]
+        changed = [k for k in both if config[k] != wanted[k]]
         if cell.variant not in variants:
             problems.append(f"{cell.id}: left out, as grid.json has no variant {cell.variant!r}")
         elif grid.get("seeds") and cell.seed is not None and cell.seed not in grid["seeds"]:

@@ -2,8 +2,9 @@
 
     python -m experiments.training.crash_test [--kills 20] [--distil]
 
-SIGKILL, in the middle of whatever the process does, writing a checkpoint included. With `--distil` it is a distillation
-of the embedded teacher, else a small regression. Exits with 0 where the weights are the same to the last bit.
+SIGKILL, in the middle of whatever the process does: every other one as soon as a checkpoint is being written, the rest
+at any time. With `--distil` it is a distillation of the embedded teacher, else a small regression. Exits with 0 where
+the weights and the log are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from experiments.training.checkpoints import ASIDE, FOLDER
 
 WEIGHTS = "weights.safetensors"
 
@@ -26,13 +30,15 @@ class Outcome:
     """How it went.
 
     Attributes:
-        identical: whether the weights are the same, byte for byte.
+        identical: whether the weights, and the log, are the same, byte for byte.
         kills: how many processes were killed while they trained.
+        writing: how many of them left a checkpoint half written.
         steps: after which step each began, the first at 0.
     """
 
     identical: bool
     kills: int
+    writing: int
     steps: tuple[int, ...]
 
 
@@ -47,19 +53,19 @@ def crash_test(folder: Path, kills: int = 20, steps: int = 60, pause: float = 0.
     """
     whole, killed = folder / "whole", folder / "killed"
     _run(whole, steps, 0.0, distil).wait()
-    draw, done, began = random.Random(0), 0, []
+    draw, done, writing, began = random.Random(0), 0, 0, []
     while not (killed / WEIGHTS).is_file():
         began.append(_latest(killed))
+        since = time.time_ns()
         process = _run(killed, steps, pause, distil)
         if done < kills:
-            _wait_for_training(process, killed, began[-1])
-            time.sleep(draw.uniform(0.0, pause * steps / max(1, kills)))
-            process.kill()
-            done += process.wait() != 0
+            delay = None if done % 2 == 0 else draw.uniform(0.0, pause * steps / kills)
+            done += _kill(process, killed, since, delay)
+            writing += _last_half(killed) > since
         elif process.wait() != 0:
             raise RuntimeError(f"The training itself failed; its folder is {killed}.")
-    same = (whole / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
-    return Outcome(same, done, tuple(began))
+    same = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in (WEIGHTS, "metrics.jsonl"))
+    return Outcome(same, done, writing, tuple(began))
 
 
 def train(folder: Path, steps: int, pause: float, distil: bool) -> None:
@@ -71,7 +77,7 @@ def train(folder: Path, steps: int, pause: float, distil: bool) -> None:
 
     torch.set_num_threads(1)
     config = FitConfig(
-        steps=steps, batch_size=4, learning_rate=1e-3, warmup=2, ema=0.9, checkpoint_every=3, log_every=1
+        steps=steps, batch_size=4, learning_rate=1e-3, warmup=2, ema=0.9, checkpoint_every=1, log_every=1
     )
     model, batch = _distillation(config) if distil else _regression()
     fit(model, batch, config, folder, lambda step, losses: time.sleep(pause))
@@ -124,17 +130,39 @@ def _run(folder: Path, steps: int, pause: float, distil: bool) -> subprocess.Pop
 
 
 def _latest(folder: Path) -> int:
-    found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    found = sorted((folder / FOLDER).glob("step-*.safetensors"))
     return int(found[-1].stem.removeprefix("step-")) if found else 0
 
 
-def _wait_for_training(process: subprocess.Popen[bytes], folder: Path, began: int) -> None:
-    """Until a step after `began` is logged, or the process has ended."""
+def _logged(folder: Path, since: int) -> int:
+    """How many steps the log has, if it was written to since then."""
     log = folder / "metrics.jsonl"
-    while process.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) > began:
-            return
+    return len(log.read_text().splitlines()) if log.is_file() and log.stat().st_mtime_ns > since else 0
+
+
+def _last_half(folder: Path) -> int:
+    """When the last file was written that is not finished, or never will be; 0 without one."""
+    times = [0]
+    for path in (folder / FOLDER).glob(f"*{ASIDE}"):
+        with suppress(FileNotFoundError):  # it is finished
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
+def _kill(process: subprocess.Popen[bytes], folder: Path, since: int, delay: float | None) -> bool:
+    """Kill a process in its training, some seconds after its first step or as soon as it writes a checkpoint.
+
+    Returns:
+        Whether it was still running.
+    """
+    before = _latest(folder)
+    while process.poll() is None and _logged(folder, since) <= before:
         time.sleep(0.005)
+    while delay is None and process.poll() is None and _last_half(folder) <= since:
+        pass
+    time.sleep(delay or 0.0)
+    process.kill()
+    return process.wait() != 0
 
 
 def main() -> int:
@@ -152,8 +180,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcome = crash_test(Path(folder), asked.kills, asked.steps, asked.pause, asked.distil)
     began = ", ".join(map(str, outcome.steps))
-    print(f"killed {outcome.kills} times, taken up after steps {began}")
-    print("the weights are identical, to the last bit" if outcome.identical else "THE WEIGHTS DIFFER")
+    print(f"killed {outcome.kills} times, {outcome.writing} of them in a checkpoint; taken up after steps {began}")
+    print("weights and log are identical, to the last bit" if outcome.identical else "THEY DIFFER")
     return 0 if outcome.identical else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -33,8 +34,10 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, channels) -> (b, l, channels)."""
-        y = self.conv(F.pad(rearrange(x, "b l c -> b c l"), (self.before, self.after)))
-        return rearrange(F.silu(y) if self.activation else y, "b c l -> b l c")
+        image = x.mT.unsqueeze(2)  # (b, c, 1, l), channels last in memory: several times faster, but for gradients
+        image = F.pad(image.contiguous() if torch.is_grad_enabled() else image, (self.before, self.after))
+        y = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, groups=x.shape[-1]).squeeze(2).mT
+        return F.silu(y) if self.activation else y
 
 
 class LocalConvolution(nn.Module):

@@ -47,16 +47,48 @@ MUTATIONS = [
     Mutation(linear, "dense", "reverse decay a step late", "log_decay[:, :1], log_decay[:, :-1]", "log_decay"),
     Mutation(linear, "recurrent", "decay after the write", "memory = kept + k", "memory = memory + k"),
     Mutation(linear, "recurrent", "reads before it writes", "memory if diagonal else kept", "kept"),
+    Mutation(linear, "chunked", "mask off by one", "(q @ k.mT).tril(0 if diagonal else -1)", "(q @ k.mT).tril(-1)"),
+    Mutation(linear, "chunked", "masked before it decays", "(q @ k.mT * steps.exp())", "(q @ k.mT)"),
+    Mutation(linear, "chunked", "keys decay a step late", "v * to_end", "v * to_end * g.exp()"),
     Mutation(
-        linear, "chunked", "mask off by one", "k.transpose(-1, -2)).tril() @ v", "k.transpose(-1, -2)).tril(-1) @ v"
+        linear, "chunked", "state does not decay", "torch.addcmul(addition, kept[i], memory)", "memory + addition"
     ),
-    Mutation(linear, "chunked", "keys decay a step late", "_after(first(g)).exp()", "first(g).cumsum(-2).exp()"),
-    Mutation(linear, "chunked", "state does not decay", "keep * memory + addition", "memory + addition"),
     Mutation(
-        linear, "chunked", "queries miss their own gate", "read = q * g.cumsum(-2)", "read = q * (g.cumsum(-2) - g)"
+        linear,
+        "chunked",
+        "states a chunk late",
+        "torch.stack(before), memory",
+        "torch.stack(before[1:] + [memory]), memory",
     ),
+    Mutation(linear, "chunked", "queries miss their own gate", "half = q * gates, k, 1", "half = q, k, 1"),
     Mutation(linear, "chunked", "sum instead of mean", "k / k.shape[1]", "k"),
-    Mutation(linear, "chunked", "smallest halves left out", "while half >= 1:", "while half > 1:"),
+    Mutation(
+        linear,
+        "chunked",
+        "smallest halves left out",
+        "_lower(weights, half).copy_(",
+        "half > 1 and _lower(weights, half).copy_(",
+    ),
+    Mutation(
+        linear,
+        "blocked",
+        "eps outside the mean",
+        "keepdim=True) + eps).reciprocal_()",
+        "keepdim=True)).reciprocal_() + eps",
+    ),
+    Mutation(linear, "blocked", "sum instead of mean", "weight / k.shape[1]\n        y", "weight\n        y"),
+    Mutation(
+        linear, "blocked", "keys without their gates", "keys = keys * _heads(log_decay, place, dtype).exp()", "pass"
+    ),
+    Mutation(linear, "blocked", "row sums are constants", "gradient.addcmul_(shares, weight[place[0]])", "pass"),
+    Mutation(linear, "blocked", "row sums cost keys nothing", ".add_(d_weight[place[0]])", ""),
+    Mutation(
+        linear,
+        "blocked",
+        "gradient of half a block",
+        "d_memory[place[0]] += queries.mT @ errors",
+        "d_memory[place[0]] = queries.mT @ errors",
+    ),
     Mutation(linear, "call", "eps on the sum, not the mean", "normalize and gates is None", "False"),
     Mutation(linear, "call", "gate of the token before", "k * gates.exp()", "k * gates.roll(1, 1).exp()"),
     Mutation(scan, "dense", "decay a step early", "rows.tril(-1).cumsum(-2)", "rows.tril().cumsum(-2)"),
@@ -65,10 +97,11 @@ MUTATIONS = [
     Mutation(scan, "__init__", "eps outside the fraction", "values / (ones + eps)", "values / ones + eps"),
     Mutation(scan, "__init__", "skip taken off", "y if D is None else y + D", "y if D is None else y - D"),
     Mutation(
-        scan, "chunked", "decay a step late", "(A * dt).exp().unbind(-1)", "(A * dt.roll(1, -1)).exp().unbind(-1)"
+        scan, "chunked", "decay a step late", "_decay(dt[..., None, :], A)", "_decay(dt.roll(1, 1)[..., None, :], A)"
     ),
-    Mutation(scan, "chunked", "chunk before does not decay", "dt.cumsum(-1)).exp()", "(0 * dt)).exp()"),
-    Mutation(scan, "chunked", "weights without the gate", "(A[..., None] * dt).exp() * (dt * u) * B", "(dt * u) * B"),
+    Mutation(scan, "chunked", "chunk before does not decay", "_decay(dt.cumsum(2), A)", "_decay(0 * dt, A)"),
+    Mutation(scan, "chunked", "weights without the gate", "(gates * additions).sum(1)", "additions.sum(1)"),
+    Mutation(scan, "chunked", "gates cost nothing", "d_additions * _moved(start, states)", "0 * d_additions"),
     Mutation(delta, "dense", "reads before it erases", "rows - column[..., None]", "rows - 0 * column[..., None]"),
     Mutation(delta, "recurrent", "erases before it decays", "k[:, i], decayed)", "k[:, i], memory)"),
     Mutation(delta, "recurrent", "writes without strength", "writer * v[", "k[:, i, :, :, None] * v["),
@@ -95,13 +128,18 @@ def mutated(mutation: Mutation) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     exec(compile(source, str(path), "exec"), module.__dict__)
+    if mutation.operator is linear:
+        module.BLOCK_ELEMENTS = 64  # so that short sequences have several blocks
     return module
 
 
 def put_in_place(mutation: Mutation, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the operator use a module that was made anew."""
     table = mutation.operator._BACKENDS
-    if isinstance(table[mutation.file], Backend):
+    if mutation.file == "blocked":
+        whole = dict.fromkeys(table["chunked"].whole, module.unordered)
+        monkeypatch.setitem(table, "chunked", replace(table["chunked"], whole=whole))
+    elif isinstance(table[mutation.file], Backend):
         monkeypatch.setitem(table, mutation.file, replace(table[mutation.file], sums=module, whole={}))
     else:
         monkeypatch.setitem(table, mutation.file, module)

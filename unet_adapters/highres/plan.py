@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder
 from unet_adapters.highres.memory import Allocations, foresee
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
 from unet_adapters.highres.vae import Tiling
+
+LOOKED_AT = 192 * 192
+"""Latent places of an image up to which a UNet's call is gone through one operation after the other."""
 
 LARGEST = 2**31 - 1
 """Elements of a tensor from which on kernels with 32-bit offsets go wrong, silently."""
@@ -150,8 +153,32 @@ class _Foresight:
         return StagePlan(stage, runs, self.weights + step.peak, decoding, step.largest, flops, seconds)
 
 
-def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Allocations:
-    """One call of the UNet for an image of `size`, as `denoise` will make it."""
+def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
+    """One call of the UNet for an image of `size`, as `denoise` will make it.
+
+    Beyond LOOKED_AT places it is the straight line through two smaller sizes: mixers go over their tokens in blocks, and
+    a million blocks take their time even where nothing is computed. With a mixer all of it is linear in the places;
+    under softmax attention the operations are not, and are too few here.
+    """
+    factor = pixels_a_place(pipe)
+    if size[0] * size[1] <= LOOKED_AT * factor**2:
+        return _look(pipe, size, savings, guidance)
+    unit, shrink = latent_unit(pipe), (size[0] * size[1] / (LOOKED_AT * factor**2)) ** 0.5
+    near, far = (tuple(max(unit, round(side / shrink / part / unit) * unit) for side in size) for part in (1, 2))
+    (a, b), (x, y) = (_look(pipe, s, savings, guidance) for s in (far, near)), (far[0] * far[1], near[0] * near[1])
+    share = (size[0] * size[1] - y) / (y - x)
+    return Foreseen(*(round(v + (v - u) * share) for u, v in zip(a, b, strict=True)))
+
+
+class Foreseen(NamedTuple):
+    """What a call needs: bytes at the peak, elements of the largest tensor, operations."""
+
+    peak: int
+    largest: int
+    flops: int
+
+
+def _look(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
     unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // pixels_a_place(pipe) for side in size)
     shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
@@ -171,7 +198,8 @@ def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float)
 
     with save_memory(unet, savings, pretend=True):
         inputs = [(shape, unet.dtype) for shape in shapes.values()]
-        return foresee(run, *inputs, device=unet.device)
+        found = foresee(run, *inputs, device=unet.device)
+    return Foreseen(found.peak, found.largest, found.flops)
 
 
 def foresee_decoding(pipe: Any, size: Size, tiling: Tiling) -> Allocations:

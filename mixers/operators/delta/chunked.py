@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mixers.operators.common import both_directions
+from mixers.operators.common import both_directions, segment_sums
 from mixers.operators.opaque import opaque
 
-CHUNK = 64
-GROUP_ELEMENTS = 1 << 20  # of the c × c systems that are set up at once: all of them would not stay in a cache
+CHUNK = 32
+GROUP_ELEMENTS = 1 << 17  # of the c × c systems that are set up at once: all of them would not stay in a cache
 
 
 def _causal(
@@ -70,7 +70,7 @@ def _group(
 
     q, k: (n, b·h, c, k), beta, g: (n, b·h, c, 1), v: (n, b·h, c, v), memory: (b·h, k, v).
     """
-    steps = _segment_sums(g)
+    steps = segment_sums(g)
     decay = steps.exp().tril()
     since_start = g.cumsum(-2).exp()
     to_end = steps[..., -1, :, None].exp()
@@ -92,11 +92,6 @@ def _between(maps: Tensor, additions: Tensor, memory: Tensor) -> tuple[Tensor, T
         before.append(memory)
         memory = torch.baddbmm(addition, step, memory)
     return torch.stack(before), memory
-
-
-def _segment_sums(g: Tensor) -> Tensor:
-    """(…, c, 1) -> (…, c, c): Σ_{t=j+1..i} g_t for j ≤ i, and 0 for j > i; each summed by itself."""
-    return g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2)
 
 
 def _blocks(x: Tensor, chunk: int) -> Tensor:

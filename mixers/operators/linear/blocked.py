@@ -21,7 +21,7 @@ from torch import Tensor
 from mixers.operators.common import full_precision, precision
 from mixers.operators.linear import chunked
 from mixers.operators.linear.call import Backend, Call
-from mixers.stages.feature_maps import FEATURE_MAPS, FeatureMap
+from mixers.stages.feature_maps import FEATURE_MAPS
 
 BLOCK_ELEMENTS = 1 << 18  # of the features of a block: they stay in the cache
 Place = tuple[slice, slice]
@@ -105,7 +105,7 @@ def _through_keys(ctx, k, v, log_decay, d_memory, d_weight):  # type: ignore[no-
         keys = feature_map.apply(_heads(k, place, d_memory.dtype))
         slope = feature_map.slope(keys)
         gradient = (_heads(v, place, d_memory.dtype) @ d_memory[place[0]].mT).add_(d_weight[place[0]])
-        if log_decay is not None:
+        if d_log is not None:
             gates = _heads(log_decay, place, d_memory.dtype).exp()
             keys, slope = keys * gates, slope * gates
             _heads(d_log, place).copy_((gradient * keys).sum_to_size(gates.shape))

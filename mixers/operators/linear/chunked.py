@@ -1,25 +1,33 @@
-"""Matrix products only: two of them where there is no order, blocks of c tokens and the state between where there is.
+"""Matrix products only: two of them where there is no order, chunks of c tokens and the state between where there is.
 
-Inside a block the lower triangle of W is taken apart by halves. For a block whose second half starts at m,
+With one gate a token, the weights inside a chunk are those without, times a mask of decays. With one a channel the
+lower triangle of W is put together by halves. For a part of the chunk whose second half starts at m, and gates a_t,
 
-    i ≥ m > j:   W_ij = Σ_k  q_ik exp(Σ_{t=m..i} g_tk)  ·  k_jk exp(Σ_{t=j+1..m−1} g_tk)
+    i ≥ m > j:   W_ij = Σ_k  q_ik ∏_{t=m..i} a_tk  ·  k_jk ∏_{t=j+1..m−1} a_tk
 
-is one matrix product, and both halves are blocks again, down to the diagonal. Both exponents are sums of log
-decays, so they are ≤ 0 whatever the decays are, and each is summed by itself, so that small ones next to large
-ones are not lost. log₂ c levels, each O(l·k) besides its products.
+is one matrix product, and both halves are parts again, down to the diagonal. From part to part twice as long, half of
+the queries and half of the keys are multiplied by one gate more each, that of the other half as a whole. Nothing is
+ever divided and no exponent is a difference, so that small decays next to large ones are not lost. log₂ c levels, each
+O(l·k) besides its products.
+
+The chunks go in blocks that stay in the cache; from block to block goes one state, and gradients run a block once more.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mixers.operators.common import both_directions
+from mixers.operators.blocks import block_after_block
+from mixers.operators.common import both_directions, segment_sums
 from mixers.operators.opaque import opaque
 
-CHUNK = 64
+CHUNK = 32
+BLOCK_ELEMENTS = 1 << 17  # of the queries of a block, or the values: they stay in the cache of one core
 
 
 def noncausal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -33,39 +41,111 @@ def noncausal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def causal(q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Decayed sums over tokens 0 … i and over the memory, (b, l, h, v), and the memory after the last."""
-    if log_decay is not None:
-        return decayed(q, k, log_decay, v, memory)
-    length = q.shape[1]
-    q, k, v = (_blocks(t, CHUNK) for t in (q, k, v))
-    diagonal_blocks = (q @ k.transpose(-1, -2)).tril() @ v
-    additions = k.transpose(-1, -2) @ v
-    totals = additions.cumsum(0) + memory
-    return _tokens(diagonal_blocks + q @ (totals - additions), length), totals[-1]
+    return undecayed(q, k, v, memory) if log_decay is None else decayed(q, k, log_decay, v, memory)
+
+
+def _undecayed(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True) -> tuple[Tensor, Tensor]:
+    return block_after_block(partial(_block, diagonal=diagonal), _tokens(q, v), (q, k, v), memory)
 
 
 def _decayed(
     q: Tensor, k: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    length = q.shape[1]
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())  # a power of two
-    q, k, g, v = (_blocks(t, chunk) for t in (q, k, log_decay, v))
-    sums = inside(q, k, g, v, diagonal)
-    read = q * g.cumsum(-2).exp()
-    additions = (k * _after(g).exp()).transpose(-1, -2) @ v
-    kept = g.sum(-2)[..., None].exp()
-    before = []
-    for keep, addition in zip(kept.unbind(0), additions.unbind(0), strict=True):
-        before.append(memory)
-        memory = keep * memory + addition
-    return _tokens(sums + read @ torch.stack(before), length), memory
+    step = partial(_decayed_block, diagonal=diagonal)
+    return block_after_block(step, _tokens(q, v), (q, k, log_decay, v), memory)
 
+
+undecayed = opaque("linear_attention_undecayed", _undecayed)
+"""Sums over tokens 0 … i and over the memory, and the memory after the last. O(l·(c + k)·v)."""
 
 decayed = opaque("linear_attention_chunked", _decayed)
 """Decayed sums over tokens 0 … i and over the memory, and the memory after the last. O(l·(c + k)·v).
 
 (q, k: (b, l, h, k), log_decay: (b, l, h, 1 or k), v: (b, l, h, v), memory: (b, h, k, v), diagonal) -> the two.
-Memory: O(l·k·log c) for the blocks and l/c states; no l × k × v tensor, backward neither.
+Memory: what a block of tokens needs and a state a block; backward too, besides the gradients.
 """
+
+
+def _tokens(q: Tensor, v: Tensor) -> int:
+    """Tokens of a block, whole chunks: on a CPU about BLOCK_ELEMENTS features, elsewhere all there are."""
+    most = BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3]))
+    return max(CHUNK, most // CHUNK * CHUNK) if q.device.type == "cpu" else q.shape[1]
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    length = q.shape[1]
+    q, k, v = (_chunks(t, length) for t in (q, k, v))
+    before, memory = _states(k.mT @ v, None, memory)
+    weights = (q @ k.mT).tril(0 if diagonal else -1)
+    return _together(weights @ v + q @ before, length), memory
+
+
+def _decayed_block(
+    q: Tensor, k: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    length = q.shape[1]
+    q, k, g, v = (_chunks(t, length) for t in (q, k, log_decay, v))
+    if g.shape[-1] > 1:
+        weights, read, written, kept = inside(q, k, g.exp(), diagonal)
+        before, memory = _states(written.mT @ v, kept, memory)
+        return _together(weights @ v + read @ before, length), memory
+    steps = segment_sums(g)
+    weights = (q @ k.mT * steps.exp()).tril(0 if diagonal else -1)
+    since_start, to_end = g.cumsum(-2).exp(), steps[..., -1, :, None].exp()
+    before, memory = _states(k.mT @ (v * to_end), since_start[..., -1:, :], memory)
+    return _together(torch.addcmul(weights @ v, since_start, q @ before), length), memory
+
+
+def inside(q: Tensor, k: Tensor, gates: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W within chunks, (…, c, c), for q, k and gates (…, c, k); c is a power of two.
+
+    Also, of every chunk, q times all gates up to it, k times all gates after it, and the product of all, (…, k, 1).
+    """
+    weights = q.new_zeros(*q.shape[:-1], q.shape[-2])
+    if diagonal:
+        weights.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    rows, columns, half = q * gates, k, 1
+    while half < q.shape[-2]:
+        rows, columns, gates = (_pairs(t, n) for t, n in ((rows, half), (columns, half), (gates, 1)))
+        _lower(weights, half).copy_(rows[..., 1, :, :] @ columns[..., 0, :, :].mT)
+        first, second = gates.unbind(-3)
+        one = torch.ones_like(first)
+        rows = (rows * torch.stack([one, first], -3)).flatten(-4, -2)
+        columns = (columns * torch.stack([second, one], -3)).flatten(-4, -2)
+        gates, half = (first * second).squeeze(-2), 2 * half
+    return weights, rows, columns, gates.mT
+
+
+def _pairs(x: Tensor, half: int) -> Tensor:
+    """(…, c, ·) -> (…, c / (2·half), 2, half, ·): the first and the second half of every part of 2·half."""
+    return x.unflatten(-2, (-1, 2, half))
+
+
+def _lower(weights: Tensor, half: int) -> Tensor:
+    """(…, c, c) -> (…, c / (2·half), half, half): of each square of 2·half on the diagonal the lower left quarter."""
+    squares = weights.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))
+    return squares[..., :, 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _states(additions: Tensor, kept: Tensor | None, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each chunk, (n, b, h, k, v), and the one after the last, (b, h, k, v)."""
+    before = []
+    for i, addition in enumerate(additions.unbind(0)):
+        before.append(memory)
+        memory = memory + addition if kept is None else torch.addcmul(addition, kept[i], memory)
+    return torch.stack(before), memory
+
+
+def _chunks(x: Tensor, length: int) -> Tensor:
+    """(b, l, h, ·) -> (n, b, h, c, ·); padded with zeros, which add nothing and decay nothing."""
+    chunk = min(CHUNK, 1 << (length - 1).bit_length())  # a power of two
+    padded = F.pad(x, (0, 0, 0, 0, 0, -length % chunk)) if length % chunk else x
+    return rearrange(padded, "b (n c) h x -> n b h c x", c=chunk).contiguous()
+
+
+def _together(x: Tensor, length: int) -> Tensor:
+    """(n, b, h, c, ·) -> (b, l, h, ·)."""
+    return rearrange(x, "n b h c x -> b (n c) h x")[:, :length]
 
 
 def bidirectional(q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor) -> Tensor:
@@ -76,40 +156,3 @@ def bidirectional(q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor) -> 
     return both_directions(
         lambda q, k, g, v, diagonal: decayed(q, k, g, v, memory, diagonal=diagonal)[0], q, k, log_decay, v
     )
-
-
-def inside(q: Tensor, k: Tensor, g: Tensor, v: Tensor, diagonal: bool) -> Tensor:
-    """W v within blocks, (…, c, k), (…, c, k), (…, c, 1 or k), (…, c, v) -> (…, c, v); c is a power of two."""
-    chunk = q.shape[-2]
-    sums = (q * k).sum(-1, keepdim=True) * v if diagonal else torch.zeros_like(v)
-    half = chunk // 2
-    while half >= 1:
-        first, second = (lambda t: _half(t, half, 0)), (lambda t: _half(t, half, 1))  # noqa: B023
-        rows = second(q) * second(g).cumsum(-2).exp()
-        columns = first(k) * _after(first(g)).exp()
-        lower = (rows @ columns.transpose(-1, -2)) @ first(v)
-        sums = sums + F.pad(lower, (0, 0, half, 0)).flatten(-3, -2)
-        half //= 2
-    return sums
-
-
-def _half(x: Tensor, half: int, which: int) -> Tensor:
-    """(…, c, ·) -> (…, c / (2·half), half, ·): the first or second half of every sub-block."""
-    return x.unflatten(-2, (-1, 2, half))[..., which, :, :]
-
-
-def _after(g: Tensor) -> Tensor:
-    """Σ_{t>j} g_t within a block, (…, c, ·): what token j decays by until the block's end."""
-    later = F.pad(g[..., 1:, :], (0, 0, 0, 1))
-    return later.flip(-2).cumsum(-2).flip(-2)
-
-
-def _blocks(x: Tensor, chunk: int) -> Tensor:
-    """(b, l, h, ·) -> (n, b, h, c, ·); padded with zeros, which add nothing and decay nothing."""
-    padded = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    return rearrange(padded, "b (n c) h x -> n b h c x", c=chunk)
-
-
-def _tokens(x: Tensor, length: int) -> Tensor:
-    """(n, b, h, c, ·) -> (b, l, h, ·)."""
-    return rearrange(x, "n b h c x -> b (n c) h x")[:, :length]

@@ -1,79 +1,70 @@
-"""In blocks of tokens, and inside a block all chunks of a few tokens at once.
+"""In blocks of tokens, the states S_t = exp(dt_t A) S_{t−1} + dt_t u_t B_tᵀ of a block one after another.
 
-The states of a block are found in three strokes: every chunk of c tokens by itself, token by token, all chunks side
-by side; then the states at the chunks' ends, which are a scan again, l/c tokens long, whose steps are the chunks'
-times Σ dt; then what each token has left of the state before its chunk:
+A block of more than c tokens goes in chunks of c, all side by side, each as if nothing came before it; then come the
+states at the chunks' ends, which are a scan again, l/c tokens long, whose steps are the chunks' Σ dt; then what each
+token has left of the state before its chunk:
 
     S_t = inside_t + exp(A Σ_{s ≤ t, same chunk} dt_s) · S_before
 
 Decays are exponentials of A times a sum of dt within one chunk, so every exponent is ≤ 0 whatever dt is, none is a
 difference, and small decays next to large ones are not lost.
 
-A block holds its states (l, v, n); from block to block goes one state, and gradients run a block once more.
+A block holds its states (l, n, v), channels side by side in memory; from block to block goes one state, and gradients
+run a block once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixers.operators.blocks import block_after_block, gradients
 from mixers.operators.common import both_directions
 from mixers.operators.opaque import opaque
 
 CHUNK = 16
-SHORTEST_BLOCK = 64
 BLOCK_ELEMENTS = 1 << 18  # of the states of a block: they stay in the cache of one core
 
 
-class _Scan(torch.autograd.Function):
-    """The blocks one after another. Gradients run each block once more, the last block first.
-
-    Written out rather than with torch.utils.checkpoint: results and gradients have their place before the first
-    block, so a block frees all it allocates. Small tensors that stay between large ones that go fragment the heap,
-    which then grows as if every state were kept.
-    """
+class _Recurrence(torch.autograd.Function):
+    """S_t = gate_t S_{t−1} + addition_t along the second axis; its gradient is the same from the end."""
 
     @staticmethod
-    def forward(ctx, dt, A, B, C, u, memory, diagonal):  # type: ignore[no-untyped-def]
-        places = _blocks(u, memory)
-        y, before = torch.empty_like(u), memory.new_empty(len(places), *memory.shape)
-        for i, place in enumerate(places):
-            before[i] = memory
-            y[:, place], memory = _scan_block(dt[:, place], A, B[:, place], C[:, place], u[:, place], memory, diagonal)
-        ctx.save_for_backward(dt, A, B, C, u, before)
-        ctx.places, ctx.diagonal = places, diagonal
-        return y, memory.clone()  # a view would keep all states of the last block alive
+    def forward(ctx, gates, additions, start):  # type: ignore[no-untyped-def]
+        states, memory = torch.empty_like(additions), start
+        for gate, addition, place in zip(gates.unbind(1), additions.unbind(1), states.unbind(1), strict=True):
+            memory = torch.addcmul(addition, gate, memory, out=place)
+        ctx.save_for_backward(gates, states, start)
+        return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, carried):  # type: ignore[no-untyped-def]
-        dt, A, B, C, u, before = ctx.saved_tensors
-        d_dt, d_B, d_C, d_u = (torch.empty_like(t) for t in (dt, B, C, u))
-        d_A = torch.zeros_like(A)
-        for i, place in reversed(list(enumerate(ctx.places))):
-            block = (dt[:, place], A, B[:, place], C[:, place], u[:, place], before[i])
-            d_dt[:, place], rate, d_B[:, place], d_C[:, place], d_u[:, place], carried = _gradients(
-                partial(_scan_block, diagonal=ctx.diagonal), block, (dy[:, place], carried)
-            )
-            d_A += rate
-        return d_dt, d_A, d_B, d_C, d_u, carried, None
+    def backward(ctx, d_states):  # type: ignore[no-untyped-def]
+        gates, states, start = ctx.saved_tensors
+        d_additions = torch.empty_like(states)
+        carried = torch.zeros_like(start)
+        for gate, d_state, place in zip(*(reversed(t.unbind(1)) for t in (gates, d_states, d_additions)), strict=True):
+            torch.add(d_state, carried, out=place)
+            carried = gate * place
+        return d_additions * _moved(start, states), d_additions, carried
 
 
 class _WeightedMean(torch.autograd.Function):
-    """mean_j exp(dt_j A) dt_j u_j B_jᵀ, (b, h, v, n), block by block in the same way."""
+    """mean_j exp(dt_j A) dt_j u_j B_jᵀ, (b, h, n, v), block by block in the same way; A is (h, n, v)."""
 
     @staticmethod
     def forward(ctx, dt, A, B, u):  # type: ignore[no-untyped-def]
         total = u.new_zeros(u.shape[0], *A.shape)
-        ctx.places = _blocks(u, total)
+        length, tokens = u.shape[1], _tokens(total)
+        ctx.places = [slice(start, start + tokens) for start in range(0, length, tokens)]
         for place in ctx.places:
             total += _weigh_block(dt[:, place], A, B[:, place], u[:, place])
         ctx.save_for_backward(dt, A, B, u)
-        return total / u.shape[1]
+        return total / length
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -83,7 +74,7 @@ class _WeightedMean(torch.autograd.Function):
         d_A, d_total = torch.zeros_like(A), d_mean / u.shape[1]
         for place in ctx.places:
             block = (dt[:, place], A, B[:, place], u[:, place])
-            d_dt[:, place], rate, d_B[:, place], d_u[:, place] = _gradients(_weigh_block, block, (d_total,))
+            d_dt[:, place], rate, d_B[:, place], d_u[:, place] = gradients(_weigh_block, block, (d_total,))
             d_A += rate
         return d_dt, d_A, d_B, d_u
 
@@ -91,7 +82,10 @@ class _WeightedMean(torch.autograd.Function):
 def _causal(
     dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor, memory: Tensor, diagonal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    return _Scan.apply(dt, A, B, C, u, memory, diagonal)
+    step, tokens = partial(_scan_block, diagonal=diagonal), _tokens(memory)
+    A, memory = A.mT.contiguous(), memory.mT.contiguous()  # channels side by side
+    y, memory = block_after_block(step, tokens, (dt, B, C, u), memory, (A,))
+    return y, memory.mT
 
 
 causal = opaque("selective_scan_chunked", _causal)
@@ -114,7 +108,7 @@ def bidirectional(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor) -> Ten
 def _noncausal(
     dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor, memory: Tensor, diagonal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    memory = memory + _WeightedMean.apply(dt, A, B, u)
+    memory = memory + _WeightedMean.apply(dt, A.mT.contiguous(), B, u).mT
     return torch.einsum("blhn,bhvn->blhv", C, memory), memory
 
 
@@ -127,65 +121,56 @@ def noncausal(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor) -> Tensor:
 
 
 def _scan_block(
-    dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor, memory: Tensor, diagonal: bool
+    dt: Tensor, B: Tensor, C: Tensor, u: Tensor, memory: Tensor, A: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The tokens of one block, (b, l, h, v), and the memory after it."""
-    dt, u, B, C = _over_channels(dt), _over_channels(u), _over_states(B), _over_states(C)
-    after = _states(A[..., None], dt, dt * u * B, memory)
-    seen = after
-    if not diagonal:  # taking the token's own addition off again would cancel
-        seen = (A[..., None] * dt).exp() * torch.cat([memory[..., None], after[..., :-1]], dim=-1)
-    return (C * seen).sum(-2).permute(0, 3, 1, 2), after[..., -1]
+    """The tokens of one block, (b, l, h, v), and the memory after it, (b, h, n, v); A is (h, n, v)."""
+    gates, additions = _gates_and_additions(dt, A, B, u)
+    states = _states(gates, additions, dt[..., None, :], A, memory)
+    seen = states if diagonal else gates * _moved(memory, states)  # its own addition taken off again would cancel
+    return (C[..., None, :] @ seen)[..., 0, :], states[:, -1]
 
 
-def _states(A: Tensor, dt: Tensor, x: Tensor, memory: Tensor) -> Tensor:
-    """S_t = exp(dt_t A) S_{t−1} + x_t for every token, along the last axis.
-
-    A, dt and x broadcast to (…, l), x is of that shape, memory (…) is the state before the first token.
-    """
-    length = x.shape[-1]
+def _states(gates: Tensor, additions: Tensor, dt: Tensor, A: Tensor, memory: Tensor) -> Tensor:
+    """S_t of every token, (b, l, …), from the state before the first, (b, …); dt and A broadcast to the gates' log."""
+    length = additions.shape[1]
     if length <= CHUNK:
-        states = []
-        for gate, addition in zip((A * dt).exp().unbind(-1), x.unbind(-1), strict=True):
-            memory = torch.addcmul(addition, gate, memory)
-            states.append(memory)
-        return torch.stack(states, dim=-1)
-    # Zeros at the end add nothing and decay nothing.
-    dt, x = (F.pad(t, (0, -length % CHUNK)).unflatten(-1, (-1, CHUNK)) for t in (dt, x))
-    inside = _states(A[..., None], dt, x, torch.zeros_like(x[..., 0]))
-    ends = _states(A, dt.sum(-1), inside[..., -1], memory)
-    before = torch.cat([memory[..., None], ends[..., :-1]], dim=-1)
-    left = (A[..., None] * dt.cumsum(-1)).exp()
-    return torch.addcmul(inside, left, before[..., None]).flatten(-2)[..., :length]
+        return _Recurrence.apply(gates, additions, memory)  # type: ignore[no-any-return]
+    gates, additions, dt = (_chunks(t, one) for t, one in ((gates, 1.0), (additions, 0.0), (dt, 0.0)))
+    batch = gates.shape[:2]
+    inside = _Recurrence.apply(*(t.flatten(0, 1) for t in (gates, additions, torch.zeros_like(gates[:, :, 0]))))
+    inside, left = inside.unflatten(0, batch), _decay(dt.cumsum(2), A)
+    ends = _states(left[:, :, -1], inside[:, :, -1], dt.sum(2), A, memory)
+    return torch.addcmul(inside, left, _moved(memory, ends)[:, :, None]).flatten(1, 2)[:, :length]
+
+
+def _chunks(x: Tensor, fill: float) -> Tensor:
+    """(b, l, h, n, v) -> (b, l / c, c, h, n, v); what fills the last chunk adds nothing and decays nothing."""
+    missing = -x.shape[1] % CHUNK
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing), value=fill) if missing else x
+    return x.unflatten(1, (-1, CHUNK))
+
+
+def _moved(first: Tensor, states: Tensor) -> Tensor:
+    """The state before each token."""
+    return torch.cat([first[:, None], states[:, :-1]], dim=1)
+
+
+def _gates_and_additions(dt: Tensor, A: Tensor, B: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(dt_t A) and dt_t u_t B_tᵀ, (b, l, h, n, v)."""
+    return _decay(dt[..., None, :], A), (dt * u)[..., None, :] * B[..., None]
+
+
+def _decay(dt: Tensor, A: Tensor) -> Tensor:
+    """exp(dt A) as a power of two, which torch computes itself: with MKL's exp it takes three times as long."""
+    return (dt * (A * math.log2(math.e))).exp2_()
 
 
 def _weigh_block(dt: Tensor, A: Tensor, B: Tensor, u: Tensor) -> Tensor:
-    """Σ_j exp(dt_j A) dt_j u_j B_jᵀ over the tokens of one block, (b, h, v, n)."""
-    dt, u, B = _over_channels(dt), _over_channels(u), _over_states(B)
-    return ((A[..., None] * dt).exp() * (dt * u) * B).sum(-1)
+    """Σ_j exp(dt_j A) dt_j u_j B_jᵀ over the tokens of one block, (b, h, n, v); A is (h, n, v)."""
+    gates, additions = _gates_and_additions(dt, A, B, u)
+    return (gates * additions).sum(1)
 
 
-def _gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Gradients of the inputs from those of the outputs: runs the function once more."""
-    with torch.enable_grad():
-        inputs = tuple(t.detach().requires_grad_() for t in inputs)
-        results = function(*inputs)
-    return torch.autograd.grad(results, inputs, outputs)
-
-
-def _blocks(u: Tensor, memory: Tensor) -> list[slice]:
-    """The tokens of each block, whose states have about BLOCK_ELEMENTS elements."""
-    tokens = max(SHORTEST_BLOCK, BLOCK_ELEMENTS // max(1, memory.numel()))
-    return [slice(start, start + tokens) for start in range(0, u.shape[1], tokens)]
-
-
-def _over_channels(x: Tensor) -> Tensor:
-    """(b, l, h, v) -> (b, h, v, 1, l): tokens last, side by side in memory."""
-    return x.permute(0, 2, 3, 1)[..., None, :].contiguous()
-
-
-def _over_states(x: Tensor) -> Tensor:
-    """(b, l, h, n) -> (b, h, 1, n, l)."""
-    return x.permute(0, 2, 3, 1)[:, :, None].contiguous()
+def _tokens(memory: Tensor) -> int:
+    """Tokens of a block, whole chunks, whose states have about BLOCK_ELEMENTS elements."""
+    return CHUNK * max(1, BLOCK_ELEMENTS // CHUNK // max(1, memory.numel()))

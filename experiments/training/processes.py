@@ -1,0 +1,103 @@
+"""The processes that train together: what accelerate sets up for one of them, and its part of each batch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from experiments.training.plan import FitConfig
+
+
+def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Accelerator:
+    """Accelerate, for a model that stays on the device where it is.
+
+    Raises:
+        ValueError: a tracker is not installed, or the model cannot be trained in this precision, on this device, or in
+            the way that `accelerate launch` was told.
+    """
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise ValueError(
+                f"The tracker {name!r} is not installed: pip install {name}, or leave it out of `trackers`."
+            )
+    AcceleratorState._reset_state()  # the precision is of this training, not of the first in the process
+    accelerator = Accelerator(
+        device_placement=False,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours; the launcher's would come on top
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a stage may train a part
+        log_with=list(config.trackers) or None,
+        project_dir=str(directory),
+    )
+    _check(accelerator, config, model)
+    directory.mkdir(parents=True, exist_ok=True)
+    if config.trackers:
+        settings = {name: value for name, value in config.model_dump().items() if name != "trackers"}
+        accelerator.init_trackers("mixlab", settings, {"wandb": {"dir": str(directory), "name": directory.name}})
+    return accelerator
+
+
+def agreed(start: int) -> int:
+    """The step that every process starts from.
+
+    Raises:
+        ValueError: they do not start from the same one.
+    """
+    starts = gather_object([start])
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"Cannot go on: the processes found checkpoints of steps {', '.join(map(str, starts))}. All of them must "
+            "see the same folder."
+        )
+    return start
+
+
+def shares(batch: Any, process: int, processes: int, accumulation: int) -> list[Any]:
+    """The micro-batches of one process: its part of every tensor, cut along the first axis.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    parts = processes * accumulation
+    if parts == 1:
+        return [batch]
+    sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or next(iter(sizes)) % parts:
+        raise ValueError(
+            f"A batch of {sorted(sizes)} items cannot be shared out evenly among {processes} processes × "
+            f"{accumulation} micro-batches: choose a batch_size that is a multiple of {parts}."
+        )
+    each = next(iter(sizes)) // parts
+    first = process * accumulation
+
+    def cut(number: int) -> Any:
+        start = (first + number) * each
+        return tree_map(lambda leaf: leaf[start : start + each] if isinstance(leaf, Tensor) else leaf, batch)
+
+    return [cut(number) for number in range(accumulation)]
+
+
+def _check(accelerator: Accelerator, config: FitConfig, model: nn.Module) -> None:
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"Cannot train by {kind}: every process holds the whole student here, as only that is trained. Launch with "
+            "plain data parallelism (accelerate launch --multi_gpu)."
+        )
+    if config.mixed_precision == "no" and accelerator.num_processes == 1:
+        return
+    device = next(model.parameters()).device
+    if device.type != accelerator.device.type:
+        raise ValueError(
+            f"Cannot train in {config.mixed_precision!r} with {accelerator.num_processes} process(es): the model is on "
+            f"{device}, this process trains on {accelerator.device}. Move the model there first."
+        )
+    if config.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(f"Cannot train in fp16 on {device.type}: choose mixed_precision 'bf16' or 'no'.")

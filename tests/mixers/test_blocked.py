@@ -1,0 +1,180 @@
+"""Passes block after block: the same result and gradients as the dense form wherever blocks end, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixers import create_mixer
+from mixers.operators import linear_attention, selective_scan
+from mixers.operators.linear import blocked, chunked
+from mixers.operators.scan import chunked as scan
+from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.testing.tolerances import assert_close
+from mixers.traits import CAUSALITIES
+
+DECAYS = {"none": None, "fixed": "h", "scalar": "blh", "vector": "blhk"}
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of a few tokens, so that short sequences have several."""
+    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(scan, "BLOCK_ELEMENTS", 1 << 10)
+    yield
+
+
+def inputs(decay: str, batch: int, length: int, k: int = 3, v: int = 2, heads: int = 2, seed: int = 0) -> list[Tensor]:
+    """q, k, v and the log decay, if there is one, away from where a feature map has a corner."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"b": batch, "l": length, "h": heads, "k": k}
+    made = [torch.randn(batch, length, heads, width, generator=g, dtype=torch.float64) for width in (k, k, v)]
+    if DECAYS[decay]:
+        shape = [sizes[axis] for axis in DECAYS[decay]]
+        made.append(-torch.empty(shape, dtype=torch.float64).uniform_(-9, 2, generator=g).exp())
+    return [t.requires_grad_() for t in made]
+
+
+def outcome(tensors: list[Tensor], **switches: Any) -> tuple[Tensor, ...]:
+    """The result and every gradient."""
+    y = linear_attention(*tensors, **switches)
+    weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    return (y, *torch.autograd.grad((y * weighting).sum(), tensors))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_slopes_are_derivatives(feature_map: str) -> None:
+    apply, slope = FEATURE_MAPS[feature_map].apply, FEATURE_MAPS[feature_map].slope
+    x = torch.tensor([-800.0, -3.0, -1e-3, 0.0, 1e-3, 3.0, 800.0], dtype=torch.float64, requires_grad=True)
+    (truth,) = torch.autograd.grad(apply(x).sum(), x)
+    assert_close(slope(apply(x)), truth, torch.float64)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    decay=st.sampled_from(list(DECAYS)),
+    causality=st.sampled_from(CAUSALITIES),
+    feature_map=st.sampled_from(list(FEATURE_MAPS)),
+    normalize=st.booleans(),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 70),
+    widths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 9),
+)
+def test_any_block_equals_dense(
+    decay: str,
+    causality: str,
+    feature_map: str,
+    normalize: bool,
+    batch: int,
+    length: int,
+    widths: tuple[int, int],
+    seed: int,
+) -> None:
+    feature_map = "elu_plus_one" if normalize else feature_map  # the others give no weights, or signed ones
+    switches = {"causality": causality, "normalize": normalize, "feature_map": feature_map, "eps": 0.1, "scale": 0.3}
+    found, truth = (
+        outcome(inputs(decay, batch, length, *widths, seed=seed), **switches, backend=backend)
+        for backend in ("chunked", "dense")
+    )
+    for what, got, wanted in zip(("y", "dq", "dk", "dv", "dg"), found, truth, strict=False):
+        assert_close(got, wanted, what=what)
+
+
+@pytest.mark.parametrize("causality", CAUSALITIES)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
+def test_blocks_of_a_scan_equal_dense(length: int, causality: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    u, dt, B, C = (torch.rand(1, length, 2, n, generator=g, dtype=torch.float64) for n in (3, 3, 4, 4))
+    A = -torch.rand(2, 3, 4, generator=g, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in (u, dt, A, B, C)]
+    found, truth = (selective_scan(*tensors, causality=causality, backend=b) for b in ("chunked", "dense"))
+    assert_close(found, truth)
+    gradients = (torch.autograd.grad((y * torch.sin(y.detach())).sum(), tensors) for y in (found, truth))
+    for got, wanted in zip(*gradients, strict=True):
+        assert_close(got, wanted, what="gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_precision_is_rounded_once(dtype: torch.dtype, normalize: bool) -> None:
+    half = [t.detach().to(dtype).requires_grad_() for t in inputs("vector", 2, 50)]
+    wide = [t.detach().double().requires_grad_() for t in half]
+    switches = {"causality": "noncausal", "normalize": normalize, "feature_map": "elu_plus_one", "scale": 0.01}
+    y, truth = linear_attention(*half, **switches), linear_attention(*wide, **switches)
+    assert y.dtype == dtype
+    assert (y - truth).abs().max() <= torch.finfo(dtype).eps * truth.abs().max()
+    pairs = zip(torch.autograd.grad(y.sum(), half), torch.autograd.grad(truth.sum(), wide), strict=True)
+    for got, wanted in pairs:
+        assert got.dtype == dtype
+        assert (got - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_inputs_of_any_layout() -> None:
+    """Views as projections, heads first in memory, and heads that share keys, give what copies give."""
+    q, k, v = (t.detach() for t in inputs("none", 2, 45))
+    shared = k[:, :, :1].expand_as(k)
+    heads_first = v.transpose(1, 2).contiguous().transpose(1, 2)
+    found = linear_attention(q.flatten(2).unflatten(-1, q.shape[2:]), shared, heads_first, feature_map="elu_plus_one")
+    assert_close(found, linear_attention(q, shared.clone(), v, feature_map="elu_plus_one", backend="dense"))
+
+
+def test_backward_under_autocast_sums_in_full_precision() -> None:
+    tensors = [t.detach().float().requires_grad_() for t in inputs("none", 1, 50)]
+    truth = torch.autograd.grad(linear_attention(*tensors, feature_map="elu_plus_one").sum(), tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(linear_attention(*tensors, feature_map="elu_plus_one").sum(), tensors)
+    for got, wanted in zip(found, truth, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("causality", CAUSALITIES)
+def test_nothing_but_tensors_and_states_is_kept(causality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 2000)
+    tensors = [t.detach().requires_grad_() for t in inputs("none", 1, 4000, k=4, v=4)]
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        linear_attention(*tensors, causality=causality, normalize=False)
+    own = {t.untyped_storage().data_ptr() for t in tensors}
+    assert sum(size for place, size in kept.items() if place not in own) < tensors[0].numel() // 4
+
+
+@pytest.mark.parametrize("causality", CAUSALITIES)
+def test_second_derivatives_are_refused(causality: str) -> None:
+    q, k, v = inputs("none", 1, 5)
+    y = linear_attention(q, k, v, causality=causality, feature_map="elu_plus_one")
+    (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "linfusion", "sana_relu", "gla", "mamba2"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_mixers_that_only_map_leave_it_to_the_operator(name: str, normalize: bool) -> None:
+    mixer = create_mixer(name, 12, 2, normalize=normalize, **({"groups": 1} if name == "mamba2" else {})).double()
+    x = torch.randn(2, 19, 12, dtype=torch.float64)
+    streams = mixer.streams(x, mixer.projections)
+    *_, feature_map = mixer.operands(streams)
+    q, k = mixer.features(streams)
+    settings = {"causality": mixer.config.causality, "normalize": normalize, "eps": mixer.config.eps}
+    truth = linear_attention(q, k, streams.v, streams.log_decay, **settings, scale=mixer.scale, backend="dense")
+    assert_close(mixer.mix(streams), truth)
+    assert feature_map == ("identity" if normalize and name == "mamba2" else mixer.map_name(mixer.config))
+
+
+def test_a_mixer_with_features_of_its_own_keeps_them() -> None:
+    mixer = create_mixer("linfusion_low_rank", 12, 2)
+    q, k, _, feature_map = mixer.operands(mixer.streams(torch.randn(1, 5, 12), mixer.projections))
+    assert feature_map == "identity" and q.shape[-1] == k.shape[-1] == mixer.features_dim

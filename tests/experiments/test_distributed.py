@@ -1,73 +1,103 @@
-"""Two processes are one with the same global batch."""
+"""Two processes are one with the same global batch, and stop as one; a script of itself is what they run."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-SCRIPT = '''
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from torch import nn
-from experiments.training import FitConfig, fit
+from experiments.training import FitConfig, Interrupted, fit
 
-torch.set_num_threads(1)
-folder, accumulation = Path(sys.argv[1]), int(sys.argv[2])
+CONFIG = FitConfig(
+    steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=4, log_every=4, weight_decay=0.1
+)
 
 
 class Objective(nn.Module):
-    """Its parameters are reached through a network that is not its child, as a student's are through the UNet."""
+    """Its parameters are reached through a network that is not its child, as a student's are through the UNet; one of
+    them has no part in the loss, as in a stage that looks at the queries and keys alone."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).requires_grad_(False)
-        network[0].requires_grad_(True)
-        self.student = network[0]
+        self.student = nn.ModuleDict({"used": network[0], "unused": nn.Linear(2, 2)}).requires_grad_(True)
         self.host = (network,)
 
-    def forward(self, batch):
-        return {"loss": (self.host[0](batch["x"]) - batch["y"]).square().mean()}
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        error = self.host[0](batch["x"]) - batch["y"]
+        return {"loss": error.square().mean(), "size": error.detach().abs().mean()}
 
 
-def batch(step):
+def batch(step: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(step)
     return {"x": torch.randn(8, 3, generator=draw), "y": torch.randn(8, 2, generator=draw)}
 
 
-model = Objective()
-config = FitConfig(
-    steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=4, log_every=4,
-    accumulation=accumulation,
-)
-fit(model, batch, config, folder)
-save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, folder / f"rank{sys.argv[3]}.safetensors")
-'''
+def half_broken(step: int) -> dict[str, Tensor]:
+    """What breaks is in the second half, the share of the second of two processes."""
+    made = batch(step)
+    made["x"][5] *= float("inf") if step == 6 else 1
+    return made
 
 
-def run(script: Path, folder: Path, processes: int, accumulation: int) -> None:
+def work(folder: Path, rank: int) -> None:
+    """What each process does."""
+    torch.set_num_threads(1)
+    for accumulation in (1, 2):
+        model, config = Objective(), CONFIG.model_copy(update={"accumulation": accumulation})
+        fit(model, batch, config, folder / f"parts{accumulation}")
+        state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        save_file(state, folder / f"parts{accumulation}-{rank}.safetensors")
+
+    def ask(step: int, _: dict[str, float]) -> None:
+        if step == 5 and rank == 0:  # of several, one is told
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    apart = folder / f"apart-{rank}"  # each sees a folder of its own, with checkpoints in the first one's alone
+    if rank == 0:
+        shutil.copytree(folder / "parts1", apart)
+    said = [
+        attempt(half_broken, folder / "broken"),
+        attempt(batch, folder / "stopped", ask),
+        attempt(batch, apart),
+    ]
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+
+
+def attempt(data: Callable[[int], Any], folder: Path, report: Callable[..., None] | None = None) -> str:
+    model = Objective()
+    try:
+        fit(model, data, CONFIG, folder, report, watched=model.host[0])
+    except (FloatingPointError, Interrupted, ValueError) as error:
+        return str(error)
+    return "finished"
+
+
+def run(folder: Path, processes: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    root = str(Path(__file__).parents[2])
+    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
+    folder.mkdir()
     running = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder), str(accumulation), str(rank)],
-            env={
-                **os.environ,
-                **(settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-                "ACCELERATE_USE_CPU": "true",
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-            },
+            [sys.executable, __file__, str(folder), str(rank)],
+            env={**common, **(several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -78,18 +108,42 @@ def run(script: Path, folder: Path, processes: int, accumulation: int) -> None:
         assert process.returncode == 0, error
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    for processes in (1, 2):
+        run(folder / str(processes), processes)
+    return folder / "1", folder / "2"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_are_one(tmp_path: Path, accumulation: int) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    run(script, tmp_path / "one", 1, 1)
-    run(script, tmp_path / "two", 2, accumulation)
-    wanted = load_file(tmp_path / "one" / "rank0.safetensors")
+def test_two_processes_are_one(folders: tuple[Path, Path], accumulation: int) -> None:
+    one, two = folders
+    wanted = load_file(one / "parts1-0.safetensors")
+    assert not torch.equal(wanted["student.used.weight"], Objective().student["used"].weight)
     for rank in range(2):
-        got = load_file(tmp_path / "two" / f"rank{rank}.safetensors")
+        got = load_file(two / f"parts{accumulation}-{rank}.safetensors")
         for name, value in wanted.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5)
-    assert (tmp_path / "one/metrics.jsonl").read_text().count("\n") == (
-        tmp_path / "two/metrics.jsonl"
-    ).read_text().count("\n")
+    logs = [[json.loads(line) for line in (f / "parts1/metrics.jsonl").read_text().splitlines()] for f in folders]
+    assert len(logs[0]) == len(logs[1]) == 3
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_as_one(folders: tuple[Path, Path]) -> None:
+    one, two = folders
+    alone, first, second = (json.loads(path.read_text()) for path in (*one.glob("said*"), *sorted(two.glob("said*"))))
+    for said in (alone, first, second):
+        assert "step 6: loss, size not finite. The first layer whose output is not finite is 0 (torch.float32)." in said[0]
+        assert "after step 6 of 12" in said[1]
+    assert alone[2] == "finished" and "steps 12, 0." in first[2] and first[2] == second[2]
+    for folder in folders:
+        for name in ("broken", "stopped"):
+            assert max(path.stem for path in (folder / name / "checkpoints").glob("*.safetensors"))[-2:] == "06"
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,85 @@
+"""`mixlab distill` and `mixlab teacher`: trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import TaskID
+
+from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load, progress
+
+teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
+app.add_typer(teacher_app, name="teacher")
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="a ready-made recipe's name, or a .yaml file")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder that receives everything; default: runs/distill/<recipe>")
+    ] = None,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    plugins: Plugins = [],  # noqa: B006
+) -> None:
+    """Distil a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
+    from accelerate import PartialState
+
+    from experiments.distil.recipe import load_recipe
+    from experiments.distil.run import run_recipe
+
+    console.quiet = not PartialState().is_main_process  # of several, one tells
+    load(plugins)
+    with clean_errors():
+        plan = load_recipe(recipe, settings)
+        console.print(f"[bold]{plan.name}[/]: {plan.about}")
+        with progress() as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=steps)
+                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4g}")
+
+            card = run_recipe(plan, out or Path("runs/distill") / plan.name, show)
+    console.print(f"Card: {card.resolve()}", soft_wrap=True)
+
+
+@teacher_app.command("train")
+def teacher_train(
+    out: Out = Path("runs/teacher"),
+    share: Annotated[float, typer.Option(min=0.0, help="run this share of every stage's steps")] = 1.0,
+) -> None:
+    """Train the embedded teacher from nothing, or go on where it stopped."""
+    from experiments.teacher.card import write_card
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.train import train_teacher
+
+    with clean_errors():
+        recipe = TeacherRecipe().scaled(share)
+        with progress() as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=steps)
+                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4f}")
+
+            folder = train_teacher(out, recipe, show)
+        console.print("Measuring for the model card …")
+        write_card(folder, recipe)
+    console.print(f"Teacher: {folder.resolve()}", soft_wrap=True)
+
+
+@teacher_app.command("card")
+def teacher_card(
+    folder: Annotated[Path | None, typer.Argument(help="a pipeline's folder; default: the embedded one")] = None,
+) -> None:
+    """Measure a teacher and write its model card and sample sheet again."""
+    from experiments.teacher.card import write_card
+    from experiments.teacher.load import EMBEDDED
+    from experiments.teacher.recipe import TeacherRecipe
+
+    with clean_errors():
+        console.print(f"Card: {write_card(folder or EMBEDDED, TeacherRecipe()).resolve()}", soft_wrap=True)

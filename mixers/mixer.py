@@ -249,8 +249,9 @@ class TokenMixer(nn.Module):
         """What the projections see (b, l, d) -> q, k (b, l, h, k) and v (b, l, h, v), after the short convolution."""
         q, k, v = host.to_q(for_q), host.to_k(for_k), host.to_v(for_v)
         if self.short_convolution is not None:
-            widths = [v.shape[-1], k.shape[-1], q.shape[-1]]
-            v, k, q = self.short_convolution(torch.cat([v, k, q], dim=-1)).split(widths, dim=-1)
+            after_v, after_k = v.shape[-1], v.shape[-1] + k.shape[-1]
+            v = self.short_convolution(v)
+            k, q = self.short_convolution(k, after_v), self.short_convolution(q, after_k)
         return self.split_keys(q), self.split_keys(k), self.split(v)
 
     def gates(self, streams: Streams) -> Streams:

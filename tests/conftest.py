@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: nothing here may ask the network
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels run on the CPU then
 

@@ -22,6 +22,7 @@ from mixers.operators.preference import VARIABLE, Row, default_path, device_name
 
 RECURRENT = "recurrent"  # never the fastest; a truth for tests
 LADDER = (16, 64, 256, 1024, 4096, 16384)
+LEAD = 0.9  # of the last resort's time: what is chosen over it is faster by more than chance
 
 Timed = Mapping[int, Mapping[str, float]]
 """Number of tokens -> seconds of one call, by backend."""
@@ -56,6 +57,8 @@ def calibrate(
 def best(timed: Timed) -> list[tuple[str, int | None]]:
     """(backend, up to how many tokens): the fastest at each length, those that win side by side joined.
 
+    The last resort, which runs everywhere, gives way only to what takes less than LEAD of its time.
+
     Between two measured lengths with different winners the bound is their geometric mean; the last winner has none.
     """
     order: list[tuple[str, int | None]] = []
@@ -63,7 +66,7 @@ def best(timed: Timed) -> list[tuple[str, int | None]]:
     for length, following in zip(lengths, [*lengths[1:], None], strict=True):
         if not timed[length]:
             continue
-        name = min(timed[length], key=lambda n: timed[length][n])
+        name = min(timed[length], key=lambda n: timed[length][n] * (LEAD if n == LAST_RESORT else 1))
         bound = None if following is None else round(math.sqrt(length * following))
         if order and order[-1][0] == name:
             order.pop()

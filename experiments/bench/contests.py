@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from experiments.bench import baselines
 from experiments.bench.contest import Contest, Make, Work
 from experiments.bench.crossover import EMBEDDED, PROFILES
-from mixers import create_mixer, operators
+from mixers import create_mixer, operators, registry
 from mixers.operators.choice import KERNELS, unavailable
 
 SOFTMAX = "softmax"
@@ -91,7 +91,7 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
     run: Any = operators.linear_attention
     for heads, width in setup.heads:
         tag = f"b{setup.batch} h{heads} k{width}"
-        whole = partial(_noncausal_work, setup, heads, width)
+        whole = partial(_least_work, setup, unmapped, heads, width)
         published = {"published formula": baselines.published_linfusion, "SDPA": baselines.softmax}
         yield from _two(
             setup, f"non-causal, normalised, {tag}", partial(run, **elu), unmapped, heads, width, published, whole
@@ -100,18 +100,19 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
         yield from _two(setup, f"non-causal, {tag}", plain, unmapped, heads, width, {}, whole)
         for decay in ("none", "scalar", "vector"):
             make = partial(gated, decay)
+            least = partial(_least_work, setup, make, heads, width)
             for normalize in (True, False):
                 told = f"causal, decay {decay}{', normalised' if normalize else ''}, {tag}"
                 ours = partial(run, causality="causal", normalize=normalize, **(elu if normalize else {}))
-                yield from _two(
-                    setup, told, ours, make, heads, width, {} if normalize else {"fla itself": baselines.fla_gla}
-                )
+                others = {} if normalize else {"fla itself": baselines.fla_gla}
+                yield from _two(setup, told, ours, make, heads, width, others, least)
             if decay != "none":
                 both = partial(run, causality="bidirectional", **elu)
                 told = f"bidirectional, decay {decay}, normalised, {tag}"
-                yield from _two(setup, told, both, make, heads, width, {})
+                yield from _two(setup, told, both, make, heads, width, {}, least)
         yield from _two(setup, f"selective scan, {tag}", operators.selective_scan, states, heads, width, {})
-        yield from _two(setup, f"delta rule, {tag}", operators.delta_rule, written, heads, width, {})
+        least = partial(_least_work, setup, written, heads, width)
+        yield from _two(setup, f"delta rule, {tag}", operators.delta_rule, written, heads, width, {}, least)
 
 
 def _two(
@@ -135,6 +136,7 @@ def _two(
             def make(length: int) -> Callable[[], object]:
                 if bound is not None and length > bound:
                     raise ValueError(f"not tried beyond {bound:,} tokens: it takes them one by one")
+                torch.manual_seed(length)  # every contender is given the same numbers
                 call: Callable[[], object] = wrap(function, *streams(setup, length, heads, width))
                 return call
 
@@ -146,12 +148,16 @@ def _two(
         yield Contest(f"{name}: {way}", makers, setup.lengths, frozenset({*others, RECURRENT}), floor=floor)
 
 
-def _noncausal_work(setup: Setup, heads: int, width: int, length: int, backward: bool) -> Work:
-    """q, k, v read and y written once, two products; backward q, k, v, dy read, dq, dk, dv written, four products."""
-    numbers = setup.batch * length * heads * width
+def _least_work(setup: Setup, streams: Streams, heads: int, width: int, length: int, backward: bool) -> Work:
+    """Every tensor read and the result written once; backward reads them and dy, and writes their gradients.
+
+    Products: keys with values and queries with their sum; backward twice as many. What an order adds is not counted.
+    """
+    given = [t for t in streams(replace(setup, device="meta"), length, heads, width) if t is not None]
+    moved = sum(t.numel() * t.element_size() for t in given)
+    result = setup.batch * length * heads * width
     size = torch.empty(0, dtype=setup.dtype).element_size()
-    products = 2 * numbers * width
-    return Work((4 + 7 * backward) * numbers * size, (2 + 4 * backward) * products)
+    return Work(moved + result * size + backward * (2 * moved + result * size), (2 + 4 * backward) * 2 * result * width)
 
 
 def layer_contests(setup: Setup, dim: int = 320, heads: int = 5) -> Iterator[Contest]:
@@ -176,9 +182,16 @@ def _block(setup: Setup, build: Callable[[], Any], dim: int) -> Make:
 
 
 def unet_contests(setup: Setup, profile: str, mixer: str, min_tokens: int, sizes: Sequence[int]) -> Iterator[Contest]:
-    """A UNet, stock, mounted, and mounted with `min_tokens`; sizes are the sides of images in pixels."""
+    """A UNet, stock, mounted, and mounted with `min_tokens`; sizes are the sides of images in pixels.
+
+    Raises:
+        ValueError: no such profile or mixer.
+    """
     from unet_adapters import MixerAdapter
 
+    if profile not in (EMBEDDED, *PROFILES):
+        raise ValueError(f"No profile {profile!r}: expected one of {', '.join((EMBEDDED, *PROFILES))}.")
+    registry.entry(mixer)  # an unknown name fails here, before any work
     def maker(**options: Any) -> Make:
         def make(side: int) -> Callable[[], object]:
             unet, scale = _unet(profile, setup)
@@ -213,8 +226,6 @@ def _unet(profile: str, setup: Setup) -> tuple[UNet2DConditionModel, int]:
     if profile == EMBEDDED:
         return load_teacher().unet.to(setup.device, setup.dtype), 4
     known = {"sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
-    if profile not in PROFILES:
-        raise ValueError(f"No profile {profile!r}: expected one of {', '.join((EMBEDDED, *PROFILES))}.")
     found = next(p for p in profiles.PROFILES if p.name == known[profile])
     return found.unet(setup.device).to(setup.dtype).requires_grad_(False), 8
 

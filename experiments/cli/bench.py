@@ -83,7 +83,8 @@ def bench(
         if calibrate:
             commands.calibrate(setup, table, console, progress, (16, 64) if quick else commands.LADDER)
         elif verb == "crossover":
-            crossover(max_tokens=max_tokens or 65536, dtype=dtype, device=device, repeats=repeats, out=out)
+            tokens = max_tokens or (128 if quick else 65536)
+            crossover(max_tokens=tokens, dtype=dtype, device=device, repeats=limits.repeats, out=out)
         elif verb is None:
             raise ValueError(f"Expected a benchmark: {', '.join((*commands.VERBS, 'crossover'))}; or --calibrate.")
         else:

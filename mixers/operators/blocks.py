@@ -13,7 +13,15 @@ Step = Callable[..., tuple[Tensor, Tensor]]
 
 
 def block_after_block(
-    step: Step, tokens: int, streams: Sequence[Tensor], memory: Tensor, constants: Sequence[Tensor] = ()
+    step: Step,
+    tokens: int,
+    streams: Sequence[Tensor],
+    memory: Tensor,
+    constants: Sequence[Tensor] = (),
+    *,
+    width: int | None = None,
+    dtype: torch.dtype | None = None,
+    backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What the steps give for all tokens, with the shape of the last stream, and the memory after the last.
 
@@ -26,8 +34,13 @@ def block_after_block(
         streams: (b, l, …) each.
         memory: before the first token.
         constants: what every block sees as a whole.
+        width, dtype: of the result, where they are not the last stream's.
+        backwards: the last block comes first; the order inside a block is the step's to turn.
     """
-    y, memory = _Blocks.apply(step, tokens, len(streams), *streams, memory, *constants)
+    length, last = streams[-1].shape[1], streams[-1]
+    places = [slice(start, start + tokens) for start in range(0, length, tokens)][:: -1 if backwards else 1]
+    shape = (*last.shape[:-1], last.shape[-1] if width is None else width)
+    y, memory = _Blocks.apply(step, places, (shape, dtype or last.dtype), len(streams), *streams, memory, *constants)
     return y, memory
 
 
@@ -38,11 +51,10 @@ class _Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, step, tokens, over_tokens, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, step, places, result, over_tokens, *tensors):  # type: ignore[no-untyped-def]
         streams, memory, constants = tensors[:over_tokens], tensors[over_tokens], tensors[over_tokens + 1 :]
-        length = streams[-1].shape[1]
-        places = [slice(start, start + tokens) for start in range(0, length, tokens)]
-        y, before = torch.empty_like(streams[-1]), memory.new_empty(len(places), *memory.shape)
+        (shape, dtype), before = result, memory.new_empty(len(places), *memory.shape)
+        y = memory.new_empty(shape, dtype=dtype)
         for i, place in enumerate(places):
             before[i] = memory
             y[:, place], memory = step(*(t[:, place] for t in streams), memory, *constants)
@@ -55,24 +67,33 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx, dy, d_memory):  # type: ignore[no-untyped-def]
         before, *tensors = ctx.saved_tensors
         streams, constants = tensors[: ctx.over_tokens], tensors[ctx.over_tokens :]
-        d_streams, d_constants = [torch.empty_like(t) for t in streams], [torch.zeros_like(t) for t in constants]
+        needed = list(ctx.needs_input_grad[4:])
+        needed[ctx.over_tokens] = True  # the memory: what a block leaves to the next
+        wanted = [place for place, need in enumerate(needed) if need]
+        found = [torch.empty_like(t) for t in streams] + [d_memory] + [torch.zeros_like(t) for t in constants]
         with full_precision(dy):
             for i, place in reversed(list(enumerate(ctx.places))):
-                block = [t[:, place] for t in streams]
-                found = gradients(ctx.step, (*block, before[i], *constants), (dy[:, place], d_memory))
-                d_memory = found[ctx.over_tokens]
-                for whole, part in zip(d_streams, found, strict=False):
-                    whole[:, place] = part
-                for total, part in zip(d_constants, found[ctx.over_tokens + 1 :], strict=True):
-                    total += part
-        return None, None, None, *d_streams, d_memory, *d_constants
+                block = (*(t[:, place] for t in streams), before[i], *constants)
+                outputs = (dy[:, place], found[ctx.over_tokens])
+                for n, part in zip(wanted, gradients(ctx.step, block, outputs, wanted), strict=True):
+                    if n < ctx.over_tokens:
+                        found[n][:, place] = part
+                    elif n == ctx.over_tokens:
+                        found[n] = part
+                    else:
+                        found[n] += part
+        return None, None, None, None, *(t if need else None for t, need in zip(found, needed, strict=True))
 
 
 def gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    wanted: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the inputs from those of the outputs: runs the function once more."""
+    """Gradients of those inputs whose places are wanted, from those of the outputs: runs the function once more."""
+    wanted = range(len(inputs)) if wanted is None else wanted
     with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in inputs]
+        inputs = [t.detach().requires_grad_(place in wanted) for place, t in enumerate(inputs)]
         results = function(*inputs)
-    return torch.autograd.grad(results, inputs, outputs)
+    return torch.autograd.grad(results, [inputs[place] for place in wanted], outputs)

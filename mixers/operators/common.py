@@ -64,7 +64,7 @@ def with_ones(v: Tensor) -> Tensor:
     return F.pad(v, (0, 1), value=1.0)
 
 
-def divide_by_ones(y: Tensor, eps: float) -> Tensor:
+def divide_by_ones(y: Tensor, eps: float | Tensor) -> Tensor:
     """(…, v + 1) -> (…, v): values over what became of the column of ones, plus eps."""
     return y[..., :-1] / (y[..., -1:] + eps)
 

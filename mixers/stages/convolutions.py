@@ -32,12 +32,16 @@ class ShortConvolution(nn.Module):
         self.activation = activation
         self.conv = nn.Conv1d(channels, channels, size, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, l, channels) -> (b, l, channels)."""
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """(b, l, channels) -> the same; of fewer channels, those from `first` on: each is convolved by itself."""
+        own = slice(first, first + x.shape[-1])
+        weight, bias = self.conv.weight[own, :, None], None if self.conv.bias is None else self.conv.bias[own]
         image = x.mT.unsqueeze(2)  # (b, c, 1, l), channels last in memory: several times faster, but for gradients
-        image = F.pad(image.contiguous() if torch.is_grad_enabled() else image, (self.before, self.after))
-        y = F.conv2d(image, self.conv.weight[:, :, None], self.conv.bias, groups=x.shape[-1]).squeeze(2).mT
-        return F.silu(y) if self.activation else y
+        image = image.contiguous() if torch.is_grad_enabled() else image
+        wide = max(self.before, self.after)  # the same on both sides, which the convolution does by itself
+        y = F.conv2d(image, weight, bias, padding=(0, wide), groups=x.shape[-1]).squeeze(2).mT
+        y = y[:, wide - self.before :][:, : x.shape[1]]
+        return F.silu(y, inplace=not torch.is_grad_enabled()) if self.activation else y
 
 
 class LocalConvolution(nn.Module):

@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) -> (…, channels)."""
         parts = x.to(precision(x)).unflatten(-1, (self.groups, -1))
-        y = (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        power = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square() / parts.shape[-1]
+        y = (parts * torch.rsqrt(power + self.eps)).flatten(-2)
         return (y if self.weight is None else y * self.weight.to(y.dtype)).to(x.dtype)
 
 
@@ -153,7 +154,7 @@ class Output(nn.Module):
         dtype, result = precision(y), y
         if self.D is not None:
             D = self.D.to(dtype)
-            result = result.to(dtype) + (D if D.ndim == 2 else D[:, None]) * streams.v.to(dtype)
+            result = torch.addcmul(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
         if self.local is not None:
             result = result.to(dtype) + self.local(streams.v.flatten(-2), streams.grid).view_as(y)
         steps = (self._gated, self._normed) if self.gate_first else (self._normed, self._gated)
@@ -171,7 +172,7 @@ class Output(nn.Module):
         if self.to_gate is None:
             return y
         z = self.to_gate(x).to(precision(y)).view_as(y)
-        return y.to(precision(y)) * (z if self.linear_gate else F.silu(z))
+        return y.to(precision(y)) * (z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled()))
 
 
 def _norm(kind: str, heads: int, head_dim: int, groups: int, affine: bool, eps: float) -> nn.Module:

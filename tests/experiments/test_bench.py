@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from experiments.bench import baselines, calibrate
-from experiments.bench.calibrate import best
+from experiments.bench.calibrate import LEAD, best
 from experiments.bench.contest import Contest, Limits, Rates, Row, Work, exponents, growth, run_contest
 from experiments.bench.contests import Setup, operator_contests
 from experiments.bench.memory import peak_bytes
@@ -126,7 +126,8 @@ def test_the_table_follows_the_fastest(times: list[tuple[float, float]]) -> None
     assert bounds == sorted(bounds) and bounds[-1] == math.inf
     for length, by_name in timed.items():
         chosen = next(name for name, bound in order if bound is None or length <= bound)
-        assert by_name[chosen] == min(by_name.values())
+        assert by_name[chosen] <= min(by_name.values()) / LEAD
+        assert chosen == "chunked" or by_name[chosen] <= LEAD * by_name["chunked"]
 
 
 def test_the_dense_form_is_not_trusted_beyond_what_was_measured() -> None:
@@ -160,6 +161,8 @@ def test_every_verb_runs(verb: str, tmp_path: Path) -> None:
         (["operators", "--dtype", "int8"], "No dtype 'int8'"),
         (["operators", "--heads", "8"], "expected heads x width"),
         (["operators", "--device", "tpu"], "No device 'tpu'"),
+        (["unet", "--profile", "none"], "No profile 'none'"),
+        (["unet", "--mixer", "linfuson"], "linfusion"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(arguments: list[str], message: str) -> None:

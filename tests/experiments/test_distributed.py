@@ -136,8 +136,9 @@ def test_two_processes_are_one(folders: tuple[Path, Path], accumulation: int) ->
 def test_two_processes_stop_as_one(folders: tuple[Path, Path]) -> None:
     one, two = folders
     alone, first, second = (json.loads(path.read_text()) for path in (*one.glob("said*"), *sorted(two.glob("said*"))))
+    reason = "step 6: loss, size not finite. The first layer whose output is not finite is 0 (torch.float32)."
     for said in (alone, first, second):
-        assert "step 6: loss, size not finite. The first layer whose output is not finite is 0 (torch.float32)." in said[0]
+        assert reason in said[0]
         assert "after step 6 of 12" in said[1]
     assert alone[2] == "finished" and "steps 12, 0." in first[2] and first[2] == second[2]
     for folder in folders:

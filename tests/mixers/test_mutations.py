@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from mixers.operators import delta, linear, scan
+from mixers.operators.linear import chunked
 from mixers.operators.linear.call import Backend
 from mixers.testing import Inputs
+from mixers.testing import operators as checks
 from mixers.testing.operators import OPERATORS, check_operator
 
 _UNIQUE = itertools.count()
@@ -89,6 +91,16 @@ MUTATIONS = [
         "d_memory[place[0]] += queries.mT @ errors",
         "d_memory[place[0]] = queries.mT @ errors",
     ),
+    Mutation(linear, "ordered", "eps on the sum, not the mean", "self.eps * told", "self.eps"),
+    Mutation(
+        linear,
+        "ordered",
+        "back does not decay",
+        "v_back, memory,",
+        "v_back, 0 * memory,",
+    ),
+    Mutation(linear, "ordered", "diagonal counted twice", "memory, diagonal=False)", "memory, diagonal=True)"),
+    Mutation(linear, "ordered", "blocks ahead first", "backwards=True", "backwards=False"),
     Mutation(linear, "call", "eps on the sum, not the mean", "normalize and gates is None", "False"),
     Mutation(linear, "call", "gate of the token before", "k * gates.exp()", "k * gates.roll(1, 1).exp()"),
     Mutation(scan, "dense", "decay a step early", "rows.tril(-1).cumsum(-2)", "rows.tril().cumsum(-2)"),
@@ -137,7 +149,11 @@ def put_in_place(mutation: Mutation, module: ModuleType, monkeypatch: pytest.Mon
     """Make the operator use a module that was made anew."""
     table = mutation.operator._BACKENDS
     if mutation.file == "blocked":
-        whole = dict.fromkeys(table["chunked"].whole, module.unordered)
+        whole = {**table["chunked"].whole, "noncausal": module.unordered}
+        monkeypatch.setitem(table, "chunked", replace(table["chunked"], whole=whole))
+    elif mutation.file == "ordered":
+        monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 64)
+        whole = {**table["chunked"].whole, "causal": module.causal, "bidirectional": module.bidirectional}
         monkeypatch.setitem(table, "chunked", replace(table["chunked"], whole=whole))
     elif isinstance(table[mutation.file], Backend):
         monkeypatch.setitem(table, mutation.file, replace(table[mutation.file], sums=module, whole={}))
@@ -167,6 +183,7 @@ def test_a_mutation_is_caught(mutation: Mutation, monkeypatch: pytest.MonkeyPatc
         run = with_calls_of(module)
     else:
         put_in_place(mutation, module, monkeypatch)
+    monkeypatch.setattr(checks, "KERNELS", ())  # what is mutated is no kernel, and interpreting them takes long
     caught = []
     for case in OPERATORS.values():
         if case.name.split()[0] != FUNCTIONS[mutation.operator]:

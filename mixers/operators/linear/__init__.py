@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mixers.operators.choice import Problem, choose
 from mixers.operators.common import check_causality, check_state, full_precision
-from mixers.operators.linear import blocked, chunked, dense, fla, recurrent, triton
+from mixers.operators.linear import blocked, chunked, dense, fla, ordered, recurrent, triton
 from mixers.operators.linear.call import Backend, Call, visible
 from mixers.operators.state import State
 from mixers.stages.feature_maps import FEATURE_MAPS
@@ -16,7 +16,10 @@ from mixers.traits import Causality
 _BACKENDS = {
     "dense": Backend(dense),
     "recurrent": Backend(recurrent),
-    "chunked": Backend(chunked, {"noncausal": blocked.unordered, "bidirectional": blocked.unordered}),
+    "chunked": Backend(
+        chunked,
+        {"causal": ordered.causal, "bidirectional": ordered.bidirectional, "noncausal": blocked.unordered},
+    ),
     "triton": Backend(None, {"noncausal": triton.noncausal, "bidirectional": triton.bidirectional}, triton.refuses),
     "fla": Backend(fla, refuses=fla.refuses),
 }
@@ -110,7 +113,7 @@ def flops(length: int, k: int, v: int, causality: Causality, decay: str) -> int:
 
     decay: `none`, `scalar` (one a token and head) or `vector` (one a channel).
     """
-    whole, chunk = 4 * length * k * v, chunked.CHUNK
+    whole, chunk = 4 * length * k * v, chunked.chunk_size(k, v)
     if causality == "noncausal" or (causality == "bidirectional" and decay == "none"):
         return whole
     # Weights from halves of a chunk: products of c/2, c/4, … 1 tokens, c/2 + c/4 + … + 1 = c − 1 a token.

@@ -27,21 +27,23 @@ BLOCK_ELEMENTS = 1 << 18  # of the features of a block: they stay in the cache
 Place = tuple[slice, slice]
 
 
-def unordered(call: Call) -> Tensor:
+def by_blocks(call: Call) -> bool:
+    """Whether blocks pay: not on a GPU, which wants all tokens at once, nor for a compiler, which would unroll them."""
+    return call.q.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def unordered(call: Call) -> tuple[Tensor, None]:
     """The result of a `noncausal` call, or a `bidirectional` one without decay. First derivatives only.
 
     (b, l, h, v) in v's dtype. O(l·k·v) time. Memory besides q, k, v and the result: O(k·v) and the features of a block;
-    backward too, besides the gradients.
-
-    What has an order, a GPU, and a compiler that would unroll the blocks, get the products over all tokens at once.
+    backward too, besides the gradients. On a GPU and in a compiled graph: `chunked`, all tokens at once.
     """
-    ordered = call.causality == "bidirectional" and call.log_decay is not None
-    if ordered or call.q.device.type != "cpu" or torch.compiler.is_compiling():
-        return Backend(chunked).attend(call)[0]
+    if not by_blocks(call):
+        return Backend(chunked).attend(call)[0], None
     factor = call.scale * call.k.shape[1]
     feature_map = FEATURE_MAPS[call.feature_map]
     y: Tensor = _Unordered.apply(call.q, call.k, call.v, call.log_decay, feature_map, call.normalize, call.eps, factor)
-    return y
+    return y, None
 
 
 class _Unordered(torch.autograd.Function):

@@ -68,19 +68,19 @@ class Backend:
         sums: a module with functions on float32 or float64 tensors: `causal` and `bidirectional` give (decayed) sums
             and `noncausal` means over the tokens. `attend` makes the result of them, so that scale, eps and
             normalisation exist once.
-        whole: for a causality, a function that gives the result itself.
+        whole: for a causality, a function that gives the result itself and, causal, the memory after the last token.
         refuses: see `mixers.operators.choice`; the formulations have none.
     """
 
     sums: ModuleType | None
-    whole: Mapping[Causality, Callable[[Call], Tensor]] = field(default_factory=dict)
+    whole: Mapping[Causality, Callable[[Call], tuple[Tensor, Tensor | None]]] = field(default_factory=dict)
     refuses: Callable[[Problem], str | None] = lambda problem: None
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The result (b, l, h, v) in v's dtype, and of a causal pass the memory after the last token."""
         with full_precision(call.q):
             if call.causality in self.whole:
-                return self.whole[call.causality](call), None
+                return self.whole[call.causality](call)
             assert self.sums is not None, "a backend refuses what it has no function for"
             return self._from_sums(self.sums, call.mapped())
 

@@ -26,8 +26,14 @@ from mixers.operators.blocks import block_after_block
 from mixers.operators.common import both_directions, segment_sums
 from mixers.operators.opaque import opaque
 
-CHUNK = 32
-BLOCK_ELEMENTS = 1 << 17  # of the queries of a block, or the values: they stay in the cache of one core
+CHUNK = 32  # tokens
+WIDE = 64  # channels beyond which chunks are twice as long: a state costs more than the weights of a chunk
+BLOCK_ELEMENTS = 1 << 18  # of the queries of a block, or the values: they stay in the cache
+
+
+def chunk_size(k: int, v: int) -> int:
+    """Tokens of a chunk for heads of k and v channels, a power of two; measured."""
+    return CHUNK if max(k, v) <= WIDE else 2 * CHUNK
 
 
 def noncausal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,14 +51,19 @@ def causal(q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Te
 
 
 def _undecayed(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True) -> tuple[Tensor, Tensor]:
-    return block_after_block(partial(_block, diagonal=diagonal), _tokens(q, v), (q, k, v), memory)
+    step = partial(_step, diagonal=diagonal)
+    return block_after_block(step, tokens_a_block(q, v), (q, k, v), memory)
 
 
 def _decayed(
     q: Tensor, k: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    step = partial(_decayed_block, diagonal=diagonal)
-    return block_after_block(step, _tokens(q, v), (q, k, log_decay, v), memory)
+    step = partial(block, diagonal=diagonal)
+    return block_after_block(step, tokens_a_block(q, v), (q, k, log_decay, v), memory)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    return block(q, k, None, v, memory, diagonal)
 
 
 undecayed = opaque("linear_attention_undecayed", _undecayed)
@@ -66,25 +77,25 @@ Memory: what a block of tokens needs and a state a block; backward too, besides 
 """
 
 
-def _tokens(q: Tensor, v: Tensor) -> int:
+def tokens_a_block(q: Tensor, v: Tensor) -> int:
     """Tokens of a block, whole chunks: on a CPU about BLOCK_ELEMENTS features, elsewhere all there are."""
+    chunk = chunk_size(q.shape[3], v.shape[3])
     most = BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3]))
-    return max(CHUNK, most // CHUNK * CHUNK) if q.device.type == "cpu" else q.shape[1]
+    return max(chunk, most // chunk * chunk) if q.device.type == "cpu" else q.shape[1]
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
-    length = q.shape[1]
-    q, k, v = (_chunks(t, length) for t in (q, k, v))
-    before, memory = _states(k.mT @ v, None, memory)
-    weights = (q @ k.mT).tril(0 if diagonal else -1)
-    return _together(weights @ v + q @ before, length), memory
-
-
-def _decayed_block(
-    q: Tensor, k: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor, diagonal: bool
+def block(
+    q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
+    """The sums of a block of tokens after a memory, and the memory after them, all chunks of it at once."""
     length = q.shape[1]
-    q, k, g, v = (_chunks(t, length) for t in (q, k, log_decay, v))
+    chunk = min(chunk_size(q.shape[3], v.shape[3]), 1 << (length - 1).bit_length())
+    q, k, v = (_chunks(t, chunk) for t in (q, k, v))
+    if log_decay is None:
+        before, memory = _states(k.mT @ v, None, memory)
+        weights = (q @ k.mT).tril(0 if diagonal else -1)
+        return _together(weights @ v + q @ before, length), memory
+    g = _chunks(log_decay, chunk)
     if g.shape[-1] > 1:
         weights, read, written, kept = inside(q, k, g.exp(), diagonal)
         before, memory = _states(written.mT @ v, kept, memory)
@@ -136,10 +147,10 @@ def _states(additions: Tensor, kept: Tensor | None, memory: Tensor) -> tuple[Ten
     return torch.stack(before), memory
 
 
-def _chunks(x: Tensor, length: int) -> Tensor:
+def _chunks(x: Tensor, chunk: int) -> Tensor:
     """(b, l, h, ·) -> (n, b, h, c, ·); padded with zeros, which add nothing and decay nothing."""
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())  # a power of two
-    padded = F.pad(x, (0, 0, 0, 0, 0, -length % chunk)) if length % chunk else x
+    rest = -x.shape[1] % chunk
+    padded = F.pad(x, (0, 0, 0, 0, 0, rest)) if rest else x
     return rearrange(padded, "b (n c) h x -> n b h c x", c=chunk).contiguous()
 
 

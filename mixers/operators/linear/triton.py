@@ -21,12 +21,12 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
-def noncausal(call: Call) -> Tensor:
+def noncausal(call: Call) -> tuple[Tensor, None]:
     """The result (b, l, h, v): two reads of the tokens, the feature map fused in. First derivatives only."""
     from mixers.operators.linear.kernels.noncausal import noncausal_attention
 
     call = call if call.log_decay is None else call.mapped()  # gates are weights of the keys' features
-    return noncausal_attention(
+    y = noncausal_attention(
         call.q,
         call.k,
         call.v,
@@ -35,9 +35,10 @@ def noncausal(call: Call) -> Tensor:
         eps=call.eps,
         scale=call.scale,
     )
+    return y, None
 
 
-def bidirectional(call: Call) -> Tensor:
+def bidirectional(call: Call) -> tuple[Tensor, None]:
     """The result (b, l, h, v): both directions in one go over the tokens. Without decay there is no direction."""
     if call.log_decay is None:
         return noncausal(call)
@@ -45,6 +46,5 @@ def bidirectional(call: Call) -> Tensor:
 
     gates = call.log_decay
     call = call if call.feature_map == "identity" else call.mapped()  # features are float32, which is slower
-    return bidirectional_attention(
-        call.q, call.k, call.v, gates, normalize=call.normalize, eps=call.eps, scale=call.scale
-    )
+    y = bidirectional_attention(call.q, call.k, call.v, gates, normalize=call.normalize, eps=call.eps, scale=call.scale)
+    return y, None

@@ -43,8 +43,6 @@ def check_formulations_agree(mixer: TokenMixer, inputs: Inputs) -> None:
                 assert_close(got, wanted, what=f"{backend} against dense, {name}, l = {length}")
 
 
-
-
 def _outcome(mixer: TokenMixer, inputs: Inputs, length: int) -> list[Tensor]:
     y = run(mixer, inputs.tokens(mixer, length))
     loss = (y * inputs.tokens(mixer, length, stream=1)).sum()

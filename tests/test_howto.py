@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ from typer.testing import CliRunner
 
 from experiments.check import Result, show
 from experiments.cli import app
+from experiments.distil.objectives import list_objectives
+from experiments.distil.recipe import list_recipes, load_recipe
 from mixers import list_mixers, registry
 from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
-ADD, CHECK, DATA = (ROOT / "docs" / "howto" / name for name in ("add_a_mixer.md", "check_a_mixer.md", "data.md"))
+PAGES = ("add_a_mixer.md", "check_a_mixer.md", "data.md", "distil.md")
+ADD, CHECK, DATA, DISTIL = (ROOT / "docs" / "howto" / name for name in PAGES)
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
@@ -256,6 +260,27 @@ def test_the_page_of_data_runs(
     for code in blocks(DATA, "python"):
         exec(compile(code, str(DATA), "exec"), names)
     assert capsys.readouterr().out == "".join(blocks(DATA, "text"))
+
+
+def test_the_page_of_distillation_runs(tmp_path: Path) -> None:
+    recipe = tmp_path / "my_recipe.yaml"
+    recipe.write_text(*blocks(DISTIL, "yaml"), encoding="utf-8")
+    tiny = ("before.0.fit.steps=1", "before.0.fit.batch_size=2", "fit.steps=2", "fit.batch_size=2", "images=4")
+    settings = [word for setting in tiny for word in ("--set", f"distillation.{setting}")]
+    done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(tmp_path / "mine"), *settings])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "mine" / "card.md").is_file() and (tmp_path / "mine" / "adapter").is_dir()
+
+
+def test_the_page_of_distillation_names_every_objective_and_recipe() -> None:
+    text = DISTIL.read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.M)) == list_objectives()
+    assert all(f"`{name}`" in text for name in list_recipes())
+    shown = [shlex.split(line, comments=True) for line in blocks(DISTIL, "bash")[0].splitlines()]
+    for words in shown:  # every option that the page shows is one
+        name, *settings = words[words.index("distill") + 1 :]
+        if not name.endswith(".yaml"):
+            load_recipe(name, [after for word, after in pairwise(settings) if word == "--set"])
 
 
 def test_the_kit_s_page_lists_every_check() -> None:

@@ -19,14 +19,22 @@ from rich.table import Table
 from experiments.ablation.store import write_json
 from experiments.bench import calibrate as calibration
 from experiments.bench.contest import Contest, Limits, as_json, measure_rates, run_contest
-from experiments.bench.contests import MOUNTED, Setup, layer_contests, matching, operator_contests, unet_contests
+from experiments.bench.contests import (
+    MOUNTED,
+    Setup,
+    growth_contests,
+    layer_contests,
+    matching,
+    operator_contests,
+    unet_contests,
+)
 from experiments.bench.crossover import DTYPES
 from experiments.bench.results import show, write
 from experiments.bench.timing import machine
 
 LADDER = calibration.LADDER
 __all__ = ["LADDER", "MOUNTED", "SIZES", "VERBS", "bench", "calibrate", "make_setup"]
-VERBS = ("operators", "layers", "unet", "memory")
+VERBS = ("operators", "layers", "growth", "unet", "memory")
 QUICK = Setup(batch=1, heads=((2, 8),), lengths=(64, 128))
 DEFAULT = Setup()
 SIZES = (64, 128, 256, 512)
@@ -73,6 +81,7 @@ def contests(
         "operators": lambda: operator_contests(setup),
         "memory": lambda: operator_contests(replace(setup, lengths=setup.lengths[-2:])),
         "layers": lambda: layer_contests(setup),
+        "growth": lambda: growth_contests(setup),
         "unet": lambda: unet_contests(setup, profile, mixer, min_tokens, sizes),
     }
     if verb not in made:

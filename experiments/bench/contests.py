@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from torch import Tensor
 from experiments.bench import baselines
 from experiments.bench.contest import Contest, Make, Work
 from experiments.bench.crossover import EMBEDDED, PROFILES
-from mixers import create_mixer, operators, registry
+from mixers import create_mixer, list_mixers, operators, registry
 from mixers.operators.choice import KERNELS, unavailable
 
 SOFTMAX = "softmax"
@@ -172,6 +173,23 @@ def layer_contests(setup: Setup, dim: int = 320, heads: int = 5) -> Iterator[Con
         yield Contest(f"{name} block, d {dim}: forward", makers, setup.lengths, others)
 
 
+def growth_contests(setup: Setup, dim: int = 320, heads: int = 8) -> Iterator[Contest]:
+    """Every linear mixer as it is mounted, on one square image: how its time grows with the tokens."""
+
+    def maker(name: str) -> Make:
+        def make(length: int) -> Callable[[], object]:
+            torch.manual_seed(0)
+            options = registry.entry(name).mixer.plain
+            mixer = create_mixer(name, dim, heads, **options).to(setup.device, setup.dtype).eval()
+            side = math.isqrt(length)
+            return baselines.forward(partial(mixer, grid=(side, side)), setup.normal(1, side * side, dim))
+
+        return make
+
+    makers = {name: maker(name) for name in list_mixers(linear=True)}
+    yield Contest(f"mixers as mounted, d {dim}: forward", makers, setup.lengths, to_the_top=True)
+
+
 def _block(setup: Setup, build: Callable[[], Any], dim: int) -> Make:
     def make(length: int) -> Callable[[], object]:
         torch.manual_seed(0)
@@ -192,6 +210,7 @@ def unet_contests(setup: Setup, profile: str, mixer: str, min_tokens: int, sizes
     if profile not in (EMBEDDED, *PROFILES):
         raise ValueError(f"No profile {profile!r}: expected one of {', '.join((EMBEDDED, *PROFILES))}.")
     registry.entry(mixer)  # an unknown name fails here, before any work
+
     def maker(**options: Any) -> Make:
         def make(side: int) -> Callable[[], object]:
             unet, scale = _unet(profile, setup)
@@ -235,5 +254,5 @@ def matching(contests: Iterator[Contest], pattern: str) -> list[Contest]:
     found = []
     for contest in contests:
         kept = {n: m for n, m in contest.contenders.items() if n not in contest.baselines or fnmatchcase(n, pattern)}
-        found.append(Contest(contest.name, kept, contest.sizes, contest.baselines, contest.axis, contest.floor))
+        found.append(replace(contest, contenders=kept))
     return found

@@ -14,7 +14,8 @@ import torch
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int | None:
     """What a call needs above what is there before it: the allocator's peak on a GPU, the peak resident set on Linux.
 
-    None elsewhere. A call that was made before has its libraries' buffers already; make one first, or count them in.
+    None elsewhere, and where a container forbids to reset the peak. A call that was made before has its libraries'
+    buffers already; make one first, or count them in.
     """
     gc.collect()
     if device.startswith("cuda"):
@@ -26,7 +27,11 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int | None:
         run()
         return None
     ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or an earlier peak hides this one
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
+    except OSError:
+        run()
+        return None
     before = _status_bytes("VmRSS")
     run()
     return max(0, _status_bytes("VmHWM") - before)

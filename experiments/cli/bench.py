@@ -48,7 +48,7 @@ def crossover(
 
 @app.command()
 def bench(
-    verb: Annotated[str | None, typer.Argument(help="operators, layers, unet, memory or crossover")] = None,
+    verb: Annotated[str | None, typer.Argument(help="operators, layers, growth, unet, memory or crossover")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="rewrite this machine's table of backends")] = False,
     table: Annotated[Path | None, typer.Option(help="of --calibrate; default: where `auto` looks")] = None,
     against: Annotated[str, typer.Option(help="only baselines whose name matches this pattern")] = "*",

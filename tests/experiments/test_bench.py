@@ -145,7 +145,7 @@ def test_calibration_writes_what_auto_then_follows(tmp_path: Path, monkeypatch: 
     )
 
 
-@pytest.mark.parametrize("verb", ["layers", "unet"])
+@pytest.mark.parametrize("verb", ["layers", "growth", "unet"])
 def test_every_verb_runs(verb: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", verb, "--quick", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output

@@ -156,8 +156,8 @@ class _Foresight:
 def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
     """One call of the UNet for an image of `size`, as `denoise` will make it.
 
-    Beyond LOOKED_AT places it is the straight line through two smaller sizes: mixers go over their tokens in blocks, and
-    a million blocks take their time even where nothing is computed. With a mixer all of it is linear in the places;
+    Beyond LOOKED_AT places it is the straight line through two smaller sizes: mixers go over their tokens in blocks,
+    and a million blocks take their time even where nothing is computed. With a mixer all of it is linear in the places;
     under softmax attention the operations are not, and are too few here.
     """
     factor = pixels_a_place(pipe)

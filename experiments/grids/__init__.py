@@ -1,1 +1,44 @@
-"""Ready-made grids: one plain Python file per question, each exposing `GRID`."""
+"""Ready-made grids: one plain Python file per question, each exposing `GRID`; and what they share.
+
+The defaults are for the embedded teacher: about 40 seconds of training a cell on one core of a CPU.
+"""
+
+from __future__ import annotations
+
+from experiments.config import Distillation, Evaluation, Stage, Term, Variant
+from experiments.training import FitConfig
+
+SEEDS = (0, 1, 2)
+SOFTMAX = Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False)
+"""The sanity row: the teacher's own attention, mounted and not trained, whose error must be zero."""
+
+
+def fit(steps: int, rate: float = 1e-3, batch_size: int = 16, warmup: int = 10) -> FitConfig:
+    """A stage's training."""
+    return FitConfig(
+        steps=steps, batch_size=batch_size, learning_rate=rate, warmup=warmup, checkpoint_every=50, log_every=5
+    )
+
+
+def terms(**weights: float) -> dict[str, Term]:
+    """Objectives by name, with constant weights."""
+    return {name: Term(weight=weight) for name, weight in weights.items()}
+
+
+def local(steps: int) -> Stage:
+    """Each mixer on the teacher's own tokens, every site by itself."""
+    return Stage(name="local", objectives=terms(local=1.0), fit=fit(steps, 3e-3))
+
+
+def ours(local_steps: int = 60, steps: int = 50, before: tuple[Stage, ...] = ()) -> Distillation:
+    """What measured best in `objectives`: site by site, then output + features/2 end to end; after `before`, if any."""
+    return Distillation(
+        before=(*before, local(local_steps)), objectives=terms(output=1.0, features=0.5), fit=fit(steps), images=1024
+    )
+
+
+EVALUATION = Evaluation(
+    sample_steps=12,
+    prompts=("red apple, teal background", "cat face, purple background"),
+    speed_sizes=(64, 128, 256),
+)

@@ -5,21 +5,10 @@ of batch 16, measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's
 0.27 s (no gradient goes through the UNet); a step of batch 96 is 2.8 s.
 """
 
-from experiments.config import Distillation, Evaluation, Grid, Stage, Term, Variant
-from experiments.training import FitConfig
+from experiments.config import Distillation, Evaluation, Grid, Stage, Variant
+from experiments.grids import SEEDS, SOFTMAX, fit, ours, terms
 
-
-def _fit(steps: int, rate: float = 1e-3, batch_size: int = 16, warmup: int = 10) -> FitConfig:
-    return FitConfig(
-        steps=steps, batch_size=batch_size, learning_rate=rate, warmup=warmup, checkpoint_every=50, log_every=5
-    )
-
-
-def _terms(**weights: float) -> dict[str, Term]:
-    return {name: Term(weight=weight) for name, weight in weights.items()}
-
-
-_PUBLISHED = _terms(noise=1.0, output=0.5, features=0.5)
+_PUBLISHED = terms(noise=1.0, output=0.5, features=0.5)
 _IMAGES = 1024
 
 
@@ -28,27 +17,25 @@ def _row(name: str, label: str, plan: Distillation) -> Variant:
 
 
 def _one(steps: int, **weights: float) -> Distillation:
-    return Distillation(objectives=_terms(**weights), fit=_fit(steps), images=_IMAGES)
+    return Distillation(objectives=terms(**weights), fit=fit(steps), images=_IMAGES)
 
 
-_LOCAL = Stage(name="local", objectives=_terms(local=1.0), fit=_fit(100, 3e-3))
-_MATRIX = Stage(name="matrix", objectives=_terms(matrix=1.0), fit=_fit(30, 3e-3))
-_END_TO_END = {"objectives": _terms(output=1.0, features=0.5), "images": _IMAGES}
+_MATRIX = Stage(name="matrix", objectives=terms(matrix=1.0), fit=fit(30, 3e-3))
 
 GRID = Grid(
     name="objectives",
     question="How should a student be distilled: with which objectives, from which start, in which order?",
     variants=(
-        Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
+        SOFTMAX,
         _row(
             "published",
             "published: all three terms, random q, k, v, batch 96, rate 1e-4",
-            Distillation(start="random", objectives=_PUBLISHED, fit=_fit(25, 1e-4, 96, 0), images=_IMAGES),
+            Distillation(start="random", objectives=_PUBLISHED, fit=fit(25, 1e-4, 96, 0), images=_IMAGES),
         ),
         _row(
             "published_small_batches",
             "all three terms, random q, k, v",
-            Distillation(start="random", objectives=_PUBLISHED, fit=_fit(146), images=_IMAGES),
+            Distillation(start="random", objectives=_PUBLISHED, fit=fit(146), images=_IMAGES),
         ),
         _row("all_terms", "noise + output/2 + features/2", _one(146, noise=1.0, output=0.5, features=0.5)),
         _row("noise", "noise", _one(194, noise=1.0)),
@@ -57,21 +44,11 @@ GRID = Grid(
         _row("output_features", "output + features/2", _one(146, output=1.0, features=0.5)),
         _row("noise_output", "noise + output/2", _one(146, noise=1.0, output=0.5)),
         _row("local", "local", _one(260, local=1.0)),
-        _row(
-            "ours",
-            "ours: local, then output + features/2",
-            Distillation(before=(_LOCAL,), fit=_fit(88), **_END_TO_END),
-        ),
-        _row(
-            "matrix_local",
-            "matrix, local, then output + features/2",
-            Distillation(
-                before=(_MATRIX, _LOCAL.model_copy(update={"fit": _fit(80, 3e-3)})), fit=_fit(77), **_END_TO_END
-            ),
-        ),
+        _row("ours", "ours: local, then output + features/2", ours(100, 88)),
+        _row("matrix_local", "matrix, local, then output + features/2", ours(80, 77, before=(_MATRIX,))),
     ),
-    seeds=(0, 1, 2),
-    distillation=Distillation(fit=_fit(146), images=_IMAGES),
+    seeds=SEEDS,
+    distillation=Distillation(fit=fit(146), images=_IMAGES),
     evaluation=Evaluation(
         speed_sizes=(64,),
         speed_repeats=1,

@@ -1,0 +1,26 @@
+"""Which family of linear mixers is best for images, with which causality, and normalised or not?"""
+
+from experiments.ablation.product import distinct, product
+from experiments.config import Grid
+from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+
+GRID = Grid(
+    name="family",
+    question="Which family of linear mixers is best for images, and do order and normalisation matter to all?",
+    variants=(
+        SOFTMAX,
+        *product(
+            {
+                "linfusion": "LinFusion",
+                "linear_attention": "linear attention",
+                "mamba2": "Mamba-2",
+                "gla": "GLA",
+                "mamba": "Mamba",
+            },
+            keep=distinct,
+        ),
+    ),
+    seeds=SEEDS,
+    distillation=ours(),
+    evaluation=EVALUATION,
+)

@@ -27,7 +27,7 @@ class MixerChoice(Frozen):
     causality: Literal["causal", "bidirectional", "noncausal"] | None = None
     normalize: bool | None = None
     options: dict[str, Any] = {}
-    select: str = "all"
+    select: str | tuple[str, ...] = Field("all", description="the sites, as `find_sites` takes them")
     min_tokens: int = Field(0, ge=0, description="sites with fewer tokens stay softmax")
 
 

@@ -37,6 +37,12 @@ def ours(local_steps: int = 60, steps: int = 50, before: tuple[Stage, ...] = ())
     )
 
 
+def at_sizes(plan: Distillation, sizes: tuple[int, ...]) -> Distillation:
+    """The plan with every stage training at these sizes in pixels, step by step in turn."""
+    before = tuple(stage.model_copy(update={"sizes": sizes}) for stage in plan.before)
+    return plan.model_copy(update={"before": before, "sizes": sizes})
+
+
 EVALUATION = Evaluation(
     sample_steps=12,
     prompts=("red apple, teal background", "cat face, purple background"),

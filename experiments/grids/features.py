@@ -1,0 +1,35 @@
+"""Which feature map should a linear attention have? Signed ones (`identity`) cannot be normalised."""
+
+from experiments.config import Grid, Variant
+from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+from mixers.stages.feature_maps import FEATURE_MAPS
+
+_MIXERS = {"linear_attention": "linear attention", "linfusion": "LinFusion"}
+
+GRID = Grid(
+    name="features",
+    question="Which feature map should linear attention have: elu + 1, ReLU, none, or the focused one?",
+    variants=(
+        SOFTMAX,
+        *(
+            Variant(
+                name=f"{mixer}_{feature_map}{'' if normalize else '_unnormalized'}",
+                label=f"{label}, {feature_map}{'' if normalize else ', not normalised'}",
+                mixer=mixer,
+                normalize=normalize,
+                options={"feature_map": feature_map},
+            )
+            for mixer, label in _MIXERS.items()
+            for feature_map, phi in FEATURE_MAPS.items()
+            for normalize in (True, False)
+            if phi.positive or not normalize
+        ),
+        *(
+            Variant(name=f"focused_{power}", label=f"focused, power {power}", mixer="focused", options={"power": power})
+            for power in (1, 3, 5)
+        ),
+    ),
+    seeds=SEEDS,
+    distillation=ours(),
+    evaluation=EVALUATION,
+)

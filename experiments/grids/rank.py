@@ -1,0 +1,20 @@
+"""The generalised low-rank form at rank r of F Gᵀ (2409.02097 §3.3): features and state grow r times."""
+
+from experiments.config import Grid, Variant
+from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+
+GRID = Grid(
+    name="rank",
+    question="How large a rank does the generalised low-rank form of linear attention need?",
+    variants=(
+        SOFTMAX,
+        *(
+            Variant(name=f"rank_{rank}", label=f"rank {rank}", mixer="linfusion_low_rank", options={"rank": rank})
+            for rank in (1, 2, 4, 8, 16, 32, 64)
+        ),
+        Variant(name="linfusion", label="LinFusion: no F and G", mixer="linfusion"),
+    ),
+    seeds=SEEDS,
+    distillation=ours(),
+    evaluation=EVALUATION,
+)

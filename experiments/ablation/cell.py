@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from experiments.distil.student import seeded, stage_folders
 from experiments.evaluate.fidelity import fidelity
 from experiments.evaluate.pictures import mixing_matrix, save_samples
 from experiments.evaluate.speed import speed
-from experiments.training import forget
+from experiments.training import elapsed, forget
 from unet_adapters import MixerAdapter
 
 Report = Callable[[str, int, int], None]
@@ -32,7 +33,7 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         report: called as (phase, done, total).
     """
     store.write_json(directory / "config.json", config.model_dump(mode="json"))
-    variant, plan = config.variant, config.distillation
+    began, variant, plan = perf_counter(), config.variant, config.distillation
     adapter = build_student(setting.teacher, variant.mixer, variant, plan, config.seed)
     try:
         seconds = distil(config, setting, adapter, directory, report)
@@ -50,6 +51,7 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         "error": None,
         "trained_parameters": trained,
         "train_seconds": seconds,
+        "seconds": perf_counter() - began,
         "steps": steps,
         **record,
     }
@@ -60,7 +62,7 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
 
 
 def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> float:
-    """Train the adapter in place; returns the seconds spent (of this run, if it was taken up)."""
+    """Train the adapter in place; returns the seconds spent, those before a stop included."""
     if not config.variant.trained:
         return 0.0
     plan = seeded(config.distillation, config.seed)
@@ -74,7 +76,7 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
     )
     if len(records) > 1:
         _join_logs([(record["log"], record["steps"]) for record in records], directory / "metrics.jsonl")
-    return sum(record["seconds"] for record in records)
+    return sum(elapsed(folder) for folder in stage_folders(plan, directory))
 
 
 def measure(

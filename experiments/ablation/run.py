@@ -1,58 +1,87 @@
-"""Run a grid: its unfinished cells one after another, then the report."""
+"""Run a grid: its unfinished cells, one after another or spread over processes and machines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from time import time
 from typing import Any
 
 from experiments.ablation import store
-from experiments.ablation.cell import run_cell
-from experiments.config import Evaluation, Grid
+from experiments.ablation.spread import Spread, Work, in_turn
+from experiments.config import CellConfig, Evaluation, Grid
 from experiments.data.emoji import LICENCE
 from experiments.distil import Setting, open_setting
 from experiments.evaluate.pictures import save_samples
 from mixers import registry
+from mixers.suggest import hint
 
 Report = Callable[[int, int, str, str, int, int], None]
 
 
-def run_grid(grid: Grid, directory: Path, report: Report) -> list[dict[str, Any]]:
+def run_grid(
+    grid: Grid,
+    directory: Path,
+    report: Report,
+    *,
+    only: str = "*",
+    spread: Spread = in_turn,
+    plugins: Sequence[Path] = (),
+    notes: Sequence[str] = (),
+) -> list[dict[str, Any]]:
     """Run every cell that is not finished; returns the records of the cells that ran.
 
     A cell that fails records its error and the others go on. Killed and started again with the
     same grid, finished cells are kept and the running one goes on from its last checkpoint; with a
-    changed grid, cells whose configuration is unchanged are kept.
+    changed grid, cells whose configuration is unchanged are kept. Two runs of one folder at once
+    share its cells.
 
     Args:
         grid: what to run.
         directory: receives grid.json, teacher/, cells/<id>/.
         report: called as (cells done, cells, label, phase, done, total).
+        only: run the variants whose name matches this pattern.
+        spread: how; `in_processes` and `on_ray` are others.
+        plugins: files that register mixers, for other processes; here they are loaded already.
+        notes: more lines of grid.json's notes, which the report shows.
+
+    Raises:
+        ValueError: no variant of that name, no such mixer, teacher or data.
     """
-    cells = grid.cells()
+    cells, since = chosen(grid, only), time()
     for variant in grid.variants:
         registry.entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
-    plan = grid.distillation
+    plan, work = grid.distillation, Work(directory.absolute(), since, tuple(path.absolute() for path in plugins))
     setting = open_setting(grid.teacher, grid.data, plan.image_size, plan.images, plan.all_sizes[1:])
-    store.write_json(directory / "grid.json", describe(grid))
+    described = describe(grid)
+    store.write_json(directory / "grid.json", {**described, "notes": [*described["notes"], *notes]})
     show_teacher(setting, grid.evaluation, directory / "teacher")
-    records = []
-    for number, cell in enumerate(cells):
-        folder = directory / "cells" / cell.id
-        if store.finished(folder):
-            continue
+    waiting = [cell for cell in cells if not store.finished(work.folder(cell))]
+    done, records = len(cells) - len(waiting), []
 
-        def tell(phase: str, done: int, total: int, number: int = number, label: str = cell.variant.label) -> None:
-            report(number, len(cells), label, phase, done, total)
+    def tell(cell: CellConfig, phase: str, step: int, steps: int) -> None:
+        report(done, len(cells), f"{cell.variant.label}, seed {cell.seed}", phase, step, steps)
 
-        try:
-            records.append(run_cell(cell, setting, folder, tell))
-        except Exception as error:
-            records.append(store.failure(cell.id, cell.variant.name, cell.seed, error))
-            store.write_json(folder / "result.json", records[-1])
-    report(len(cells), len(cells), "all cells", "done", 1, 1)
+    for record in spread(waiting, work, tell):
+        done += 1
+        records += [record] if record else []
+    report(done, len(cells), "all cells", "done", 1, 1)
     return records
+
+
+def chosen(grid: Grid, only: str = "*") -> list[CellConfig]:
+    """The cells of the variants whose name matches a wildcard pattern.
+
+    Raises:
+        ValueError: there is none.
+    """
+    cells = [cell for cell in grid.cells() if fnmatchcase(cell.variant.name, only)]
+    if not cells:
+        names = [variant.name for variant in grid.variants]
+        raise ValueError(f"No variant of {grid.name} matches {only!r}: it has {', '.join(names)}.{hint(only, names)}")
+    return cells
 
 
 def describe(grid: Grid) -> dict[str, Any]:
@@ -76,6 +105,7 @@ def describe(grid: Grid) -> dict[str, Any]:
         "seeds": list(grid.seeds),
         "reference": "teacher",
         "variants": variants,
+        "cells": [{"id": cell.id, "variant": cell.variant.name, "seed": cell.seed} for cell in grid.cells()],
         "protocol": {
             "distillation": grid.distillation.model_dump(mode="json"),
             "evaluation": evaluation.model_dump(mode="json"),

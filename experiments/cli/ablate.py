@@ -1,11 +1,18 @@
-"""`mixlab ablate`, `report` and `compatibility`: experiments from grid to page."""
+"""`mixlab ablate`, `status`, `report` and `compatibility`: experiments from grid to page."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Column, Table
 
 from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load, progress
 
@@ -16,11 +23,13 @@ def ablate(
     out: Out = Path("runs/ablation"),
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
+    only: Annotated[str, typer.Option(help="wildcard pattern: run the variants whose name matches")] = "*",
     seeds: Annotated[int | None, typer.Option(min=1, help="run seeds 0 … N−1 instead of the grid's")] = None,
     teacher: Annotated[str | None, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="cells at a time, each in a process with its share of cores")] = 1,
 ) -> None:
     """Run an ablation and build its report. Start it again after a stop: nothing is lost or done twice."""
-    from experiments.ablation import load_grid, run_grid
+    from experiments.ablation import in_processes, in_turn, load_grid, read_status, run_grid
     from experiments.config import override
     from experiments.report import build_report
 
@@ -30,22 +39,68 @@ def ablate(
         changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
         plan = plan.model_copy(update=changes)
         console.print(f"[bold]{plan.name}[/]: {plan.question}")
+        spread = partial(in_processes, count=workers) if workers > 1 else in_turn
         with progress() as bars:
-            cells = bars.add_task("cells", total=len(plan.cells()))
-            phase = bars.add_task("starting", total=1)
-
-            def show(done: int, total: int, label: str, what: str, step: int, steps: int) -> None:
-                bars.update(cells, completed=done, total=total)
-                bars.update(phase, description=f"{label}: {what}", completed=step, total=steps)
-
-            records = run_grid(plan, out, show)
+            records = run_grid(plan, out, _bars(bars), only=only, spread=spread, plugins=plugins)
         page = build_report(out)
     failed = [r for r in records if r["status"] == "failed"]
     for record in failed:
-        console.print(f"[red]failed[/] {record['cell']}: {record['error']}", soft_wrap=True)
+        console.print(f"[red]failed[/] {record['cell']}: {escape(record['error'])}", soft_wrap=True)
+    if elsewhere := read_status(out).counts["running"]:
+        console.print(f"{elsewhere} more cells are being done by another run of this folder: `mixlab status {out}`.")
     console.print(f"Report: {page.resolve()}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _bars(bars: Progress) -> Callable[[int, int, str, str, int, int], None]:
+    """A bar of all cells, and one for each cell that runs."""
+    cells, running = bars.add_task("cells", total=1), dict[str, TaskID]()
+
+    def show(done: int, total: int, label: str, phase: str, step: int, steps: int) -> None:
+        if done > bars.tasks[cells].completed:  # whichever it was; those that still run tell so again
+            for task in running.values():
+                bars.remove_task(task)
+            running.clear()
+        bars.update(cells, completed=done, total=total)
+        if label not in running:
+            running[label] = bars.add_task(label, total=1)
+        bars.update(running[label], description=f"{label}: {phase}", completed=step, total=steps)
+
+    return show
+
+
+@app.command()
+def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Show what of a run is done, running, failed and waiting, and how long is left."""
+    from experiments.ablation import read_status
+    from experiments.ablation.status import STATES
+
+    with clean_errors():
+        found = read_status(directory)
+    table = Table("variant", *(Column(state, justify="right") for state in STATES), Column("left", justify="right"))
+    for name, label in found.labels.items():
+        cells = [cell for cell in found.cells if cell.variant == name]
+        counts = [sum(cell.state == state for cell in cells) for state in STATES]
+        left = sum(cell.left for cell in cells)
+        table.add_row(escape(label), *(str(n) if n else "" for n in counts), _duration(left) if left else "")
+    table.add_section()
+    table.add_row("all", *map(str, found.counts.values()), _duration(sum(cell.left for cell in found.cells)))
+    console.print(table)
+    for cell in found.cells:
+        if cell.state in ("running", "failed"):
+            colour, seconds = "red" if cell.state == "failed" else "green", _duration(cell.seconds)
+            since = f" for {seconds}" if cell.state == "running" else ""
+            console.print(f"[{colour}]{cell.state}[/] {cell.id}{since}: {escape(cell.told)}", soft_wrap=True)
+    running, waiting = found.counts["running"], found.counts["waiting"]
+    if running:
+        console.print(f"{_duration(found.left)} left, {running} at a time.")
+    elif waiting:
+        console.print(f"Nothing is running: start the same command again for the {waiting} cells that wait.")
+
+
+def _duration(seconds: float) -> str:
+    return "?" if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Linear mixers made for images, each with its published causality.
 
 In their plain forms, which start from the teacher's projections; where the paper adds a convolution of the values over
-the image, a second row has it. VSSD and Hydra are normalised: as published they have a norm behind them, which the plain
-form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
+the image, a second row has it. VSSD and Hydra are normalised: as published they have a norm behind them, which the
+plain form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
 """
 
 from experiments.config import Grid, Variant

@@ -155,8 +155,16 @@ class CellConfig(Frozen):
     @property
     def id(self) -> str:
         """Readable name and the hash of the whole configuration."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return f"{self.variant.name}-s{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        return f"{self.variant.name}-s{self.seed}-{_hash(self.model_dump(mode='json'))}"
+
+    @property
+    def training(self) -> str:
+        """The hash of what the trained weights depend on: all but the evaluation, the name and the label."""
+        return _hash(self.model_dump(mode="json", exclude={"evaluation": True, "variant": {"name", "label"}}))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
 class Grid(Frozen):
@@ -223,6 +231,27 @@ def override(model: Model, settings: list[str]) -> Model:
                 node = node[known[key]]
         node[known[key]] = _value(text)
     return validated(type(model), tree)
+
+
+SIZES = frozenset({"image_size", "sizes", "shapes", "site_sizes", "sample_sizes", "speed_sizes"})
+
+
+def resized(grid: Grid, size: int) -> Grid:
+    """The grid with `size` px as its training pictures' side, and every other size in proportion."""
+    factor = size / grid.distillation.image_size
+
+    def times(value: Any) -> Any:
+        return [times(item) for item in value] if isinstance(value, list) else round(value * factor)
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        kept = {"options": node["options"]} if "options" in node else {}
+        return {key: times(value) if key in SIZES else walk(value) for key, value in node.items()} | kept
+
+    return validated(Grid, walk(grid.model_dump(mode="json")))
 
 
 def validated(kind: type[Model], tree: Any) -> Model:

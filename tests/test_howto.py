@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from experiments.ablation.grid import list_grids, load_grid
 from experiments.check import Result, show
 from experiments.cli import app
 from experiments.distil.objectives import list_objectives
@@ -25,8 +26,9 @@ from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("add_a_mixer.md", "check_a_mixer.md", "data.md", "distil.md")
-ADD, CHECK, DATA, DISTIL = (ROOT / "docs" / "howto" / name for name in PAGES)
+HOWTO = ROOT / "docs" / "howto"
+ADD, CHECK, DATA = HOWTO / "add_a_mixer.md", HOWTO / "check_a_mixer.md", HOWTO / "data.md"
+ABLATE, DISTIL = HOWTO / "run_an_ablation.md", HOWTO / "distil.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
@@ -288,3 +290,31 @@ def test_the_kit_s_page_lists_every_check() -> None:
     summaries = [" ".join((inspect.getdoc(f) or "").split("\n\n")[0].split()) for f in functions]
     wanted = [f"- `{f.__name__}`: {summary}" for f, summary in zip(functions, summaries, strict=True)]
     assert re.findall(r"^- `check_.*", CHECK.read_text(encoding="utf-8"), re.M) == wanted
+
+
+def test_the_table_of_grids_is_true() -> None:
+    told = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \|$", ABLATE.read_text(encoding="utf-8"), re.M)
+    rows = {name: sum(variant.trained for variant in load_grid(name).variants) for name in list_grids()}
+    assert {name: int(count) for name, count in told} == {name: rows[name] for name, _ in told}
+    assert rows.keys() - dict(told).keys() == {"compatibility", "demo"}
+
+
+@pytest.mark.slow  # two runs of a few steps
+def test_the_page_of_ablations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_mixers()
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.chdir(tmp_path)
+    files = {"my_mixer.py": blocks(ADD, "python")[0]}
+    files |= dict(zip(("my_grid.py", "against.py"), blocks(ABLATE, "python"), strict=True))
+    for name, code in files.items():
+        Path(name).write_text(code, encoding="utf-8")
+    lines = [line for line in "".join(blocks(ABLATE, "bash")).splitlines() if ".py" in line]
+    assert len(lines) == 2
+    rows = ("linear attention, non-causal, normalised", "power attention, non-causal, normalised")
+    for line, row in zip(lines, rows, strict=True):
+        command = shlex.split(line.replace(" --budget 5m", ""))[1:]  # which would take five minutes
+        shorter = [part for setting in TINY for part in ("--set", setting)]
+        done = CliRunner().invoke(app, [*command, *shorter])
+        assert done.exit_code == 0, done.output
+        assert row in Path(command[-1], "report", "index.html").read_text(encoding="utf-8")
+    assert CliRunner().invoke(app, ["ablate", "my_grid.py", "--budget", "5 minutes"]).exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -11,8 +12,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from experiments.ablation import store
-from experiments.config import CellConfig
-from experiments.distil import Setting, build_student, run_stages
+from experiments.config import CellConfig, Grid
+from experiments.distil import Setting, build_student, open_setting, run_stages
 from experiments.distil.student import seeded, stage_folders
 from experiments.evaluate.fidelity import fidelity
 from experiments.evaluate.pictures import mixing_matrix, save_samples
@@ -22,25 +23,31 @@ from unet_adapters import MixerAdapter
 
 Report = Callable[[str, int, int], None]
 
+METRICS, TRAINED = "metrics.jsonl", "trained.json"
+
+
+def setting_of(config: CellConfig | Grid) -> Setting:
+    """The teacher and the pictures of a cell, or of a grid, whose cells share them."""
+    plan = config.distillation
+    return open_setting(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
+
 
 def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Report) -> dict[str, Any]:
     """Distil and measure one variant; the record is also written to `directory/result.json`, last.
 
     Args:
         config: the cell; its JSON is written first.
-        setting: the teacher and its data, as `open_setting` gives them.
+        setting: the teacher and its data, as `setting_of` gives them.
         directory: of this cell; an unfinished training there is taken up where it stopped.
         report: called as (phase, done, total).
     """
     store.write_json(directory / "config.json", config.model_dump(mode="json"))
     began, variant, plan = perf_counter(), config.variant, config.distillation
-    adapter = build_student(setting.teacher, variant.mixer, variant, plan, config.seed)
+    adapter, seconds = student(config, setting, directory, report)
     try:
-        seconds = distil(config, setting, adapter, directory, report)
         record = measure(config, setting, adapter, directory, report)
     finally:
         adapter.unmount()
-    adapter.save_pretrained(directory / "adapter")
     trained = sum(p.numel() for p in adapter.student.parameters()) if variant.trained else 0
     steps = sum(stage.fit.steps for stage in plan.stages) if variant.trained else 0
     result = {
@@ -61,6 +68,26 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
     return result
 
 
+def student(config: CellConfig, setting: Setting, directory: Path, report: Report) -> tuple[MixerAdapter, float]:
+    """The trained adapter, not mounted, and the seconds of its training.
+
+    Where this cell or one beside it, which differs in nothing but the evaluation, is trained, that is read back.
+    """
+    beside = directory.parent.glob(f"*/{TRAINED}")
+    known = next((path for path in beside if store.read_json(path).get("training") == config.training), None)
+    if known is not None:
+        adapter = MixerAdapter.from_pretrained(known.with_name("adapter"), setting.pipe)
+        if known.parent != directory:
+            shutil.copy(known.with_name(METRICS), directory / METRICS)
+        return adapter, float(store.read_json(known)["seconds"])
+    adapter = build_student(setting.teacher, config.variant.mixer, config.variant, config.distillation, config.seed)
+    seconds = distil(config, setting, adapter, directory, report)
+    adapter.save_pretrained(directory / "adapter")
+    if config.variant.trained:
+        store.write_json(directory / TRAINED, {"training": config.training, "seconds": seconds})
+    return adapter, seconds
+
+
 def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> float:
     """Train the adapter in place; returns the seconds spent, those before a stop included."""
     if not config.variant.trained:
@@ -75,7 +102,7 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
         lambda _, done, steps, __: report("distil", done, steps),
     )
     if len(records) > 1:
-        _join_logs([(record["log"], record["steps"]) for record in records], directory / "metrics.jsonl")
+        _join_logs([(record["log"], record["steps"]) for record in records], directory / METRICS)
     return sum(elapsed(folder) for folder in stage_folders(plan, directory))
 
 

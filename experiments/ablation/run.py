@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import time
 from typing import Any
 
 from experiments.ablation import store
+from experiments.ablation.budget import note
+from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import Spread, Work, in_turn
 from experiments.config import CellConfig, Evaluation, Grid
 from experiments.data.emoji import LICENCE
-from experiments.distil import Setting, open_setting
+from experiments.distil import Setting
 from experiments.evaluate.pictures import save_samples
 from mixers import registry
 from mixers.suggest import hint
@@ -28,7 +30,7 @@ def run_grid(
     only: str = "*",
     spread: Spread = in_turn,
     plugins: Sequence[Path] = (),
-    notes: Sequence[str] = (),
+    budget: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Run every cell that is not finished; returns the records of the cells that ran.
 
@@ -44,7 +46,7 @@ def run_grid(
         only: run the variants whose name matches this pattern.
         spread: how; `in_processes` and `on_ray` are others.
         plugins: files that register mixers, for other processes; here they are loaded already.
-        notes: more lines of grid.json's notes, which the report shows.
+        budget: what scaled the grid, as `fit_budget` gives it; kept in grid.json, and told in its notes.
 
     Raises:
         ValueError: no variant of that name, no such mixer, teacher or data.
@@ -53,10 +55,8 @@ def run_grid(
     for variant in grid.variants:
         registry.entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
-    plan, work = grid.distillation, Work(directory.absolute(), since, tuple(path.absolute() for path in plugins))
-    setting = open_setting(grid.teacher, grid.data, plan.image_size, plan.images, plan.all_sizes[1:])
-    described = describe(grid)
-    store.write_json(directory / "grid.json", {**described, "notes": [*described["notes"], *notes]})
+    work, setting = Work(directory.absolute(), since, tuple(path.absolute() for path in plugins)), setting_of(grid)
+    store.write_json(directory / "grid.json", describe(grid, budget))
     show_teacher(setting, grid.evaluation, directory / "teacher")
     waiting = [cell for cell in cells if not store.finished(work.folder(cell))]
     done, records = len(cells) - len(waiting), []
@@ -84,7 +84,7 @@ def chosen(grid: Grid, only: str = "*") -> list[CellConfig]:
     return cells
 
 
-def describe(grid: Grid) -> dict[str, Any]:
+def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """grid.json: what the report needs to know of the grid; variants with their defaults filled in."""
     evaluation = grid.evaluation
     variants = []
@@ -111,7 +111,8 @@ def describe(grid: Grid) -> dict[str, Any]:
             "evaluation": evaluation.model_dump(mode="json"),
         },
         "environment": store.environment(),
-        "notes": [LICENCE] if grid.data == "emoji" else [],
+        "notes": [*([LICENCE] if grid.data == "emoji" else []), *([note(budget)] if budget else [])],
+        "budget": dict(budget) if budget else None,
     }
 
 

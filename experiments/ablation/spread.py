@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from experiments.ablation import store
-from experiments.ablation.cell import run_cell
+from experiments.ablation.cell import run_cell, setting_of
 from experiments.config import CellConfig
-from experiments.distil import open_setting
 from mixers.registry import load_plugin
 
 Record = dict[str, Any]
@@ -59,15 +58,14 @@ def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
     Returns:
         The record, or None where there was nothing to do here.
     """
-    folder, plan = work.folder(cell), cell.distillation
+    folder = work.folder(cell)
     with store.claim(folder) as ours:
         if not ours or store.settled(folder, work.since):
             return None
         try:
             with store.noted(folder, tell) as note:
                 note("load", 0, 1)
-                setting = open_setting(cell.teacher, cell.data, plan.image_size, plan.images, plan.all_sizes[1:])
-                return run_cell(cell, setting, folder, note)
+                return run_cell(cell, setting_of(cell), folder, note)
         except Exception as error:
             return record_failure(cell, folder, error)
 

@@ -67,7 +67,9 @@ def read_status(directory: Path) -> RunStatus:
     """
     grid = store.read_json(directory / "grid.json")
     if not grid.get("cells"):
-        raise ValueError(f"{directory} is no run's folder: expected a grid.json there, as `mixlab ablate` writes it.")
+        raise ValueError(
+            f"{directory} is no run's folder: expected a grid.json with cells there, as `mixlab ablate` writes it."
+        )
     found = [(row, *_look(directory / "cells" / row["id"])) for row in grid["cells"]]
     took: dict[str | None, list[float]] = {}
     for row, state, notes in found:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,10 @@ from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
 from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load, progress
+
+if TYPE_CHECKING:
+    from experiments.ablation.spread import Spread
+    from experiments.config import Grid
 
 
 @app.command()
@@ -26,22 +30,34 @@ def ablate(
     only: Annotated[str, typer.Option(help="wildcard pattern: run the variants whose name matches")] = "*",
     seeds: Annotated[int | None, typer.Option(min=1, help="run seeds 0 … N−1 instead of the grid's")] = None,
     teacher: Annotated[str | None, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="cells at a time, each in a process with its share of cores")] = 1,
+    size: Annotated[int | None, typer.Option(min=8, help="side of the training pictures; all sizes scale")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="cells at a time, in processes that share the cores")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="address of a Ray cluster that does the cells; 'auto' finds it")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="time for all of it, as 30m: scales every cell's steps")] = None,
 ) -> None:
     """Run an ablation and build its report. Start it again after a stop: nothing is lost or done twice."""
-    from experiments.ablation import in_processes, in_turn, load_grid, read_status, run_grid
-    from experiments.config import override
+    from experiments.ablation import chosen, fit_budget, parse_duration, read_status, run_grid
     from experiments.report import build_report
 
     load(plugins)
     with clean_errors():
-        plan = override(load_grid(grid), settings)
-        changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
-        plan = plan.model_copy(update=changes)
+        seconds = None if budget is None else parse_duration(budget)
+        plan = _plan(grid, settings, seeds, teacher, size)
         console.print(f"[bold]{plan.name}[/]: {plan.question}")
-        spread = partial(in_processes, count=workers) if workers > 1 else in_turn
+        spread = _spread(workers, ray, budget)
+        kept = None
         with progress() as bars:
-            records = run_grid(plan, out, _bars(bars), only=only, spread=spread, plugins=plugins)
+            show = _bars(bars)
+            if seconds is not None:
+                plan, kept = fit_budget(
+                    plan, chosen(plan, only), seconds, workers or 1, out, partial(show, 0, 1, "budget")
+                )
+                console.print(f"Every cell's steps times {kept['factor']:g}, for {budget}.")
+            records = run_grid(plan, out, show, only=only, spread=spread, plugins=plugins, budget=kept)
         page = build_report(out)
     failed = [r for r in records if r["status"] == "failed"]
     for record in failed:
@@ -51,6 +67,27 @@ def ablate(
     console.print(f"Report: {page.resolve()}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _plan(name: str, settings: list[str], seeds: int | None, teacher: str | None, size: int | None) -> Grid:
+    from experiments.ablation import load_grid
+    from experiments.config import override, resized
+
+    plan = load_grid(name)
+    plan = override(resized(plan, size) if size else plan, settings)
+    changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
+    return plan.model_copy(update=changes)
+
+
+def _spread(workers: int | None, ray: str | None, budget: str | None) -> Spread:
+    from experiments.ablation import in_processes, in_turn
+    from experiments.ablation.on_ray import on_ray
+
+    if ray and budget and not workers:
+        raise ValueError("With --ray a --budget needs --workers: how many cells the cluster does at a time.")
+    if ray:
+        return partial(on_ray, address=ray, count=workers)
+    return partial(in_processes, count=workers) if workers and workers > 1 else in_turn
 
 
 def _bars(bars: Progress) -> Callable[[int, int, str, str, int, int], None]:

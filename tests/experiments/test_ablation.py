@@ -134,3 +134,30 @@ def test_bad_input_never_gives_a_traceback(arguments: list[str], tmp_path: Path)
     assert outcome.exit_code == 2
     assert "error" in outcome.output
     assert "Traceback" not in outcome.output
+
+
+def test_what_is_trained_is_evaluated_anew_without_training_again(grid: Grid, tmp_path: Path) -> None:
+    only = grid.model_copy(update={"variants": grid.variants[1:2]})
+    first = run_grid(only, tmp_path, quiet)[0]
+    phases: list[str] = []
+    again = override(only, ["evaluation.sizes=[64]"])
+    second = run_grid(again, tmp_path, lambda *event: phases.append(event[3]))[0]
+    assert "sample" in phases and "distil" not in phases
+    assert second["cell"] != first["cell"]
+    for same in ("steps", "trained_parameters", "train_seconds"):
+        assert second[same] == first[same] > 0
+    assert second["fidelity"][0]["error_to_teacher"] == first["fidelity"][0]["error_to_teacher"]
+    logs = [(tmp_path / "cells" / record["cell"] / "metrics.jsonl").read_text() for record in (first, second)]
+    assert logs[0] == logs[1] != ""
+    assert run_grid(override(again, ["seeds=[1]"]), tmp_path, quiet)[0]["train_seconds"] != first["train_seconds"]
+
+
+def test_a_training_is_known_by_all_that_its_weights_depend_on(grid: Grid) -> None:
+    def trainings(*settings: str) -> set[str]:
+        return {cell.training for cell in override(grid, list(settings)).cells()}
+
+    assert len(trainings()) == 3
+    assert trainings("evaluation.images=3", "variants.1.name=other", "variants.1.label=other") == trainings()
+    for setting in ("seeds=[1]", "distillation.fit.steps=7", "distillation.images=9", "data=folder"):
+        assert not trainings(setting) & trainings()
+    assert len(trainings("variants.1.min_tokens=64") & trainings()) == 2

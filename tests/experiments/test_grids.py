@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from experiments.ablation import load_grid
 from experiments.ablation.grid import list_grids
 from experiments.ablation.product import distinct, product
-from experiments.config import Variant
+from experiments.config import Variant, resized
 from experiments.teacher.load import EMBEDDED
 from mixers import list_mixers, registry
 from unet_adapters import MixerAdapter
@@ -69,3 +69,14 @@ def test_the_family_says_no_row_twice() -> None:
     forms = {form(v) for v in load_grid("family").variants}
     assert ("linfusion", "bidirectional", True) not in forms, "without an order it is the non-causal row"
     assert ("mamba", "bidirectional", True) in forms
+
+
+@pytest.mark.parametrize("name", list_grids())
+def test_a_grid_takes_the_size_of_another_teacher(name: str) -> None:
+    grid = load_grid(name)
+    larger = resized(grid, 512)
+    assert larger.distillation.image_size == 512
+    assert larger.evaluation.sizes == tuple(8 * size for size in grid.evaluation.sizes)
+    assert larger.distillation.all_sizes == tuple(8 * size for size in grid.distillation.all_sizes)
+    assert [v.options for v in larger.variants] == [v.options for v in grid.variants]
+    assert resized(larger, 64) == grid

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments.ablation import in_processes, read_status, run_grid, store
-from experiments.ablation.spread import Work, attempt, in_turn, threads
+from experiments.ablation.on_ray import on_ray
+from experiments.ablation.spread import Record, Work, attempt, in_turn, threads
 from experiments.cli import app
 from experiments.config import Grid, Variant
-from mixers import registry
+from mixers import list_mixers, registry
 from mixers.registry import load_plugin
 from tests.experiments.test_ablation import quiet
 
@@ -29,7 +30,9 @@ def test_a_claim_holds_while_it_is_held_and_ends_with_its_process(tmp_path: Path
             assert not twice
         assert store.claimed(tmp_path), "a refused claim takes nothing away"
     assert not store.claimed(tmp_path)
-    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    code = (
+        "import filelock as f, sys; lock = f.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / store.LOCK)],
         stdin=subprocess.PIPE,
@@ -95,7 +98,7 @@ def test_cores_are_shared_out() -> None:
 
 
 MORTAL = """
-import os, signal
+import os, signal, sys
 from pathlib import Path
 import torch
 from mixers import register_mixer
@@ -107,6 +110,9 @@ class Mortal(LinearAttention):
 
     def mix(self, streams):
         type(self).calls += torch.is_grad_enabled()
+        if ray := sys.modules.get("ray"):
+            node = ray.get_runtime_context().get_node_id()
+            Path(__file__).with_name(f"node-{node}").touch()
         if type(self).calls > self.after and self.dies():
             os.kill(os.getpid(), signal.SIGKILL)
         return super().mix(streams)
@@ -130,39 +136,65 @@ class Always(Mortal):
 """
 
 
-@pytest.mark.slow  # five processes begin
-def test_a_worker_that_dies_loses_minutes_and_no_result(
-    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plug-in of mixers that kill their process in training, registered for one test."""
+    list_mixers()
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     plugin = tmp_path / "mortal.py"
     plugin.write_text(MORTAL, encoding="utf-8")
     load_plugin(plugin)
-    names = ("dies_once", "dies_always", "linear_attention")
-    variants = tuple(Variant(name=name, label=name, mixer=name) for name in names)
-    deadly = grid.model_copy(update={"variants": variants})
-    records = {
-        record["variant"]: record
-        for record in run_grid(deadly, tmp_path / "run", quiet, spread=partial(in_processes, count=2), plugins=[plugin])
-    }
-    assert {name: record["status"] for name, record in records.items()} == {
-        "dies_once": "done",
-        "dies_always": "failed",
-        "linear_attention": "done",
-    }
-    assert "died 2 times, the last time by SIGKILL" in records["dies_always"]["error"]
+    return plugin
+
+
+@pytest.mark.slow  # five processes begin
+def test_a_worker_that_dies_loses_minutes_and_no_result(grid: Grid, tmp_path: Path, mortal: Path) -> None:
+    deadly = _deadly(grid, "dies_once", "dies_always", "linear_attention")
+    records = run_grid(deadly, tmp_path / "run", quiet, spread=partial(in_processes, count=2), plugins=[mortal])
+    _check_deaths(tmp_path, records, "its process died 2 times, the last time by SIGKILL")
+
+
+@pytest.mark.slow  # a cluster begins, and its processes
+def test_a_cluster_of_two_nodes_does_the_cells_and_outlives_a_death(grid: Grid, tmp_path: Path, mortal: Path) -> None:
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra `ray` is not installed")
+    deadly = _deadly(grid, "dies_once", "dies_always", "linear_attention")
+    cluster = cluster_utils.Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=80_000_000, include_dashboard=False)
+        spread = partial(on_ray, address=cluster.address)
+        records = run_grid(deadly, tmp_path / "run", quiet, spread=spread, plugins=[mortal])
+        assert run_grid(deadly, tmp_path / "run", quiet, only="linear*", spread=spread) == []
+    finally:
+        cluster.shutdown()
+    _check_deaths(tmp_path, records, "its process or node died 2 times")
+    assert len(list(tmp_path.glob("node-*"))) == 2, "both nodes had cells"
+
+
+def test_no_cluster_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    with pytest.raises(ValueError, match="No Ray cluster at 'nowhere:1'"):
+        list(on_ray([], Work(tmp_path, 0.0), lambda *_: None, "nowhere:1"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'linear-token-mixers\[ray\]'"):
+        list(on_ray([], Work(tmp_path, 0.0), lambda *_: None, "auto"))
+
+
+def _deadly(grid: Grid, *mixers: str) -> Grid:
+    return grid.model_copy(update={"variants": tuple(Variant(name=name, label=name, mixer=name) for name in mixers)})
+
+
+def _check_deaths(tmp_path: Path, records: list[Record], told: str) -> None:
+    """One cell died once and went on as if nothing had happened, one died twice, and the third did not care."""
+    found = {record["variant"]: record for record in records}
+    states = {name: record["status"] for name, record in found.items()}
+    assert states == {"dies_once": "done", "dies_always": "failed", "linear_attention": "done"}, found
+    assert told in found["dies_always"]["error"]
     assert (tmp_path / "dead").exists()
-    steps = [json.loads(line)["step"] for line in _log(tmp_path, records["dies_once"])]
-    assert steps == [2, 4, 6]
-    weights = [_weights(tmp_path, records[name]) for name in ("dies_once", "linear_attention")]
-    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 0
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0]), "as if nothing had happened"
+    folders = [tmp_path / "run" / "cells" / found[name]["cell"] for name in ("dies_once", "linear_attention")]
+    for folder in folders:
+        assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
+    died, lived = (load_file(folder / "adapter" / "adapter.safetensors") for folder in folders)
+    assert died.keys() == lived.keys() and len(died) > 0
+    assert all(died[name].equal(lived[name]) for name in died)
     assert read_status(tmp_path / "run").counts["failed"] == 1
-
-
-def _log(tmp_path: Path, record: dict) -> list[str]:
-    return (tmp_path / "run" / "cells" / record["cell"] / "metrics.jsonl").read_text().splitlines()
-
-
-def _weights(tmp_path: Path, record: dict) -> dict:
-    return load_file(tmp_path / "run" / "cells" / record["cell"] / "adapter" / "adapter.safetensors")

@@ -1,0 +1,68 @@
+"""A budget scales every cell alike, once, and says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.ablation import chosen, fit_budget, load_grid, parse_duration
+from experiments.ablation.budget import scaled
+from experiments.cli import app
+from experiments.config import Grid, Term, Variant
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("1d", 86400)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "30 m", "-3m", "0s", "soon", "3m!"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="Expected a time as 90s"):
+        parse_duration(text)
+
+
+def test_every_stage_of_every_row_is_scaled_alike() -> None:
+    grid = load_grid("objectives")
+    assert scaled(grid, 1.0) == grid
+    half = scaled(grid, 0.5)
+    for cell, shorter in zip(grid.cells(), half.cells(), strict=True):
+        steps = [stage.fit.steps for stage in cell.distillation.stages]
+        assert [stage.fit.steps for stage in shorter.distillation.stages] == [round(n / 2) for n in steps]
+        assert shorter.distillation.fit.warmup == round(cell.distillation.fit.warmup / 2)
+    assert all(stage.fit.steps == 1 for stage in scaled(grid, 0.0).distillation.stages)
+
+
+def test_what_starts_later_starts_at_the_same_share(grid: Grid) -> None:
+    objectives = {"noise": Term(), "output": Term(start=3, ramp=2)}
+    later = grid.distillation.model_copy(update={"objectives": objectives})
+    longer = scaled(grid.model_copy(update={"distillation": later}), 10).distillation
+    assert longer.fit.steps == 60 and longer.objectives["output"] == Term(start=30, ramp=20)
+
+
+def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path) -> None:
+    broken = Variant(name="broken", label="broken", mixer="linear_attention", options={"nope": 1})
+    variants = [v.model_dump() for v in (grid.variants[1], broken)]
+    file = tmp_path / "mine.py"
+    source = {**grid.model_dump(), "variants": variants}
+    file.write_text(f"from experiments.config import Grid\nGRID = Grid.model_validate({source!r})\n", encoding="utf-8")
+    out = tmp_path / "run"
+    command = ["ablate", str(file), "--out", str(out), "--budget", "10s"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "failed broken" in done.output, done.output  # the others ran
+    described = json.loads((out / "grid.json").read_text())
+    factor = described["budget"]["factor"]
+    assert factor > 0 and f"scaled the training steps of every cell by {factor:g}." in described["notes"][-1]
+    assert described["protocol"]["distillation"]["fit"]["steps"] == max(1, round(6 * factor))
+    assert f"by {factor:g}" in (out / "report" / "index.html").read_text()
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1
+    assert json.loads((out / "grid.json").read_text())["cells"] == described["cells"], "the same cells"
+
+
+def test_a_budget_that_is_too_short_says_what_is_needed(grid: Grid, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"A budget of 0:00:00.0.* is too short for 1 cells.*Expected 0:01"):
+        fit_budget(grid, chosen(grid, "linear"), 0.01, 1, tmp_path, lambda *_: None)

@@ -127,19 +127,42 @@ class Variant(MixerChoice):
     distillation: Distillation | None = None
 
 
+class Metrics(Frozen):
+    """Pictures drawn by student and teacher for Fréchet and kernel distance and text-image score."""
+
+    images: int = Field(32, ge=0, description="captions that are drawn; 0: no metric is measured")
+    sizes: tuple[int, ...] = (64,)
+    features: tuple[str, ...] = Field(("embedded",), description="networks: embedded, clip:WHERE, inception[:FILE]")
+    data: str | None = Field(None, description="true pictures and captions, or coco:FOLDER; None: the training split")
+    guidances: tuple[float, ...] = Field((), description="a sweep; (): the evaluation's guidance alone")
+    batch_size: int = Field(16, gt=0)
+
+
 class Evaluation(Frozen):
     """What is measured of a trained student, the same for every variant."""
 
-    sizes: tuple[int, ...] = (64, 128, 256)
-    images: int = Field(8, gt=0)
+    sizes: tuple[int, ...] = (64, 128, 256, 512)
+    shapes: tuple[tuple[int, int], ...] = Field(((64, 128), (128, 64)), description="further (height, width)")
+    site_sizes: tuple[int, ...] = Field((64, 256), description="of sizes: where each site is compared, too")
+    images: int = Field(8, gt=0, description="held-out pictures; 1 beyond four times the smallest size")
     timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
     prompts: tuple[str, ...] = ()
     sample_sizes: tuple[int, ...] = (64, 128, 256)
     sample_steps: int = Field(20, gt=0)
     guidance: float = Field(3.0, ge=1)
+    metrics: Metrics = Metrics()
     speed_sizes: tuple[int, ...] = (64, 128, 256, 512)
     speed_repeats: int = Field(3, gt=0)
     seed: int = 0
+
+    @property
+    def extents(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of everything that is compared with the teacher."""
+        return tuple(dict.fromkeys([*((size, size) for size in self.sizes), *self.shapes]))
+
+    def images_at(self, height: int, width: int) -> int:
+        """How many held-out pictures are compared at a size."""
+        return self.images if max(height, width) <= 4 * min(map(min, self.extents)) else 1
 
 
 class CellConfig(Frozen):

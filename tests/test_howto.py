@@ -32,6 +32,7 @@ ABLATE, DISTIL = HOWTO / "run_an_ablation.md", HOWTO / "distil.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
+    *("evaluation.shapes=[]", "evaluation.metrics.images=0"),
     *("evaluation.sizes=[64,128]", "evaluation.images=1", "evaluation.timesteps=[500]", "evaluation.sample_sizes=[64]"),
     *(
         'evaluation.prompts=["red apple, teal background"]',

@@ -15,8 +15,9 @@ from experiments.ablation import store
 from experiments.config import CellConfig, Grid
 from experiments.distil import Setting, build_student, open_setting, run_stages
 from experiments.distil.student import seeded, stage_folders
-from experiments.evaluate.fidelity import fidelity
-from experiments.evaluate.pictures import mixing_matrix, save_samples
+from experiments.evaluate.fidelity import agreement
+from experiments.evaluate.inside import look_inside
+from experiments.evaluate.pictures import save_samples
 from experiments.evaluate.speed import speed
 from experiments.training import elapsed, forget
 from unet_adapters import MixerAdapter
@@ -109,13 +110,12 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
 def measure(
     config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report
 ) -> dict[str, Any]:
-    """Fidelity, mixing matrix, samples, time and memory of the trained student."""
+    """All that the record has of a trained student, and its arrays and samples beside it."""
     plan = config.evaluation
     report("compare", 0, 4)
-    record: dict[str, Any] = {"fidelity": fidelity(setting, adapter, plan)}
+    record: dict[str, Any] = agreement(setting, adapter, plan)
     report("look inside", 1, 4)
-    matrix = mixing_matrix(setting, adapter, config.distillation.image_size)
-    save_file({"mixing_matrix": matrix.contiguous()}, directory / "arrays.safetensors")
+    save_file(look_inside(setting, adapter, config.distillation.image_size), directory / "arrays.safetensors")
     report("sample", 2, 4)
     with adapter.mounted():
         save_samples(setting.pipe, plan, directory / "samples")

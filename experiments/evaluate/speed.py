@@ -1,37 +1,81 @@
-"""Time and memory of one UNet forward against the number of tokens."""
+"""Time, memory, operations and state of one UNet forward against the number of tokens."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from experiments.bench.memory import peak_bytes
-from experiments.bench.timing import seconds
+from experiments.bench.timing import interleaved
 from experiments.config import Evaluation
+from experiments.distil.objective import autocast
 from experiments.distil.setting import Setting
 from unet_adapters import MixerAdapter
 
+Row = dict[str, float | int | None]
+
 
 @torch.no_grad()
-def speed(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> list[dict[str, float | int | None]]:
-    """Median seconds (and their range) of a UNet forward with the adapter mounted, batch 1, and its peak memory.
+def speed(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> list[Row]:
+    """A UNet forward with the adapter mounted, batch 1, at each of `speed_sizes`.
 
-    `tokens` counts those of the largest self-attention. Memory is what `peak_bytes` tells.
+    tokens: latents' pixels, which are the tokens of the largest self-attention.
+    seconds, spread: median and range over turns, in which all sizes are timed one after the other.
+    peak_bytes: what `peak_bytes` tells.
+    flops: multiply-adds × 2; the UNet's as torch counts them, the mixers' by their formula, whatever the backend.
+    state_size: the numbers that the mixers carry from token to token, summed over sites.
     """
-    unet, pipe = setting.pipe.unet, setting.pipe
-    device, text = str(pipe.device), setting.states[:1]
-    rows: list[dict[str, float | int | None]] = []
-    with adapter.mounted():
-        for size in config.speed_sizes:
-            side = size // pipe.vae_scale_factor
-            noisy = torch.randn(1, unet.config.in_channels, side, side, device=pipe.device)
-
-            def forward(noisy: torch.Tensor = noisy) -> object:
-                return unet(noisy, 500, text)
-
-            peak = peak_bytes(forward, device)
-            times = [seconds(forward, 1, device) for _ in range(config.speed_repeats)]
-            median, spread = statistics.median(times), max(times) - min(times)
-            rows.append({"size": size, "tokens": side * side, "seconds": median, "spread": spread, "peak_bytes": peak})
+    device, factor = str(setting.pipe.device), setting.pipe.vae_scale_factor
+    forwards = {size: _forward(setting, size // factor) for size in config.speed_sizes}
+    with adapter.mounted(), autocast(setting.teacher):
+        times = interleaved({str(s): run for s, run in forwards.items()}, config.speed_repeats, 1, device=device)
+        rows: list[Row] = []
+        for size, run in forwards.items():
+            turns = times[str(size)]
+            rows.append(
+                {
+                    "size": size,
+                    "tokens": (size // factor) ** 2,
+                    "seconds": statistics.median(turns),
+                    "spread": max(turns) - min(turns),
+                    "peak_bytes": peak_bytes(run, device),
+                    **cost(adapter, size, run),
+                }
+            )
     return rows
+
+
+def cost(adapter: MixerAdapter, size: int, run: Callable[[], object]) -> Row:
+    """flops and state_size of one forward `run`, of a picture of `size` px, with the adapter mounted."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        run()
+    counts = counter.get_flop_counts()
+    tokens = {row.site: row.tokens for row in adapter.status((size, size))}
+    flops, state = counter.get_total_flops(), 0
+    for site, mixer in adapter.mixers.items():
+        length = tokens[site]
+        if length is None:
+            return {"flops": None, "state_size": None}
+        counted = counts.get(f"{type(adapter.unet).__name__}.{site}", {})
+        flops += mixer.flops(length) - sum(counted.values())
+        state += mixer.state_size(length)
+    return {"flops": flops, "state_size": state}
+
+
+def _forward(setting: Setting, side: int) -> Callable[[], object]:
+    teacher = setting.teacher
+    noisy = torch.randn(1, teacher.unet.config.in_channels, side, side, device=teacher.device)
+    steps = torch.full((1,), 500, device=teacher.device)
+    conditions = {name: value[:1] for name, value in next(iter(setting.encoded.sizes.values())).items()}
+    return partial(teacher.predict, noisy, steps, conditions)
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts the GPU's only

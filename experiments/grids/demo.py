@@ -1,6 +1,6 @@
 """Which features of a linear mixer matter for images? Normalisation × causality, within ten minutes on two cores."""
 
-from experiments.config import Distillation, Evaluation, Grid, Variant
+from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
 from experiments.training import FitConfig
 
 _LINEAR = [
@@ -29,7 +29,10 @@ GRID = Grid(
     distillation=Distillation(
         fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
     ),
-    evaluation=Evaluation(
+    evaluation=Evaluation(  # what ten minutes allow
+        sizes=(64, 128, 256),
+        shapes=(),
+        metrics=Metrics(images=0),
         sample_steps=12,
         prompts=(
             "red apple, teal background",

@@ -5,7 +5,7 @@ of batch 16, measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's
 0.27 s (no gradient goes through the UNet); a step of batch 96 is 2.8 s.
 """
 
-from experiments.config import Distillation, Evaluation, Grid, Stage, Variant
+from experiments.config import Distillation, Evaluation, Grid, Metrics, Stage, Variant
 from experiments.grids import SEEDS, SOFTMAX, fit, ours, terms
 
 _PUBLISHED = terms(noise=1.0, output=0.5, features=0.5)
@@ -50,6 +50,9 @@ GRID = Grid(
     seeds=SEEDS,
     distillation=Distillation(fit=fit(146), images=_IMAGES),
     evaluation=Evaluation(
+        sizes=(64, 128, 256),
+        shapes=(),
+        metrics=Metrics(images=0),
         speed_sizes=(64,),
         speed_repeats=1,
         sample_sizes=(64,),

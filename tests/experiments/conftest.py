@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Distillation, Evaluation, Grid, Variant
+from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import train_teacher
 from experiments.training import FitConfig
@@ -45,6 +45,8 @@ def grid(tiny_teacher: Path) -> Grid:
         ),
         evaluation=Evaluation(
             sizes=(64, 128),
+            shapes=(),
+            metrics=Metrics(images=0),
             images=2,
             timesteps=(500,),
             prompts=("red apple, teal background",),

@@ -131,10 +131,10 @@ class Metrics(Frozen):
     """Pictures drawn by student and teacher for Fréchet and kernel distance and text-image score."""
 
     images: int = Field(32, ge=0, description="captions that are drawn; 0: no metric is measured")
-    sizes: tuple[int, ...] = (64,)
+    sizes: tuple[int, ...] = Field((64,), description="that are drawn")
+    resize: int | None = Field(None, gt=0, description="of all pictures, true ones too, before a network; None: not")
     features: tuple[str, ...] = Field(("embedded",), description="networks: embedded, clip:WHERE, inception[:FILE]")
     data: str | None = Field(None, description="true pictures and captions, or coco:FOLDER; None: the training split")
-    guidances: tuple[float, ...] = Field((), description="a sweep; (): the evaluation's guidance alone")
     batch_size: int = Field(16, gt=0)
 
 
@@ -150,6 +150,7 @@ class Evaluation(Frozen):
     sample_sizes: tuple[int, ...] = (64, 128, 256)
     sample_steps: int = Field(20, gt=0)
     guidance: float = Field(3.0, ge=1)
+    guidances: tuple[Annotated[float, Field(ge=1)], ...] = Field((), description="a sweep's others, of all pictures")
     metrics: Metrics = Metrics()
     speed_sizes: tuple[int, ...] = (64, 128, 256, 512)
     speed_repeats: int = Field(3, gt=0)
@@ -159,6 +160,11 @@ class Evaluation(Frozen):
     def extents(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of everything that is compared with the teacher."""
         return tuple(dict.fromkeys([*((size, size) for size in self.sizes), *self.shapes]))
+
+    @property
+    def all_guidances(self) -> tuple[float, ...]:
+        """`guidance`, and the others of a sweep."""
+        return tuple(dict.fromkeys([self.guidance, *self.guidances]))
 
     def images_at(self, height: int, width: int) -> int:
         """How many held-out pictures are compared at a size."""

@@ -17,7 +17,9 @@ from experiments.distil import Setting, build_student, open_setting, run_stages
 from experiments.distil.student import seeded, stage_folders
 from experiments.evaluate.fidelity import agreement
 from experiments.evaluate.inside import look_inside
+from experiments.evaluate.metrics import image_metrics
 from experiments.evaluate.pictures import save_samples
+from experiments.evaluate.protocol import protocol_of
 from experiments.evaluate.speed import speed
 from experiments.training import elapsed, forget
 from unet_adapters import MixerAdapter
@@ -112,14 +114,17 @@ def measure(
 ) -> dict[str, Any]:
     """All that the record has of a trained student, and its arrays and samples beside it."""
     plan = config.evaluation
-    report("compare", 0, 4)
-    record: dict[str, Any] = agreement(setting, adapter, plan)
-    report("look inside", 1, 4)
+    report("compare", 0, 5)
+    record: dict[str, Any] = {"protocol": protocol_of(setting, plan, config.data).hash}
+    record |= agreement(setting, adapter, plan)
+    report("look inside", 1, 5)
     save_file(look_inside(setting, adapter, config.distillation.image_size), directory / "arrays.safetensors")
-    report("sample", 2, 4)
+    report("sample", 2, 5)
     with adapter.mounted():
         save_samples(setting.pipe, plan, directory / "samples")
-    report("time", 3, 4)
+    report("judge", 3, 5)
+    record["images"] = image_metrics(setting, adapter, plan, config.data)
+    report("time", 4, 5)
     record["speed"] = speed(setting, adapter, plan)
     return record
 

@@ -16,6 +16,7 @@ from experiments.config import CellConfig, Evaluation, Grid
 from experiments.data.emoji import LICENCE
 from experiments.distil import Setting
 from experiments.evaluate.pictures import save_samples
+from experiments.evaluate.protocol import freeze, protocol_of
 from mixers import registry
 from mixers.suggest import hint
 
@@ -41,7 +42,7 @@ def run_grid(
 
     Args:
         grid: what to run.
-        directory: receives grid.json, teacher/, cells/<id>/.
+        directory: receives grid.json, protocol.json, teacher/, cells/<id>/.
         report: called as (cells done, cells, label, phase, done, total).
         only: run the variants whose name matches this pattern.
         spread: how; `in_processes` and `on_ray` are others.
@@ -49,13 +50,15 @@ def run_grid(
         budget: what scaled the grid, as `fit_budget` gives it; kept in grid.json, and told in its notes.
 
     Raises:
-        ValueError: no variant of that name, no such mixer, teacher or data.
+        ValueError: no variant of that name, no such mixer, teacher or data, or the directory's results were measured by
+                another protocol.
     """
     cells, since = chosen(grid, only), time()
     for variant in grid.variants:
         registry.entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
     work, setting = Work(directory.absolute(), since, tuple(path.absolute() for path in plugins)), setting_of(grid)
+    freeze(protocol_of(setting, grid.evaluation, grid.data), directory)
     store.write_json(directory / "grid.json", describe(grid, budget))
     show_teacher(setting, grid.evaluation, directory / "teacher")
     waiting = [cell for cell in cells if not store.finished(work.folder(cell))]

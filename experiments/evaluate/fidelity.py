@@ -43,7 +43,7 @@ class View:
 
 @torch.no_grad()
 def agreement(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> dict[str, list[Row]]:
-    """Errors of the student on held-out pictures rendered at each size and shape, with the same noise for every variant.
+    """Errors of the student on held-out pictures rendered at each size and shape; the same noise for every variant.
 
     All are means over pictures and elements:
 
@@ -53,8 +53,9 @@ def agreement(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> di
             error_to_truth, teacher_error_to_truth: squared error against the true noise (or velocity);
             error_ratio: the first of these over the second; 1 means as good as the teacher.
         timesteps: a row a size, shape and timestep; its two errors to the teacher.
-        sites: at `site_sizes`, a row a self-attention layer, replaced or not, in the flow's order: the squared difference of its outputs,
-            each network in its own flow, over the teacher's mean square, both as means over timesteps.
+        sites: at `site_sizes`, a row a self-attention layer, replaced or not, in the flow's order: the squared
+            difference of its outputs, each network in its own flow, over the teacher's mean square, both as means over
+            timesteps.
 
     Costs a forward of the student a size and timestep; the teacher's are kept for the next variant, and with them, at
     `site_sizes`, the outputs of all its self-attention layers at all timesteps.

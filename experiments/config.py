@@ -156,6 +156,12 @@ class Evaluation(Frozen):
     speed_repeats: int = Field(3, gt=0)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _something(self) -> Evaluation:
+        if not self.extents:
+            raise ValueError("sizes and shapes are empty, so that nothing would be compared with the teacher")
+        return self
+
     @property
     def extents(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of everything that is compared with the teacher."""

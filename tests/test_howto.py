@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from experiments.ablation.grid import list_grids, load_grid
 from experiments.check import Result, show
 from experiments.cli import app
+from experiments.config import Evaluation, override
 from experiments.distil.objectives import list_objectives
 from experiments.distil.recipe import list_recipes, load_recipe
 from mixers import list_mixers, registry
@@ -28,7 +29,7 @@ from mixers.testing.operators import OPERATOR_CHECKS
 ROOT = Path(__file__).resolve().parents[1]
 HOWTO = ROOT / "docs" / "howto"
 ADD, CHECK, DATA = HOWTO / "add_a_mixer.md", HOWTO / "check_a_mixer.md", HOWTO / "data.md"
-ABLATE, DISTIL = HOWTO / "run_an_ablation.md", HOWTO / "distil.md"
+ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distil.md", HOWTO / "evaluate.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
@@ -284,6 +285,26 @@ def test_the_page_of_distillation_names_every_objective_and_recipe() -> None:
         name, *settings = words[words.index("distill") + 1 :]
         if not name.endswith(".yaml"):
             load_recipe(name, [after for word, after in pairwise(settings) if word == "--set"])
+
+
+def test_the_page_of_evaluation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for code in blocks(EVALUATE, "python"):
+        exec(compile(code, str(EVALUATE), "exec"), names)
+    assert capsys.readouterr().out == "".join(blocks(EVALUATE, "text"))
+
+
+def test_the_page_of_evaluation_asks_for_what_there_is() -> None:
+    """Every setting of the page's commands, checked without running them."""
+    commands = [
+        shlex.split(line) for block in blocks(EVALUATE, "bash") for line in block.replace("\\\n", "").splitlines()
+    ]
+    settings = [[word for before, word in pairwise(c) if before == "--set"] for c in commands]
+    plans = [override(Evaluation(), asked) for asked in settings]
+    assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].metrics.images == 30000
 
 
 def test_the_kit_s_page_lists_every_check() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from experiments.ablation import store
-from experiments.ablation.cell import measure, setting_of
+from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import threads
 from experiments.config import CellConfig, Distillation, Grid, Stage
 from experiments.distil import build_student, run_stages
+from experiments.evaluate.measure import measure
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MARGIN = 0.9
@@ -161,7 +162,7 @@ def _evaluation(cell: CellConfig, folder: Path) -> float:
     adapter = build_student(setting.teacher, cell.variant.mixer, cell.variant, cell.distillation, cell.seed)
     began = perf_counter()
     try:
-        measure(cell, setting, adapter, folder, lambda *_: None)
+        measure(setting, adapter, cell.evaluation, cell.data, cell.distillation.image_size, folder, lambda *_: None)
     finally:
         adapter.unmount()
     return perf_counter() - began

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-from safetensors.torch import save_file
 
 from experiments.ablation import store
 from experiments.config import CellConfig, Grid
 from experiments.distil import Setting, build_student, open_setting, run_stages
 from experiments.distil.student import seeded, stage_folders
-from experiments.evaluate.fidelity import agreement
-from experiments.evaluate.inside import look_inside
-from experiments.evaluate.metrics import image_metrics
-from experiments.evaluate.pictures import save_samples
-from experiments.evaluate.protocol import protocol_of
-from experiments.evaluate.speed import speed
+from experiments.evaluate.measure import Report, measure
 from experiments.training import elapsed, forget
 from unet_adapters import MixerAdapter
-
-Report = Callable[[str, int, int], None]
 
 METRICS, TRAINED = "metrics.jsonl", "trained.json"
 
@@ -48,7 +38,7 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
     began, variant, plan = perf_counter(), config.variant, config.distillation
     adapter, seconds = student(config, setting, directory, report)
     try:
-        record = measure(config, setting, adapter, directory, report)
+        record = measure(setting, adapter, config.evaluation, config.data, plan.image_size, directory, report)
     finally:
         adapter.unmount()
     trained = sum(p.numel() for p in adapter.student.parameters()) if variant.trained else 0
@@ -107,26 +97,6 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
     if len(records) > 1:
         _join_logs([(record["log"], record["steps"]) for record in records], directory / METRICS)
     return sum(elapsed(folder) for folder in stage_folders(plan, directory))
-
-
-def measure(
-    config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report
-) -> dict[str, Any]:
-    """All that the record has of a trained student, and its arrays and samples beside it."""
-    plan = config.evaluation
-    report("compare", 0, 5)
-    record: dict[str, Any] = {"protocol": protocol_of(setting, plan, config.data).hash}
-    record |= agreement(setting, adapter, plan)
-    report("look inside", 1, 5)
-    save_file(look_inside(setting, adapter, config.distillation.image_size), directory / "arrays.safetensors")
-    report("sample", 2, 5)
-    with adapter.mounted():
-        save_samples(setting.pipe, plan, directory / "samples")
-    report("judge", 3, 5)
-    record["images"] = image_metrics(setting, adapter, plan, config.data)
-    report("time", 4, 5)
-    record["speed"] = speed(setting, adapter, plan)
-    return record
 
 
 def _join_logs(stages: list[tuple[list[dict[str, float]], int]], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ def _inception(where: str) -> Network:
         raise ValueError(
             "The features 'inception' need torch-fidelity: pip install 'linear-token-mixers[metrics]'."
         ) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"Cannot read Inception's weights from {path}: it is no file of weights alone.") from error
     except Exception as error:  # torch's readers of damaged files raise whatever they come across
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

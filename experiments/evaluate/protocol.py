@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments.ablation import store
 from experiments.config import Evaluation, Frozen
 from experiments.distil.setting import Setting
 from experiments.evaluate.features import open_network, weights_digest
@@ -92,6 +91,8 @@ def freeze(protocol: Protocol, directory: Path) -> str:
     Raises:
         ValueError: it is another, or damaged; the message says what differs.
     """
+    from experiments.ablation import store  # which imports this module
+
     path, wanted = directory / FILE, protocol.model_dump(mode="json")
     if not path.is_file():
         store.write_json(path, {**wanted, "hash": protocol.hash})

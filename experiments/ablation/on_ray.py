@@ -60,9 +60,12 @@ def connect(ray: ModuleType, address: str) -> None:
     Raises:
         ValueError: there is none.
     """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"No Ray cluster at {address!r}: {error} Start one with `ray start --head`, or say `local`."
         ) from error

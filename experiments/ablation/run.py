@@ -16,7 +16,7 @@ from experiments.config import CellConfig, Evaluation, Grid
 from experiments.data.emoji import LICENCE
 from experiments.distil import Setting
 from experiments.evaluate.pictures import save_samples
-from experiments.evaluate.protocol import freeze, protocol_of
+from experiments.evaluate.protocol import FILE, freeze, protocol_of
 from mixers import registry
 from mixers.suggest import hint
 
@@ -50,17 +50,18 @@ def run_grid(
         budget: what scaled the grid, as `fit_budget` gives it; kept in grid.json, and told in its notes.
 
     Raises:
-        ValueError: no variant of that name, no such mixer, teacher or data, or the directory's results were measured by
-                another protocol.
+        ValueError: no variant of that name, no such mixer, teacher or data; or finished cells of this grid were
+            measured by another protocol, as where the teacher's weights have changed.
     """
     cells, since = chosen(grid, only), time()
     for variant in grid.variants:
         registry.entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
     work, setting = Work(directory.absolute(), since, tuple(path.absolute() for path in plugins)), setting_of(grid)
-    freeze(protocol_of(setting, grid.evaluation, grid.data), directory)
+    before = store.read_json(directory / FILE).get("hash")
+    now = freeze(protocol_of(setting, grid.evaluation, grid.data), directory, protocols(grid, work))
     store.write_json(directory / "grid.json", describe(grid, budget))
-    show_teacher(setting, grid.evaluation, directory / "teacher")
+    show_teacher(setting, grid.evaluation, directory / "teacher", again=before != now)
     waiting = [cell for cell in cells if not store.finished(work.folder(cell))]
     done, records = len(cells) - len(waiting), []
 
@@ -85,6 +86,13 @@ def chosen(grid: Grid, only: str = "*") -> list[CellConfig]:
         names = [variant.name for variant in grid.variants]
         raise ValueError(f"No variant of {grid.name} matches {only!r}: it has {', '.join(names)}.{hint(only, names)}")
     return cells
+
+
+def protocols(grid: Grid, work: Work) -> set[str]:
+    """By which protocols, as hashes, the finished cells were measured; older records tell none."""
+    folders = [work.folder(cell) for cell in grid.cells()]
+    records = [store.read_json(folder / "result.json") for folder in folders if store.finished(folder)]
+    return {record["protocol"] for record in records if "protocol" in record}
 
 
 def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -119,10 +127,10 @@ def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, A
     }
 
 
-def show_teacher(setting: Setting, plan: Evaluation, directory: Path) -> None:
-    """The teacher's own samples, once, and real held-out pictures at the same sizes."""
+def show_teacher(setting: Setting, plan: Evaluation, directory: Path, again: bool = False) -> None:
+    """The teacher's own samples, once; `again` where those there are of another protocol."""
     if not plan.sample_sizes or not plan.prompts:
         return
     last = directory / "samples" / str(plan.sample_sizes[-1]) / f"{len(plan.prompts) - 1}.png"
-    if not last.exists():
+    if again or not last.exists():
         save_samples(setting.pipe, plan, directory / "samples")

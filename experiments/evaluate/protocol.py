@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,12 @@ def protocol_of(setting: Setting, plan: Evaluation, data: str) -> Protocol:
     )
 
 
-def freeze(protocol: Protocol, directory: Path) -> str:
+def freeze(protocol: Protocol, directory: Path, measured: Collection[str] | None = None) -> str:
     """Write `directory/protocol.json`, or make sure that the one there is the same; returns its hash.
+
+    Args:
+        measured: the protocols, as hashes, of the results that stay in the directory; None: the file's own. Where none
+            of them is another, the file may change.
 
     Raises:
         ValueError: it is another, or damaged; the message says what differs.
@@ -94,7 +99,7 @@ def freeze(protocol: Protocol, directory: Path) -> str:
     from experiments.ablation import store  # which imports this module
 
     path, wanted = directory / FILE, protocol.model_dump(mode="json")
-    if not path.is_file():
+    if not path.is_file() or (measured is not None and set(measured) <= {protocol.hash}):
         store.write_json(path, {**wanted, "hash": protocol.hash})
         return protocol.hash
     try:

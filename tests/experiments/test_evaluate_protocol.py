@@ -1,12 +1,15 @@
 """The frozen protocol: what changes its hash, what is refused, and that every number carries it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.ablation import run_grid
+from experiments.ablation.cell import setting_of
 from experiments.config import Evaluation, Grid, Metrics, override
 from experiments.distil import Setting, open_setting
 from experiments.evaluate.protocol import FILE, differences, freeze, protocol_of
@@ -57,31 +60,43 @@ def test_what_is_asked_for_is_in_the_hash(setting: Setting, grid: Grid, change: 
     assert differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
 
 
-def test_the_teacher_s_unet_is_in_the_hash(setting: Setting, grid: Grid) -> None:
-    before = protocol_of(setting, grid.evaluation, grid.data)
+@contextmanager
+def another_teacher(setting: Setting) -> Iterator[None]:
     bias = setting.pipe.unet.conv_out.bias
     kept = bias.detach().clone()
     protocol_of.cache_clear()
     try:
         with torch.no_grad():
             bias.add_(1)
-        changed = protocol_of(setting, grid.evaluation, grid.data)
+        yield
     finally:
         with torch.no_grad():
             bias.copy_(kept)
         protocol_of.cache_clear()
+
+
+def test_the_teacher_s_unet_is_in_the_hash(setting: Setting, grid: Grid) -> None:
+    before = protocol_of(setting, grid.evaluation, grid.data)
+    with another_teacher(setting):
+        changed = protocol_of(setting, grid.evaluation, grid.data)
     assert differences(before.model_dump(mode="json"), changed.model_dump(mode="json"))[0].startswith("teacher was")
     assert protocol_of(setting, grid.evaluation, grid.data) == before
 
 
-def test_a_run_holds_to_its_protocol(grid: Grid, tmp_path: Path) -> None:
+def test_a_run_s_cells_share_a_protocol(grid: Grid, tmp_path: Path) -> None:
     def quiet(*_: object) -> None:
         pass
 
+    def written() -> str:
+        found: str = json.loads((tmp_path / FILE).read_text())["hash"]
+        return found
+
     only = grid.model_copy(update={"variants": grid.variants[:1]})
     (record,) = run_grid(only, tmp_path, quiet)
-    assert record["protocol"] == json.loads((tmp_path / FILE).read_text())["hash"]
+    assert record["protocol"] == written()
     more = grid.model_copy(update={"variants": grid.variants[:1], "seeds": (0, 1)})
     assert [r["protocol"] for r in run_grid(more, tmp_path, quiet)] == [record["protocol"]], "seeds may be added"
-    with pytest.raises(ValueError, match=r"evaluation\.images was 2 and is now 3"):
-        run_grid(override(only, ["evaluation.images=3"]), tmp_path, quiet)
+    with another_teacher(setting_of(only)), pytest.raises(ValueError, match="another protocol: teacher was"):
+        run_grid(only, tmp_path, quiet)
+    (other,) = run_grid(override(only, ["evaluation.images=3"]), tmp_path, quiet)
+    assert other["protocol"] == written() != record["protocol"], "another evaluation makes other cells"

@@ -1,8 +1,6 @@
 """`mixlab evaluate`: an adapter's folder in, a record, a protocol and pictures out; what is wrong is one sentence."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,7 +55,3 @@ def test_what_a_user_can_mend_is_one_sentence(
     code, output = run(tmp_path, tiny_teacher, tmp_path / "out", *settings)
     assert code == 2 and told in output, output
     assert not (tmp_path / "out" / "protocol.json").exists()
-
-
-def test_it_can_be_imported_first() -> None:
-    subprocess.run([sys.executable, "-c", "import experiments.evaluate.measure"], check=True)

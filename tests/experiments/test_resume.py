@@ -313,4 +313,4 @@ def test_a_tracker_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_killed_for_real_a_few_times(tmp_path: Path) -> None:
-    assert crash_test(tmp_path, kills=3, steps=20, pause=0.02).identical
+    assert crash_test(tmp_path, kills=2, steps=16, pause=0.02).identical

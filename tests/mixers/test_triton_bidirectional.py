@@ -81,7 +81,7 @@ def relative_errors(given: Tensors, **switches) -> dict[str, float]:
     return {n: ((found[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
 
 
-@settings(max_examples=max(1, settings.default.max_examples // 2))
+@settings(max_examples=max(1, settings.default.max_examples // 4))
 @given(
     st.integers(1, 2),
     st.sampled_from([1, 2, 15, 16, 17, 35]),
@@ -271,7 +271,7 @@ assert max(shared) <= 99 * 1024, f"{{max(shared)}} bytes of shared memory"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "dtype", "gates"), [(80, "bfloat16", 1), (90, "float32", 40)])
+@pytest.mark.parametrize(("capability", "dtype", "gates"), [(90, "bfloat16", 40)])
 def test_kernels_compile_without_a_gpu_and_once_for_every_length(tmp_path, capability, dtype, gates) -> None:
     """Compiled for a GPU that is not there, by triton's own compiler: what the interpreter would let pass."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}

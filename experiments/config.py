@@ -202,6 +202,20 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
+class Claim(Frozen):
+    """A hypothesis that the report holds against the numbers: what a factor's value does to the error.
+
+    Factors are "normalisation" (value "not normalised"), "causality" ("causal", "bidirectional"), and "mixer" (a name).
+    Each is compared with its reference: normalised, non-causal, and the mixer of the grid's reference row.
+    """
+
+    told: str
+    factor: Literal["normalisation", "causality", "mixer"]
+    value: str
+    worse: bool = Field(description="whether the claim is that the error is higher; else that it is lower")
+    beyond: bool = Field(False, description="whether it speaks of sizes that were not trained at, alone")
+
+
 class Grid(Frozen):
     """An ablation: variants × seeds over one teacher, data set, objective and evaluation."""
 
@@ -213,6 +227,15 @@ class Grid(Frozen):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     distillation: Distillation
     evaluation: Evaluation = Evaluation()
+    reference: str | None = Field(None, description="the row that others are compared with; None: the first trained")
+    claims: tuple[Claim, ...] = ()
+
+    @model_validator(mode="after")
+    def _known_reference(self) -> Grid:
+        names = [variant.name for variant in self.variants]
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"the reference {self.reference!r} is no variant: expected one of {', '.join(names)}")
+        return self
 
     @model_validator(mode="after")
     def _one_set_of_pictures(self) -> Grid:

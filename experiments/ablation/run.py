@@ -114,8 +114,9 @@ def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, A
         "sample_sizes": list(evaluation.sample_sizes),
         "prompts": list(evaluation.prompts),
         "seeds": list(grid.seeds),
-        "reference": "teacher",
+        "reference": grid.reference or next((v.name for v in grid.variants if v.trained), None),
         "variants": variants,
+        "claims": [claim.model_dump(mode="json") for claim in grid.claims],
         "cells": [{"id": cell.id, "variant": cell.variant.name, "seed": cell.seed} for cell in grid.cells()],
         "protocol": {
             "distillation": grid.distillation.model_dump(mode="json"),

@@ -141,15 +141,6 @@ def _duration(seconds: float) -> str:
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
-    """Build the report of a run again, from its files alone."""
-    from experiments.report import build_report
-
-    with clean_errors():
-        console.print(f"Report: {build_report(directory).resolve()}", soft_wrap=True)
-
-
-@app.command()
 def compatibility(
     out: Out = Path("runs/compatibility"),
     share: Annotated[float, typer.Option("--steps-share", min=0.0, help="train for this share of the steps")] = 1.0,

@@ -5,7 +5,7 @@ The defaults are for the embedded teacher: about 40 seconds of training a cell o
 
 from __future__ import annotations
 
-from experiments.config import Distillation, Evaluation, Stage, Term, Variant
+from experiments.config import Claim, Distillation, Evaluation, Stage, Term, Variant
 from experiments.training import FitConfig
 
 SEEDS = (0, 1, 2)
@@ -42,6 +42,19 @@ def at_sizes(plan: Distillation, sizes: tuple[int, ...]) -> Distillation:
     before = tuple(stage.model_copy(update={"sizes": sizes}) for stage in plan.before)
     return plan.model_copy(update={"before": before, "sizes": sizes})
 
+
+PAPER = (
+    Claim(
+        told="Normalisation matters at resolutions not trained on",
+        factor="normalisation",
+        value="not normalised",
+        worse=True,
+        beyond=True,
+    ),
+    Claim(told="Non-causal mixers beat causal ones", factor="causality", value="causal", worse=True),
+    Claim(told="LinFusion's learned maps beat plain linear attention", factor="mixer", value="linfusion", worse=False),
+)
+"""What LinFusion's paper (2409.02097) found; the third for grids whose reference row is plain linear attention."""
 
 EVALUATION = Evaluation(
     sample_steps=12,

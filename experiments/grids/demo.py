@@ -1,7 +1,7 @@
 """Which features of a linear mixer matter for images? Normalisation × causality, within ten minutes on two cores."""
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
-from experiments.training import FitConfig
+from experiments.config import Evaluation, Grid, Metrics, Variant
+from experiments.grids import PAPER, SOFTMAX, ours
 
 _LINEAR = [
     Variant(
@@ -19,16 +19,16 @@ GRID = Grid(
     name="demo",
     question="Which features of a linear mixer matter for images: attention normalisation, or causality?",
     variants=(
-        Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
+        SOFTMAX,
         Variant(name="linfusion", label="LinFusion", mixer="linfusion"),
         *_LINEAR,
         Variant(name="linfusion_unnormalized", label="LinFusion, not normalised", mixer="linfusion", normalize=False),
         Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
     ),
     seeds=(0,),
-    distillation=Distillation(
-        fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
-    ),
+    reference="linear_noncausal_normalized",
+    claims=PAPER,
+    distillation=ours(50, 40),
     evaluation=Evaluation(  # what ten minutes allow
         sizes=(64, 128, 256),
         shapes=(),

@@ -1,7 +1,7 @@
 """The path from Mamba-2 to LinFusion (2409.02097 §3), one change a row."""
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+from experiments.grids import EVALUATION, PAPER, SEEDS, SOFTMAX, ours
 
 GRID = Grid(
     name="design",
@@ -49,6 +49,8 @@ GRID = Grid(
         ),
     ),
     seeds=SEEDS,
+    reference="linear_attention",
+    claims=PAPER,
     distillation=ours(),
     evaluation=EVALUATION,
 )

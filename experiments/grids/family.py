@@ -7,7 +7,7 @@ number of tokens and tames its sums with RMSNorm, which the plain form leaves ou
 
 from experiments.ablation.product import distinct, product
 from experiments.config import Grid
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+from experiments.grids import EVALUATION, PAPER, SEEDS, SOFTMAX, ours
 
 GRID = Grid(
     name="family",
@@ -26,6 +26,8 @@ GRID = Grid(
         ),
     ),
     seeds=SEEDS,
+    reference="linear_attention_noncausal_normalized",
+    claims=PAPER,
     distillation=ours(),
     evaluation=EVALUATION,
 )

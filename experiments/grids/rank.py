@@ -15,6 +15,7 @@ GRID = Grid(
         Variant(name="linfusion", label="LinFusion: no F and G", mixer="linfusion"),
     ),
     seeds=SEEDS,
+    reference="linfusion",
     distillation=ours(),
     evaluation=EVALUATION,
 )

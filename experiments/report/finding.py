@@ -1,55 +1,62 @@
-"""The first paragraph: what the numbers say about the paper's first finding, and how that is judged."""
+"""The first paragraph: what the numbers say, with intervals; and which of the grid's claims hold in them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import product
 
-from experiments.report.records import Run, Variant
-from experiments.report.tables import over_seeds
+from pydantic import ValidationError
 
-CLAIM = "normalisation keeps a mixer close to the teacher at resolutions never trained on"
-CLEAR = 1.25  # a ratio of errors below this is not called a difference
+from experiments.config import Claim
+from experiments.report.effects import METRIC, Effect, effects, seeds_of
+from experiments.report.records import Run
+from experiments.report.statistics import Interval, bootstrap
+from experiments.report.tables import number
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim's state at every size: holds, the reverse holds, or neither; with the numbers in a sentence."""
+
+    told: str
+    state: str
+    sentence: str
 
 
 @dataclass
 class Finding:
-    """Computed sentences; `verdict` is one of shows, does not show, cannot be judged."""
+    """Computed sentences and verdicts, and what is wrong or uncertain."""
 
-    verdict: str
     sentences: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
     judged: str = ""
     warnings: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-    ratios: dict[str, float] = field(default_factory=dict)
 
 
 def find(run: Run) -> Finding:
-    """Judge the claim at the largest size measured, from geometric means of errors over variants."""
-    measured = sorted({s for v in run.variants for c in run.done(v.name) for s in c.fidelity})
-    size = measured[-1] if measured else 0
-    result = Finding("cannot be judged", broken=sanity(run), warnings=_few_seeds(run))
-    groups = {key: _group(run, size, *key) for key in product(("noncausal", "causal"), (True, False))}
-    normal, plain = groups["noncausal", True], groups["noncausal", False]
-    if size <= run.train_size:
-        result.sentences.append(
-            f"No finished cell was measured above the training resolution of {run.train_size} px, "
-            f"so the claim that {CLAIM} cannot be judged."
+    """Which factor matters, by how much, at the largest size measured and at the one trained at."""
+    found = Finding(effects=effects(run), broken=sanity(run), warnings=_few_seeds(run))
+    sizes = sorted({s for v in run.variants if not v.untouched for c in run.done(v.name) for s in c.fidelity})
+    if not sizes:
+        found.sentences.append("No trained variant is finished: nothing can be said yet.")
+        return found
+    largest = [e for e in found.effects if e.size == sizes[-1]]
+    found.sentences += [_told(e, found.effects, run) for e in sorted(largest, key=_strength, reverse=True)]
+    found.sentences.append(_best(run, sizes[-1]))
+    found.verdicts = [verdict for claim in _claims(run) if (verdict := _judge(claim, found.effects, run))]
+    if largest:
+        found.judged = (
+            "A factor's effect is the ratio of errors to the teacher of rows that differ in nothing else, as a "
+            "geometric mean over such pairs, compared seed by seed. Brackets: 95 % bootstrap interval over seeds; a "
+            "difference is called one only where it excludes 1."
         )
-        return result
-    if not normal or not plain:
-        lacking = "normalised" if not normal else "unnormalised"
-        result.sentences.append(f"No {lacking} non-causal variant is finished: whether {CLAIM} cannot be judged.")
-    else:
-        _judge(run, size, normal, plain, result)
-    if normal and groups["causal", True]:
-        ratio = _mean(groups["causal", True]) / _mean(normal) if _mean(normal) else math.nan
-        result.ratios["causal / non-causal, normalised"] = ratio
-        result.sentences.append(f"At {size} px, {_causal(ratio)}.")
-    if result.broken:
-        result.verdict = "cannot be judged"
-    return result
+    if found.broken:
+        found.verdicts = []
+    return found
 
 
 def sanity(run: Run) -> list[str]:
@@ -69,75 +76,79 @@ def sanity(run: Run) -> list[str]:
     return wrong
 
 
-def _judge(run: Run, size: int, normal: dict[str, float], plain: dict[str, float], result: Finding) -> None:
-    ratio = _mean(plain) / _mean(normal) if _mean(normal) else math.nan
-    result.ratios["unnormalised / normalised, non-causal"] = ratio
-    home_normal, home_plain = (_group(run, run.train_size, "noncausal", n) for n in (True, False))
-    home = _mean(home_plain) / _mean(home_normal) if home_normal and home_plain and _mean(home_normal) else math.nan
-    apart = min(plain.values()) > max(normal.values())
-    if math.isnan(ratio):
-        result.verdict = "cannot be judged"
-    else:
-        result.verdict = "shows" if ratio > CLEAR and apart else "does not show"
-    lead = {
-        "shows": f"This run shows the paper's first finding, that {CLAIM}.",
-        "does not show": f"This run does not show the paper's first finding, that {CLAIM}.",
-        "cannot be judged": f"Whether {CLAIM} cannot be judged here.",
-    }[result.verdict]
-    at_home = f"at the training resolution of {run.train_size} px that factor was "
-    at_home += f"{home:.2f}" if math.isfinite(home) else "not measured"
-    order = "every unnormalised one is worse than every normalised one" if apart else "the two groups overlap"
-    result.sentences += [
-        lead,
-        f"At {size} px ({size / run.train_size:g}× the training side), the error to the teacher of the unnormalised "
-        f"non-causal variants is {_factor(ratio)} that of the normalised ones, and {order}; {at_home}.",
-    ]
-    if result.verdict == "shows" and math.isfinite(home) and home >= ratio / CLEAR:
-        result.sentences.append(
-            "The gap is hardly wider than at the training resolution, so the new resolution alone does not explain it."
-        )
-    result.judged = (
-        f"Judged by the relative error to the teacher at {size} px, averaged over seeds, as the ratio of geometric "
-        f"means of {len(plain)} unnormalised ({', '.join(plain)}) and {len(normal)} normalised ({', '.join(normal)}) "
-        f"non-causal variants. It shows if that ratio exceeds {CLEAR:g} and the two groups do not overlap. "
-        "The untouched softmax takes no part."
-    )
+def factor(ratio: Interval) -> str:
+    """ "3.1× [2.8, 3.5]"; of one seed without brackets."""
+    if not math.isfinite(ratio.mean):
+        return "beyond measure (not finite)"
+    inside = f" [{number(ratio.low)}, {number(ratio.high)}]" if ratio.seeds > 1 else ""
+    return f"{number(ratio.mean)}×{inside}"
 
 
-def _group(run: Run, size: int, causality: str, normalize: bool) -> dict[str, float]:
-    """Label -> mean relative error of the variants with these two features; a NaN counts as infinitely bad."""
-    found = {}
-    for variant in run.variants:
-        if variant.untouched or variant.causality != causality or variant.normalize is not normalize:
-            continue
-        value = over_seeds(run, variant, size, "relative_error_to_teacher")
-        if value is not None:
-            found[_plain(variant)] = math.inf if math.isnan(value.mean) else value.mean
+def _told(effect: Effect, known: list[Effect], run: Run) -> str:
+    what = f"{effect.value} rather than {effect.reference}"
+    sentence = f"At {effect.size} px{_times(effect.size, run)}, {what}: {factor(effect.ratio)} the error"
+    sentence += f" ({len(effect.pairs)} pair{'s' * (len(effect.pairs) > 1)} of rows)"
+    home = [e for e in known if (e.factor, e.value) == (effect.factor, effect.value) and e.size == run.train_size]
+    if home and effect.size != run.train_size:
+        sentence += f"; at the training resolution of {run.train_size} px, {factor(home[0].ratio)}"
+    if effect.ratio.seeds > 1 and not effect.marked:
+        sentence += "; not to be told from chance"
+    return sentence + "."
+
+
+def _times(size: int, run: Run) -> str:
+    return "" if size == run.train_size else f" ({size / run.train_size:g}× the training side)"
+
+
+def _strength(effect: Effect) -> float:
+    ratio = effect.ratio.mean
+    return math.inf if not math.isfinite(ratio) or ratio <= 0 else abs(math.log(ratio))
+
+
+def _best(run: Run, size: int) -> str:
+    rows = [(bootstrap(list(values.values())), v) for v in run.variants if (values := seeds_of(run, v, size))]
+    trained = [(i, v) for i, v in rows if not v.untouched and math.isfinite(i.mean)]
+    if not trained:
+        return f"No trained row has a finite error at {size} px."
+    best, variant = min(trained, key=lambda row: row[0].mean)
+    inside = f" [{number(best.low)}, {number(best.high)}]" if best.seeds > 1 else ""
+    return f"Nearest to the teacher at {size} px is “{variant.label}”, with an error of {number(best.mean)}{inside}."
+
+
+def _claims(run: Run) -> list[Claim]:
+    """The grid's; one that this version cannot read is left out, as it cannot be judged."""
+    found = []
+    for row in run.grid.get("claims") or []:
+        with suppress(ValidationError):
+            found.append(Claim.model_validate(row))
     return found
 
 
-def _mean(group: dict[str, float]) -> float:
-    if any(v <= 0 for v in group.values()):
-        return 0.0
-    return math.exp(math.fsum(math.log(v) for v in group.values()) / len(group))
+def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict | None:
+    """None where the grid has no rows to judge it by."""
+    judged = [e for e in known if (e.factor, e.value) == (claim.factor, claim.value)]
+    judged = [e for e in judged if not claim.beyond or e.size > run.train_size]
+    if not judged:
+        return None
+    tests: dict[str, Callable[[Effect], bool]] = {
+        "holds": lambda e: e.marked and (e.ratio.low > 1) is claim.worse,
+        "the reverse holds": lambda e: e.marked and (e.ratio.low > 1) is not claim.worse,
+        "undecided": lambda e: not e.marked,
+    }
+    parts = []
+    for state, test in tests.items():
+        sizes = [f"{e.size} px ({factor(e.ratio)})" for e in judged if test(e)]
+        parts += [f"{state} at {', '.join(sizes)}"] if sizes else []
+    single = all(e.ratio.seeds < 2 for e in judged)
+    state = (
+        "one seed tells nothing of chance" if single else _state([n for n, t in tests.items() if any(map(t, judged))])
+    )
+    of = f"error of {judged[0].value} over {judged[0].reference}, {METRIC.replace('_', ' ')}"
+    return Verdict(claim.told, state, f"{'; '.join(parts)} — {of}.")
 
 
-def _plain(variant: Variant) -> str:
-    return f"“{variant.label}”"
-
-
-def _factor(ratio: float) -> str:
-    return "beyond measure (not finite)" if not math.isfinite(ratio) else f"{ratio:.2f}×"
-
-
-def _causal(ratio: float) -> str:
-    names = "normalised causal variants' error to the teacher"
-    if not math.isfinite(ratio):
-        return f"{names} cannot be compared with the normalised non-causal ones'"
-    if 1 / CLEAR < ratio < CLEAR:
-        return f"{names} is {ratio:.2f}× the normalised non-causal ones': no clear difference"
-    verdict = "causality costs fidelity here" if ratio > 1 else "causality does not cost fidelity here"
-    return f"{names} is {ratio:.2f}× the normalised non-causal ones': {verdict}"
+def _state(states: list[str]) -> str:
+    return states[0] if len(states) == 1 else "holds in part" if "holds" in states else "does not hold"
 
 
 def _few_seeds(run: Run) -> list[str]:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from experiments.report.figures import Figure
 from experiments.report.finding import Finding
 from experiments.report.pictures import LICENCE
 from experiments.report.records import Cell, Run
-from experiments.report.tables import SPREAD, Table, number
+from experiments.report.tables import SPREAD, Table, markdown, number, picture_table
+from experiments.report.viewer import samples
 
 TABLE_NOTE = (
     "Error to teacher: mean squared difference of the two predictions over the mean square of the teacher's. "
@@ -21,31 +23,39 @@ TABLE_NOTE = (
     f"teacher. Values: {SPREAD}. Best among the trained variants: "
 )
 SECTIONS = (
-    ("Error against resolution", "error"),
-    ("Samples", "samples"),
-    ("Mixing matrices", "matrices"),
-    ("Training curves", "training"),
-    ("Time and memory", "cost"),
+    ("Factors", "effects", "Rows that differ in one thing alone, compared seed by seed."),
+    ("Error against resolution", "error", ""),
+    ("Samples", "samples", "Choose a picture of the wall; the slider lays it over the teacher's."),
+    ("Quality against cost", "pareto", ""),
+    ("Error by site", "sites", ""),
+    ("Error by timestep", "timesteps", ""),
+    ("Mixing matrices and receptive fields", "matrices", ""),
+    ("Training curves", "training", ""),
+    ("Time and memory", "cost", ""),
 )
 
 
 def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
-    """The self-contained page: styles inline, pictures as data URIs, no script, no network."""
+    """The self-contained page: styles, script and pictures inline, no network."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = _data_uri
-    environment.filters["pretty"] = _pretty
-    return environment.get_template("template.html.j2").render(
+    filters = {"data_uri": _data_uri, "pretty": _pretty, "anchor": _anchor, "spread": _spread, "number": number}
+    environment.filters.update(filters)
+    return environment.get_template("page.html.j2").render(
         run=run,
         finding=finding,
         table=table,
         table_note=TABLE_NOTE,
-        sections=[(title, [f for f in figures if f.kind == kind]) for title, kind in SECTIONS],
+        reference_note=_reference(run),
+        pictures=picture_table(run),
+        samples=samples(run),
+        sections=[(title, [f for f in figures if f.kind == kind], note) for title, kind, note in SECTIONS],
+        steps=" or ".join(sorted({f"{c.steps}" for c in run.cells if c.steps})),
         counts=_counts(run),
         facts=_facts,
         failed=[c for c in run.cells if c.status in ("failed", "damaged")],
@@ -57,16 +67,21 @@ def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> 
     )
 
 
-def as_markdown(run: Run, finding: Finding, table: str, figures: list[Figure]) -> str:
+def as_markdown(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
     """The page in Markdown, pictures beside it in figures/."""
     parts = [f"# {run.name}", run.question, _counts(run), "## Finding"]
     parts += [f"> **{b}**" for b in finding.broken]
     parts += [" ".join(finding.sentences), finding.judged, *(f"> Caution: {w}" for w in finding.warnings)]
-    parts += ["## Results", table, TABLE_NOTE + "bold."]
-    for title, kind in SECTIONS:
-        parts.append(f"## {title}")
+    if finding.verdicts:
+        parts.append("## Claims")
+        parts += [f"- **{v.told}**: {v.state}. {v.sentence}" for v in finding.verdicts]
+    parts += ["## Results", markdown(table), f"{TABLE_NOTE}bold. {_reference(run)}"]
+    for title, kind, _ in SECTIONS:
         chosen = [f for f in figures if f.kind == kind]
-        parts += [f"![{f.alt}](figures/{f.path.name})\n\n*{f.caption}*" for f in chosen] or ["Nothing was recorded."]
+        parts += [f"## {title}"] if chosen else []
+        parts += [f"![{f.alt}](figures/{f.path.name})\n\n*{f.caption}*" for f in chosen]
+    pictures = picture_table(run)
+    parts += ["## Pictures against true ones", markdown(pictures)] if pictures.rows else []
     parts.append("## Exact configuration")
     parts += [f"- `cells/{c.id}/config.json`: {c.variant}, seed {c.seed}, {c.status}" for c in run.cells]
     for title, value in (("Environment", run.grid.get("environment")), ("Protocol", run.grid.get("protocol"))):
@@ -117,6 +132,28 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((name, ", ".join(map(str, item)) if isinstance(item, list) else str(item)))
     return rows
+
+
+def _reference(run: Run) -> str:
+    if run.reference is None:
+        return ""
+    return (
+        f"÷ reference: the error over that of “{run.reference.label}”, seed by seed, with its 95 % bootstrap interval; "
+        "▼ lower and ▲ higher where the interval excludes 1."
+    )
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _spread(text: str) -> Markup:
+    """A value with its spread or interval on a line of its own."""
+    for sign, first in ((" ± ", "± "), (" [", "[")):
+        value, found, rest = text.partition(sign)
+        if found:
+            return escape(value) + Markup("<small>") + escape(first + rest) + Markup("</small>")
+    return escape(text)
 
 
 def _data_uri(path: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,12 @@ class Variant:
     causality: str | None = None
     normalize: bool | None = None
     trained: bool | None = None
+    options: Any = None
+    select: Any = None
+    min_tokens: int | None = None
+    distillation: Any = None
+
+    DESIGN: ClassVar = ("mixer", "causality", "normalize", "options", "select", "min_tokens", "distillation")
 
     @property
     def untouched(self) -> bool:
@@ -47,18 +53,26 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Time and memory of one forward pass."""
+    """Time, memory, operations and state of one forward pass."""
 
     size: int
     tokens: int
     seconds: float
     spread: float
-    peak_bytes: int | None
+    peak_bytes: int | None = None
+    flops: int | None = None
+    state_size: int | None = None
 
 
 @dataclass
 class Cell:
-    """One variant with one seed, in whatever state its folder is."""
+    """One variant with one seed, in whatever state its folder is.
+
+    Attributes:
+        fidelity: of square pictures, by size.
+        shapes: of other shapes, by (height, width).
+        sites, timesteps, images: rows as the evaluation writes them; of older runs none.
+    """
 
     id: str
     directory: Path
@@ -70,16 +84,20 @@ class Cell:
     train_seconds: float | None = None
     steps: int | None = None
     fidelity: dict[int, Fidelity] = field(default_factory=dict)
+    shapes: dict[tuple[int, int], Fidelity] = field(default_factory=dict)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    timesteps: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
     config: dict[str, Any] | None = None
     metrics: list[dict[str, float]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def matrix(self) -> NDArray[np.float32] | None:
-        """The mixing matrix (l, l), or None where there is none to read."""
+    def array(self, name: str) -> NDArray[np.float32] | None:
+        """The mixing_matrix (l, l) or the receptive_field (h, w), or None where there is none to read."""
         path = self.directory / "arrays.safetensors"
         try:
-            found = load_file(path).get("mixing_matrix") if path.is_file() else None
+            found = load_file(path).get(name) if path.is_file() else None
         except (OSError, ValueError, SafetensorError) as error:
             self.problems.append(f"arrays.safetensors cannot be read: {error}")
             return None
@@ -124,6 +142,12 @@ class Run:
         """Sizes of the sample grids."""
         return sorted(int(s) for s in self.grid.get("sample_sizes") or [])
 
+    @property
+    def reference(self) -> Variant | None:
+        """The row that others are compared with: the grid's, else the first trained."""
+        trained = [v for v in self.variants if not v.untouched]
+        return next((v for v in trained if v.name == self.grid.get("reference")), trained[0] if trained else None)
+
     def done(self, variant: str) -> list[Cell]:
         """Finished cells of a variant, by seed."""
         found = [c for c in self.cells if c.variant == variant and c.status == "done"]
@@ -147,7 +171,7 @@ def load_run(directory: Path) -> Run:
     except (OSError, ValueError) as error:
         why = f"{path} is not a readable grid ({error})"
         raise ValueError(f"Cannot build a report: {why}. Is this a run's folder?") from error
-    fields = ("mixer", "causality", "normalize", "trained")
+    fields = (*Variant.DESIGN, "trained")
     variants = [
         Variant(str(v["name"]), str(v.get("label") or v["name"]), **{k: v.get(k) for k in fields})
         for v in grid.get("variants") or []
@@ -212,7 +236,7 @@ def load_cell(directory: Path) -> Cell:
         pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         cell.status, cell.error = "damaged", f"result.json is damaged: {type(error).__name__}: {error}"
-        cell.fidelity, cell.speed = {}, []
+        cell.fidelity, cell.shapes, cell.speed = {}, {}, []
         cell.problems.append(cell.error)
     return cell
 
@@ -239,11 +263,17 @@ def _from_result(cell: Cell, result: dict[str, Any]) -> None:
     for row in result.get("fidelity") or []:
         names = [n for n in Fidelity.__dataclass_fields__ if n != "size"]
         entry = Fidelity(int(row["size"]), **{n: _number(row[n]) for n in names})
-        cell.fidelity[entry.size] = entry
+        shape = (int(row.get("height", entry.size)), int(row.get("width", entry.size)))
+        if shape[0] == shape[1]:
+            cell.fidelity[entry.size] = entry
+        else:
+            cell.shapes[shape] = entry
     for row in result.get("speed") or []:
-        peak = row.get("peak_bytes")
+        counts = [None if row.get(n) is None else int(row[n]) for n in ("peak_bytes", "flops", "state_size")]
         times = float(row["seconds"]), float(row.get("spread") or 0)
-        cell.speed.append(Speed(int(row["size"]), int(row["tokens"]), *times, None if peak is None else int(peak)))
+        cell.speed.append(Speed(int(row["size"]), int(row["tokens"]), *times, *counts))
+    for name in ("sites", "timesteps", "images"):
+        setattr(cell, name, [dict(row) for row in result.get(name) or []])
     cell.status = status
 
 

@@ -1,14 +1,13 @@
-"""Numbers over seeds: the main table, as Markdown and as HTML cells, and the long CSV."""
+"""Numbers over seeds: the main table."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from experiments.report.records import Cell, Run, Variant
+from experiments.report.effects import against
+from experiments.report.records import Run, Variant
 
 METRICS = ("error_to_teacher", "relative_error_to_teacher", "error_to_truth", "teacher_error_to_truth", "error_ratio")
 SPREAD = "mean ± half the range over seeds; no ± where there is one seed"
@@ -33,12 +32,20 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A table's cell: what it says, what it is sorted by, and whether it is the best of its column."""
+
+    text: str
+    key: float | str
+    best: bool = False
+
+
+@dataclass(frozen=True)
 class Row:
-    """A variant's line in the main table: cells as text, and which of them are the best of their column."""
+    """A variant's line in the main table."""
 
     variant: Variant
-    cells: list[str]
-    best: list[bool]
+    entries: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -76,66 +83,90 @@ def over_seeds(run: Run, variant: Variant, size: int, metric: str) -> Value | No
 
 
 def main_table(run: Run) -> Table:
-    """Relative error to the teacher and error ratio at each size; the untouched softmax cannot be the best."""
+    """Relative error to the teacher, that over the reference row's, and the error ratio to the truth, at each size.
+
+    The untouched softmax cannot be the best.
+    """
     keys = [(size, m) for m in ("relative_error_to_teacher", "error_ratio") for size in run.sizes]
     heads = {"relative_error_to_teacher": "Error to teacher", "error_ratio": "Error ratio to truth"}
     values = {v.name: [over_seeds(run, v, size, m) for size, m in keys] for v in run.variants}
-    marked = [_best(run, [values[v.name][k] for v in run.variants]) for k in range(len(keys))]
+    marked = [best_row(run, [values[v.name][k] for v in run.variants]) for k in range(len(keys))]
     rows = []
     for place, variant in enumerate(run.variants):
         done = run.done(variant.name)
-        cells = [_feature(variant), str(len(done)), _parameters(done)]
-        best = [False] * 3 + [place == b for b in marked]
-        rows.append(Row(variant, cells + ["–" if x is None else str(x) for x in values[variant.name]], best))
-    columns = ["Variant", "Features", "Seeds", "Trained parameters", *(f"{heads[m]}, {size} px" for size, m in keys)]
-    return Table(columns, rows)
+        counts = {c.trained_parameters for c in done if c.trained_parameters is not None}
+        entries = [Entry(_feature(variant), _feature(variant)), Entry(str(len(done)), len(done))]
+        entries.append(Entry(" / ".join(f"{n:,}" for n in sorted(counts)) or "–", max(counts, default=math.inf)))
+        found = zip(values[variant.name], marked, strict=True)
+        errors = [Entry("–" if x is None else str(x), _key(x), place == best) for x, best in found]
+        split = len(run.sizes)
+        rows.append(Row(variant, [*entries, *errors[:split], *_compared(run, variant), *errors[split:]]))
+    errors_at = [f"{heads[m]}, {size} px" for size, m in keys]
+    than = [f"÷ reference, {size} px" for size in run.sizes] if run.reference else []
+    first = ["Variant", "Features", "Seeds", "Trained parameters"]
+    return Table([*first, *errors_at[: len(run.sizes)], *than, *errors_at[len(run.sizes) :]], rows)
+
+
+def picture_table(run: Run) -> Table:
+    """Fréchet and kernel distance and text-image score of each row's pictures, no rows if there are none."""
+    places = dict.fromkeys(_place(r) for v in run.variants for c in run.done(v.name) for r in c.images)
+    rows: list[Row] = []
+    teacher: dict[Any, Value | None] = {}
+    for variant in run.variants if places else []:
+        found = {place: [r for c in run.done(variant.name) for r in c.images if _place(r) == place] for place in places}
+        teacher |= {place: _mean_of(rows, "teacher") for place, rows in found.items() if rows}
+        values = [_mean_of(rows, "student") for rows in found.values()]
+        rows.append(Row(variant, [Entry("–" if v is None else str(v), _key(v)) for v in values]))
+    if places:
+        values = [teacher.get(place) for place in places]
+        rows.insert(
+            0, Row(Variant("teacher", "teacher"), [Entry("–" if v is None else str(v), _key(v)) for v in values])
+        )
+    heads = [
+        f"{m.replace('_', ' ')}, {f}, {h} px" + ("" if h == w else f" × {w}") + f", guidance {g:g}"
+        for m, f, h, w, g in places
+    ]
+    return Table(["Variant", *heads], rows)
+
+
+def _place(row: dict[str, Any]) -> tuple[str, str, int, int, float]:
+    return row["metric"], row["features"], row["height"], row["width"], float(row["guidance"])
+
+
+def _mean_of(rows: list[dict[str, Any]], name: str) -> Value | None:
+    return summarise([math.nan if r[name] is None else float(r[name]) for r in rows])
+
+
+def _compared(run: Run, variant: Variant) -> list[Entry]:
+    """Ratios to the reference row, marked where the interval over seeds excludes 1: ▼ lower, ▲ higher."""
+    entries = []
+    for size in run.sizes if run.reference else []:
+        ratio = None if variant.untouched or run.reference is None else against(run, variant, run.reference, size)
+        if variant == run.reference:
+            entries.append(Entry("1", 1.0))
+        elif ratio is None:
+            entries.append(Entry("–", math.inf))
+        else:
+            mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
+            inside = f" [{number(ratio.low)}, {number(ratio.high)}]" if ratio.seeds > 1 else ""
+            entries.append(Entry(f"{mark}{number(ratio.mean)}{inside}", ratio.mean))
+    return entries
+
+
+def _key(value: Value | None) -> float:
+    return math.inf if value is None or math.isnan(value.mean) else value.mean
 
 
 def markdown(table: Table) -> str:
     """The table in Markdown; the best of a column is bold."""
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     for row in table.rows:
-        cells = [f"**{c}**" if b else c for c, b in zip(row.cells, row.best, strict=True)]
+        cells = [f"**{e.text}**" if e.best else e.text for e in row.entries]
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in [row.variant.label, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def results_csv(run: Run) -> str:
-    """One line per cell and size, unrounded, and one per variant and size with the means over seeds."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["kind", "variant", "label", "causality", "normalize", "seed", "seeds", "size", *METRICS, "best"])
-    for variant in run.variants:
-        about = _about(variant)
-        for cell in run.done(variant.name):
-            for size, row in sorted(cell.fidelity.items()):
-                writer.writerow(["cell", *about, cell.seed, 1, size, *(repr(getattr(row, m)) for m in METRICS), ""])
-    for size in run.sizes:
-        values = [over_seeds(run, v, size, "relative_error_to_teacher") for v in run.variants]
-        best = _best(run, values)
-        for place, (variant, value) in enumerate(zip(run.variants, values, strict=True)):
-            if value is None:
-                continue
-            means = [over_seeds(run, variant, size, m) for m in METRICS]
-            numbers = ["" if m is None else repr(m.mean) for m in means]
-            writer.writerow(
-                ["mean", *_about(variant), "", value.seeds, size, *numbers, "best" if place == best else ""]
-            )
-    return out.getvalue()
-
-
-def write_tables(run: Run, directory: Path) -> Table:
-    """Write results.csv into `directory`; returns the main table."""
-    (directory / "results.csv").write_text(results_csv(run), encoding="utf-8")
-    return main_table(run)
-
-
-def _about(variant: Variant) -> list[str]:
-    normalize = "" if variant.normalize is None else str(variant.normalize)
-    return [variant.name, variant.label, variant.causality or "", normalize]
-
-
-def _best(run: Run, values: list[Value | None]) -> int | None:
+def best_row(run: Run, values: list[Value | None]) -> int | None:
     """Place of the smallest mean among the trained variants."""
     pairs = zip(run.variants, values, strict=True)
     found = [(x.mean, k) for k, (v, x) in enumerate(pairs) if x and not v.untouched and math.isfinite(x.mean)]
@@ -147,8 +178,3 @@ def _feature(variant: Variant) -> str:
         return "the teacher's own"
     normal = {True: "normalised", False: "unnormalised", None: "default normalisation"}[variant.normalize]
     return f"{(variant.causality or 'default order').replace('noncausal', 'non-causal')}, {normal}"
-
-
-def _parameters(done: list[Cell]) -> str:
-    counts = {c.trained_parameters for c in done if c.trained_parameters is not None}
-    return " / ".join(f"{n:,}" for n in sorted(counts)) or "–"

@@ -1,0 +1,177 @@
+"""Runs that never ran, for tests of what is made of records."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from experiments.grids import PAPER
+from experiments.report.records import Cell, Fidelity, Run, Variant
+
+Key = tuple[str, str, bool]
+
+
+def run_of(errors: Mapping[Key, Mapping[int, Mapping[int, float]]]) -> Run:
+    """A run in memory: (mixer, causality, normalize) -> seed -> size -> relative error to the teacher."""
+    variants, cells = [], []
+    for (mixer, causality, normalize), seeds in errors.items():
+        name = f"{mixer}_{causality}_{'normalized' if normalize else 'unnormalized'}"
+        variants.append(Variant(name, name, mixer, causality, normalize, True))
+        for seed, sizes in seeds.items():
+            cell = Cell(f"{name}-s{seed}", Path("nowhere"), name, seed, "done")
+            cell.fidelity = {size: Fidelity(size, e, e, 1 + e, 1.0, 1 + e) for size, e in sizes.items()}
+            cells.append(cell)
+    return Run(Path("nowhere"), "made up", "?", {"train_size": 64}, variants, cells, [])
+
+
+SIZES = (64, 128, 256)
+PROMPTS = ["red apple, teal background", "blue heart, yellow background", "full moon, black background", "cat face"]
+VARIANTS = [  # name, label, mixer, causality, normalize, growth of the error per doubling
+    ("softmax", "softmax, untouched", "softmax", "noncausal", True, 0.0),
+    ("linfusion", "LinFusion", "linfusion", "noncausal", True, 1.1),
+    ("linear", "linear attention", "linear_attention", "noncausal", True, 1.2),
+    ("linear_raw", "linear attention, not normalised", "linear_attention", "noncausal", False, 4.0),
+    ("linfusion_raw", "LinFusion, not normalised", "linfusion", "noncausal", False, 5.0),
+    ("linear_causal", "linear attention, causal", "linear_attention", "causal", True, 1.4),
+    ("linear_causal_raw", "linear attention, causal, not normalised", "linear_attention", "causal", False, 6.0),
+    ("mamba2", "Mamba-2, bidirectional", "mamba2", "bidirectional", False, 2.0),
+]
+FAILED, UNFINISHED = "mamba2-s1-x", "linear_causal_raw-s1-x"
+
+
+def error(growth: float, size: int, seed: int) -> float:
+    """The made-up error to the teacher."""
+    return growth and 0.02 * (1 + 0.1 * seed) * growth ** math.log2(size / 64)
+
+
+def picture(path: Path, size: int, k: int, noise: float) -> None:
+    """A disc on a plain background, the noisier the worse the mixer."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    colours = np.array([[200, 60, 60], [60, 90, 200], [230, 210, 90], [240, 160, 60]])
+    image = np.where((x**2 + y**2 < 0.12)[..., None], colours[k % 4], 255 - colours[k % 4] // 2).astype(float)
+    image += np.random.default_rng(k).normal(0, 255 * noise, image.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
+
+
+def matrix(causality: str, normalize: bool, softmax: bool) -> np.ndarray:
+    """Weights that fall off with distance on an 8 × 8 grid."""
+    y, x = np.divmod(np.arange(64), 8)
+    apart = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
+    weights = np.exp(-apart / (4 if softmax else 16)) + np.random.default_rng(0).random((64, 64)) * 0.1
+    weights = np.tril(weights) if causality == "causal" else weights
+    return (weights / weights.sum(1, keepdims=True) if normalize else weights).astype(np.float32)
+
+
+def write_cell(run: Path, place: int, seed: int) -> None:
+    """One cell's folder, as the grid runner leaves it."""
+    name, _, mixer, causality, normalize, growth = VARIANTS[place]
+    cell = f"{name}-s{seed}-x"
+    folder = run / "cells" / cell
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({"variant": {"name": name, "mixer": mixer}, "seed": seed, "lr": 1e-3})
+    )
+    steps = range(0 if growth else 100, 40 if cell == UNFINISHED else 100)
+    lines = [
+        {"step": s, "loss": (0.1 + 0.02 * place) + math.exp(-s / 20), "noise": 0.1, "output": 0.1, "features": 0.1}
+        for s in steps
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    result = {"cell": cell, "variant": name, "seed": seed, "status": "done", "error": None}
+    result |= {
+        "trained_parameters": 1000 * place,
+        "train_seconds": 12.5 + place,
+        "steps": 100,
+        "fidelity": [],
+        "speed": [],
+    }
+    if cell == UNFINISHED:
+        return
+    if cell == FAILED:
+        result |= {"status": "failed", "error": "FloatingPointError: the loss is not finite <at step 12>"}
+        (folder / "result.json").write_text(json.dumps(result))
+        return
+    for size in SIZES:
+        value = error(growth, size, seed)
+        row = {"size": size, "error_to_teacher": value * 0.9, "relative_error_to_teacher": value}
+        result["fidelity"].append(
+            row | {"error_to_truth": 0.1 + value, "teacher_error_to_truth": 0.1, "error_ratio": 1 + value * 10}
+        )
+        for k in range(len(PROMPTS)):
+            picture(folder / "samples" / str(size) / f"{k}.png", size, k, min(0.5, value))
+    for size in (*SIZES, 512):
+        tokens = (size // 8) ** 2
+        cost = 0.004 + 1e-6 * tokens * (1 + place / 4) + (0 if growth else 2e-8 * tokens**2)
+        peak = int(1e6 + 4e3 * tokens * (1 + place / 4) + (0 if growth else 4 * tokens**2))
+        result["speed"].append({"size": size, "tokens": tokens, "seconds": cost, "spread": 0.0001, "peak_bytes": peak})
+        result["speed"][-1] |= {"flops": 10**7 * tokens, "state_size": 1000 * (1 + place)}
+    rows = more(growth, seed)
+    result["fidelity"] += rows.pop("shapes")
+    result |= rows
+    mixing = matrix(causality, normalize, not growth)
+    field = mixing.reshape(8, 8, 8, 8).mean((0, 1))
+    save_file({"mixing_matrix": mixing, "receptive_field": field}, folder / "arrays.safetensors")
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+SITES = [f"{way}.attentions.0.transformer_blocks.0.attn1" for way in ("down_blocks.0", "mid_block", "up_blocks.1")]
+
+
+def more(growth: float, seed: int) -> dict[str, list[dict[str, object]]]:
+    """Rows by shape, site, timestep, and of pictures, as newer records have them."""
+    place, value = {"height": 64, "width": 64}, error(growth, 64, seed)
+    wide = {"size": 128, "height": 64, "width": 128, "error_to_teacher": 77.0, "relative_error_to_teacher": 77.0}
+    names = (("frechet_distance", None), ("kernel_distance", None), ("text_image_score", 90.0))
+    pictures = {"guidance": 3.0, "features": "embedded CLIP", "student": 20 + value, "teacher": 20.0}
+    return {
+        "shapes": [wide | {"error_to_truth": 1.0, "teacher_error_to_truth": 1.0, "error_ratio": 1.0}],
+        "sites": [{"site": s, **place, "relative_error": value * (k + 1)} for k, s in enumerate(SITES)],
+        "timesteps": [{**place, "timestep": t, "relative_error_to_teacher": value * t / 500} for t in (100, 500, 900)],
+        "images": [{**place, **pictures, "metric": name, "truth": truth} for name, truth in names],
+    }
+
+
+def make_run(run: Path) -> Path:
+    """Eight variants × two seeds; one cell failed, one unfinished."""
+    names = ("name", "label", "mixer", "causality", "normalize")
+    grid = {"name": "demo", "question": "Which features of a linear mixer matter for images?", "teacher": "embedded"}
+    grid |= {
+        "data": "emoji",
+        "train_size": 64,
+        "sizes": SIZES,
+        "sample_sizes": SIZES,
+        "seeds": [0, 1],
+        "prompts": PROMPTS,
+    }
+    grid |= {
+        "reference": "linear",
+        "claims": [claim.model_dump(mode="json") for claim in PAPER],
+        "variants": [dict(zip(names, v, strict=False)) | {"trained": v[-1] > 0} for v in VARIANTS],
+        "notes": ["A made-up run."],
+    }
+    grid |= {
+        "protocol": {"distillation": {"steps": 100}, "evaluation": {"images": 8}},
+        "environment": {"torch": "2", "device": "CPU"},
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "grid.json").write_text(json.dumps(grid))
+    for place in range(len(VARIANTS)):
+        for seed in (0, 1):
+            write_cell(run, place, seed)
+    for size in SIZES:
+        for k in range(len(PROMPTS)):
+            picture(run / "teacher" / "samples" / str(size) / f"{k}.png", size, k, 0)
+    return run
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))

@@ -1,0 +1,58 @@
+"""`mixlab compare`: the rows that both runs have, seed by seed; runs of two protocols are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.report.compare import compare
+from tests.experiments.runs import SIZES, VARIANTS, edit, make_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs of one grid; in the second LinFusion's error is half, and one row is new."""
+    folder = tmp_path_factory.mktemp("runs")
+    first, second = make_run(folder / "first"), make_run(folder / "second")
+    for path in second.glob("cells/linfusion-*/result.json"):
+        edit(
+            path,
+            lambda r: [f.update(relative_error_to_teacher=f["relative_error_to_teacher"] / 2) for f in r["fidelity"]],
+        )
+    edit(second / "grid.json", lambda g: g["variants"].append({"name": "new", "label": "a new one"}))
+    return first, second
+
+
+def test_a_change_is_found_where_it_is(runs: tuple[Path, Path]) -> None:
+    found = compare(*runs)
+    assert (
+        {c.size for c in found.changes} == set(SIZES) and found.only_first == [] and found.only_second == ["a new one"]
+    )
+    for change in found.changes:
+        assert change.ratio.mean == pytest.approx(0.5 if change.label == "LinFusion" else 1.0)
+        assert change.ratio.excludes(1.0) is (change.label == "LinFusion")
+    assert len(found.changes) == (len(VARIANTS) - 1) * len(SIZES)
+
+
+def test_a_run_against_itself_changes_nothing_and_the_reverse_is_the_inverse(runs: tuple[Path, Path]) -> None:
+    assert not any(c.ratio.excludes(1.0) for c in compare(runs[0], runs[0]).changes)
+    there, back = (compare(*pair).changes for pair in (runs, runs[::-1]))
+    assert [c.ratio.mean for c in there] == pytest.approx([1 / c.ratio.mean for c in back])
+
+
+def test_the_command(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(tmp_path / "c.md")])
+    assert done.exit_code == 0 and "a new one" in done.output, done.output
+    assert "| LinFusion | 256 px |" in (tmp_path / "c.md").read_text()
+
+
+def test_two_protocols_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for folder, steps in ((first, 20), (second, 50)):
+        (folder / "protocol.json").write_text(json.dumps({"sampler": {"steps": steps}, "hash": str(steps)}))
+    done = CliRunner().invoke(app, ["compare", str(first), str(second)])
+    assert done.exit_code == 2 and "sampler.steps was 20 and is now 50" in " ".join(done.output.split())
+    done = CliRunner().invoke(app, ["compare", str(first), str(tmp_path)])
+    assert done.exit_code == 2 and "grid.json" in done.output

@@ -1,0 +1,116 @@
+"""Intervals over seeds, paired differences, effects of factors: identities before numbers."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.report.effects import Factor, effects
+from experiments.report.points import front
+from experiments.report.records import Run
+from experiments.report.statistics import Interval, bootstrap, log_ratios, mean_by_seed
+from tests.experiments.runs import run_of
+
+values = st.lists(st.floats(-10, 10), min_size=1, max_size=8)
+
+
+@given(values, st.randoms())
+def test_the_order_of_seeds_does_not_matter(found: list[float], random) -> None:  # type: ignore[no-untyped-def]
+    other = list(found)
+    random.shuffle(other)
+    assert bootstrap(found) == bootstrap(other)
+
+
+@given(values, st.floats(-5, 5), st.floats(0.1, 5))
+def test_intervals_move_and_stretch_with_their_values(found: list[float], shift: float, scale: float) -> None:
+    before, after = bootstrap(found), bootstrap([shift + scale * v for v in found])
+    for name in ("mean", "low", "high"):
+        assert getattr(after, name) == pytest.approx(shift + scale * getattr(before, name), abs=1e-9)
+
+
+@given(values)
+def test_an_interval_lies_within_its_values_around_the_mean(found: list[float]) -> None:
+    interval = bootstrap(found)
+    assert min(found) - 1e-12 <= interval.low <= interval.mean + 1e-12
+    assert interval.mean - 1e-12 <= interval.high <= max(found) + 1e-12
+    assert interval.seeds == len(found)
+
+
+@given(st.floats(-3, 3), st.integers(1, 8))
+def test_equal_values_have_no_width_and_mark_what_they_differ_from(value: float, count: int) -> None:
+    interval = bootstrap([value] * count)
+    assert interval.low == interval.high
+    assert interval.excludes(value + 1) is (count > 1) and not interval.excludes(interval.mean)
+
+
+def test_three_seeds_are_marked_exactly_where_all_agree() -> None:
+    assert bootstrap([0.1, 0.2, 3.0]).excludes(0)
+    assert not bootstrap([-0.01, 0.2, 3.0]).excludes(0)
+    assert bootstrap([1.0, 2.0, 6.0]) == Interval(3.0, 1.0, 6.0, 3)
+
+
+def test_intervals_of_ten_seeds_hold_the_true_mean_about_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(0)
+    inside = [not bootstrap(draw.normal(1.0, 1.0, 10).tolist()).excludes(1.0) for _ in range(300)]
+    assert 0.85 < np.mean(inside) < 0.97  # percentile intervals of few values are known to be somewhat narrow
+
+
+def test_what_is_not_finite_is_never_marked() -> None:
+    for bad in (math.nan, math.inf):
+        interval = bootstrap([1.0, bad])
+        assert math.isnan(interval.mean) and not interval.excludes(0)
+    with pytest.raises(ValueError, match="got none"):
+        bootstrap([])
+
+
+def test_pairs_are_of_one_seed() -> None:
+    assert log_ratios({0: 2.0, 1: 8.0}, {1: 2.0, 2: 5.0}) == {1: pytest.approx(math.log(4))}
+    assert mean_by_seed([{0: 1.0, 1: 2.0}, {1: 4.0, 2: 9.0}]) == [3.0]
+    assert mean_by_seed([]) == []
+
+
+def made_up(noise: float = 0.0) -> Run:
+    """Errors 2^(not normalised) · 3^(causal) · 5^(mamba2), with each seed's own factor, and noise if asked for."""
+    draw, rows = np.random.default_rng(0), {}
+    for mixer in ("linear_attention", "mamba2"):
+        for causality in ("noncausal", "causal"):
+            for normalize in (True, False):
+                error = 0.01 * 2 ** (not normalize) * 3 ** (causality == "causal") * 5 ** (mixer == "mamba2")
+                errors = {s: {64: error * (1 + s) * math.exp(noise * draw.normal())} for s in range(3)}
+                rows[mixer, causality, normalize] = errors
+    return run_of(rows)
+
+
+def test_effects_are_the_factors_of_the_errors() -> None:
+    found = {(e.factor, e.value): e for e in effects(made_up())}
+    expected = {("normalisation", "not normalised"): 2, ("causality", "causal"): 3, ("mixer", "mamba2"): 5}
+    assert found.keys() == expected.keys()
+    for key, ratio in expected.items():
+        effect = found[key]
+        assert effect.ratio.mean == pytest.approx(ratio) and effect.ratio.low == pytest.approx(effect.ratio.high)
+        assert effect.marked and len(effect.pairs) == 4
+        assert all(pair.ratio.mean == pytest.approx(ratio) for pair in effect.pairs)
+
+
+def test_noise_beyond_the_effect_is_not_marked() -> None:
+    marks = [e.marked for e in effects(made_up(noise=30.0))]
+    assert not all(marks)
+
+
+def test_the_plain_mixer_is_the_reference_of_families() -> None:
+    from experiments.report import effects as module
+
+    (factor,) = module._families(made_up())
+    assert isinstance(factor, Factor) and factor.reference == "linear_attention"
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=12))
+def test_nothing_beats_the_front(points: list[tuple[float, float]]) -> None:
+    best = front(points)
+    assert best and set(best) <= set(points)
+    for cost, error in best:
+        assert not any((c <= cost and e < error) or (c < cost and e <= error) for c, e in points)
+    for cost, error in set(points) - set(best):
+        assert any(c <= cost and e <= error for c, e in best)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench.memory import peak_bytes
+from experiments.bench.memory import keep_freed_memory, peak_bytes
 from experiments.bench.timing import Spread, interleaved
 
 Make = Callable[[int], Callable[[], object]]
@@ -58,7 +58,8 @@ class Contest:
         baselines: names of the contenders that are not this library's.
         axis: what a size counts.
         floor: size -> the least work, or None where nobody would agree on one.
-        to_the_top: whether those that have become slow climb on.
+        growth: whether the question is how times grow: those that have become slow climb on, freed memory stays with
+            the process, so that no contender waits for the system's pages, and no peak is measured.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Contest:
     baselines: frozenset[str] = frozenset()
     axis: str = "tokens"
     floor: Callable[[int], Work] | None = None
-    to_the_top: bool = False
+    growth: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def run_contest(
     """Climb the ladder with all contenders, timed in turns; returns a row for each at every size it reached."""
     rows: list[Row] = []
     running, start = list(contest.contenders), time.perf_counter()
+    if contest.growth:
+        keep_freed_memory()
     for size in contest.sizes:
         if not running or time.perf_counter() - start > limits.budget:
             break
@@ -114,7 +117,7 @@ def run_contest(
             try:
                 call = contest.contenders[name](size)
                 call()  # what a first call compiles or allocates is not what is measured
-                runs[name], peaks[name] = call, peak_bytes(call, device)
+                runs[name], peaks[name] = call, None if contest.growth else peak_bytes(call, device)
             except Exception as error:  # whatever a contender raises, the others go on
                 running.remove(name)
                 rows.append(Row(contest.name, name, size, error=told(error)))
@@ -122,7 +125,7 @@ def run_contest(
         running = [name for name in running if name in times]
         floor = contest.floor(size).seconds(rates) if contest.floor and rates else None
         rows += [_row(contest, name, size, times, peaks[name], floor) for name in times]
-        running = [n for n in running if contest.to_the_top or statistics.median(times[n]) < limits.slow]
+        running = [n for n in running if contest.growth or statistics.median(times[n]) < limits.slow]
         del runs
         gc.collect()
     return rows

@@ -187,7 +187,7 @@ def growth_contests(setup: Setup, dim: int = 320, heads: int = 8) -> Iterator[Co
         return make
 
     makers = {name: maker(name) for name in list_mixers(linear=True)}
-    yield Contest(f"mixers as mounted, d {dim}: forward", makers, setup.lengths, to_the_top=True)
+    yield Contest(f"mixers as mounted, d {dim}: forward", makers, setup.lengths, growth=True)
 
 
 def _block(setup: Setup, build: Callable[[], Any], dim: int) -> Make:

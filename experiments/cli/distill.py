@@ -24,12 +24,11 @@ def distill(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Distil a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
-    from accelerate import PartialState
-
     from experiments.distil.recipe import load_recipe
     from experiments.distil.run import run_recipe
+    from experiments.training.processes import this_process
 
-    console.quiet = not PartialState().is_main_process  # of several, one tells
+    console.quiet = not this_process().is_main_process  # of several, one tells
     load(plugins)
     with clean_errors():
         plan = load_recipe(recipe, settings)

@@ -27,6 +27,7 @@ from experiments.distil.student import Report, build_student, run_stages, seeded
 from experiments.teacher.load import open_teacher
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
+from experiments.training.processes import this_process
 
 
 def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
@@ -41,7 +42,7 @@ def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
         ValueError: the directory holds a run of another recipe; or teacher, data or mixer cannot be used as asked.
         FloatingPointError: a loss is not finite.
     """
-    process = PartialState()  # chooses this process's device
+    process = this_process()  # chooses this process's device
     _check_recipe(recipe, directory, process)
     teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype))
     plan = seeded(recipe.distillation, recipe.seed)

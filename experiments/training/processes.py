@@ -6,13 +6,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from experiments.training.plan import FitConfig
+
+
+def this_process() -> PartialState:
+    """This process among those that were launched together, by accelerate, torchrun or a cluster.
+
+    Accelerate alone does not look for others where there is no accelerator, and each of them would train by itself.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Accelerator:
@@ -27,6 +36,7 @@ def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Ac
             raise ValueError(
                 f"The tracker {name!r} is not installed: pip install {name}, or leave it out of `trackers`."
             )
+    this_process()
     AcceleratorState._reset_state()  # the precision is of this training, not of the first in the process
     accelerator = Accelerator(
         device_placement=False,

@@ -92,7 +92,7 @@ def run(folder: Path, processes: int) -> None:
         port = free.getsockname()[1]
     several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     root = str(Path(__file__).parents[2])
-    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": root}
+    common = {**os.environ, "PYTHONPATH": root}
     folder.mkdir()
     running = [
         subprocess.Popen(

@@ -1,6 +1,6 @@
 """One optimiser step at full size, with random weights: what a distillation needs in memory, before anything is bought.
 
-    python -m experiments.distil.one_step SD-1.5 [--size 512] [--dtype bfloat16] [--objectives local]
+    python -m experiments.distil.one_step SD-1.5 [--size 512] [--dtype bfloat16] [--objectives local] [--train new]
 
 Time and memory do not depend on the values of weights. The teacher's UNet is in memory once; the student trains in
 float32.
@@ -49,12 +49,15 @@ class MadeUp:
         return {name: value.expand(len(indices), *value.shape[1:]) for name, value in self.one.items()}
 
 
-def one_step(architecture: str, size: int, dtype: torch.dtype, objectives: tuple[str, ...]) -> tuple[int | None, float]:
+def one_step(
+    architecture: str, size: int, dtype: torch.dtype, objectives: tuple[str, ...], train: str
+) -> tuple[int | None, float]:
     """Peak bytes above the teacher's and the student's weights, and seconds, of one step with one sample."""
     teacher = Teacher(open_model(f"random:{architecture}", dtype, "cpu"))
     plan = Distillation(
         objectives={name: Term() for name in objectives},
         fit=FitConfig(steps=1, batch_size=1, learning_rate=1e-4, warmup=0),
+        train=train,
         image_size=size,
         images=1,
         gradient_checkpointing=True,
@@ -85,12 +88,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--objectives", nargs="+", default=["noise", "output", "features"])
+    parser.add_argument("--train", default="new+projections", choices=["new", "new+projections"])
     asked = parser.parse_args()
-    peak, seconds = one_step(asked.architecture, asked.size, getattr(torch, asked.dtype), tuple(asked.objectives))
+    dtype, objectives = getattr(torch, asked.dtype), tuple(asked.objectives)
+    peak, seconds = one_step(asked.architecture, asked.size, dtype, objectives, asked.train)
     resident = "" if peak is None else f"{peak / 2**30:.2f} GiB above the weights of teacher and student, "
-    print(
-        f"{asked.architecture}, {asked.size} px, {asked.dtype}, {'+'.join(asked.objectives)}: {resident}{seconds:.0f} s"
-    )
+    told = ", ".join((asked.architecture, f"{asked.size} px", asked.dtype, "+".join(objectives), asked.train))
+    print(f"{told}: {resident}{seconds:.0f} s")
 
 
 if __name__ == "__main__":

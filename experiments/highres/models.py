@@ -85,7 +85,7 @@ def open_model(model: str, dtype: torch.dtype, device: str, *, filled: bool = Tr
     kind, _, name = model.partition(":")
     if kind != "random":
         pipe = load_teacher(model)
-        return pipe.to(device=device, dtype=dtype)
+        return pipe.to(device) if pipe.dtype == dtype else pipe.to(device, dtype)
     known = {profile.name: profile for profile in PROFILES}
     if name not in known:
         raise ValueError(f"No architecture {name!r}: expected one of {', '.join(known)}.{hint(name, known)}")

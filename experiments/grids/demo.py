@@ -1,7 +1,8 @@
 """Which features of a linear mixer matter for images? Normalisation × causality, within ten minutes on two cores."""
 
-from experiments.config import Evaluation, Grid, Metrics, Variant
-from experiments.grids import PAPER, SOFTMAX, ours
+from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
+from experiments.grids import PAPER, SOFTMAX
+from experiments.training import FitConfig
 
 _LINEAR = [
     Variant(
@@ -26,9 +27,10 @@ GRID = Grid(
         Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
     ),
     seeds=(0,),
-    reference="linear_noncausal_normalized",
     claims=PAPER,
-    distillation=ours(50, 40),
+    distillation=Distillation(
+        fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
+    ),
     evaluation=Evaluation(  # what ten minutes allow
         sizes=(64, 128, 256),
         shapes=(),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.ablation import chosen, fit_budget, load_grid, parse_duration
+from experiments.ablation import budget, chosen, fit_budget, load_grid, parse_duration
 from experiments.ablation.budget import scaled
 from experiments.cli import app
 from experiments.config import Grid, Term, Variant
@@ -43,7 +43,9 @@ def test_what_starts_later_starts_at_the_same_share(grid: Grid) -> None:
     assert longer.fit.steps == 60 and longer.objectives["output"] == Term(start=30, ramp=20)
 
 
-def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path) -> None:
+def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(budget, "_cost", lambda cells, *_: measured.append(len(cells)) or (4.0, 1.0))  # seconds
     broken = Variant(name="broken", label="broken", mixer="linear_attention", options={"nope": 1})
     variants = [v.model_dump() for v in (grid.variants[1], broken)]
     file = tmp_path / "mine.py"
@@ -59,7 +61,7 @@ def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path) -> None:
     assert described["protocol"]["distillation"]["fit"]["steps"] == max(1, round(6 * factor))
     assert f"by {factor:g}" in (out / "report" / "index.html").read_text()
     again = CliRunner().invoke(app, command)
-    assert again.exit_code == 1
+    assert again.exit_code == 1 and measured == [2]
     assert json.loads((out / "grid.json").read_text())["cells"] == described["cells"], "the same cells"
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, pairwise
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, Transformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from tests.unet_adapters import pipelines
 from unet_adapters import MixerAdapter
 from unet_adapters.highres import SAVINGS, Control, Plan, Request, Tiling, TooLittleMemory, decode, encode, generate
+from unet_adapters.highres import memory
 from unet_adapters.highres.denoise import Guide, Schedule, denoise
 from unet_adapters.highres.ladder import ladder
 from unet_adapters.highres.memory import Allocations, foresee
@@ -194,8 +198,9 @@ def test_peaks_are_counted() -> None:
         del y
         return z[:10].clone()  # 40 more, while z lives
 
-    found = foresee(run, ((100,), torch.float32), device=torch.device("cpu"))
-    assert (found.peak, found.largest) == (1200, 200)
+    for device in ("cpu", "meta"):
+        found = foresee(run, nn.Module(), ((100,), torch.float32), device=torch.device(device))
+        assert (found.peak, found.largest) == (1200, 200)
 
 
 def test_what_is_foreseen_is_what_is_allocated(pipe: Any) -> None:
@@ -214,12 +219,42 @@ def test_what_is_foreseen_is_what_is_allocated(pipe: Any) -> None:
 def test_a_plan_keeps_to_its_budget_or_says_what_is_enough(pipe: Any) -> None:
     size = (latent_unit(pipe) * 16,) * 2
     free = make_plan(pipe, size, base=32)
-    assert free.savings == () and free.stages[-1].stage.size == size
+    assert free.savings == ("activations",) and free.stages[-1].stage.size == size
     assert [s.peak for s in free.stages] == sorted(s.peak for s in free.stages)
     tight = make_plan(pipe, size, base=64, budget=free.peak - 1)
-    assert tight.savings and tight.peak < free.peak
-    with pytest.raises(TooLittleMemory, match="with every saving it needs"):
+    assert len(tight.savings) > 1 and tight.peak < free.peak
+    with pytest.raises(TooLittleMemory, match="with every saving it needs") as refusal:
         make_plan(pipe, size, base=64, budget=weight_bytes(pipe))
+    enough = re.search(r"it needs ([\d.]+) ([KM])iB", str(refusal.value))
+    assert enough is not None
+    budget = int(float(enough[1]) * 1024 ** (1 + "KM".index(enough[2])))
+    assert weight_bytes(pipe) < make_plan(pipe, size, base=64, budget=budget).peak <= budget
+
+
+def test_a_gpu_need_not_be_there_to_plan_for_it(pipe: Any) -> None:
+    with MixerAdapter.build(pipe, "linfusion").mounted():
+        plan = make_plan(pipe, (latent_unit(pipe) * 16,) * 2, base=32, device="meta")
+    assert plan.peak > weight_bytes(pipe)
+
+
+def test_what_no_saving_mends_is_told_apart_from_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unet_adapters.highres.plan.LARGEST", 100)
+    with pytest.raises(ValueError, match="cannot be made: with every saving a tensor has"):
+        make_plan(pipelines.make(), (64, 64))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_that_are_alike_are_gone_through_once(layers: int) -> None:
+    pipe = pipelines.make("SDXL")
+    for module in pipe.unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.transformer_blocks.extend([deepcopy(module.transformer_blocks[0]) for _ in range(layers)])
+    seen, once = [], memory.one_of_each
+    for way in (once, lambda *_: nullcontext()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "one_of_each", way)
+            seen.append(foresee_step(pipe, (64, 96), ("activations",), 3.0))
+    assert seen[0] == seen[1] and seen[0].flops > 0
 
 
 # --- images -------------------------------------------------------------------------------------------------------

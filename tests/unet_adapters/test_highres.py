@@ -22,8 +22,18 @@ from torch import Tensor, nn
 
 from tests.unet_adapters import pipelines
 from unet_adapters import MixerAdapter
-from unet_adapters.highres import SAVINGS, Control, Plan, Request, Tiling, TooLittleMemory, decode, encode, generate
-from unet_adapters.highres import memory
+from unet_adapters.highres import (
+    SAVINGS,
+    Control,
+    Plan,
+    Request,
+    Tiling,
+    TooLittleMemory,
+    decode,
+    encode,
+    generate,
+    memory,
+)
 from unet_adapters.highres.denoise import Guide, Schedule, denoise
 from unet_adapters.highres.ladder import ladder
 from unet_adapters.highres.memory import Allocations, foresee
@@ -76,7 +86,7 @@ def test_the_published_strengths_and_then_the_last_one() -> None:
     assert [s.strength for s in ladder((2048, 2048), 64, 64)] == [1, 0.4, 0.3, 0.2, 0.1, 0.1]
 
 
-@pytest.mark.parametrize(("size", "message"), [((100, 64), "128 × 64 is the nearest"), ((0, 64), "64 × 64")])
+@pytest.mark.parametrize(("size", "message"), [((100, 64), "64 × 128 is the nearest"), ((0, 64), "64 × 64")])
 def test_a_size_that_cannot_be_is_one_sentence(size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ladder(size, 64, 64)
@@ -281,7 +291,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_stage(pipe: Any, tmp_path:
     assert len(whole.stages) == 3
 
     def kill(what: str, done: int, total: int) -> None:
-        if what == "64 × 96":
+        if what == "96 × 64":
             raise Killed
 
     with pytest.raises(Killed):
@@ -294,6 +304,8 @@ def test_a_run_that_was_killed_goes_on_after_its_last_stage(pipe: Any, tmp_path:
         path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(generate(pipe, "abc", size, keep=tmp_path, **asked).pixels, whole.pixels)
     assert generate(pipe, "other", size, keep=tmp_path, **asked).resumed == 0
+    with MixerAdapter.build(pipe, "linfusion").mounted():
+        assert generate(pipe, "abc", size, keep=tmp_path, **asked).resumed == 0
 
 
 def test_savings_and_tiles_give_the_same_image(pipe: Any) -> None:
@@ -313,9 +325,21 @@ def test_a_given_image_is_enlarged_or_changed(tmp_path: Path) -> None:
     assert changed.stages[0].strength == 0.4 and changed.pixels.shape == (32, 32, 3)
     with pytest.raises(ValueError, match="has 32 × 32 pixels already"):
         generate(pipe, "abc", (32, 32), image=given, **SMALL)
-    larger.save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="stage by stage"):
+        generate(pipe, "abc", (64, 64), image=given, mode="direct", **SMALL)
+    larger.save(tmp_path / "image.png", model="tiny")
     told = json.loads(Image.open(tmp_path / "image.png").text["mixers"])
     assert told["mode"] == "progressive" and told["prompt"] == "abc" and len(told["stages"]) == 2
+    assert told["model"] == "tiny" and told["savings"] == ["activations"]
+
+
+def test_kept_stages_of_another_image_are_not_taken(tmp_path: Path) -> None:
+    pipe, asked = pipelines.make(), {"base": 32, "plan": plan_for(FAMILIES[0], (64, 64)), **SMALL}
+    for seed, resumed in ((0, 0), (0, 2), (1, 0)):
+        generator = torch.Generator().manual_seed(seed)
+        given = Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator).numpy())
+        found = generate(pipe, "abc", (64, 64), image=given, keep=tmp_path, **asked)
+        assert found.resumed == resumed and found.pixels.shape == (64, 64, 3)
 
 
 def test_direct_and_dilated_images_differ_and_leave_no_trace(pipe: Any) -> None:

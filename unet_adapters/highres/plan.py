@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_adapters.highres import vae as autoencoder
-from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder
+from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder, shown
 from unet_adapters.highres.memory import Allocations, foresee
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
 from unet_adapters.highres.vae import Tiling
@@ -124,11 +124,11 @@ def make_plan(
     if found < len(choices):
         return Plan(tuple(foresight.stage(stage, *choices[found]) for stage in stages), *choices[found])
     least = foresight.stage(stages[-1], *choices[-1])
-    asked = f"An image of {size[0]} × {size[1]} pixels"
+    asked = f"An image of {shown(size)} pixels"
     if least.largest > LARGEST:
         raise ValueError(
-            f"{asked} cannot be made: with every saving a tensor has {least.largest:,} elements, and kernels that count "
-            f"in 32 bits go wrong beyond {LARGEST:,}. Make it smaller."
+            f"{asked} cannot be made: with every saving a tensor has {least.largest:,} elements, and kernels that "
+            f"count in 32 bits go wrong beyond {LARGEST:,}. Make it smaller."
         )
     raise TooLittleMemory(
         f"{asked} does not fit in {told(budget or 0)}: with every saving it needs {told(least.peak, up=True)}. Give it "

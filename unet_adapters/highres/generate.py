@@ -100,9 +100,10 @@ class Result:
 
     def save(self, path: str | Path, **more: Any) -> None:
         """Write a PNG that tells in its metadata, as JSON under the name `mixers`, how it was made, and `more`."""
-        made = {"stages": [asdict(stage) for stage in self.stages], "savings": self.plan.savings}
+        made: dict[str, Any] = {"stages": [asdict(stage) for stage in self.stages], "savings": self.plan.savings}
+        made |= {"tiling": asdict(self.plan.tiling), **more}
         told = PngInfo()
-        told.add_text("mixers", json.dumps({**asdict(self.request), **made, "tiling": asdict(self.plan.tiling), **more}))
+        told.add_text("mixers", json.dumps({**asdict(self.request), **made}))
         Image.fromarray(self.pixels.numpy()).save(path, format="PNG", pnginfo=told)
 
 

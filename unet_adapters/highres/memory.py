@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,9 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 
 class Allocations(TorchDispatchMode):
@@ -63,27 +62,6 @@ class Allocations(TorchDispatchMode):
         self.alive -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Softmax attention on a GPU as its fused kernels do it; torch would ask the GPU, which may not be there."""
-
-    def __init__(self, counted: Allocations) -> None:
-        super().__init__()
-        self.counted = counted
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type == "cpu":
-            return func(*args, **kwargs)
-        query, key, value = args[:3]
-        self.counted.flops += sdpa_flop_count(query.shape, key.shape, value.shape)
-        return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-def _fake(mode: FakeTensorMode | None, weight: Tensor, device: torch.device) -> Tensor:
-    shape = torch.empty_like(weight, device="meta")
-    return shape if mode is None else FakeTensor(mode, shape, device)
-
-
 @torch.no_grad()
 def foresee(
     run: Callable[..., Any], network: nn.Module, *inputs: tuple[tuple[int, ...], torch.dtype], device: torch.device
@@ -91,16 +69,16 @@ def foresee(
     """What `run(*tensors)` would allocate for tensors of these shapes and dtypes; nothing is computed.
 
     Args:
-        network: whose weights `run` uses; they are taken for weights on `device`.
-        device: of the work; "meta" stands for a GPU that is not at hand.
+        network: whose weights `run` uses.
 
     Cost: some seconds for a UNet, the more the more blocks of tokens its mixers go through.
     """
     counted, whole = Allocations(), nn.Module()
     whole.network, whole.forward = network, run
-    unreal = nullcontext() if device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
-    with unreal as mode, FusedAttention(counted):
-        weights = {f"network.{name}": _fake(mode, weight, device) for name, weight in network.named_parameters()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        weights: dict[str, Tensor] = {
+            f"network.{name}": mode.from_tensor(weight) for name, weight in network.named_parameters()
+        }
         tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs)
         with counted, one_of_each(network, counted):
             result = torch.func.functional_call(whole, weights, tensors)

@@ -18,6 +18,11 @@ from unet_adapters.highres.memory import Allocations, foresee
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
 from unet_adapters.highres.vae import Tiling
 
+LOOKED_AT = 8192
+"""Latent places of an image up to which a UNet's call is gone through one operation after the other."""
+
+LEAST_CHUNK = 512  # tokens: smaller parts of smaller images only take time
+
 LARGEST = 2**31 - 1
 """Elements of a tensor from which on kernels with 32-bit offsets go wrong, silently."""
 
@@ -104,7 +109,8 @@ def make_plan(
         strengths, steps, guidance: as of `generate`.
         rate: floating-point operations a second, see `measure_rate`; without it no time is told.
         direct: denoise at the full size from noise, without stages.
-        device: that the work will be done on; None: where the pipeline is; "meta": a GPU that is not at hand.
+        device: that the work will be done on; None: where the pipeline is. A GPU that is not at hand is reckoned as a
+            CPU's blocks of tokens are, which need what fused kernels need; and skip connections can wait on the CPU.
 
     Raises:
         TooLittleMemory: not even all savings are enough; the message says what is.
@@ -113,8 +119,8 @@ def make_plan(
     unit = latent_unit(pipe)
     stages = ladder(size, base or native_side(pipe), unit, strengths)
     stages = (Stage(size, 1.0),) if direct else stages
-    foresight = _Foresight(pipe, steps, guidance, rate, torch.device(device or pipe.unet.device))
-    choices = _choices(foresight.device)
+    foresight = _Foresight(pipe, steps, guidance, rate)
+    choices = _choices(torch.device(device or pipe.unet.device))
 
     def fits(choice: Choice) -> bool:
         last = foresight.stage(stages[-1], *choice)  # the largest: what fits there fits everywhere
@@ -151,11 +157,11 @@ def _choices(device: torch.device) -> list[Choice]:
 class _Foresight:
     """What stages need; what was found once is not looked for again."""
 
-    def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None, device: torch.device) -> None:
-        self.pipe, self.steps, self.guidance, self.rate, self.device = pipe, steps, guidance, rate, device
+    def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None) -> None:
+        self.pipe, self.steps, self.guidance, self.rate = pipe, steps, guidance, rate
         self.weights = weight_bytes(pipe)
-        self._look = cache(lambda size, savings: _look(pipe, size, savings, guidance, device))
-        self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling, device).peak)
+        self._look = cache(lambda size, savings, chunk: _look(pipe, size, savings, chunk, guidance))
+        self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling).peak)
 
     def stage(self, stage: Stage, savings: tuple[str, ...], tiling: Tiling) -> StagePlan:
         """One stage with these savings."""
@@ -168,28 +174,26 @@ class _Foresight:
 
     def step(self, size: Size, savings: tuple[str, ...]) -> Foreseen:
         """One call of the UNet; see `foresee_step`."""
-        pixels = looked_at(self.pipe) * pixels_a_place(self.pipe) ** 2
-        if size[0] * size[1] <= pixels:
-            return self._look(size, savings)
-        unit, shrink = latent_unit(self.pipe), (size[0] * size[1] / pixels) ** 0.5
-        far, near = (
-            tuple(max(unit, round(side / shrink / part / unit) * unit) for side in size) for part in (1, 2**0.5)
-        )
-        (x, a), (y, b) = ((s[0] * s[1], self._look(s, savings)) for s in (far, near))
+        times = size[0] * size[1] / (LOOKED_AT * pixels_a_place(self.pipe) ** 2)
+        if times <= 1:
+            return self._look(size, savings, CHUNK_TOKENS)
+        unit, chunk = latent_unit(self.pipe), max(LEAST_CHUNK, CHUNK_TOKENS >> int(math.log2(times)))
+        shrunk = ((times * part) ** 0.5 for part in (1, 2))
+        far, near = (tuple(max(unit, round(side / by / unit) * unit) for side in size) for by in shrunk)
+        (x, a), (y, b) = ((s[0] * s[1], self._look(s, savings, chunk)) for s in (far, near))
         share = (size[0] * size[1] - y) / (y - x)
         return Foreseen(*(round(v + (v - u) * share) for u, v in zip(a, b, strict=True)))
 
 
-def foresee_step(
-    pipe: Any, size: Size, savings: Sequence[str], guidance: float, device: torch.device | None = None
-) -> Foreseen:
+def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
     """One call of the UNet for an image of `size`, as `denoise` will make it.
 
-    Beyond `looked_at` places it is the straight line through two smaller sizes: mixers go over their tokens in blocks,
-    and a million blocks take their time even where nothing is computed. With a mixer all of it is linear in the places;
-    under softmax attention the operations are not, and are too few here.
+    Beyond LOOKED_AT places it is the straight line through two smaller sizes, with parts of feed-forward layers that
+    are as much smaller: mixers go over their tokens in blocks, and a million blocks take their time even where nothing
+    is computed. With a mixer all of it is linear in the places; under softmax attention the operations are not, and are
+    too few here.
     """
-    return _Foresight(pipe, 1, guidance, None, device or pipe.unet.device).step(size, tuple(savings))
+    return _Foresight(pipe, 1, guidance, None).step(size, tuple(savings))
 
 
 class Foreseen(NamedTuple):
@@ -200,7 +204,7 @@ class Foreseen(NamedTuple):
     flops: int
 
 
-def _look(pipe: Any, size: Size, savings: Sequence[str], guidance: float, device: torch.device) -> Foreseen:
+def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float) -> Foreseen:
     unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // pixels_a_place(pipe) for side in size)
     shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
@@ -218,25 +222,18 @@ def _look(pipe: Any, size: Size, savings: Sequence[str], guidance: float, device
         result: Tensor = unet(told["latents"], torch.tensor(500), told["text"], return_dict=False, **added)[0]
         return result
 
-    with save_memory(unet, savings, pretend=True):
+    with save_memory(unet, savings, chunk, pretend=True):
         inputs = [(shape, unet.dtype) for shape in shapes.values()]
-        found = foresee(run, unet, *inputs, device=device)
+        found = foresee(run, unet, *inputs, device=unet.device)
     return Foreseen(found.peak, found.largest, found.flops)
 
 
-def foresee_decoding(pipe: Any, size: Size, tiling: Tiling, device: torch.device | None = None) -> Allocations:
+def foresee_decoding(pipe: Any, size: Size, tiling: Tiling) -> Allocations:
     """Decoding an image of `size` in tiles: the largest of the middle block, the overview and a tile."""
     vae, factor = pipe.vae, pixels_a_place(pipe)
     latents = (1, vae.config.latent_channels, *(side // factor for side in size))
     dtype = next(vae.parameters()).dtype
-    return foresee(lambda z: autoencoder.rehearse(vae, z, tiling), vae, (latents, dtype), device=device or vae.device)
-
-
-def looked_at(pipe: Any) -> int:
-    """Latent places up to which a UNet's call is gone through one operation after the other: so many that even half of
-    them are more than one part of a feed-forward layer, on the first level that has one."""
-    level = next((n for n, block in enumerate(pipe.unet.down_blocks) if hasattr(block, "attentions")), 0)
-    return 2 * CHUNK_TOKENS << (2 * level)
+    return foresee(lambda z: autoencoder.rehearse(vae, z, tiling), vae, (latents, dtype), device=vae.device)
 
 
 def weight_bytes(pipe: Any) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 SAVINGS = ("activations", "guidance", "feed_forward", "skips")
 """In the order in which a plan adds them, the cheapest first."""
 
-CHUNK_TOKENS = 4096  # of a feed-forward layer: enough to fill a GPU, and few enough for `plan` to see the chunks
+CHUNK_TOKENS = 4096  # of a feed-forward layer: enough to fill a GPU
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ TEXT_ENCODERS = {768: 123_060_480, 1024: 340_387_840, 2048: 123_060_480 + 694_65
 class Architecture:
     """A Stable Diffusion pipeline without trained weights: its UNet, autoencoder and schedule, and made-up conditions.
 
-    Time and memory do not depend on the values of weights. It has the parts of a pipeline that `unet_adapters.highres`
-    asks for.
+    Time and memory do not depend on the values of weights. The autoencoder is float32, as `load_teacher` has it. It has
+    the parts of a pipeline that `unet_adapters.highres` asks for.
     """
 
     vae_scale_factor = 8
@@ -42,7 +44,7 @@ class Architecture:
         self.unet = _network(lambda: profile.unet("meta"), dtype, self.device, filled)
         with torch.device("meta"):
             vae = AutoencoderKL(**VAE, scaling_factor=0.18215)
-        self.vae = _network(lambda: vae, dtype, self.device, filled)
+        self.vae = _network(lambda: vae, torch.promote_types(dtype, torch.float32), self.device, filled)
         self.scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
         )
@@ -59,17 +61,17 @@ class Architecture:
     def encode_prompt(self, prompt: str, **settings: Any) -> tuple[Tensor, ...]:
         """Normal numbers in the shapes of what text encoders give."""
         config = self.unet.config
-        text = [torch.randn(1, 77, config.cross_attention_dim).to(self.device, self.dtype) for _ in range(2)]
-        if config.addition_embed_type != "text_time":
-            return tuple(text)
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return (*text, *(torch.randn(1, width).to(self.device, self.dtype) for _ in range(2)))
+        shapes: list[tuple[int, ...]] = [(1, 77, config.cross_attention_dim)] * 2
+        if config.addition_embed_type == "text_time":
+            shapes += [(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)] * 2
+        with seeded():
+            return tuple(torch.randn(shape).to(self.device, self.dtype) for shape in shapes)
 
 
 def _network(make: Any, dtype: torch.dtype, device: torch.device, filled: bool) -> Any:
-    network = make().to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    if filled:
-        for parameter in network.parameters():
+    network = nn.Module.to(make(), dtype).to_empty(device=device).requires_grad_(False).eval()
+    with seeded():
+        for parameter in network.parameters() if filled else ():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(0.5)
     for name, buffer in network.named_buffers():
         raise AssertionError(f"a buffer to be filled: {name} {tuple(buffer.shape)}")
@@ -84,8 +86,7 @@ def open_model(model: str, dtype: torch.dtype, device: str, *, filled: bool = Tr
     """
     kind, _, name = model.partition(":")
     if kind != "random":
-        pipe = load_teacher(model)
-        return pipe.to(device) if pipe.dtype == dtype else pipe.to(device, dtype)
+        return load_teacher(model, dtype).to(device)
     known = {profile.name: profile for profile in PROFILES}
     if name not in known:
         raise ValueError(f"No architecture {name!r}: expected one of {', '.join(known)}.{hint(name, known)}")
@@ -102,4 +103,13 @@ def mount(pipe: Any, adapter: str | None, mixer: str | None) -> MixerAdapter | N
         published = Path(adapter, "config.json").is_file()
         load = MixerAdapter.from_linfusion if published else MixerAdapter.from_pretrained
         return load(adapter, pipe).mount()
-    return None if mixer is None else MixerAdapter.build(pipe, mixer, train_projections=False).mount()
+    with seeded():
+        return None if mixer is None else MixerAdapter.build(pipe, mixer, train_projections=False).mount()
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """What is random inside is the same every time: a run that was killed goes on with the model that it had."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, pairwise
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, Transformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,11 +22,22 @@ from torch import Tensor, nn
 
 from tests.unet_adapters import pipelines
 from unet_adapters import MixerAdapter
-from unet_adapters.highres import SAVINGS, Control, Plan, Request, Tiling, TooLittleMemory, decode, encode, generate
+from unet_adapters.highres import (
+    SAVINGS,
+    Control,
+    Plan,
+    Request,
+    Tiling,
+    TooLittleMemory,
+    decode,
+    encode,
+    generate,
+    memory,
+)
 from unet_adapters.highres.denoise import Guide, Schedule, denoise
 from unet_adapters.highres.ladder import ladder
 from unet_adapters.highres.memory import Allocations, foresee
-from unet_adapters.highres.plan import foresee_step, latent_unit, make_plan, weight_bytes
+from unet_adapters.highres.plan import _choices, foresee_step, latent_unit, make_plan, weight_bytes
 from unet_adapters.highres.savings import save_memory
 from unet_adapters.highres.tiles import Canvas, spans
 
@@ -72,7 +86,7 @@ def test_the_published_strengths_and_then_the_last_one() -> None:
     assert [s.strength for s in ladder((2048, 2048), 64, 64)] == [1, 0.4, 0.3, 0.2, 0.1, 0.1]
 
 
-@pytest.mark.parametrize(("size", "message"), [((100, 64), "128 × 64 is the nearest"), ((0, 64), "64 × 64")])
+@pytest.mark.parametrize(("size", "message"), [((100, 64), "64 × 128 is the nearest"), ((0, 64), "64 × 64")])
 def test_a_size_that_cannot_be_is_one_sentence(size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ladder(size, 64, 64)
@@ -194,7 +208,7 @@ def test_peaks_are_counted() -> None:
         del y
         return z[:10].clone()  # 40 more, while z lives
 
-    found = foresee(run, ((100,), torch.float32), device=torch.device("cpu"))
+    found = foresee(run, nn.Module(), ((100,), torch.float32), device=torch.device("cpu"))
     assert (found.peak, found.largest) == (1200, 200)
 
 
@@ -214,12 +228,58 @@ def test_what_is_foreseen_is_what_is_allocated(pipe: Any) -> None:
 def test_a_plan_keeps_to_its_budget_or_says_what_is_enough(pipe: Any) -> None:
     size = (latent_unit(pipe) * 16,) * 2
     free = make_plan(pipe, size, base=32)
-    assert free.savings == () and free.stages[-1].stage.size == size
+    assert free.savings == ("activations",) and free.stages[-1].stage.size == size
     assert [s.peak for s in free.stages] == sorted(s.peak for s in free.stages)
     tight = make_plan(pipe, size, base=64, budget=free.peak - 1)
-    assert tight.savings and tight.peak < free.peak
-    with pytest.raises(TooLittleMemory, match="with every saving it needs"):
+    assert len(tight.savings) > 1 and tight.peak < free.peak
+    with pytest.raises(TooLittleMemory, match="with every saving it needs") as refusal:
         make_plan(pipe, size, base=64, budget=weight_bytes(pipe))
+    enough = re.search(r"it needs ([\d.]+) ([KM])iB", str(refusal.value))
+    assert enough is not None
+    budget = int(float(enough[1]) * 1024 ** (1 + "KM".index(enough[2])))
+    assert weight_bytes(pipe) < make_plan(pipe, size, base=64, budget=budget).peak <= budget
+
+
+def test_a_gpu_that_is_not_there_can_be_planned_for() -> None:
+    pipe, size = pipelines.make(), (64, 64)
+    assert make_plan(pipe, size, device="cuda") == make_plan(pipe, size)
+    gpu, cpu = ({name for names, _ in _choices(torch.device(kind)) for name in names} for kind in ("cuda", "cpu"))
+    assert gpu == set(SAVINGS) and cpu == gpu - {"skips"}
+
+
+@pytest.mark.parametrize("savings", [("activations",), ("activations", "guidance", "feed_forward")])
+def test_a_line_through_small_sizes_ends_at_the_large_one(
+    pipe: Any, savings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (128, 192)
+    with MixerAdapter.build(pipe, "linfusion").mounted():
+        monkeypatch.setattr("unet_adapters.highres.plan.CHUNK_TOKENS", 256)
+        looked = foresee_step(pipe, size, savings, 3.0)
+        monkeypatch.setattr("unet_adapters.highres.plan.LOOKED_AT", 64 * 96 // 4)
+        monkeypatch.setattr("unet_adapters.highres.plan.LEAST_CHUNK", 1)
+        reckoned = foresee_step(pipe, size, savings, 3.0)
+    for truth, guess in zip(looked, reckoned, strict=True):
+        assert abs(guess - truth) < 0.05 * truth
+
+
+def test_what_no_saving_mends_is_told_apart_from_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unet_adapters.highres.plan.LARGEST", 100)
+    with pytest.raises(ValueError, match="cannot be made: with every saving a tensor has"):
+        make_plan(pipelines.make(), (64, 64))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_that_are_alike_are_gone_through_once(layers: int) -> None:
+    pipe = pipelines.make("SDXL")
+    for module in pipe.unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.transformer_blocks.extend([deepcopy(module.transformer_blocks[0]) for _ in range(layers)])
+    seen, once = [], memory.one_of_each
+    for way in (once, lambda *_: nullcontext()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "one_of_each", way)
+            seen.append(foresee_step(pipe, (64, 96), ("activations",), 3.0))
+    assert seen[0] == seen[1] and seen[0].flops > 0
 
 
 # --- images -------------------------------------------------------------------------------------------------------
@@ -246,7 +306,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_stage(pipe: Any, tmp_path:
     assert len(whole.stages) == 3
 
     def kill(what: str, done: int, total: int) -> None:
-        if what == "64 × 96":
+        if what == "96 × 64":
             raise Killed
 
     with pytest.raises(Killed):
@@ -259,6 +319,8 @@ def test_a_run_that_was_killed_goes_on_after_its_last_stage(pipe: Any, tmp_path:
         path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(generate(pipe, "abc", size, keep=tmp_path, **asked).pixels, whole.pixels)
     assert generate(pipe, "other", size, keep=tmp_path, **asked).resumed == 0
+    with MixerAdapter.build(pipe, "linfusion").mounted():
+        assert generate(pipe, "abc", size, keep=tmp_path, **asked).resumed == 0
 
 
 def test_savings_and_tiles_give_the_same_image(pipe: Any) -> None:
@@ -278,9 +340,21 @@ def test_a_given_image_is_enlarged_or_changed(tmp_path: Path) -> None:
     assert changed.stages[0].strength == 0.4 and changed.pixels.shape == (32, 32, 3)
     with pytest.raises(ValueError, match="has 32 × 32 pixels already"):
         generate(pipe, "abc", (32, 32), image=given, **SMALL)
-    larger.save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="stage by stage"):
+        generate(pipe, "abc", (64, 64), image=given, mode="direct", **SMALL)
+    larger.save(tmp_path / "image.png", model="tiny")
     told = json.loads(Image.open(tmp_path / "image.png").text["mixers"])
     assert told["mode"] == "progressive" and told["prompt"] == "abc" and len(told["stages"]) == 2
+    assert told["model"] == "tiny" and told["savings"] == ["activations"]
+
+
+def test_kept_stages_of_another_image_are_not_taken(tmp_path: Path) -> None:
+    pipe, asked = pipelines.make(), {"base": 32, "plan": plan_for(FAMILIES[0], (64, 64)), **SMALL}
+    for seed, resumed in ((0, 0), (0, 2), (1, 0)):
+        generator = torch.Generator().manual_seed(seed)
+        given = Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator).numpy())
+        found = generate(pipe, "abc", (64, 64), image=given, keep=tmp_path, **asked)
+        assert found.resumed == resumed and found.pixels.shape == (64, 64, 3)
 
 
 def test_direct_and_dilated_images_differ_and_leave_no_trace(pipe: Any) -> None:

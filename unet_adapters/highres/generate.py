@@ -25,11 +25,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unet_adapters.highres import vae as autoencoder
 from unet_adapters.highres.denoise import Control, Guide, Schedule, denoise
-from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, check_size, ladder
+from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, check_size, ladder, shown
 from unet_adapters.highres.plan import Plan, latent_unit, make_plan, native_side, pixels_a_place
 from unet_adapters.highres.savings import save_memory
 from unet_adapters.highres.tricks import SkipResidual, dilated_convolutions
@@ -52,7 +52,7 @@ class Request:
         steps, guidance, seed: as of any diffusion pipeline.
         enlarge: how an image goes to twice its size: as `pixels` (decoded, bicubic, encoded) or as `latents`.
         residual: cosine power of DemoFusion's skip residual (2311.16973, eq. 5); None is none.
-        dilation: of the 3 × 3 convolutions in the first part of the schedule (ScaleCrafter, 2310.07702); 1 is none.
+        dilation: of the 3 × 3 convolutions in the last stage (ScaleCrafter, 2310.07702); 1 is none.
     """
 
     prompt: str
@@ -98,11 +98,13 @@ class Result:
     plan: Plan
     resumed: int = field(default=0)
 
-    def save(self, path: str | Path) -> None:
-        """Write a PNG that tells in its metadata how it was made."""
+    def save(self, path: str | Path, **more: Any) -> None:
+        """Write a PNG that tells in its metadata, as JSON under the name `mixers`, how it was made, and `more`."""
+        made: dict[str, Any] = {"stages": [asdict(stage) for stage in self.stages], "savings": self.plan.savings}
+        made |= {"tiling": asdict(self.plan.tiling), **more}
         told = PngInfo()
-        told.add_text("mixers", json.dumps({**asdict(self.request), "stages": [asdict(s) for s in self.stages]}))
-        Image.fromarray(self.pixels.numpy()).save(path, pnginfo=told)
+        told.add_text("mixers", json.dumps({**asdict(self.request), **made}))
+        Image.fromarray(self.pixels.numpy()).save(path, format="PNG", pnginfo=told)
 
 
 def generate(
@@ -145,7 +147,7 @@ def generate(
     stages = _stages(pipe, request, image if strength is None else None)
     plan = plan or _plan(pipe, request, memory)
     run = _Run(pipe, request, plan, control, report)
-    store = _Store(None if keep is None else Path(keep), request, pipe)
+    store = _Store(None if keep is None else Path(keep), pipe, request, image, strength, control)
     latents, first = store.latest(stages)
     resumed = first
     if latents is None and image is not None:
@@ -184,12 +186,12 @@ class _Run:
         trick = None
         if start is not None and request.residual is not None:
             trick = SkipResidual(start, noise, schedule, request.residual)
-        dilated = number == len(self.plan.stages) - 1 and request.dilation > 1
+        dilated = stage.size == request.size and request.dilation > 1
         with (
             save_memory(pipe.unet, self.plan.savings, self.plan.chunk_tokens),
             dilated_convolutions(pipe.unet, request.dilation) if dilated else nullcontext(),
         ):
-            told = self.told(f"{stage.size[0]} × {stage.size[1]}")
+            told = self.told(shown(stage.size))
             return denoise(pipe.unet, self.guide(stage.size), schedule, latents, generator, told, trick)
 
     def guide(self, size: Size) -> Guide:
@@ -215,10 +217,10 @@ class _Run:
 class _Store:
     """The latents of finished stages on disk; without a folder, nothing."""
 
-    def __init__(self, folder: Path | None, request: Request, pipe: Any) -> None:
+    def __init__(self, folder: Path | None, pipe: Any, request: Request, *given: Any) -> None:
         self.folder = folder
-        # What a stage depends on, so that another request's stages are not taken for this one's.
-        depends = {**asdict(request), "unet": type(pipe.unet).__name__, "scheduler": dict(pipe.scheduler.config)}
+        # What a stage depends on, so that another request's stages, or another model's, are not taken for this one's.
+        depends = [asdict(request), dict(pipe.scheduler.config), [_essence(part) for part in (pipe.unet, *given)]]
         self.key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def latest(self, stages: Sequence[Stage]) -> tuple[Tensor | None, int]:
@@ -247,11 +249,28 @@ class _Store:
         return None if self.folder is None else self.folder / name
 
 
+def _essence(given: Any) -> Any:
+    """What tells one input of an image from another: of a network some of every weight, of a picture all of it."""
+    if isinstance(given, Control):
+        return [_essence(part) for part in (given.network, given.image, given.scale)]
+    if isinstance(given, nn.Module):
+        return [(name, str(p.dtype), p.flatten()[:: max(1, p.numel() // 16)].tolist()) for name, p in _state(given)]
+    if isinstance(given, Tensor):
+        return hashlib.sha256(given.detach().float().cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(given.convert("RGB").tobytes()).hexdigest() if isinstance(given, Image.Image) else given
+
+
+def _state(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
+
+
 def _stages(pipe: Any, request: Request, given: Image.Image | None) -> tuple[Stage, ...]:
     """The stages to run; with a given image, those larger than it, after one that it stands for."""
     unit = latent_unit(pipe)
     check_size(request.size, unit)
     if request.mode == "direct":
+        if given is not None:
+            raise ValueError("An image is made larger stage by stage: leave mode at progressive, or give a strength.")
         return (Stage(request.size, 1.0),)
     stages = ladder(request.size, request.base or native_side(pipe), unit, request.strengths)
     if given is None:
@@ -259,8 +278,8 @@ def _stages(pipe: Any, request: Request, given: Image.Image | None) -> tuple[Sta
     larger = [stage for stage in stages if stage.size[0] * stage.size[1] > given.width * given.height]
     if not larger:
         raise ValueError(
-            f"The image has {given.height} × {given.width} pixels already: give a larger size than that, or a strength "
-            "to change it by."
+            f"The image has {shown((given.height, given.width))} pixels already: give a larger size than that, or a "
+            "strength to change it by."
         )
     return (replace(stages[len(stages) - len(larger) - 1], strength=1.0), *larger)
 

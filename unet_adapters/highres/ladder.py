@@ -54,11 +54,16 @@ def check_size(size: Size, unit: int) -> None:
         ValueError: a side that is not a positive multiple of `unit`; the message names the nearest that are.
     """
     if any(side <= 0 or side % unit for side in size):
-        near = " × ".join(str(max(unit, round(side / unit) * unit)) for side in size)
+        height, width = (max(unit, round(side / unit) * unit) for side in size)
         raise ValueError(
-            f"An image of {size[0]} × {size[1]} pixels cannot be made: sides have to be multiples of {unit}; "
-            f"{near} is the nearest."
+            f"An image of {shown(size)} pixels cannot be made: sides have to be multiples of {unit}; "
+            f"{shown((height, width))} is the nearest."
         )
+
+
+def shown(size: Size) -> str:
+    """A size as people write it, the width first."""
+    return f"{size[1]} × {size[0]}"
 
 
 def _half(size: Size, unit: int) -> Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from unet_adapters.highres import vae as autoencoder
-from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder
+from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder, shown
 from unet_adapters.highres.memory import Allocations, foresee
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
 from unet_adapters.highres.vae import Tiling
 
-LOOKED_AT = 192 * 192
+LOOKED_AT = 8192
 """Latent places of an image up to which a UNet's call is gone through one operation after the other."""
+
+LEAST_CHUNK = 512  # tokens: smaller parts of smaller images only take time
 
 LARGEST = 2**31 - 1
 """Elements of a tensor from which on kernels with 32-bit offsets go wrong, silently."""
@@ -94,6 +97,7 @@ def make_plan(
     guidance: float = 7.5,
     rate: float | None = None,
     direct: bool = False,
+    device: str | torch.device | None = None,
 ) -> Plan:
     """Choose the fewest savings with which an image fits, and say what it needs.
 
@@ -105,33 +109,49 @@ def make_plan(
         strengths, steps, guidance: as of `generate`.
         rate: floating-point operations a second, see `measure_rate`; without it no time is told.
         direct: denoise at the full size from noise, without stages.
+        device: that the work will be done on; None: where the pipeline is. A GPU that is not at hand is reckoned as a
+            CPU's blocks of tokens are, which need what fused kernels need; and skip connections can wait on the CPU.
 
     Raises:
         TooLittleMemory: not even all savings are enough; the message says what is.
-        ValueError: a size that the model cannot have.
+        ValueError: a size that the model cannot have, or tensors beyond LARGEST whatever is saved.
     """
     unit = latent_unit(pipe)
     stages = ladder(size, base or native_side(pipe), unit, strengths)
     stages = (Stage(size, 1.0),) if direct else stages
-    foresight, tried = _Foresight(pipe, steps, guidance, rate), []
-    for savings, tiling in _choices():
-        last = foresight.stage(stages[-1], savings, tiling)  # the largest: what fits there fits everywhere
-        tried.append(last.peak)
-        if (budget is None or last.peak <= budget) and last.largest <= LARGEST:
-            return Plan(tuple(foresight.stage(stage, savings, tiling) for stage in stages), savings, tiling)
-    least = min(tried)
+    foresight = _Foresight(pipe, steps, guidance, rate)
+    choices = _choices(torch.device(device or pipe.unet.device))
+
+    def fits(choice: Choice) -> bool:
+        last = foresight.stage(stages[-1], *choice)  # the largest: what fits there fits everywhere
+        return last.largest <= LARGEST and (budget is None or last.peak <= budget)
+
+    found = bisect_left(choices, True, key=fits)  # each choice takes less than the one before
+    if found < len(choices):
+        return Plan(tuple(foresight.stage(stage, *choices[found]) for stage in stages), *choices[found])
+    least = foresight.stage(stages[-1], *choices[-1])
+    asked = f"An image of {shown(size)} pixels"
+    if least.largest > LARGEST:
+        raise ValueError(
+            f"{asked} cannot be made: with every saving a tensor has {least.largest:,} elements, and kernels that "
+            f"count in 32 bits go wrong beyond {LARGEST:,}. Make it smaller."
+        )
     raise TooLittleMemory(
-        f"An image of {size[0]} × {size[1]} pixels does not fit in {told(budget or 0)}: with every saving it needs "
-        f"{told(least)}. Give it that much, or make it smaller."
+        f"{asked} does not fit in {told(budget or 0)}: with every saving it needs {told(least.peak, up=True)}. Give it "
+        "that much, or make it smaller."
     )
 
 
-def _choices() -> list[tuple[tuple[str, ...], Tiling]]:
-    """Savings and tilings, the fastest first."""
+Choice = tuple[tuple[str, ...], Tiling]
+
+
+def _choices(device: torch.device) -> list[Choice]:
+    """Savings and tilings, the fastest first, each in less memory than the one before."""
+    of_use = SAVINGS if device.type != "cpu" else tuple(name for name in SAVINGS if name != "skips")
     plain = Tiling()
-    found = [(SAVINGS[:n], plain) for n in range(len(SAVINGS) + 1)]
+    found = [(of_use[:n], plain) for n in range(1, len(of_use) + 1)]
     smaller = [replace(plain, tile=tile, overview=tile, whole_middle=128 * 128) for tile in (64, 32)]
-    return [*found, *((SAVINGS, tiling) for tiling in smaller)]
+    return [*found, *((of_use, tiling) for tiling in smaller)]
 
 
 class _Foresight:
@@ -140,34 +160,40 @@ class _Foresight:
     def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None) -> None:
         self.pipe, self.steps, self.guidance, self.rate = pipe, steps, guidance, rate
         self.weights = weight_bytes(pipe)
-        self._step = cache(lambda size, savings: foresee_step(pipe, size, savings, guidance))
+        self._look = cache(lambda size, savings, chunk: _look(pipe, size, savings, chunk, guidance))
         self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling).peak)
 
     def stage(self, stage: Stage, savings: tuple[str, ...], tiling: Tiling) -> StagePlan:
         """One stage with these savings."""
         runs = max(1, self.steps - min(self.steps - 1, round(self.steps * (1 - stage.strength))))
-        step = self._step(stage.size, savings)
+        step = self.step(stage.size, savings)
         flops = runs * step.flops * (2 if self.guidance != 1 and "guidance" in savings else 1)
         decoding = self.weights + self._decoding(stage.size, tiling)
         seconds = None if self.rate is None else flops / self.rate
         return StagePlan(stage, runs, self.weights + step.peak, decoding, step.largest, flops, seconds)
 
+    def step(self, size: Size, savings: tuple[str, ...]) -> Foreseen:
+        """One call of the UNet; see `foresee_step`."""
+        times = size[0] * size[1] / (LOOKED_AT * pixels_a_place(self.pipe) ** 2)
+        if times <= 1:
+            return self._look(size, savings, CHUNK_TOKENS)
+        unit, chunk = latent_unit(self.pipe), max(LEAST_CHUNK, CHUNK_TOKENS >> int(math.log2(times)))
+        shrunk = ((times * part) ** 0.5 for part in (1, 2))
+        far, near = (tuple(max(unit, round(side / by / unit) * unit) for side in size) for by in shrunk)
+        (x, a), (y, b) = ((s[0] * s[1], self._look(s, savings, chunk)) for s in (far, near))
+        share = (size[0] * size[1] - y) / (y - x)
+        return Foreseen(*(round(v + (v - u) * share) for u, v in zip(a, b, strict=True)))
+
 
 def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
     """One call of the UNet for an image of `size`, as `denoise` will make it.
 
-    Beyond LOOKED_AT places it is the straight line through two smaller sizes: mixers go over their tokens in blocks,
-    and a million blocks take their time even where nothing is computed. With a mixer all of it is linear in the places;
-    under softmax attention the operations are not, and are too few here.
+    Beyond LOOKED_AT places it is the straight line through two smaller sizes, with parts of feed-forward layers that
+    are as much smaller: mixers go over their tokens in blocks, and a million blocks take their time even where nothing
+    is computed. With a mixer all of it is linear in the places; under softmax attention the operations are not, and are
+    too few here.
     """
-    factor = pixels_a_place(pipe)
-    if size[0] * size[1] <= LOOKED_AT * factor**2:
-        return _look(pipe, size, savings, guidance)
-    unit, shrink = latent_unit(pipe), (size[0] * size[1] / (LOOKED_AT * factor**2)) ** 0.5
-    near, far = (tuple(max(unit, round(side / shrink / part / unit) * unit) for side in size) for part in (1, 2))
-    (a, b), (x, y) = (_look(pipe, s, savings, guidance) for s in (far, near)), (far[0] * far[1], near[0] * near[1])
-    share = (size[0] * size[1] - y) / (y - x)
-    return Foreseen(*(round(v + (v - u) * share) for u, v in zip(a, b, strict=True)))
+    return _Foresight(pipe, 1, guidance, None).step(size, tuple(savings))
 
 
 class Foreseen(NamedTuple):
@@ -178,7 +204,7 @@ class Foreseen(NamedTuple):
     flops: int
 
 
-def _look(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
+def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float) -> Foreseen:
     unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // pixels_a_place(pipe) for side in size)
     shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
@@ -196,9 +222,9 @@ def _look(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> For
         result: Tensor = unet(told["latents"], torch.tensor(500), told["text"], return_dict=False, **added)[0]
         return result
 
-    with save_memory(unet, savings, pretend=True):
+    with save_memory(unet, savings, chunk, pretend=True):
         inputs = [(shape, unet.dtype) for shape in shapes.values()]
-        found = foresee(run, *inputs, device=unet.device)
+        found = foresee(run, unet, *inputs, device=unet.device)
     return Foreseen(found.peak, found.largest, found.flops)
 
 
@@ -207,7 +233,7 @@ def foresee_decoding(pipe: Any, size: Size, tiling: Tiling) -> Allocations:
     vae, factor = pipe.vae, pixels_a_place(pipe)
     latents = (1, vae.config.latent_channels, *(side // factor for side in size))
     dtype = next(vae.parameters()).dtype
-    return foresee(lambda z: autoencoder.rehearse(vae, z, tiling), (latents, dtype), device=vae.device)
+    return foresee(lambda z: autoencoder.rehearse(vae, z, tiling), vae, (latents, dtype), device=vae.device)
 
 
 def weight_bytes(pipe: Any) -> int:
@@ -231,7 +257,10 @@ def latent_unit(pipe: Any) -> int:
     return pixels_a_place(pipe) << (len(pipe.unet.config.block_out_channels) - 1)
 
 
-def told(count: int) -> str:
-    """Bytes as people read them."""
+def told(count: int, *, up: bool = False) -> str:
+    """Bytes as people read them; with `up`, rounded upwards, so that a budget copied from it is enough."""
     power = min(4, int(math.log(max(count, 1), 1024)))
-    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    value = count / 1024**power
+    places = max(0, 2 - int(math.log10(max(value, 1))))
+    value = math.ceil(value * 10**places) / 10**places if up else round(value, places)
+    return f"{value:.{places}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -12,7 +12,7 @@ from experiments.evaluate.protocol import FILE, differences
 from experiments.report.effects import seeds_of
 from experiments.report.records import Run, Variant, load_run
 from experiments.report.statistics import Interval, bootstrap, log_ratios
-from experiments.report.tables import number
+from experiments.report.tables import mark, number
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def as_markdown(found: Comparison, first: Path, second: Path) -> str:
 
 def _texts(change: Change) -> list[str]:
     ratio = change.ratio
-    mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
     inside = f"{number(ratio.low)} … {number(ratio.high)}" if ratio.seeds > 1 else "–"
-    numbers = [number(change.first), number(change.second), mark + number(ratio.mean), inside]
+    numbers = [number(change.first), number(change.second), mark(ratio) + number(ratio.mean), inside]
     return [change.label, f"{change.size} px", *numbers, str(ratio.seeds)]
 
 

@@ -175,9 +175,9 @@ def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict | None:
     for effect in judged:
         by_state.setdefault(next(state for state, test in tests.items() if test(effect)), []).append(effect)
     told = [
-        f"{state} at {', '.join(f'{e.size} px ({factor(e.ratio)})' for e in by_state[state])}"
-        for state in tests
-        if state in by_state
+        (f"{state} " if len(by_state) > 1 else "")
+        + f"at {', '.join(f'{e.size} px ({factor(e.ratio)})' for e in found)}"
+        for state, found in by_state.items()
     ]
     single = all(e.ratio.seeds < 2 for e in judged)
     state = "one seed tells nothing of chance" if single else _state(list(by_state))
@@ -200,8 +200,8 @@ def _few_seeds(run: Run) -> list[str]:
         return []
     lowest, highest = min(few.values()), max(few.values())
     seeds = str(lowest) if lowest == highest else f"{lowest} to {highest}"
-    which = "Every variant" if len(few) == len(counts) else f"{len(few)} of {len(counts)} variants"
+    which = "Every variant has" if len(few) == len(counts) else f"{len(few)} of {len(counts)} variants have"
     return [
-        f"{which} has fewer than three finished seeds ({seeds}): the spread says little about chance, "
+        f"{which} fewer than three finished seeds ({seeds}): the spread says little about chance, "
         "and small differences should not be read as findings."
     ]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
-from PIL import Image
 
 from experiments.report.figures import Figure
 from experiments.report.finding import Finding
+from experiments.report.html import render
 from experiments.report.pictures import LICENCE
 from experiments.report.records import Cell, Run
 from experiments.report.tables import SPREAD, Table, effects_table, markdown, picture_table
-from experiments.report.viewer import samples, webp
+from experiments.report.viewer import samples
 
 TABLE_NOTE = (
     "Error to teacher: mean squared difference of the two predictions over the mean square of the teacher's. "
@@ -37,16 +32,9 @@ SECTIONS = (
 
 def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
     """The self-contained page: styles, script and pictures inline, no network."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = {"data_uri": _data_uri, "pretty": _pretty, "anchor": _anchor, "spread": _spread}
-    environment.filters.update(filters)
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
+        title=run.name,
         run=run,
         finding=finding,
         table=table,
@@ -146,26 +134,3 @@ def _reference(run: Run) -> str:
         f"÷ reference: the error over that of “{run.reference.label}”, seed by seed, with its 95 % bootstrap interval; "
         "▼ lower and ▲ higher where the interval excludes 1."
     )
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
-
-
-def _spread(text: str) -> Markup:
-    """A value with its spread or interval on a line of its own."""
-    for sign, first in ((" ± ", "± "), (" [", "[")):
-        value, found, rest = text.partition(sign)
-        if found:
-            return escape(value) + Markup("<small>") + escape(first + rest) + Markup("</small>")
-    return escape(text)
-
-
-def _data_uri(path: Path) -> str:
-    """As WebP, a third of the PNG's size or less: lossless where there are lines and letters alone."""
-    with Image.open(path) as image:
-        return webp(image.convert("RGB"), lossless=path.with_suffix(".svg").is_file())
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)

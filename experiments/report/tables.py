@@ -52,7 +52,8 @@ class Entry:
         if ratio is None or math.isnan(ratio.mean):
             return cls("–" if ratio is None else "not finite", math.inf)
         inside = f" [{number(ratio.low)}, {number(ratio.high)}]" if ratio.seeds > 1 else ""
-        return cls(f"{mark(ratio)}{number(ratio.mean)}{inside}", ratio.mean)
+        mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
+        return cls(f"{mark}{number(ratio.mean)}{inside}", ratio.mean)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,6 @@ def number(value: float) -> str:
     if not 1e-4 <= abs(value) < 1e4:
         return f"{value:.2e}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def mark(ratio: Interval) -> str:
-    """▲ or ▼ where the interval excludes 1."""
-    return ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
 
 
 def summarise(values: list[float]) -> Value | None:

@@ -59,6 +59,12 @@ def test_intervals_of_ten_seeds_hold_the_true_mean_about_as_often_as_they_say() 
     assert 0.85 < np.mean(inside) < 0.97  # percentile intervals of few values are known to be somewhat narrow
 
 
+def test_intervals_of_three_seeds_hold_the_true_mean_three_times_in_four() -> None:
+    draw = np.random.default_rng(1)
+    inside = [not bootstrap(draw.normal(1.0, 1.0, 3).tolist()).excludes(1.0) for _ in range(1000)]
+    assert 0.7 < np.mean(inside) < 0.8  # what docs/howto/read_a_report.md says
+
+
 def test_what_is_not_finite_is_never_marked() -> None:
     for bad in (math.nan, math.inf):
         interval = bootstrap([1.0, bad])

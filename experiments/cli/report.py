@@ -25,18 +25,15 @@ def report(directory: RunFolder) -> None:
 def compare(
     first: RunFolder,
     second: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="write the comparison as a Markdown file")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the comparison as a page, .html or .md")] = None,
 ) -> None:
     """Put two runs of one protocol beside each other: the rows that both have, paired by seed."""
-    from experiments.report.compare import as_markdown, as_table
-    from experiments.report.compare import compare as run
+    from experiments.report import compare as comparison
 
     with clean_errors():
-        found = run(first, second)
+        found = comparison.compare(first, second)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(as_markdown(found, first, second), encoding="utf-8")
-    console.print(as_table(found))
-    for name, rows in ((first, found.only_first), (second, found.only_second)):
-        if rows:
-            console.print(f"Only in {name}: {', '.join(rows)}.")
+            comparison.write(found, out)
+    console.print(comparison.for_terminal(found))
+    for line in (comparison.summary(found), *found.notes):
+        console.print(line, markup=False)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
+import rich.markup
+import rich.table
 
 from experiments.evaluate.protocol import FILE, differences
 from experiments.report.effects import seeds_of
+from experiments.report.html import render
 from experiments.report.records import Run, Variant, load_run
 from experiments.report.statistics import Interval, bootstrap, log_ratios
-from experiments.report.tables import number
+from experiments.report.tables import Entry, Row, Table, markdown, number
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs share, and what only one of them has."""
+    """What two runs, named after their folders, share, and what only one of them has."""
 
+    names: tuple[str, str]
     changes: list[Change]
-    only_first: list[str]
-    only_second: list[str]
+    alone: tuple[list[str], list[str]]
+
+    @property
+    def notes(self) -> list[str]:
+        """Which rows only one has."""
+        pairs = zip(self.names, self.alone, strict=True)
+        return [f"Only in {name}: {', '.join(rows)}." for name, rows in pairs if rows]
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -44,48 +53,90 @@ def compare(first: Path, second: Path) -> Comparison:
     """
     one, two = load_run(first), load_run(second)
     _same_protocol(first, second)
-    theirs = {v.name: v for v in two.variants}
-    changes = [change for v in one.variants if v.name in theirs for change in _changes(one, two, v, theirs[v.name])]
+    mine, theirs = ({v.name: v for v in run.variants} for run in (one, two))
+    changes = [change for n, v in mine.items() if n in theirs for change in _changes(one, two, v, theirs[n])]
     if not changes:
         raise ValueError(f"Nothing to compare: {first} and {second} share no variant with a finished cell of one seed.")
-    names = {v.name for v in one.variants}
-    return Comparison(
-        changes,
-        [v.label for v in one.variants if v.name not in theirs],
-        [v.label for v in two.variants if v.name not in names],
-    )
+    alone = [v.label for n, v in mine.items() if n not in theirs], [v.label for n, v in theirs.items() if n not in mine]
+    names = (first.resolve().name, second.resolve().name)
+    return Comparison(names if names[0] != names[1] else (str(first), str(second)), changes, alone)
 
 
 def as_table(found: Comparison) -> Table:
-    """For a terminal; ▼ and ▲ where the interval over seeds excludes 1."""
-    table = Table(
-        "variant", "size", "first", "second", "second ÷ first", "95 % interval", "seeds", title="Error to teacher"
-    )
-    for change in found.changes:
-        table.add_row(*_texts(change))
-    return table
-
-
-def as_markdown(found: Comparison, first: Path, second: Path) -> str:
-    """The same as a page."""
-    lines = [f"# {second.name} against {first.name}", "", "Error to the teacher, seed by seed; ▼ and ▲ where the 95 %"]
-    lines += ["bootstrap interval over seeds excludes 1.", ""]
-    lines += [
-        "| variant | size | first | second | second ÷ first | 95 % interval | seeds |",
-        "|---|---|---|---|---|---|---|",
+    """A row a variant and size."""
+    first, second = found.names
+    rows = [
+        Row(
+            change.label,
+            [
+                Entry(f"{change.size} px", change.size),
+                *(Entry(number(value), value) for value in (change.first, change.second)),
+                Entry.of_ratio(change.ratio),
+                Entry(str(change.ratio.seeds), change.ratio.seeds),
+            ],
+        )
+        for change in found.changes
     ]
-    lines += ["| " + " | ".join(_texts(change)) + " |" for change in found.changes]
-    for name, rows in ((first.name, found.only_first), (second.name, found.only_second)):
-        lines += ["", f"Only in {name}: {', '.join(rows)}."] if rows else []
-    return "\n".join(lines) + "\n"
+    return Table(["Variant", "Size", first, second, f"{second} ÷ {first}", "Seeds"], rows)
 
 
-def _texts(change: Change) -> list[str]:
-    ratio = change.ratio
-    mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
-    inside = f"{number(ratio.low)} … {number(ratio.high)}" if ratio.seeds > 1 else "–"
-    numbers = [number(change.first), number(change.second), mark + number(ratio.mean), inside]
-    return [change.label, f"{change.size} px", *numbers, str(ratio.seeds)]
+def for_terminal(found: Comparison) -> rich.table.Table:
+    """The same for a terminal."""
+    table = as_table(found)
+    shown = rich.table.Table(*(rich.markup.escape(c) for c in table.columns), title="Error to the teacher")
+    for row in table.rows:
+        shown.add_row(*(rich.markup.escape(text) for text in (row.label, *(e.text for e in row.entries))))
+    return shown
+
+
+def summary(found: Comparison) -> str:
+    """How many rows changed beyond chance, and which most."""
+    first, second = found.names
+    marked = [c for c in found.changes if c.ratio.excludes(1.0)]
+    higher = sum(c.ratio.low > 1 for c in marked)
+    told = (
+        f"Of {len(found.changes)} rows and sizes, {len(marked) - higher} have a lower error to the teacher in {second} "
+    )
+    told += f"than in {first} beyond chance, and {higher} a higher one."
+    if marked:
+        most = max(marked, key=lambda c: abs(math.log(c.ratio.mean)) if c.ratio.mean > 0 else math.inf)
+        told += f" The largest: {most.label} at {most.size} px, {Entry.of_ratio(most.ratio).text}."
+    seeds = min(c.ratio.seeds for c in found.changes)
+    if seeds < 3:
+        told += f" Some rows share only {seeds} seed{'s' * (seeds > 1)}: too few to tell a change from chance."
+    return told
+
+
+NOTE = (
+    "Error to the teacher, means over the seeds that both runs have; their ratio, seed by seed, with its 95 % "
+    "bootstrap interval over seeds; ▼ lower and ▲ higher where the interval excludes 1."
+)
+
+
+def as_markdown(found: Comparison) -> str:
+    """For a repository."""
+    title = f"# {found.names[1]} against {found.names[0]}"
+    return "\n\n".join([title, summary(found), NOTE, markdown(as_table(found)).strip(), *found.notes]) + "\n"
+
+
+def as_html(found: Comparison) -> str:
+    """A page that sorts and filters, in the report's dress."""
+    title = f"{found.names[1]} against {found.names[0]}"
+    table = as_table(found)
+    return render("compare.html.j2", title=title, table=table, summary=summary(found), note=NOTE, alone=found.notes)
+
+
+def write(found: Comparison, path: Path) -> None:
+    """The page as HTML or Markdown, by the ending of the file's name.
+
+    Raises:
+        ValueError: another ending.
+    """
+    forms = {".html": as_html, ".md": as_markdown}
+    if path.suffix not in forms:
+        raise ValueError(f"Cannot write {path}: a comparison is a page, .html or .md; got the ending {path.suffix!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(forms[path.suffix](found), encoding="utf-8")
 
 
 def _changes(one: Run, two: Run, before: Variant, after: Variant) -> list[Change]:

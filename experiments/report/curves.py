@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -46,10 +47,10 @@ def against_size(run: Run, metric: str, path: Path) -> bool:
         axes.set(xscale="log", yscale="log", xlabel="image side (px)")
         style.ticks(axes, run.sizes)
         axes.axvline(run.train_size, color="#999999", linewidth=1, linestyle=":", zorder=0)
-        _say(axes, "trained here", (run.train_size, 1), ("data", "axes fraction"), (3, 2), "left")
+        where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate("trained here", (run.train_size, 1), xytext=(3, 2), fontsize=8, color="#666666", **where)
         if not teacher:
             axes.axhline(1, color=style.GREY, linewidth=1)
-            _say(axes, "as good as the teacher", (1, 1), ("axes fraction", "data"), (0, -10), "right")
 
     return _draw(run, lines, dress, RELATIVE if teacher else RATIO, path)
 
@@ -121,16 +122,26 @@ def _draw(run: Run, lines: Lines, dress: Callable[[Axes], None], ylabel: str, pa
     if not rows:
         return False
     single = len(rows) == 1
-    canvas, panels = style.panels(len(rows), *((6.8, 5.2) if single else (3.6, 3.8)))
+    alike = not single and all(style.by_switch(v) for title, v in style.groups(run))
+    shared = alike and all(line.label in (None, v.label) for _, found in rows for v, line in found)
+    canvas, panels = style.panels(len(rows), *((6.8, 5.2) if single else (3.6, 3.0 if shared else 3.8)))
+    handles = {}
     for axes, (title, found) in zip(panels, rows, strict=True):
         for variant, line in found:
             look = style.line(run, variant) | looks
-            axes.plot(line.x, line.y, label=line.label, **look)
+            told = line.label and line.label.removeprefix(f"{title}, ")
+            handles[told] = axes.plot(line.x, line.y, label=told, **look)[0]
             if line.low:
                 axes.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.15, linewidth=0)
         dress(axes)
         axes.set_title(title)
-        style.legend(axes, 2 if single else 1)
+        if not shared:
+            style.legend(axes, 2 if single else 1)
+        elif not axes.xaxis.get_tick_params()["labelbottom"]:
+            axes.set_xlabel("")
+    if shared:
+        told_apart = {told: handle for told, handle in handles.items() if told}
+        canvas.legend(told_apart.values(), told_apart.keys(), loc="outside lower center", ncols=3, handlelength=3)
     style.plain_log(panels[0])  # whose axis all share
     canvas.supylabel(ylabel, fontsize=9)
     style.save(canvas, path)
@@ -147,13 +158,6 @@ def _line(label: str, points: list[tuple[float, Value]], scale: float = 1.0) -> 
         return [Line(label, x, y, [], [])]
     low = [max(v.low, v.mean * 1e-3) / scale for _, v in points]
     return [Line(label, x, y, low, [v.high / scale for _, v in points])]
-
-
-def _say(
-    axes: Axes, text: str, at: tuple[float, float], coords: tuple[str, str], offset: tuple[int, int], side: str
-) -> None:
-    points: dict[str, object] = {"textcoords": "offset points", "fontsize": 8, "color": "#666666"}
-    axes.annotate(text, at, xycoords=coords, xytext=offset, ha=side, **points)  # type: ignore[arg-type]
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from experiments.report.records import Run, Variant
@@ -26,17 +28,25 @@ class Factor:
 FACTORS = (
     Factor("normalisation", "normalize", True, {False: "not normalised"}),
     Factor("causality", "causality", "noncausal", {"causal": "causal", "bidirectional": "bidirectional"}),
+    Factor("causality", "causality", "causal", {"bidirectional": "bidirectional over causal"}),
 )
-REFERENCES = {True: "normalised", "noncausal": "non-causal"}
+TOLD = {True: "normalised", False: "not normalised", "noncausal": "non-causal"}
+SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalize": "normalisation"}
+"""What an effect may depend on."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row, and the one that it is compared with, at one size."""
+    """A row, the one that it is compared with, and the log ratio of their errors by seed, at one size."""
 
     above: Variant
     below: Variant
-    ratio: Interval
+    logs: Mapping[int, float]
+
+    @property
+    def ratio(self) -> Interval:
+        """Of the errors."""
+        return bootstrap(list(self.logs.values())).exp()
 
 
 @dataclass(frozen=True)
@@ -44,21 +54,50 @@ class Effect:
     """The error with a factor at one value over the error at its reference, everything else alike.
 
     Attributes:
-        ratio: geometric mean over pairs of rows, with its interval over seeds; 1 is no effect.
-        pairs: of rows, each with its own.
+        factor, value: as claims name them.
+        field: the variants' field that is the factor.
+        above, below: value and reference for readers.
+        pairs: of rows that differ in the factor alone.
     """
 
     factor: str
     value: str
-    reference: str
+    field: str
+    above: str
+    below: str
     size: int
-    ratio: Interval
     pairs: tuple[Pair, ...]
+
+    @cached_property
+    def ratio(self) -> Interval:
+        """Geometric mean over pairs of rows, with its interval over seeds; 1 is no effect."""
+        return bootstrap(mean_by_seed([p.logs for p in self.pairs])).exp()
 
     @property
     def marked(self) -> bool:
         """Whether the interval excludes no effect."""
         return self.ratio.excludes(1.0)
+
+    def among(self, field: str) -> dict[Any, Effect]:
+        """The effect among the rows of each value of another factor; nothing where there is only one."""
+        values = list(dict.fromkeys(getattr(p.below, field) for p in self.pairs))
+        if field == self.field or len(values) < 2:
+            return {}
+        return {v: replace(self, pairs=tuple(p for p in self.pairs if getattr(p.below, field) == v)) for v in values}
+
+    @cached_property
+    def depends(self) -> str | None:
+        """The field among whose values the effect goes both ways, each beyond chance; None if no field is that.
+
+        A mean over such rows is no answer. One seed knows no chance: there any two sides count.
+        """
+        opposed = {}
+        for field in SPLITS:
+            parts = [e.ratio for e in self.among(field).values()]
+            means = [r.mean for r in parts if r.excludes(1.0) or (r.seeds < 2 and math.isfinite(r.mean))]
+            if means and 0 < min(means) < 1 < max(means):
+                opposed[field] = max(means) / min(means)
+        return max(opposed, key=lambda field: opposed[field]) if opposed else None
 
 
 def effects(run: Run) -> list[Effect]:
@@ -68,7 +107,7 @@ def effects(run: Run) -> list[Effect]:
         for value, told in factor.values.items():
             matched = list(_pairs(run, factor, value))
             for size in run.sizes:
-                effect = _effect(run, factor, told, matched, size)
+                effect = _effect(run, factor, value, told, matched, size)
                 found += [effect] if effect else []
     return found
 
@@ -85,16 +124,21 @@ def against(run: Run, variant: Variant, reference: Variant, size: int) -> Interv
     return bootstrap(list(ratios.values())).exp() if ratios else None
 
 
-def _effect(run: Run, factor: Factor, told: str, matched: list[tuple[Variant, Variant]], size: int) -> Effect | None:
-    found = [(v, log_ratios(seeds_of(run, v[0], size), seeds_of(run, v[1], size))) for v in matched]
-    most = max((len(ratios) for _, ratios in found), default=0)
-    found = [(v, ratios) for v, ratios in found if ratios and len(ratios) == most]  # unfinished pairs would cost seeds
-    shared = mean_by_seed([ratios for _, ratios in found])
-    if not shared:
+def reads(run: Run, value: Any) -> str:
+    """A factor's value as readers know it."""
+    return TOLD.get(value) or run.mixers.get(value) or str(value)
+
+
+def _effect(
+    run: Run, factor: Factor, value: Any, told: str, matched: list[tuple[Variant, Variant]], size: int
+) -> Effect | None:
+    pairs = [Pair(*v, log_ratios(seeds_of(run, v[0], size), seeds_of(run, v[1], size))) for v in matched]
+    most = max((len(p.logs) for p in pairs), default=0)
+    pairs = [p for p in pairs if p.logs and len(p.logs) == most]  # unfinished pairs would cost seeds
+    if not mean_by_seed([p.logs for p in pairs]):
         return None
-    pairs = tuple(Pair(*v, bootstrap(list(ratios.values())).exp()) for v, ratios in found)
-    reference = REFERENCES.get(factor.reference, factor.reference)
-    return Effect(factor.name, told, reference, size, bootstrap(shared).exp(), pairs)
+    names = reads(run, value), reads(run, factor.reference)
+    return Effect(factor.name, told, factor.field, *names, size, tuple(pairs))
 
 
 def _pairs(run: Run, factor: Factor, value: Any) -> Iterator[tuple[Variant, Variant]]:

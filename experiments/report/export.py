@@ -60,7 +60,7 @@ def latex(table: Table) -> str:
     for row in table.rows:
         texts = [_escaped(e.text) for e in row.entries]
         texts = [rf"\textbf{{{t}}}" if e.best else t for t, e in zip(texts, row.entries, strict=True)]
-        lines.append(" & ".join([_escaped(row.variant.label), *texts]) + r" \\")
+        lines.append(" & ".join([_escaped(row.label), *texts]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 

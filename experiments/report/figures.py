@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib import rc_context
+from PIL import Image
 
 from experiments.report import curves, heat, pictures, points, style
 from experiments.report.effects import Effect
@@ -31,6 +32,12 @@ class Figure:
     caption: str
     alt: str
 
+    @property
+    def width(self) -> int:
+        """In CSS pixels: letters as large as the page's small ones."""
+        with Image.open(self.path) as image:
+            return round(image.width * 96 / style.DPI)
+
 
 def draw_all(run: Run, found: list[Effect], directory: Path) -> list[Figure]:
     """Draw every figure for which there is data into `directory`."""
@@ -49,11 +56,12 @@ def _numbers(run: Run, found: list[Effect]) -> Iterator[Plan]:
     """Those that show numbers."""
     flat = "A line that stays flat carries over to resolutions never trained on; one that rises does not."
     yield (
-        *("effects", "effects", partial(points.effects, found), "Ratio of errors by factor and size, with intervals"),
-        "What each factor does to the error to the teacher. Diamond: geometric mean over pairs of rows that differ in "
-        "it alone; bar: 95 % bootstrap interval over seeds; dots: the pairs. Grey: the interval holds 1.",
+        *("effects", "effects", partial(points.effects, run, found), "Ratio of errors by factor and size"),
+        "What each factor does to the error to the teacher. Stroke: geometric mean over pairs of rows that differ in "
+        "it alone; bar: 95 % bootstrap interval over seeds; grey: the interval holds 1. Markers: the pairs; where they "
+        "lie on both sides of 1, the effect depends on the other factors.",
     )
-    teacher, truth = "Error to the teacher", "Error to the truth over the teacher's own"
+    teacher, truth = "Error to the teacher", "Error to the truth over the teacher's own (1: as good as it)"
     for name, metric, what in (
         ("error_to_teacher", "relative_error_to_teacher", teacher),
         ("error_ratio", "error_ratio", truth),
@@ -69,11 +77,13 @@ def _numbers(run: Run, found: list[Effect]) -> Iterator[Plan]:
     yield (
         *("sites", "sites", partial(heat.sites, run), "Error of every site of the UNet, rows: variants"),
         "Error of each self-attention layer's output in the student's own flow, from the way down (left) to the way up "
-        "(right); layers are named by block and place. Errors add up along the flow.",
+        "(right); layers are named by block and place. Errors add up along the flow. 1 is as wrong as an output of "
+        "zeros; red: beyond it.",
     )
     yield (
         *("timesteps", "timesteps", partial(heat.timesteps, run), "Error at every timestep, rows: variants"),
-        "Error to the teacher by timestep; at high timesteps the picture is nearly noise.",
+        "Error to the teacher by timestep; at high timesteps the picture is nearly noise. Red: 1 and more, as wrong as "
+        "a prediction of zeros.",
     )
     yield (
         *("training", "training", partial(curves.training, run), "Distillation loss against training step"),
@@ -87,7 +97,8 @@ def _numbers(run: Run, found: list[Effect]) -> Iterator[Plan]:
     ):
         yield (
             *("cost", name, partial(curves.cost, run, attribute), f"{what} against the number of tokens"),
-            f"{what} of one UNet forward pass, batch 1. {GROWTH} At few tokens the rest of the network dominates.",
+            f"{what} of one UNet forward pass, batch 1. {GROWTH} At few tokens the rest of the network dominates. "
+            "What else ran on the machine is in its times, and not in operations.",
         )
 
 

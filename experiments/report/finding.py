@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from experiments.config import Claim
-from experiments.report.effects import METRIC, Effect, effects, seeds_of
+from experiments.report.effects import METRIC, SPLITS, Effect, effects, reads, seeds_of
 from experiments.report.records import Run
 from experiments.report.statistics import Interval, bootstrap
 from experiments.report.tables import number
@@ -27,7 +27,11 @@ class Verdict:
 
 @dataclass
 class Finding:
-    """Computed sentences and verdicts, and what is wrong or uncertain."""
+    """Computed sentences and verdicts, and what is wrong or uncertain.
+
+    Attributes:
+        sentences: the first answers; each of the others tells another effect.
+    """
 
     sentences: list[str] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -44,16 +48,12 @@ def find(run: Run) -> Finding:
     if not sizes:
         found.sentences.append("No trained variant is finished: nothing can be said yet.")
         return found
-    largest = [e for e in found.effects if e.size == sizes[-1]]
-    found.sentences += [_told(e, found.effects, run) for e in sorted(largest, key=_strength, reverse=True)]
-    found.sentences.append(_best(run, sizes[-1]))
+    largest = sorted((e for e in found.effects if e.size == sizes[-1]), key=_strength, reverse=True)
+    best = _best(run, sizes[-1])
+    told = [_told(e, found.effects, run) for e in largest]
+    found.sentences += [f"{_lead(largest[0], run)} {told[0]} {best}", *told[1:]] if largest else [best]
+    found.judged = _judged(max(e.ratio.seeds for e in largest)) if largest else ""
     found.verdicts = [verdict for claim in _claims(run) if (verdict := _judge(claim, found.effects, run))]
-    if largest:
-        found.judged = (
-            "A factor's effect is the ratio of errors to the teacher of rows that differ in nothing else, as a "
-            "geometric mean over such pairs, compared seed by seed. Brackets: 95 % bootstrap interval over seeds; a "
-            "difference is called one only where it excludes 1."
-        )
     if found.broken:
         found.verdicts = []
     return found
@@ -84,25 +84,60 @@ def factor(ratio: Interval) -> str:
     return f"{number(ratio.mean)}×{inside}"
 
 
+def _lead(strongest: Effect, run: Run) -> str:
+    times = strongest.size / run.train_size
+    size = f"{strongest.size} px" + (f", {times:g} times the training side" if times != 1 else "")
+    if strongest.depends:
+        return f"At {size}, no factor does the same to all rows."
+    if strongest.ratio.seeds < 2:
+        return f"In one seed, {_name(strongest)} matters most for the error to the teacher at {size}."
+    if not strongest.marked:
+        return f"At {size}, no factor's effect on the error to the teacher is to be told from chance."
+    return f"{_name(strongest).capitalize()} matters most for the error to the teacher at {size}."
+
+
+def _name(effect: Effect) -> str:
+    return {"mixer": "the mixer"}.get(effect.factor, effect.factor)
+
+
 def _told(effect: Effect, known: list[Effect], run: Run) -> str:
-    what = f"{effect.value} rather than {effect.reference}"
-    sentence = f"At {effect.size} px{_times(effect.size, run)}, {what}: {factor(effect.ratio)} the error"
+    """One effect at the largest size, what it depends on, and what it is at the training size."""
+    start = effect.above[0].upper() + effect.above[1:]
+    sentence = f"{start} rather than {effect.below}: {factor(effect.ratio)} the error"
     sentence += f" ({len(effect.pairs)} pair{'s' * (len(effect.pairs) > 1)} of rows)"
+    if effect.depends:
+        sentence += f", but it depends on {parts(effect, run)}"
     home = [e for e in known if (e.factor, e.value) == (effect.factor, effect.value) and e.size == run.train_size]
     if home and effect.size != run.train_size:
         sentence += f"; at the training resolution of {run.train_size} px, {factor(home[0].ratio)}"
-    if effect.ratio.seeds > 1 and not effect.marked:
+    if effect.ratio.seeds > 1 and not effect.marked and not effect.depends:
         sentence += "; not to be told from chance"
     return sentence + "."
 
 
-def _times(size: int, run: Run) -> str:
-    return "" if size == run.train_size else f" ({size / run.train_size:g}× the training side)"
+def parts(effect: Effect, run: Run) -> str:
+    """ "the mixer: 2.06× [2.01, 2.10] (LinFusion), …" of what the effect depends on."""
+    assert effect.depends
+    found = effect.among(effect.depends).items()
+    return f"{SPLITS[effect.depends]}: {', '.join(f'{factor(e.ratio)} ({reads(run, v)})' for v, e in found)}"
 
 
-def _strength(effect: Effect) -> float:
+def _strength(effect: Effect) -> tuple[bool, bool, float]:
+    """Those that are the same for all rows first, then those beyond chance, then the larger."""
     ratio = effect.ratio.mean
-    return math.inf if not math.isfinite(ratio) or ratio <= 0 else abs(math.log(ratio))
+    size = math.inf if not math.isfinite(ratio) or ratio <= 0 else abs(math.log(ratio))
+    return effect.depends is None, effect.marked, size
+
+
+def _judged(seeds: int) -> str:
+    told = (
+        "A factor's effect is the ratio of errors to the teacher of rows that differ in nothing else, as a geometric "
+        "mean over such pairs, compared seed by seed. Brackets: 95 % bootstrap interval over seeds; a difference is "
+        "called one only where it excludes 1."
+    )
+    if seeds in (2, 3):  # with more, the interval may leave out the seed that disagrees
+        told += f" With {seeds} seeds that is where all agree, which chance alone does once in {2 ** (seeds - 1)}."
+    return told
 
 
 def _best(run: Run, size: int) -> str:
@@ -131,24 +166,31 @@ def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict | None:
     if not judged:
         return None
     tests: dict[str, Callable[[Effect], bool]] = {
+        "depends on the other factors": lambda e: e.ratio.seeds > 1 and e.depends is not None,
         "holds": lambda e: e.marked and (e.ratio.low > 1) is claim.worse,
-        "the reverse holds": lambda e: e.marked and (e.ratio.low > 1) is not claim.worse,
-        "undecided": lambda e: not e.marked,
+        "the reverse holds": lambda e: e.marked,
+        "undecided": lambda e: True,
     }
-    parts = []
-    for state, test in tests.items():
-        sizes = [f"{e.size} px ({factor(e.ratio)})" for e in judged if test(e)]
-        parts += [f"{state} at {', '.join(sizes)}"] if sizes else []
+    by_state: dict[str, list[Effect]] = {}
+    for effect in judged:
+        by_state.setdefault(next(state for state, test in tests.items() if test(effect)), []).append(effect)
+    told = [
+        (f"{state} " if len(by_state) > 1 else "")
+        + f"at {', '.join(f'{e.size} px ({factor(e.ratio)})' for e in found)}"
+        for state, found in by_state.items()
+    ]
     single = all(e.ratio.seeds < 2 for e in judged)
-    state = (
-        "one seed tells nothing of chance" if single else _state([n for n, t in tests.items() if any(map(t, judged))])
-    )
-    of = f"error of {judged[0].value} over {judged[0].reference}, {METRIC.replace('_', ' ')}"
-    return Verdict(claim.told, state, f"{'; '.join(parts)} — {of}.")
+    state = "one seed tells nothing of chance" if single else _state(list(by_state))
+    depends = [e for e in judged if e.depends]
+    told += [f"at {depends[-1].size} px it depends on {parts(depends[-1], run)}"] if depends else []
+    of = f"error of {judged[0].above} over {judged[0].below}, {METRIC.replace('_', ' ')}"
+    return Verdict(claim.told, state, f"{'; '.join(told)} — {of}.")
 
 
 def _state(states: list[str]) -> str:
-    return states[0] if len(states) == 1 else "holds in part" if "holds" in states else "does not hold"
+    if len(states) == 1:
+        return states[0]
+    return "holds in part" if "holds" in states else "does not hold" if "the reverse holds" in states else "undecided"
 
 
 def _few_seeds(run: Run) -> list[str]:
@@ -158,8 +200,8 @@ def _few_seeds(run: Run) -> list[str]:
         return []
     lowest, highest = min(few.values()), max(few.values())
     seeds = str(lowest) if lowest == highest else f"{lowest} to {highest}"
-    which = "Every variant" if len(few) == len(counts) else f"{len(few)} of {len(counts)} variants"
+    which = "Every variant has" if len(few) == len(counts) else f"{len(few)} of {len(counts)} variants have"
     return [
-        f"{which} has fewer than three finished seeds ({seeds}): the spread says little about chance, "
+        f"{which} fewer than three finished seeds ({seeds}): the spread says little about chance, "
         "and small differences should not be read as findings."
     ]

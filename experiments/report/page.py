@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from experiments.report.figures import Figure
 from experiments.report.finding import Finding
+from experiments.report.html import render
 from experiments.report.pictures import LICENCE
 from experiments.report.records import Cell, Run
-from experiments.report.tables import SPREAD, Table, markdown, number, picture_table
+from experiments.report.tables import SPREAD, Table, effects_table, markdown, picture_table
 from experiments.report.viewer import samples
 
 TABLE_NOTE = (
@@ -37,19 +32,13 @@ SECTIONS = (
 
 def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
     """The self-contained page: styles, script and pictures inline, no network."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = {"data_uri": _data_uri, "pretty": _pretty, "anchor": _anchor, "spread": _spread, "number": number}
-    environment.filters.update(filters)
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
+        title=run.name,
         run=run,
         finding=finding,
         table=table,
+        factors=effects_table(run, finding.effects),
         table_note=TABLE_NOTE,
         reference_note=_reference(run),
         pictures=picture_table(run),
@@ -61,7 +50,7 @@ def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> 
         failed=[c for c in run.cells if c.status in ("failed", "damaged")],
         unfinished=_unfinished(run),
         environment=_flat(run.grid.get("environment")),
-        protocol=_flat(run.grid.get("protocol")),
+        protocol=_flat(run.protocol),
         notes=[str(n) for n in run.grid.get("notes") or []],
         licence=LICENCE,
     )
@@ -71,7 +60,8 @@ def as_markdown(run: Run, finding: Finding, table: Table, figures: list[Figure])
     """The page in Markdown, pictures beside it in figures/."""
     parts = [f"# {run.name}", run.question, _counts(run), "## Finding"]
     parts += [f"> **{b}**" for b in finding.broken]
-    parts += [" ".join(finding.sentences), finding.judged, *(f"> Caution: {w}" for w in finding.warnings)]
+    parts += [finding.sentences[0], "\n".join(f"- {s}" for s in finding.sentences[1:]), finding.judged]
+    parts += [f"> Caution: {w}" for w in finding.warnings]
     if finding.verdicts:
         parts.append("## Claims")
         parts += [f"- **{v.told}**: {v.state}. {v.sentence}" for v in finding.verdicts]
@@ -80,11 +70,12 @@ def as_markdown(run: Run, finding: Finding, table: Table, figures: list[Figure])
         chosen = [f for f in figures if f.kind == kind]
         parts += [f"## {title}"] if chosen else []
         parts += [f"![{f.alt}](figures/{f.path.name})\n\n*{f.caption}*" for f in chosen]
+        parts += [markdown(effects_table(run, finding.effects))] if chosen and kind == "effects" else []
     pictures = picture_table(run)
     parts += ["## Pictures against true ones", markdown(pictures)] if pictures.rows else []
     parts.append("## Exact configuration")
     parts += [f"- `cells/{c.id}/config.json`: {c.variant}, seed {c.seed}, {c.status}" for c in run.cells]
-    for title, value in (("Environment", run.grid.get("environment")), ("Protocol", run.grid.get("protocol"))):
+    for title, value in (("Environment", run.grid.get("environment")), ("Protocol", run.protocol)):
         rows = "\n".join(f"| {k} | {v} |" for k, v in _flat(value))
         parts += [f"## {title}", f"| | |\n| --- | --- |\n{rows}" if rows else "Not recorded."]
     parts += [f"- {n}" for n in run.grid.get("notes") or []]
@@ -116,7 +107,7 @@ def _facts(cell: Cell) -> str:
     facts = [f"seed {cell.seed}", cell.status]
     if cell.status == "done":
         facts += [f"{cell.steps} steps"] if cell.steps is not None else []
-        facts += [f"{number(cell.train_seconds)} s of training"] if cell.train_seconds is not None else []
+        facts += [f"{cell.train_seconds:.0f} s of training"] if cell.train_seconds is not None else []
     return ", ".join(facts)
 
 
@@ -127,6 +118,8 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     rows = []
     for key, item in value.items():
         name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(item, list) and any(isinstance(i, dict) for i in item):
+            item = {str(k): i for k, i in enumerate(item)}
         if isinstance(item, dict) and item:
             rows += _flat(item, name)
         else:
@@ -141,24 +134,3 @@ def _reference(run: Run) -> str:
         f"÷ reference: the error over that of “{run.reference.label}”, seed by seed, with its 95 % bootstrap interval; "
         "▼ lower and ▲ higher where the interval excludes 1."
     )
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
-
-
-def _spread(text: str) -> Markup:
-    """A value with its spread or interval on a line of its own."""
-    for sign, first in ((" ± ", "± "), (" [", "[")):
-        value, found, rest = text.partition(sign)
-        if found:
-            return escape(value) + Markup("<small>") + escape(first + rest) + Markup("</small>")
-    return escape(text)
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from experiments.report import style
 from experiments.report.records import Run
 
+Picture = NDArray[np.uint8] | None
 LICENCE = "Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
@@ -30,25 +31,49 @@ def sample_grid(run: Run, size: int, path: Path) -> bool:
     pictures = [[_picture(folder / f"{k}.png") for k in range(columns)] for _, folder in rows]
     if not any(p is not None for row in pictures for p in row):
         return False
-    canvas = Figure(figsize=(1.5 + 1.15 * columns, 0.55 + 1.15 * len(rows)))
-    grid = canvas.subplots(len(rows), columns, squeeze=False)
-    left, top = 1.45 / canvas.get_figwidth(), 1 - 0.5 / canvas.get_figheight()
-    canvas.subplots_adjust(left=left, right=0.995, bottom=0.005, top=top, wspace=0.04, hspace=0.04)
-    for (label, _), axes, row in zip(rows, grid, pictures, strict=True):
-        for k, picture in enumerate(row):
-            style.bare(axes[k])
-            if picture is None:
-                axes[k].text(0.5, 0.5, "none", ha="center", va="center", color="#999999", transform=axes[k].transAxes)
-            else:
-                axes[k].imshow(picture, interpolation="nearest")
-        weight = "bold" if label == "teacher" else "normal"
-        axes[0].set_ylabel(
-            textwrap.fill(label, 20), rotation=0, ha="right", va="center", fontsize=8, labelpad=6, fontweight=weight
-        )
-    for axes, prompt in zip(grid[0], run.prompts, strict=False):
-        axes.set_title("\n".join(textwrap.wrap(prompt, 18, max_lines=3, placeholder="…")), fontsize=7)
+    names = [textwrap.fill(label, 16) for label, _ in rows]
+    prompts = ["\n".join(textwrap.wrap(p, 18, max_lines=3, placeholder="…")) for p in run.prompts[:columns]]
+    high, wide = 0.55 + 1.15 * len(rows), 1.7 + 1.15 * columns
+    blocks = max(1, round(math.sqrt(high / wide / 1.2)))  # beside each other, where one would be a long strip
+    length = -(-len(rows) // blocks)
+    canvas = Figure(figsize=(wide * blocks, 0.55 + 1.15 * length), layout="constrained")
+    for k, axes in enumerate(canvas.subplots(1, blocks, squeeze=False)[0]):
+        part = slice(k * length, (k + 1) * length)
+        _wall(axes, names[part], prompts, pictures[part], size)
+        axes.set_ylim(length * (size + _gap(size)), 0)
     style.save(canvas, path, vector=False)
     return True
+
+
+def _wall(axes: Axes, names: list[str], prompts: list[str], pictures: list[list[Picture]], size: int) -> None:
+    """Pictures with their names and prompts; one axes for each would take seconds."""
+    axes.imshow(_mosaic(pictures, size), interpolation="nearest")
+    style.bare(axes)
+    down, across = ([(k + 0.5) * (size + _gap(size)) for k in range(n)] for n in (len(names), len(pictures[0])))
+    for y, row in zip(down, pictures, strict=True):
+        for x in (x for x, picture in zip(across, row, strict=True) if picture is None):
+            axes.text(x, y, "none", ha="center", va="center", color="#999999")
+    axes.set_yticks(down, names, fontsize=8)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == "teacher" else "normal")
+    axes.set_xticks(across[: len(prompts)], prompts, fontsize=7)
+    axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
+
+
+def _gap(size: int) -> int:
+    return max(1, size // 32)
+
+
+def _mosaic(pictures: list[list[Picture]], size: int) -> NDArray[np.uint8]:
+    """All pictures in one, white between them and where there is none."""
+    step = size + _gap(size)
+    found = np.full((step * len(pictures), step * len(pictures[0]), 3), 255, np.uint8)
+    for y, row in enumerate(pictures):
+        for x, picture in enumerate(row):
+            if picture is not None:
+                part = picture[:size, :size]
+                found[y * step : y * step + part.shape[0], x * step : x * step + part.shape[1]] = part
+    return found
 
 
 def matrices(run: Run, path: Path) -> bool:
@@ -100,7 +125,7 @@ def _multiples(run: Run, name: str, show: Callable[[Axes, NDArray[np.float32]], 
     return True
 
 
-def _picture(path: Path) -> NDArray[np.uint8] | None:
+def _picture(path: Path) -> Picture:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))

@@ -12,40 +12,37 @@ from matplotlib.lines import Line2D
 
 from experiments.report import style
 from experiments.report.curves import RELATIVE, costs
-from experiments.report.effects import Effect
-from experiments.report.records import Run
+from experiments.report.effects import Effect, reads
+from experiments.report.records import Run, Variant
 from experiments.report.tables import over_seeds
 
 COSTS = (("seconds", 1e-3, "time of one forward pass (ms)"), ("state_size", 1, "state: numbers carried between tokens"))
 
 
-def effects(found: list[Effect], path: Path) -> bool:
+def effects(run: Run, found: list[Effect], path: Path) -> bool:
     """A row a factor's value and size: the ratio of errors with its interval, and every pair of rows as a dot."""
     found = [e for e in found if math.isfinite(e.ratio.mean) and e.ratio.mean > 0]
     if not found:
         return False
-    canvas = Figure(figsize=(7.2, 0.9 + 0.27 * len(found)), layout="constrained")
+    canvas = Figure(figsize=(7.2, 1.5 + 0.25 * len(found)), layout="constrained")
     axes = canvas.subplots()
     names = []
     for place, effect in enumerate(found):
         first = place == 0 or (effect.factor, effect.value) != (found[place - 1].factor, found[place - 1].value)
-        told = f"{effect.value} ÷ {effect.reference}, " if first else ""
-        names.append(f"{told}{effect.size} px")
-        color = style.PALETTE[1 if effect.ratio.mean > 1 else 0] if effect.marked else "#999999"
-        pairs = [p.ratio.mean for p in effect.pairs if math.isfinite(p.ratio.mean) and p.ratio.mean > 0]
-        axes.plot(pairs, [place] * len(pairs), "o", color="#bbbbbb", markersize=3.5, zorder=1)
-        if effect.ratio.seeds > 1:
-            axes.plot([effect.ratio.low, effect.ratio.high], [place, place], color=color, linewidth=3, alpha=0.55)
-        axes.plot(effect.ratio.mean, place, "D", color=color, zorder=3)
+        names.append((f"{effect.above} ÷ {effect.below}, " if first else "") + f"{effect.size} px")
+        for pair in (p for p in effect.pairs if math.isfinite(p.ratio.mean) and p.ratio.mean > 0):
+            axes.plot(pair.ratio.mean, place, **_look(run, pair.above, effect.field), markersize=4.5, alpha=0.75)
+        color = "black" if effect.marked else "#999999"
+        axes.plot([effect.ratio.low, effect.ratio.high], [place, place], color=color, linewidth=2.5, zorder=3)
+        axes.plot(effect.ratio.mean, place, "|", color=color, markersize=13, markeredgewidth=2.5, zorder=3)
         if first and place:
             axes.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
     axes.axvline(1, color=style.GREY, linewidth=1)
-    axes.set(
-        xscale="log", yticks=range(len(found)), yticklabels=names, xlabel="ratio of errors to the teacher; 1: none"
-    )
-    axes.invert_yaxis()
+    ticks = {"yticks": range(len(found)), "yticklabels": names, "ylim": (len(found) - 0.5, -0.5)}
+    axes.set(xscale="log", xlabel="ratio of errors to the teacher; 1: no effect", **ticks)
     style.plain_log(axes, "x")
     axes.grid(axis="y", visible=False)
+    _legend(canvas, run)
     style.save(canvas, path)
     return True
 
@@ -54,7 +51,7 @@ def pareto(run: Run, path: Path) -> bool:
     """Error at the largest size against time and state of a forward pass; the line joins those that nothing beats."""
     size = max((s for v in run.variants if not v.untouched for c in run.done(v.name) for s in c.fidelity), default=0)
     canvas, panels = style.panels(2, 4.6, 4.6, sharex=False)
-    colors, shown = style.by_mixer(run), 0
+    shown = 0
     for axes, (attribute, scale, label) in zip(panels, COSTS, strict=True):
         points = []
         for variant in (v for v in run.variants if not v.untouched):
@@ -62,23 +59,38 @@ def pareto(run: Run, path: Path) -> bool:
             if error is None or not spent or not error.mean > 0 or not math.isfinite(error.mean):
                 continue
             points.append((spent[-1][1].mean / scale, error.mean))
-            look = style.line(run, variant) | {"color": colors[str(variant.mixer)], "linestyle": ""}
-            face = "white" if variant.normalize is False else look["color"]
-            axes.plot(*points[-1], **look, markerfacecolor=face, markersize=7)
+            axes.plot(*points[-1], **_look(run, variant), markersize=7, alpha=0.85)
         shown += len(points)
         _front(axes, points)
         axes.set(xscale="log", yscale="log", xlabel=label)
+        if points:
+            style.plain_log(axes, "x")
     if not shown:
         return False
     style.plain_log(panels[0])
     panels[0].set_ylabel(f"{RELATIVE}, {size} px", fontsize=8)
-    marks: dict[str, Any] = {"color": style.GREY, "linestyle": ""}
-    keys = [Line2D([], [], color=c, marker="o", linestyle="", label=name) for name, c in colors.items()]
-    keys += [Line2D([], [], marker=m, label=name, **marks) for name, m in style.MARKERS.items()]
-    keys += [Line2D([], [], marker="o", markerfacecolor="white", label="not normalised", **marks)]
-    canvas.legend(handles=keys, loc="outside lower center", ncols=4)
+    _legend(canvas, run)
     style.save(canvas, path)
     return True
+
+
+def _look(run: Run, variant: Variant, factor: str = "") -> dict[str, Any]:
+    """Colour by mixer, marker by causality, hollow if not normalised; a factor that is compared is not shown."""
+    color = style.by_mixer(run)[str(variant.mixer)]
+    marker = "o" if factor == "causality" else style.MARKERS.get(variant.causality or "", "o")
+    hollow = variant.normalize is False and factor != "normalize"
+    return {"color": color, "marker": marker, "linestyle": "", "markerfacecolor": "white" if hollow else color}
+
+
+def _legend(canvas: Figure, run: Run) -> None:
+    """What colours, markers and hollow markers are."""
+    marks: dict[str, Any] = {"color": style.GREY, "linestyle": ""}
+    colors = [(run.mixers[mixer], color) for mixer, color in style.by_mixer(run).items()]
+    keys = [Line2D([], [], color=color, marker="o", linestyle="", label=name) for name, color in colors]
+    orders = {v.causality for v in run.variants if not v.untouched}
+    keys += [Line2D([], [], marker=m, label=reads(run, o), **marks) for o, m in style.MARKERS.items() if o in orders]
+    keys += [Line2D([], [], marker="o", markerfacecolor="white", label="not normalised", **marks)]
+    canvas.legend(handles=keys, loc="outside lower center", ncols=5)
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -115,6 +115,15 @@ class Run:
     variants: list[Variant]
     cells: list[Cell]
     left_out: list[str]
+    frozen: dict[str, Any] = field(default_factory=dict)
+    """protocol.json: what the evaluation's numbers depend on; of older runs empty."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How cells were trained and measured, as far as it is recorded."""
+        found = self.grid.get("protocol")
+        asked = found if isinstance(found, dict) else {}
+        return {k: v for k, v in asked.items() if k != "evaluation"} | self.frozen if self.frozen else asked
 
     @property
     def problems(self) -> list[str]:
@@ -141,6 +150,15 @@ class Run:
     def sample_sizes(self) -> list[int]:
         """Sizes of the sample grids."""
         return sorted(int(s) for s in self.grid.get("sample_sizes") or [])
+
+    @property
+    def mixers(self) -> dict[str, str]:
+        """What the labels of each mixer's trained rows say before their first comma; its name where they differ."""
+        heads: dict[str, set[str]] = {}
+        for variant in self.variants:
+            if not variant.untouched:
+                heads.setdefault(str(variant.mixer), set()).add(variant.label.split(",")[0])
+        return {mixer: found.pop() if len(found) == 1 else mixer for mixer, found in heads.items()}
 
     @property
     def reference(self) -> Variant | None:
@@ -182,8 +200,15 @@ def load_run(directory: Path) -> Run:
     found = [load_cell(p) for p in folders]
     problems: list[str] = []
     cells = _current(found, grid, {v.name for v in variants}, problems)
+    frozen: dict[str, Any] = {}
+    try:
+        frozen = _object(directory / "protocol.json")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        problems.append(f"protocol.json is damaged ({error})")
     name, question = str(grid.get("name") or directory.name), str(grid.get("question") or "")
-    return Run(directory, name, question, grid, variants, cells, problems)
+    return Run(directory, name, question, grid, variants, cells, problems, frozen)
 
 
 def _current(cells: list[Cell], grid: dict[str, Any], variants: set[str], problems: list[str]) -> list[Cell]:

@@ -12,13 +12,14 @@ matplotlib.use("Agg")
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from experiments.report.records import Run, Variant
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999933")
 MANY = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
 GREY = "#555555"
+DPI = 150
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
 RC: Any = {
     "font.size": 9,
@@ -46,7 +47,7 @@ def groups(run: Run) -> list[tuple[str, list[Variant]]]:
         by_mixer.setdefault(str(variant.mixer), []).append(variant)
     if len(trained) <= len(PALETTE) or len(by_mixer) in (1, len(trained)):
         return [("", run.variants)]
-    return list(by_mixer.items())
+    return [(run.mixers[mixer], rows) for mixer, rows in by_mixer.items()]
 
 
 def line(run: Run, variant: Variant) -> dict[str, Any]:
@@ -56,13 +57,17 @@ def line(run: Run, variant: Variant) -> dict[str, Any]:
     title, rows = next((t, r) for t, r in groups(run) if variant in r)
     trained = [v for v in rows if not v.untouched]
     marker = MARKERS.get(variant.causality or "", "o")
-    switches = {(v.causality, v.normalize) for v in trained}
-    if title and len(switches) == len(trained):
+    if title and by_switch(rows):
         color: Any = PALETTE[list(MARKERS.values()).index(marker)]
     else:
         palette = PALETTE if len(trained) <= len(PALETTE) else MANY
         color = palette[trained.index(variant) % len(palette)]
     return {"color": color, "linestyle": "--" if variant.normalize is False else "-", "marker": marker}
+
+
+def by_switch(rows: list[Variant]) -> bool:
+    """Whether causality and normalisation tell these rows apart."""
+    return len({(v.causality, v.normalize) for v in rows}) == len(rows)
 
 
 def by_mixer(run: Run) -> dict[str, Any]:
@@ -80,6 +85,8 @@ def panels(count: int, width: float, height: float, columns: int = 3, sharex: bo
     found = canvas.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
     for axes in found[count:]:
         axes.set_axis_off()
+    for axes in found[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)  # the lowest of its column, where the last row is not full
     return canvas, found[:count]
 
 
@@ -91,17 +98,19 @@ def ticks(axes: Axes, values: list[int]) -> None:
 
 
 def plain_log(axes: Axes, which: str = "y") -> None:
-    """Label a log axis with plain numbers: at 1, 2 and 5 of each decade, over many decades at 1."""
+    """Label a log axis with plain numbers: at 1, 2 and 5 of each decade, over many decades at 1, within one evenly."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * max(low, 1e-300) else (1,)))
+    span = high / max(low, 1e-300)
+    narrow = MaxNLocator(5, steps=[1, 2, 5, 10])
+    axis.set_major_locator(narrow if span < 8 else LogLocator(subs=(1, 2, 5) if span < 1e3 else (1,)))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
 
 
 def legend(axes: Axes, columns: int = 2) -> None:
     """Below the axes, where it hides nothing."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, handlelength=3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns, handlelength=3)
 
 
 def bare(axes: Axes) -> None:
@@ -115,6 +124,6 @@ def bare(axes: Axes) -> None:
 
 def save(canvas: Figure, path: Path, vector: bool = True) -> None:
     """PNG at `path`, and SVG beside it."""
-    canvas.savefig(path, dpi=150, metadata={"Software": None})
+    canvas.savefig(path, dpi=DPI, metadata={"Software": None})
     if vector:
         canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.report.effects import against
+from experiments.report.effects import SPLITS, Effect, against, reads
 from experiments.report.records import Run, Variant
+from experiments.report.statistics import Interval
 
 METRICS = ("error_to_teacher", "relative_error_to_teacher", "error_to_truth", "teacher_error_to_truth", "error_ratio")
 SPREAD = "mean ± half the range over seeds; no ± where there is one seed"
@@ -39,18 +40,33 @@ class Entry:
     key: float | str
     best: bool = False
 
+    @classmethod
+    def of(cls, value: Value | None, best: bool = False) -> Entry:
+        """A dash, which sorts last, where there is no value."""
+        missing = value is None or math.isnan(value.mean)
+        return cls("–" if value is None else str(value), math.inf if missing or value is None else value.mean, best)
+
+    @classmethod
+    def of_ratio(cls, ratio: Interval | None) -> Entry:
+        """▼ lower and ▲ higher where the interval over seeds excludes 1; without brackets of one seed."""
+        if ratio is None or math.isnan(ratio.mean):
+            return cls("–" if ratio is None else "not finite", math.inf)
+        inside = f" [{number(ratio.low)}, {number(ratio.high)}]" if ratio.seeds > 1 else ""
+        mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
+        return cls(f"{mark}{number(ratio.mean)}{inside}", ratio.mean)
+
 
 @dataclass(frozen=True)
 class Row:
-    """A variant's line in the main table."""
+    """A line of a table, and what it is of."""
 
-    variant: Variant
+    label: str
     entries: list[Entry]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The main table."""
+    """A table for the page, Markdown and LaTeX alike; the first column is the rows' labels."""
 
     columns: list[str]
     rows: list[Row]
@@ -98,30 +114,44 @@ def main_table(run: Run) -> Table:
         entries = [Entry(_feature(variant), _feature(variant)), Entry(str(len(done)), len(done))]
         entries.append(Entry(" / ".join(f"{n:,}" for n in sorted(counts)) or "–", max(counts, default=math.inf)))
         found = zip(values[variant.name], marked, strict=True)
-        errors = [Entry("–" if x is None else str(x), _key(x), place == best) for x, best in found]
+        errors = [Entry.of(x, place == best) for x, best in found]
         split = len(run.sizes)
-        rows.append(Row(variant, [*entries, *errors[:split], *_compared(run, variant), *errors[split:]]))
+        rows.append(Row(variant.label, [*entries, *errors[:split], *_compared(run, variant), *errors[split:]]))
     errors_at = [f"{heads[m]}, {size} px" for size, m in keys]
     than = [f"÷ reference, {size} px" for size in run.sizes] if run.reference else []
     first = ["Variant", "Features", "Seeds", "Trained parameters"]
     return Table([*first, *errors_at[: len(run.sizes)], *than, *errors_at[len(run.sizes) :]], rows)
 
 
+def effects_table(run: Run, effects: list[Effect]) -> Table:
+    """What each factor does at each size, over all rows and among those of each value of the others."""
+    found: dict[tuple[str, str], dict[int, Effect]] = {}
+    for effect in effects:
+        name = f"{effect.above} ÷ {effect.below}"
+        found.setdefault((name, "all rows"), {})[effect.size] = effect
+        for field in SPLITS:
+            for value, part in effect.among(field).items():
+                found.setdefault((name, reads(run, value)), {})[effect.size] = part
+    rows = []
+    for (name, among), by_size in found.items():
+        counts = max(len(e.pairs) for e in by_size.values()), max(e.ratio.seeds for e in by_size.values())
+        ratios = [Entry.of_ratio(by_size[s].ratio if s in by_size else None) for s in run.sizes]
+        rows.append(Row(name, [Entry(among, among), *ratios, *(Entry(str(n), n) for n in counts)]))
+    return Table(["Factor", "Among", *(f"{s} px" for s in run.sizes), "Pairs", "Seeds"], rows)
+
+
 def picture_table(run: Run) -> Table:
     """Fréchet and kernel distance and text-image score of each row's pictures, no rows if there are none."""
-    places = dict.fromkeys(_place(r) for v in run.variants for c in run.done(v.name) for r in c.images)
+    places = list(dict.fromkeys(_place(r) for v in run.variants for c in run.done(v.name) for r in c.images))
     rows: list[Row] = []
     teacher: dict[Any, Value | None] = {}
     for variant in run.variants if places else []:
-        found = {place: [r for c in run.done(variant.name) for r in c.images if _place(r) == place] for place in places}
+        measured = [r for c in run.done(variant.name) for r in c.images]
+        found = {place: [r for r in measured if _place(r) == place] for place in places}
         teacher |= {place: _mean_of(rows, "teacher") for place, rows in found.items() if rows}
-        values = [_mean_of(rows, "student") for rows in found.values()]
-        rows.append(Row(variant, [Entry("–" if v is None else str(v), _key(v)) for v in values]))
+        rows.append(Row(variant.label, [Entry.of(_mean_of(rows, "student")) for rows in found.values()]))
     if places:
-        values = [teacher.get(place) for place in places]
-        rows.insert(
-            0, Row(Variant("teacher", "teacher"), [Entry("–" if v is None else str(v), _key(v)) for v in values])
-        )
+        rows.insert(0, Row("teacher", [Entry.of(teacher[place]) for place in places]))
     heads = [
         f"{m.replace('_', ' ')}, {f}, {h} px" + ("" if h == w else f" × {w}") + f", guidance {g:g}"
         for m, f, h, w, g in places
@@ -138,23 +168,13 @@ def _mean_of(rows: list[dict[str, Any]], name: str) -> Value | None:
 
 
 def _compared(run: Run, variant: Variant) -> list[Entry]:
-    """Ratios to the reference row, marked where the interval over seeds excludes 1: ▼ lower, ▲ higher."""
-    entries = []
-    for size in run.sizes if run.reference else []:
-        ratio = None if variant.untouched or run.reference is None else against(run, variant, run.reference, size)
-        if variant == run.reference:
-            entries.append(Entry("1", 1.0))
-        elif ratio is None:
-            entries.append(Entry("–", math.inf))
-        else:
-            mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
-            inside = f" [{number(ratio.low)}, {number(ratio.high)}]" if ratio.seeds > 1 else ""
-            entries.append(Entry(f"{mark}{number(ratio.mean)}{inside}", ratio.mean))
-    return entries
-
-
-def _key(value: Value | None) -> float:
-    return math.inf if value is None or math.isnan(value.mean) else value.mean
+    """Ratios to the reference row."""
+    if run.reference is None:
+        return []
+    if variant == run.reference:
+        return [Entry("1", 1.0) for _ in run.sizes]
+    ratios = [None if variant.untouched else against(run, variant, run.reference, size) for size in run.sizes]
+    return [Entry.of_ratio(ratio) for ratio in ratios]
 
 
 def markdown(table: Table) -> str:
@@ -162,7 +182,7 @@ def markdown(table: Table) -> str:
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     for row in table.rows:
         cells = [f"**{e.text}**" if e.best else e.text for e in row.entries]
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in [row.variant.label, *cells]) + " |")
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in [row.label, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,8 +44,13 @@ def _uri(path: Path) -> str:
     """A data URI; empty where there is no picture."""
     try:
         with Image.open(path) as image:
-            out = io.BytesIO()
-            image.convert("RGB").save(out, "WEBP", quality=QUALITY)
+            return webp(image.convert("RGB"))
     except (OSError, UnidentifiedImageError):
         return ""
+
+
+def webp(image: Image.Image, lossless: bool = False) -> str:
+    """A data URI of a picture as WebP."""
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=QUALITY, lossless=lossless)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -109,8 +109,11 @@ def test_finding(run: Path) -> None:
     assert not found.broken
     assert normal.state == "holds" and "256 px" in normal.sentence and " 64 px" not in normal.sentence
     assert order.state in ("holds", "holds in part") and maps.told.startswith("LinFusion")
-    assert found.sentences[0].startswith("At 256 px (4× the training side), not normalised rather than normalised: ")
-    assert "Nearest to the teacher at 256 px is “LinFusion”" in found.sentences[-1]
+    lead = "Normalisation matters most for the error to the teacher at 256 px, 4 times the training side. "
+    assert found.sentences[0].startswith(lead + "Not normalised rather than normalised: ")
+    assert "Nearest to the teacher at 256 px is “LinFusion”" in found.sentences[0]
+    assert any(s.startswith("LinFusion rather than linear attention: ") for s in found.sentences[1:])
+    assert "chance alone does once in 2" in found.judged
     assert "fewer than three" in found.warnings[0]
 
 

@@ -1,13 +1,14 @@
 """`mixlab compare`: the rows that both runs have, seed by seed; runs of two protocols are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.report.compare import compare
+from experiments.report.compare import compare, write
 from tests.experiments.runs import SIZES, VARIANTS, edit, make_run
 
 
@@ -28,7 +29,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_change_is_found_where_it_is(runs: tuple[Path, Path]) -> None:
     found = compare(*runs)
     assert (
-        {c.size for c in found.changes} == set(SIZES) and found.only_first == [] and found.only_second == ["a new one"]
+        {c.size for c in found.changes} == set(SIZES)
+        and found.alone == ([], ["a new one"])
+        and found.names == ("first", "second")
     )
     for change in found.changes:
         assert change.ratio.mean == pytest.approx(0.5 if change.label == "LinFusion" else 1.0)
@@ -45,7 +48,21 @@ def test_a_run_against_itself_changes_nothing_and_the_reverse_is_the_inverse(run
 def test_the_command(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(tmp_path / "c.md")])
     assert done.exit_code == 0 and "a new one" in done.output, done.output
-    assert "| LinFusion | 256 px |" in (tmp_path / "c.md").read_text()
+    assert "3 have a lower error to the teacher in second" in " ".join(done.output.split())
+    text = (tmp_path / "c.md").read_text()
+    assert (
+        "| LinFusion | 256 px |" in text and "▼ 0.500 [0.500, 0.500]" in text and "Only in second: a new one." in text
+    )
+
+
+def test_the_page_is_self_contained_and_other_endings_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    found = compare(*runs)
+    write(found, tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    assert "<title>second against first</title>" in page and page.count("<tr>") == len(found.changes) + 1
+    assert not re.search(r"https?:|@import|url\(|fetch\(|import\(", page)
+    with pytest.raises(ValueError, match=r"\.html or \.md; got the ending '\.txt'"):
+        write(found, tmp_path / "c.txt")
 
 
 def test_two_protocols_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:

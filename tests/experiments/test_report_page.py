@@ -75,16 +75,24 @@ def test_sorting(page: Any) -> None:
 
 
 def test_filter(page: Any) -> None:
-    box = page.get_by_label("Filter")
+    box = page.get_by_label("Filter results")
+    count = page.locator(".controls", has=box).get_by_role("status")
     box.fill("linear -causal")
-    assert labels(page) == ["linear attention", "linear attention, not normalised"] or all(
-        "causal" not in n for n in labels(page)
-    )
-    assert page.locator("#count").inner_text() == f"{len(labels(page))} of {len(VARIANTS)} rows"
+    assert labels(page) == ["linear attention", "linear attention, not normalised"], "non-causal is another word"
+    assert count.inner_text() == f"{len(labels(page))} of {len(VARIANTS)} rows"
     box.fill("nothing like this")
-    assert labels(page) == [] and page.locator("#count").inner_text() == f"0 of {len(VARIANTS)} rows"
+    assert labels(page) == [] and count.inner_text() == f"0 of {len(VARIANTS)} rows"
     box.fill("")
     assert len(labels(page)) == len(VARIANTS)
+
+
+def test_factors_show_all_rows_first_and_parts_when_asked(page: Any) -> None:
+    rows, box = page.locator(".factors tbody tr:visible"), page.get_by_label("Filter factors")
+    first = rows.count()
+    assert 0 < first < page.locator(".factors tbody tr").count()
+    assert all("all rows" in text for text in rows.all_inner_texts())
+    box.fill("")
+    assert rows.count() == page.locator(".factors tbody tr").count() and len(labels(page)) == len(VARIANTS)
 
 
 def test_the_slider_uncovers_the_teacher(page: Any) -> None:
@@ -95,7 +103,7 @@ def test_the_slider_uncovers_the_teacher(page: Any) -> None:
     assert re.match(r"inset\(0px 0px 0px 0(%|px)\)|inset\(0px\)", page.evaluate(clip))
     page.keyboard.press("End")
     assert "100%" in page.evaluate(clip) and slider.get_attribute("aria-valuetext") == "100 % teacher"
-    assert page.locator("#teacher").evaluate("i => i.complete && i.naturalWidth") == SIZES[-1]
+    assert page.locator("#teacher").evaluate("i => i.complete && i.naturalWidth") == SIZES[0]
     page.locator("#size").select_option(str(SIZES[1]))
     page.wait_for_function("document.getElementById('teacher').naturalWidth === 128")
     before = page.locator("#student").get_attribute("src")

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.report.effects import Factor, effects
+from experiments.config import Claim
+from experiments.report.effects import SPLITS, Factor, effects
+from experiments.report.finding import find
 from experiments.report.points import front
 from experiments.report.records import Run
 from experiments.report.statistics import Interval, bootstrap, log_ratios, mean_by_seed
@@ -57,6 +59,12 @@ def test_intervals_of_ten_seeds_hold_the_true_mean_about_as_often_as_they_say() 
     assert 0.85 < np.mean(inside) < 0.97  # percentile intervals of few values are known to be somewhat narrow
 
 
+def test_intervals_of_three_seeds_hold_the_true_mean_three_times_in_four() -> None:
+    draw = np.random.default_rng(1)
+    inside = [not bootstrap(draw.normal(1.0, 1.0, 3).tolist()).excludes(1.0) for _ in range(1000)]
+    assert 0.7 < np.mean(inside) < 0.8  # what docs/howto/read_a_report.md says
+
+
 def test_what_is_not_finite_is_never_marked() -> None:
     for bad in (math.nan, math.inf):
         interval = bootstrap([1.0, bad])
@@ -86,12 +94,50 @@ def made_up(noise: float = 0.0) -> Run:
 def test_effects_are_the_factors_of_the_errors() -> None:
     found = {(e.factor, e.value): e for e in effects(made_up())}
     expected = {("normalisation", "not normalised"): 2, ("causality", "causal"): 3, ("mixer", "mamba2"): 5}
+    assert not any(e.depends for e in found.values())
     assert found.keys() == expected.keys()
     for key, ratio in expected.items():
         effect = found[key]
         assert effect.ratio.mean == pytest.approx(ratio) and effect.ratio.low == pytest.approx(effect.ratio.high)
         assert effect.marked and len(effect.pairs) == 4
         assert all(pair.ratio.mean == pytest.approx(ratio) for pair in effect.pairs)
+
+
+def opposed(mixers: tuple[str, str]) -> Run:
+    """Causal is twice as good with the one mixer and eight times worse with the other."""
+    rows = {}
+    for mixer, factor in zip(mixers, (0.5, 8.0), strict=True):
+        for causality in ("noncausal", "causal"):
+            error = 0.01 * (factor if causality == "causal" else 1)
+            rows[mixer, causality, True] = {s: {64: error * (1 + s)} for s in range(3)}
+    return run_of(rows)
+
+
+def test_an_effect_that_goes_both_ways_depends_on_what_splits_it() -> None:
+    run = opposed(("linear_attention", "mamba2"))
+    (effect,) = (e for e in effects(run) if e.value == "causal")
+    assert effect.ratio.mean == pytest.approx(2) and effect.depends == "mixer"
+    parts = effect.among("mixer")
+    assert [e.ratio.mean for e in parts.values()] == pytest.approx([0.5, 8.0])
+    assert all(len(e.pairs) == 1 for e in parts.values())
+    assert not effect.among("causality") and not effect.among("normalize")
+    claim = Claim(told="causal is worse", factor="causality", value="causal", worse=True)
+    run.grid["claims"] = [claim.model_dump()]
+    found = find(run)
+    assert found.verdicts[0].state == "depends on the other factors"
+    assert any("depends on the mixer: 0.500× [0.500, 0.500]" in s for s in found.sentences)
+
+
+@given(st.permutations([0, 1, 2]))
+def test_parts_make_up_the_whole_whatever_the_order_of_seeds(order: list[int]) -> None:
+    run = made_up(noise=0.3)
+    run.cells.sort(key=lambda c: order.index(c.seed or 0))
+    for effect, other in zip(effects(run), effects(made_up(noise=0.3)), strict=True):
+        assert effect.ratio == other.ratio
+        for field in SPLITS:
+            parts = effect.among(field).values()
+            logs = [len(e.pairs) * math.log(e.ratio.mean) for e in parts]
+            assert not parts or sum(logs) / len(effect.pairs) == pytest.approx(math.log(effect.ratio.mean))
 
 
 def test_noise_beyond_the_effect_is_not_marked() -> None:

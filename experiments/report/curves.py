@@ -58,6 +58,8 @@ def against_size(run: Run, metric: str, path: Path) -> bool:
 def cost(run: Run, attribute: str, path: Path) -> bool:
     """Time ("seconds"), memory ("peak_bytes") or operations ("flops") of one forward against the number of tokens."""
     tokens = sorted({s.tokens for c in run.cells for s in c.speed})
+    if len(tokens) < 2:
+        return False  # nothing grows
     scale, label = {
         "seconds": (1e-3, "time (ms)"),
         "peak_bytes": (2**20, "peak memory (MiB)"),

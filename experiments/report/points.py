@@ -50,28 +50,31 @@ def effects(run: Run, found: list[Effect], path: Path) -> bool:
 def pareto(run: Run, path: Path) -> bool:
     """Error at the largest size against time and state of a forward pass; the line joins those that nothing beats."""
     size = max((s for v in run.variants if not v.untouched for c in run.done(v.name) for s in c.fidelity), default=0)
-    canvas, panels = style.panels(2, 4.6, 4.6, sharex=False)
-    shown = 0
-    for axes, (attribute, scale, label) in zip(panels, COSTS, strict=True):
-        points = []
-        for variant in (v for v in run.variants if not v.untouched):
-            error, spent = over_seeds(run, variant, size, "relative_error_to_teacher"), costs(run, variant, attribute)
-            if error is None or not spent or not error.mean > 0 or not math.isfinite(error.mean):
-                continue
-            points.append((spent[-1][1].mean / scale, error.mean))
-            axes.plot(*points[-1], **_look(run, variant), markersize=7, alpha=0.85)
-        shown += len(points)
-        _front(axes, points)
-        axes.set(xscale="log", yscale="log", xlabel=label)
-        if points:
-            style.plain_log(axes, "x")
-    if not shown:
+    plans = [(plan, found) for plan in COSTS if (found := _against_cost(run, size, plan[0]))]
+    if not plans:
         return False
+    canvas, panels = style.panels(len(plans), 4.6, 4.6, sharex=False)
+    for axes, ((_, scale, label), found) in zip(panels, plans, strict=True):
+        for variant, cost, error in found:
+            axes.plot(cost / scale, error, **_look(run, variant), markersize=7, alpha=0.85)
+        _front(axes, [(cost / scale, error) for _, cost, error in found])
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        style.plain_log(axes, "x")
     style.plain_log(panels[0])
     panels[0].set_ylabel(f"{RELATIVE}, {size} px", fontsize=8)
     _legend(canvas, run)
     style.save(canvas, path)
     return True
+
+
+def _against_cost(run: Run, size: int, attribute: str) -> list[tuple[Variant, float, float]]:
+    """Variant, cost at the largest size timed, and error, of the trained rows that have both."""
+    found = []
+    for variant in (v for v in run.variants if not v.untouched):
+        error, spent = over_seeds(run, variant, size, "relative_error_to_teacher"), costs(run, variant, attribute)
+        if error is not None and spent and error.mean > 0 and math.isfinite(error.mean):
+            found.append((variant, spent[-1][1].mean, error.mean))
+    return found
 
 
 def _look(run: Run, variant: Variant, factor: str = "") -> dict[str, Any]:

@@ -162,9 +162,10 @@ class Run:
 
     @property
     def reference(self) -> Variant | None:
-        """The row that others are compared with: the grid's, else the first trained."""
+        """The row that others are compared with: the grid's, else the first trained, of those with a finished cell."""
         trained = [v for v in self.variants if not v.untouched]
-        return next((v for v in trained if v.name == self.grid.get("reference")), trained[0] if trained else None)
+        named = [v for v in trained if v.name == self.grid.get("reference")]
+        return next((v for v in (*named, *(v for v in trained if self.done(v.name)), *trained)), None)
 
     def done(self, variant: str) -> list[Cell]:
         """Finished cells of a variant, by seed."""

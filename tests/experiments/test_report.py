@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from experiments.report import build_report, heat
+from experiments.report import build_report, curves, heat, points
 from experiments.report.curves import exponent
 from experiments.report.finding import find
 from experiments.report.page import as_html, as_markdown
@@ -74,7 +74,10 @@ def test_older_records_leave_their_parts_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     for path in folder.glob("cells/*/result.json"):
         edit(path, lambda r: [r.pop(name, None) for name in ("sites", "timesteps", "images")])
+        edit(path, lambda r: [[row.pop("state_size", None) for row in r["speed"]], r.update(speed=r["speed"][:1])])
     assert "Pictures against" not in page_of(folder)
+    assert not curves.cost(load_run(folder), "seconds", tmp_path / "no.png")
+    assert points.pareto(load_run(folder), tmp_path / "pareto.png")
     assert not heat.sites(load_run(folder), tmp_path / "no.png") and not (tmp_path / "no.png").exists()
 
 
@@ -122,6 +125,17 @@ def test_a_finding_that_does_not_hold(tmp_path: Path) -> None:
     for path in folder.glob("cells/*_raw-*/result.json"):
         edit(path, lambda r: [f.update(relative_error_to_teacher=0.001) for f in r["fidelity"]])
     assert find(load_run(folder)).verdicts[0].state == "the reverse holds"
+
+
+def test_the_reference_is_the_grids_else_the_first_that_is_finished(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    reference = load_run(folder).reference
+    assert reference is not None and reference.name == "linear"
+    edit(folder / "grid.json", lambda g: g.pop("reference"))
+    for path in folder.glob("cells/linfusion-*/result.json"):
+        path.unlink()
+    reference = load_run(folder).reference
+    assert reference is not None and reference.name == "linear", "linfusion, before it, has no finished cell"
 
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:

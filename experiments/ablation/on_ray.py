@@ -33,7 +33,7 @@ def on_ray(
     ray = _ray()
     connect(ray, address)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES - 1)(_do)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES - 1, scheduling_strategy="SPREAD")(_do)
     waiting, running = deque(cells), dict[Any, CellConfig]()
     try:
         while waiting or running:

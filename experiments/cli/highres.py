@@ -89,23 +89,10 @@ def generate(
 
         if (control is None) != (control_image is None):
             raise ValueError("A ControlNet needs both: --control for the network and --control-image for its picture.")
-        chosen: dict[str, Any] = {
-            "base": base,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            "mode": mode,
-            "enlarge": enlarge,
-        }
-        request = Request(
-            prompt,
-            negative,
-            commands.parse_size(size),
-            strengths=commands.parse_strengths(strengths),
-            residual=residual,
-            dilation=dilation,
-            **chosen,
-        )
+        chosen: dict[str, Any] = {"base": base, "steps": steps, "guidance": guidance, "seed": seed, "mode": mode}
+        chosen |= {"strengths": commands.parse_strengths(strengths), "enlarge": enlarge}
+        chosen |= {"residual": residual, "dilation": dilation}
+        request = Request(prompt, negative, commands.parse_size(size), **chosen)
         commands.make(
             commands.Model(model, adapter, mixer, device, dtype),
             request,

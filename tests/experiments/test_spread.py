@@ -127,6 +127,12 @@ class Once(Mortal):
         return first
 
 
+@register_mixer("dies_never")
+class Never(Mortal):
+    def dies(self):
+        return False
+
+
 @register_mixer("dies_always")
 class Always(Mortal):
     after = 0
@@ -159,7 +165,7 @@ def test_a_cluster_of_two_nodes_does_the_cells_and_outlives_a_cell_that_dies(
     grid: Grid, tmp_path: Path, mortal: Path
 ) -> None:
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra `ray` is not installed")
-    deadly = _deadly(grid, "dies_always", "linear_attention")
+    deadly = _deadly(grid, "dies_always", "dies_never")
     cluster = cluster_utils.Cluster()
     try:
         for _ in range(2):

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels run on the CPU then
 
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine is no failure
-settings.register_profile("default", derandomize=True, max_examples=25, **PATIENT)
+settings.register_profile("default", derandomize=True, max_examples=20, **PATIENT)
 settings.register_profile("deep", derandomize=False, max_examples=1000, **PATIENT)
 settings.load_profile("default")  # `pytest --hypothesis-profile=deep` is applied after this and wins
 

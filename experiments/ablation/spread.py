@@ -130,7 +130,7 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, *self.settings), daemon=True)
         self.process.start()
@@ -160,6 +160,15 @@ class _Worker:
         if self.cell and self.process.is_alive():
             self.process.terminate()
         self.process.join()
+
+
+def _context() -> Any:
+    """How processes start: where it can be done, forked from one that has imported everything and done nothing yet."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _serve(pipe: Connection, work: Work, number: int, count: int) -> None:

@@ -126,4 +126,5 @@ def save(canvas: Figure, path: Path, vector: bool = True) -> None:
     """PNG at `path`, and SVG beside it."""
     canvas.savefig(path, dpi=DPI, metadata={"Software": None})
     if vector:
+        canvas.set_layout_engine("none")  # everything has its place by now
         canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -81,7 +81,7 @@ def relative_errors(given: Tensors, **switches) -> dict[str, float]:
     return {n: ((found[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
 
 
-@settings(max_examples=max(1, settings.default.max_examples // 4))
+@settings(max_examples=max(1, settings.default.max_examples // 8))
 @given(
     st.integers(1, 2),
     st.sampled_from([1, 2, 15, 16, 17, 35]),
@@ -122,7 +122,7 @@ def test_every_single_number_is_exact(gates: str) -> None:
     assert ((found.double() - truth) / truth).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("gates", "widths"), [("scalar", (80, 40)), ("scalar", (16, 160)), ("vector", (40, 80))])
+@pytest.mark.parametrize(("gates", "widths"), [("scalar", (16, 160)), ("vector", (40, 80))])
 def test_large_heads_are_cut_into_tiles(gates: str, widths: tuple[int, int]) -> None:
     assert_agree(tensors(1, 17, 1, *widths, gates, torch.float32), **SETTINGS)
 

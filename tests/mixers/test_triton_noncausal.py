@@ -61,7 +61,7 @@ def relative_errors(given: Tensors, **settings) -> dict[str, float]:
     return {n: ((found[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
 
 
-@settings(max_examples=max(1, settings.default.max_examples // 2))
+@settings(max_examples=max(1, settings.default.max_examples // 4))
 @given(
     st.sampled_from([(1, 1), (1, 2), (2, 1)]),
     st.sampled_from([1, 2, 17, 63, 64, 65]),
@@ -78,8 +78,7 @@ def test_kernels_equal_dense_and_recurrent(groups, length, key, value, switches,
     assert_agree(tensors(batch, length, heads, key, value, dtype), **options)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("widths", [(160, 160), (256, 40), (40, 256)], ids=str)
+@pytest.mark.parametrize(("widths", "normalize"), [((160, 160), True), ((256, 40), True), ((40, 256), False)], ids=str)
 def test_large_heads_are_cut_into_tiles(widths: tuple[int, int], normalize: bool) -> None:
     assert launch.tile(160, launch.largest_tile("ieee", torch.float64)) < 160
     assert_agree(tensors(1, 67, 1, *widths), **{**SETTINGS, "normalize": normalize})

@@ -97,9 +97,7 @@ def check_compiles_once(mixer: TokenMixer, inputs: Inputs) -> None:
     def counted(graph: Any, example: Any) -> Any:
         nonlocal compilations
         compilations += 1
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return aot_eager(graph, example)
+        return graph
 
     # The sides of a grid are plain numbers, dynamic by `dynamic` alone, which eps and other floats are kept out of.
     compiled = torch.compile(mixer, fullgraph=True, backend=counted, dynamic=mixer.traits.needs_grid or None)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from experiments.ablation.grid import list_grids, load_grid
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOWTO = ROOT / "docs" / "howto"
 ADD, CHECK, DATA = HOWTO / "add_a_mixer.md", HOWTO / "check_a_mixer.md", HOWTO / "data.md"
 ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distil.md", HOWTO / "evaluate.md"
+LARGE = HOWTO / "large_images.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
@@ -287,14 +289,23 @@ def test_the_page_of_distillation_names_every_objective_and_recipe() -> None:
             load_recipe(name, [after for word, after in pairwise(settings) if word == "--set"])
 
 
-def test_the_page_of_evaluation_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", [EVALUATE, LARGE], ids=lambda page: page.stem)
+def test_a_page_of_python_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
-    for code in blocks(EVALUATE, "python"):
-        exec(compile(code, str(EVALUATE), "exec"), names)
-    assert capsys.readouterr().out == "".join(blocks(EVALUATE, "text"))
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+    assert capsys.readouterr().out == "".join(blocks(page, "text"))
+
+
+def test_the_page_of_large_images_asks_for_what_there_is() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for block in blocks(LARGE, "bash"):
+        for line in block.replace("\\\n", "").splitlines():
+            _, verb, *words = shlex.split(line, comments=True)
+            assert commands[verb].make_context(verb, words).params["size"] in line
 
 
 def test_the_page_of_evaluation_asks_for_what_there_is() -> None:

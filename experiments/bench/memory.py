@@ -25,18 +25,26 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int | None:
         before = torch.cuda.memory_allocated(device)
         run()
         return int(torch.cuda.max_memory_allocated(device) - before)
+    before = reset_resident_peak()
+    run()
+    return None if before is None else max(0, resident_peak() - before)
+
+
+def reset_resident_peak() -> int | None:
+    """Forget the peak of the resident set so far; bytes resident now, or None where that cannot be done."""
     if not sys.platform.startswith("linux"):
-        run()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or an earlier peak hides this one
+    ctypes.CDLL(None).malloc_trim(0)  # give freed pages back, or an earlier peak hides the next
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
     except OSError:
-        run()
         return None
-    before = _status_bytes("VmRSS")
-    run()
-    return max(0, _status_bytes("VmHWM") - before)
+    return _status_bytes("VmRSS")
+
+
+def resident_peak() -> int:
+    """Bytes of the resident set at its peak since the last reset; Linux only."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:

@@ -110,14 +110,15 @@ def denoise(
     Args:
         before: (number of the step, latents) -> latents, called before each step; see `highres.tricks`.
     """
+    report = report or (lambda done, total: None)
+    report(0, len(schedule.timesteps))
     for number, timestep in enumerate(schedule.timesteps):
         if before is not None:
             latents = before(number, latents)
         scaled = schedule.scheduler.scale_model_input(latents, timestep)
         prediction = guide.predict(unet, scaled, timestep)
         latents = _step(schedule.scheduler, prediction, timestep, latents, generator)
-        if report is not None:
-            report(number + 1, len(schedule.timesteps))
+        report(number + 1, len(schedule.timesteps))
     return latents
 
 

@@ -218,7 +218,9 @@ class _Store:
     """The latents of finished stages on disk; without a folder, nothing."""
 
     def __init__(self, folder: Path | None, pipe: Any, request: Request, *given: Any) -> None:
-        self.folder = folder
+        self.folder, self.key = folder, ""
+        if folder is None:
+            return
         # What a stage depends on, so that another request's stages, or another model's, are not taken for this one's.
         depends = [asdict(request), dict(pipe.scheduler.config), [_essence(part) for part in (pipe.unet, *given)]]
         self.key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:16]

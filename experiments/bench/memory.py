@@ -25,9 +25,9 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int | None:
         before = torch.cuda.memory_allocated(device)
         run()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    before = reset_resident_peak()
+    resident = reset_resident_peak()
     run()
-    return None if before is None else max(0, resident_peak() - before)
+    return None if resident is None else max(0, resident_peak() - resident)
 
 
 def reset_resident_peak() -> int | None:

@@ -184,7 +184,8 @@ def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict | None:
     depends = [e for e in judged if e.depends]
     told += [f"at {depends[-1].size} px it depends on {parts(depends[-1], run)}"] if depends else []
     of = f"error of {judged[0].above} over {judged[0].below}, {METRIC.replace('_', ' ')}"
-    return Verdict(claim.told, state, f"{'; '.join(told)} — {of}.")
+    evidence = "; ".join(told)
+    return Verdict(claim.told, state, f"{evidence[0].upper()}{evidence[1:]} — {of}.")
 
 
 def _state(states: list[str]) -> str:

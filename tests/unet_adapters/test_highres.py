@@ -212,10 +212,20 @@ def test_peaks_are_counted() -> None:
     assert (found.peak, found.largest) == (1200, 200)
 
 
+def test_convolutions_on_a_cpu_copy_their_input_and_their_weights() -> None:
+    convolution = nn.Conv2d(4, 2, 3, padding=1, bias=False)
+    shape = ((1, 4, 8, 8), torch.float32)
+    peaks = [
+        foresee(lambda x: convolution(x), convolution, shape, device=torch.device("cpu"), on_cpu=on_cpu).peak
+        for on_cpu in (None, False)
+    ]
+    assert peaks == [4 * (2 * 64 + 4 * 64 + 2 * 4 * 9), 4 * 2 * 64]
+
+
 def test_what_is_foreseen_is_what_is_allocated(pipe: Any) -> None:
     for savings in ((), ("guidance", "activations", "feed_forward")):
         foreseen = foresee_step(pipe, (64, 96), savings, 3.0)
-        real = Allocations()
+        real = Allocations(on_cpu=True)
         batch = 1 if savings else 2
         text = torch.zeros(batch, 77, pipe.unet.config.cross_attention_dim)
         told = {"text_embeds": torch.zeros(batch, pipelines.WORDS), "time_ids": torch.zeros(batch, 6)}
@@ -227,22 +237,24 @@ def test_what_is_foreseen_is_what_is_allocated(pipe: Any) -> None:
 
 def test_a_plan_keeps_to_its_budget_or_says_what_is_enough(pipe: Any) -> None:
     size = (latent_unit(pipe) * 16,) * 2
-    free = make_plan(pipe, size, base=32)
+    free = make_plan(pipe, size, base=32, device="cuda")
     assert free.savings == ("activations",) and free.stages[-1].stage.size == size
     assert [s.peak for s in free.stages] == sorted(s.peak for s in free.stages)
-    tight = make_plan(pipe, size, base=64, budget=free.peak - 1)
+    tight = make_plan(pipe, size, base=64, device="cuda", budget=free.peak - 1)
     assert len(tight.savings) > 1 and tight.peak < free.peak
     with pytest.raises(TooLittleMemory, match="with every saving it needs") as refusal:
-        make_plan(pipe, size, base=64, budget=weight_bytes(pipe))
+        make_plan(pipe, size, base=64, device="cuda", budget=weight_bytes(pipe))
     enough = re.search(r"it needs ([\d.]+) ([KM])iB", str(refusal.value))
     assert enough is not None
     budget = int(float(enough[1]) * 1024 ** (1 + "KM".index(enough[2])))
-    assert weight_bytes(pipe) < make_plan(pipe, size, base=64, budget=budget).peak <= budget
+    assert weight_bytes(pipe) < make_plan(pipe, size, base=64, device="cuda", budget=budget).peak <= budget
 
 
 def test_a_gpu_that_is_not_there_can_be_planned_for() -> None:
     pipe, size = pipelines.make(), (64, 64)
-    assert make_plan(pipe, size, device="cuda") == make_plan(pipe, size)
+    there, here = make_plan(pipe, size, device="cuda"), make_plan(pipe, size)
+    assert there.savings == here.savings and there.peak <= here.peak
+    assert there.stages[0].decoding < here.stages[0].decoding, "a CPU's convolutions copy"
     gpu, cpu = ({name for names, _ in _choices(torch.device(kind)) for name in names} for kind in ("cuda", "cpu"))
     assert gpu == set(SAVINGS) and cpu == gpu - {"skips"}
 

@@ -119,8 +119,8 @@ def make_plan(
     unit = latent_unit(pipe)
     stages = ladder(size, base or native_side(pipe), unit, strengths)
     stages = (Stage(size, 1.0),) if direct else stages
-    foresight = _Foresight(pipe, steps, guidance, rate)
-    choices = _choices(torch.device(device or pipe.unet.device))
+    place = torch.device(device or pipe.unet.device)
+    foresight, choices = _Foresight(pipe, steps, guidance, rate, place), _choices(place)
 
     def fits(choice: Choice) -> bool:
         last = foresight.stage(stages[-1], *choice)  # the largest: what fits there fits everywhere
@@ -157,11 +157,11 @@ def _choices(device: torch.device) -> list[Choice]:
 class _Foresight:
     """What stages need; what was found once is not looked for again."""
 
-    def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None) -> None:
+    def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None, place: torch.device) -> None:
         self.pipe, self.steps, self.guidance, self.rate = pipe, steps, guidance, rate
-        self.weights = weight_bytes(pipe)
-        self._look = cache(lambda size, savings, chunk: _look(pipe, size, savings, chunk, guidance))
-        self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling).peak)
+        self.weights, on_cpu = weight_bytes(pipe), place.type == "cpu"
+        self._look = cache(lambda size, savings, chunk: _look(pipe, size, savings, chunk, guidance, on_cpu))
+        self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling, on_cpu).peak)
 
     def stage(self, stage: Stage, savings: tuple[str, ...], tiling: Tiling) -> StagePlan:
         """One stage with these savings."""
@@ -193,7 +193,7 @@ def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float)
     is computed. With a mixer all of it is linear in the places; under softmax attention the operations are not, and are
     too few here.
     """
-    return _Foresight(pipe, 1, guidance, None).step(size, tuple(savings))
+    return _Foresight(pipe, 1, guidance, None, pipe.unet.device).step(size, tuple(savings))
 
 
 class Foreseen(NamedTuple):
@@ -204,7 +204,7 @@ class Foreseen(NamedTuple):
     flops: int
 
 
-def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float) -> Foreseen:
+def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float, on_cpu: bool) -> Foreseen:
     unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // pixels_a_place(pipe) for side in size)
     shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
@@ -224,16 +224,22 @@ def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: f
 
     with save_memory(unet, savings, chunk, pretend=True):
         inputs = [(shape, unet.dtype) for shape in shapes.values()]
-        found = foresee(run, unet, *inputs, device=unet.device)
+        found = foresee(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)
     return Foreseen(found.peak, found.largest, found.flops)
 
 
-def foresee_decoding(pipe: Any, size: Size, tiling: Tiling) -> Allocations:
-    """Decoding an image of `size` in tiles: the largest of the middle block, the overview and a tile."""
+def foresee_decoding(pipe: Any, size: Size, tiling: Tiling, on_cpu: bool | None = None) -> Allocations:
+    """Decoding an image of `size` in tiles: the largest of the middle block, the overview and a tile.
+
+    Args:
+        on_cpu: whether a CPU will do it; None: if the autoencoder is there.
+    """
     vae, factor = pipe.vae, pixels_a_place(pipe)
     latents = (1, vae.config.latent_channels, *(side // factor for side in size))
     dtype = next(vae.parameters()).dtype
-    return foresee(lambda z: autoencoder.rehearse(vae, z, tiling), vae, (latents, dtype), device=vae.device)
+    return foresee(
+        lambda z: autoencoder.rehearse(vae, z, tiling), vae, (latents, dtype), device=vae.device, on_cpu=on_cpu
+    )
 
 
 def weight_bytes(pipe: Any) -> int:

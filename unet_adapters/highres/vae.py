@@ -57,10 +57,11 @@ class Tally:
     variance: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """x: (groups, elements)."""
-        x = x.double() if x.device.type == "cpu" else x.float()
-        self.count += x.shape[1]
-        self.total, self.square = self.total + x.sum(1), self.square + x.square().sum(1)
+        """x: (groups, channels, height, width); nothing of its size is made."""
+        count = x[0].numel()
+        variance, mean = (part.double() for part in torch.var_mean(x.float(), dim=(1, 2, 3), correction=0))
+        self.count += count
+        self.total, self.square = self.total + mean * count, self.square + (variance + mean * mean) * count
 
     def settle(self) -> None:
         """What was gathered is what counts from now on."""
@@ -94,7 +95,7 @@ class TileNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(1, c, h, w) -> (1, c, h, w)."""
         if self.gauge.gathering:
-            self.tally.add(self._core(x).reshape(self.num_groups, -1))
+            self.tally.add(self._core(x).unflatten(0, (self.num_groups, -1)))
         mean, variance = self.tally.mean, self.tally.variance
         if mean is None or variance is None:
             return super().forward(x)

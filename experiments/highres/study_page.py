@@ -81,17 +81,18 @@ def _beside(records: Sequence[Record], path: Path) -> None:
     found |= {(r["seed"], r["name"], r["mode"]): r for r in records if r["mode"] == "progressive" and r["size"] >= size}
     columns = [(name, mode) for mode in ("direct", "progressive") for name in NAMES]
     prompts = {r["seed"]: r["prompt"].replace(", ", ",\n") for r in records}
-    cells = [[found[seed, *column]["folder"] / f"{size}.png" for column in columns] for seed in seeds]
+    made = {key: record["folder"] / f"{size}.png" for key, record in found.items()}
+    cells = [[made.get((seed, *column)) for column in columns] for seed in seeds]
     _grid(cells, [prompts[s] for s in seeds], [f"{mode}:\n{name}" for name, mode in columns], path)
 
 
-def _grid(cells: Sequence[Sequence[Path]], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
+def _grid(cells: Sequence[Sequence[Path | None]], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
     canvas = Figure(figsize=(1.55 * len(columns) + 0.6, 1.62 * len(rows) + 0.3), layout="constrained")
     axes = canvas.subplots(len(rows), len(columns), squeeze=False)
     for paths, line, row in zip(cells, axes, rows, strict=True):
         for picture, axis, column in zip(paths, line, columns, strict=True):
             style.bare(axis)
-            if picture.is_file():
+            if picture and picture.is_file():
                 with Image.open(picture) as image:
                     axis.imshow(image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
             if line is axes[0]:

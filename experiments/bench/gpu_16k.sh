@@ -19,13 +19,13 @@ reach() {
         || echo "failed or out of time: ${*:2}" | tee -a "$out/failed.txt"
 }
 sdxl="random:SDXL base"
-reach 150 --model "$sdxl" --size 16384x8192
-reach 150 --model "$sdxl" --size 16384x8192 --memory 24GB
-reach 60 --model random:SD-1.5 --size 16384x8192
+reach 150 --mixer linfusion --model "$sdxl" --size 16384x8192
+reach 150 --mixer linfusion --model "$sdxl" --size 16384x8192 --memory 24GB
+reach 60 --mixer linfusion --model random:SD-1.5 --size 16384x8192
+reach 30 --mixer linfusion --model "$sdxl" --size 4096x2048
 reach 30 --model "$sdxl" --size 4096x2048
-reach 30 --model "$sdxl" --size 4096x2048 --mixer softmax
-reach 60 --model "$sdxl" --size 8192x4096
-reach 110 --model "$sdxl" --size 8192x4096 --mixer softmax
+reach 60 --mixer linfusion --model "$sdxl" --size 8192x4096
+reach 110 --model "$sdxl" --size 8192x4096
 "$python" -m experiments.highres.reach "$out/reach.jsonl" --show | tee "$out/reach.txt"
 echo "Results: $out"
 [ ! -s "$out/failed.txt" ]

@@ -1,6 +1,6 @@
 """How far one machine gets, and how fast: one large image of a model with random weights, timed part by part.
 
-    python -m experiments.highres.reach RESULTS.jsonl --size 16384x8192 [--memory 24GB] [--mixer softmax]
+    python -m experiments.highres.reach RESULTS.jsonl --size 16384x8192 [--memory 24GB] [--mixer linfusion]
     python -m experiments.highres.reach RESULTS.jsonl --show
 
 Every call adds a line to RESULTS, also where the memory was not enough. Time and memory do not depend on the values of
@@ -27,14 +27,14 @@ from unet_adapters.highres.plan import latent_unit, told
 
 
 def measure(
-    model: str, mixer: str, size: str, memory: str | None, steps: int, device: str, dtype: str
+    model: str, mixer: str | None, size: str, memory: str | None, steps: int, device: str, dtype: str
 ) -> dict[str, Any]:
     """Seconds in all, and of every part; the peak beside what the plan foresaw; or why there is none.
 
     A small image comes first, so that what is set up only once is set up.
     """
     pipe = open_model(model, getattr(torch, dtype), device)
-    mount(pipe, None, None if mixer == "softmax" else mixer)
+    mount(pipe, None, mixer)
     asked = {"model": model, "mixer": mixer, "size": size, "memory": memory, "steps": steps, "device": device}
     budget = None if memory is None else parse_bytes(memory)
     unit, watch = latent_unit(pipe), Watch(device)
@@ -55,7 +55,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table("model", "mixer", "pixels", "allowed", "seconds", "last stage", "pixels out", "peak", "foreseen")
     for row in rows:
         parts = [part for part in row["parts"].values() if "seconds" in part]
-        cells = [row["model"], row["mixer"], row["size"], row["memory"] or "all"]
+        cells = [row["model"], row["mixer"] or "its own", row["size"], row["memory"] or "all"]
         if "error" in row:
             table.add_row(*cells, row["error"][:60])
             continue
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--show", action="store_true", help="print what is there")
     parser.add_argument("--model", default="random:SDXL base")
-    parser.add_argument("--mixer", default="linfusion", help="softmax is the model as it is")
+    parser.add_argument("--mixer", help="to mount, untrained; none leaves the model's own attention")
     parser.add_argument("--size", default="16384x8192")
     parser.add_argument("--memory")
     parser.add_argument("--steps", type=int, default=50)

@@ -41,7 +41,7 @@ class Case:
     """One picture to make.
 
     Attributes:
-        name: of the attention: normalised, unnormalised or softmax.
+        name: of the attention: normalised, unnormalised or teacher.
         adapter: folder of the student; None is the teacher's softmax attention.
         mode: progressive or direct.
         size: side in pixels.
@@ -63,12 +63,12 @@ class Case:
 
 def cases(normalised: str, raw: str, size: int) -> list[Case]:
     """The pictures, the quick ones first."""
-    students: dict[str, str | None] = {"normalised": normalised, "unnormalised": raw, "softmax": None}
+    students: dict[str, str | None] = {"normalised": normalised, "unnormalised": raw, "teacher": None}
     direct = [(name, "direct", side, p) for side in (256, COMPARED) for p in PICTURES for name in students]
     direct = [
-        row for row in direct if row[0] != "softmax" or row[2] < COMPARED or row[3] is PICTURES[0]
+        row for row in direct if row[0] != "teacher" or row[2] < COMPARED or row[3] is PICTURES[0]
     ]  # minutes each
-    compared = [("softmax", "progressive", COMPARED, p) for p in PICTURES]
+    compared = [("teacher", "progressive", COMPARED, p) for p in PICTURES]
     compared += [(name, "progressive", COMPARED, p) for p in PICTURES[1:] for name in ("normalised", "unnormalised")]
     large = [(name, "progressive", size, PICTURES[0]) for name in ("normalised", "unnormalised")]
     wanted = [*compared, *direct, *large]

@@ -19,7 +19,7 @@ from experiments.report import style
 from experiments.report.curves import exponent
 
 Record = dict[str, Any]
-NAMES = ("softmax", "normalised", "unnormalised")
+NAMES = ("teacher", "normalised", "unnormalised")
 LOOK = dict(zip(NAMES, (style.GREY, *style.PALETTE[:2]), strict=True))
 TWEMOJI = "Pictures of a model trained on Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 

@@ -1,4 +1,6 @@
-"""Is the memory that a plan foresees what is used? `python -m experiments.highres.validate` measures it on this CPU.
+"""Is the memory that a plan foresees what is used? Measured on this CPU.
+
+    python -m experiments.highres.validate --mixer linfusion
 
 Every row is a process of its own: one guided call of a UNet with random weights, or one decoding. Measured is the peak
 of the resident set above what was resident before the call, which is the weights and a first call at the smallest size.
@@ -69,7 +71,7 @@ def main() -> None:
     """Measure every size and way, and print a table; `--one SIZE WAY` is one of its processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="random:SD-1.5")
-    parser.add_argument("--mixer", default="linfusion")
+    parser.add_argument("--mixer", required=True, help="to mount, untrained")
     parser.add_argument("--sizes", nargs="+", default=SIZES)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "WAY"))

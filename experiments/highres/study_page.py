@@ -1,4 +1,4 @@
-"""The page of the study of large images: pictures, what they took, and how many things are in them."""
+"""The page of the study of large images: pictures, what they took, and whether they stay one."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ LOOK = dict(zip(NAMES, (style.GREY, *style.PALETTE[:2]), strict=True))
 TWEMOJI = "Pictures of a model trained on Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
-def count_objects(picture: Image.Image, side: int = 128, apart: float = 0.15, least: float = 0.01) -> int:
-    """How many things stand before the background: connected areas, seen at `side` pixels.
+def count_areas(picture: Image.Image, side: int = 128, colours: int = 3, least: float = 0.0005) -> int:
+    """How many areas of one colour a picture has, seen at `side` pixels and in `colours` colours of its own.
 
-    The background is the median colour of the border; a thing differs from it by more than `apart` (root mean square
-    over the channels, of 1) and fills `least` of the picture or more.
+    A picture that was made larger has as many as before; one that shows things twice has more, and noise has the most.
+    Areas of less than `least` of the picture are not counted.
     """
     small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
-    pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
-    border = torch.cat((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
-    mask = (pixels - border.median(0).values).square().mean(-1).sqrt() > apart
-    _, sizes = torch.unique(_components(mask)[mask], return_counts=True)
-    return int((sizes >= least * side * side).sum())
+    which = torch.from_numpy(np.array(small.quantize(colours, Image.Quantize.MAXCOVERAGE)))
+    count = 0
+    for colour in which.unique():
+        mask = which == colour
+        _, sizes = torch.unique(_components(mask)[mask], return_counts=True)
+        count += int((sizes >= least * side * side).sum())
+    return count
 
 
 def _components(mask: Tensor) -> Tensor:
@@ -133,6 +135,7 @@ def _growth(records: Sequence[Record], path: Path) -> None:
 
 def _text(records: Sequence[Record]) -> str:
     largest = max(records, key=lambda r: (r["size"], r["name"] == "normalised"))
+    prompts = [prompt for _, prompt in sorted({(r["seed"], r["prompt"]) for r in records})]
     lines = [
         "# From 64 to 2048 pixels with one student",
         "",
@@ -146,11 +149,13 @@ def _text(records: Sequence[Record]) -> str:
         "",
         "![Direct and progressive, side by side](direct_or_progressive.png)",
         "",
-        "## Does the picture stay one object?",
+        "## Does the picture stay one?",
         "",
-        "Connected areas that differ from the background and fill a hundredth of the picture or more; one is right.",
+        "How many areas of one colour a picture has, seen at 128 px and in three colours of its own: made larger, a",
+        "picture keeps its number; one that shows things twice has more, and noise has the most. A number each for",
+        f"{'; '.join(f'“{prompt}”' for prompt in prompts)}.",
         "",
-        *_objects(records),
+        *_areas(records),
         "",
         "## Time and memory",
         "",
@@ -165,13 +170,13 @@ def _text(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def _objects(records: Sequence[Record]) -> list[str]:
+def _areas(records: Sequence[Record]) -> list[str]:
     found: dict[tuple[str, str], dict[int, list[int]]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda r: int(r["seed"])):
         sides = found.setdefault((record["mode"], record["name"]), {})
         for row in record["stages"]:
             with Image.open(record["folder"] / f"{row['side']}.png") as picture:
-                sides.setdefault(row["side"], []).append(count_objects(picture))
+                sides.setdefault(row["side"], []).append(count_areas(picture))
     columns = sorted({side for sides in found.values() for side in sides})
     head = ["| | | " + " | ".join(f"{side} px" for side in columns) + " |", "|---|---|" + "---|" * len(columns)]
     rows = []

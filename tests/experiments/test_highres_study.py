@@ -1,4 +1,4 @@
-"""The study of large images: its count of objects, and its page."""
+"""The study of large images: its count of areas, its page, and what is timed."""
 
 from __future__ import annotations
 
@@ -14,32 +14,27 @@ from PIL import Image, ImageDraw
 from experiments.ablation.store import write_json
 from experiments.highres import reach
 from experiments.highres.study import cases
-from experiments.highres.study_page import NAMES, count_objects, write_page
+from experiments.highres.study_page import NAMES, count_areas, write_page
 
 
 @given(
-    places=st.sets(st.tuples(st.integers(0, 2), st.integers(0, 2))),
-    side=st.sampled_from((64, 300)),
-    ring=st.booleans(),
+    places=st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(("red", "gold", "ring"))),
+    times=st.sampled_from((1, 3)),
 )
-def test_things_that_do_not_touch_are_counted(places: set[tuple[int, int]], side: int, ring: bool) -> None:
-    picture = Image.new("RGB", (side, side), "teal")
-    draw, cell = ImageDraw.Draw(picture), side / 3
-    for row, column in places:
-        x, y = (column + 0.15) * cell, (row + 0.15) * cell
-        box = (x, y, x + 0.7 * cell, y + 0.7 * cell)
-        draw.ellipse(box, fill=None if ring else "red", outline="red", width=side // 20)
-    draw.point((1, 1), fill="red")  # too small to be a thing
-    assert count_objects(picture) == len(places)
-
-
-@pytest.mark.parametrize("inner", ["red", "teal"])
-def test_a_thing_in_a_thing_is_one(inner: str) -> None:
-    picture = Image.new("RGB", (64, 64), "teal")
+def test_areas_are_counted_at_any_size(places: dict[tuple[int, int], str], times: int) -> None:
+    picture = Image.new("RGB", (128 * times, 128 * times), "teal")
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((10, 10, 50, 50), fill="gold")
-    draw.rectangle((20, 20, 40, 40), fill=inner)
-    assert count_objects(picture) == 1
+
+    def square(row: int, column: int, inset: int, colour: str) -> None:
+        top, left = (times * (32 * place + inset) for place in (row, column))
+        draw.rectangle((left, top, left + times * (32 - 2 * inset) - 1, top + times * (32 - 2 * inset) - 1), colour)
+
+    for (row, column), colour in places.items():
+        square(row, column, 4, "red" if colour == "ring" else colour)
+        if colour == "ring":
+            square(row, column, 12, "teal")
+    draw.point((0, 0), "red")  # too small to be an area
+    assert count_areas(picture) == 1 + sum(2 if colour == "ring" else 1 for colour in places.values())
 
 
 def test_the_page_holds_what_was_made(tmp_path: Path) -> None:
@@ -60,7 +55,7 @@ def test_the_page_holds_what_was_made(tmp_path: Path) -> None:
     text = (tmp_path / "page" / "large.md").read_text()
     for mode, name in product(("direct", "progressive"), NAMES):
         assert f"| {mode} | {name} |" in text
-    assert "| progressive | normalised | 0, 0, 0 | 0, 0, 0 | 0 |" in text
+    assert "| progressive | normalised | 1, 1, 1 | 1, 1, 1 | 1 |" in text
     assert "| 1024 px | 65,536 | 2 | 1.0 | 1.0 | 1 |" in text
     for figure in ("stages", "direct_or_progressive", "cost"):
         assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 1000

@@ -10,7 +10,7 @@ from experiments.grids import EVALUATION, PAPER, SEEDS, SOFTMAX, ours
 _MIXERS = {"linear_attention": "no decay", "retnet": "fixed decay", "mamba2": "learned decay"}
 
 
-def _row(mixer: str, causality: str, convolution: int) -> Variant:
+def _row(mixer: str, causality: str, convolution: int = 0) -> Variant:
     convolved = f", {convolution} × {convolution} convolution" if convolution else ""
     return Variant(
         name=f"{mixer}_{causality}" + ("_convolution" if convolution else ""),
@@ -27,9 +27,14 @@ GRID = Grid(
     question="Why do mixers with decay gain from an order here: because near tokens weigh more?",
     variants=(
         SOFTMAX,
-        *(_row(mixer, causality, 0) for mixer in _MIXERS for causality in ("noncausal", "causal", "bidirectional")),
-        _row("linear_attention", "noncausal", 3),
-        _row("mamba2", "bidirectional", 3),
+        _row("linear_attention", "noncausal"),
+        _row("linear_attention", "noncausal", convolution=3),
+        _row("linear_attention", "causal"),
+        _row("retnet", "causal"),
+        _row("retnet", "bidirectional"),
+        _row("mamba2", "noncausal"),
+        _row("mamba2", "causal"),
+        _row("mamba2", "bidirectional"),
     ),
     seeds=SEEDS,
     reference="linear_attention_noncausal",

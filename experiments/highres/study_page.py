@@ -24,20 +24,20 @@ LOOK = dict(zip(NAMES, (style.GREY, *style.PALETTE[:2]), strict=True))
 TWEMOJI = "Pictures of a model trained on Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
-def count_areas(picture: Image.Image, side: int = 128, colours: int = 3, least: float = 0.0005) -> int:
+def count_areas(picture: Image.Image, side: int = 128, colours: int = 3) -> int:
     """How many areas of one colour a picture has, seen at `side` pixels and in `colours` colours of its own.
 
     A picture that was made larger has as many as before; one that shows things twice has more, and noise has the most.
-    Areas of less than `least` of the picture are not counted.
+    An area counts where it is 3 pixels wide: the soft edge between two areas is not one of its own.
     """
     small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
     which = torch.from_numpy(np.array(small.quantize(colours, Image.Quantize.MAXCOVERAGE)))
-    count = 0
-    for colour in which.unique():
-        mask = which == colour
-        _, sizes = torch.unique(_components(mask)[mask], return_counts=True)
-        count += int((sizes >= least * side * side).sum())
-    return count
+    return sum(len(_components(mask).unique()) - 1 for mask in (_eroded(which == colour) for colour in which.unique()))
+
+
+def _eroded(mask: Tensor) -> Tensor:
+    """(h, w) bool -> (h + 2, w + 2) bool: true where all nine pixels around are, and a rim that is false."""
+    return ~F.max_pool2d((~F.pad(mask, (2, 2, 2, 2))).float()[None], 3, 1)[0].bool()
 
 
 def _components(mask: Tensor) -> Tensor:
@@ -92,14 +92,14 @@ def _grid(cells: Sequence[Sequence[Path | None]], rows: Sequence[str], columns: 
     canvas = Figure(figsize=(1.55 * len(columns) + 0.6, 1.62 * len(rows) + 0.3), layout="constrained")
     axes = canvas.subplots(len(rows), len(columns), squeeze=False)
     for paths, line, row in zip(cells, axes, rows, strict=True):
-        for picture, axis, column in zip(paths, line, columns, strict=True):
+        for picture, axis in zip(paths, line, strict=True):
             style.bare(axis)
             if picture and picture.is_file():
                 with Image.open(picture) as image:
                     axis.imshow(image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
-            if line is axes[0]:
-                axis.set_title(column, fontsize=8)
         line[0].set_ylabel(row, fontsize=8)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=8)
     style.save(canvas, path, vector=False)
 
 
@@ -152,7 +152,8 @@ def _text(records: Sequence[Record]) -> str:
         "## Does the picture stay one?",
         "",
         "How many areas of one colour a picture has, seen at 128 px and in three colours of its own: made larger, a",
-        "picture keeps its number; one that shows things twice has more, and noise has the most. A number each for",
+        "picture keeps its number; one that shows things twice has more, and noise has the most. An area counts where",
+        "it is 3 pixels wide. A number each for",
         f"{'; '.join(f'“{prompt}”' for prompt in prompts)}.",
         "",
         *_areas(records),

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.memory import peak_bytes
+from experiments.bench.memory import peak_bytes, return_freed_memory
 from experiments.highres.commands import parse_size
 from experiments.highres.models import mount, open_model
 from experiments.highres.rate import conditions
@@ -33,6 +33,7 @@ WAYS = {"plain": (), "saving": tuple(name for name in SAVINGS if name != "skips"
 
 def measure(model: str, mixer: str, size: str, way: str) -> dict[str, Any]:
     """Bytes foreseen and measured, in this process."""
+    return_freed_memory()  # as `mixlab generate --memory` has it
     side, savings = parse_size(size), WAYS[way]
     pipe = open_model(model, torch.float32, "cpu")
     mount(pipe, None, mixer)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +119,24 @@ def test_the_published_formula_is_ours_up_to_where_eps_is_added() -> None:
 def test_peaks_see_what_is_allocated() -> None:
     peak = peak_bytes(lambda: torch.ones(1 << 24).sum())
     assert peak is None or 60e6 < peak < 90e6
+
+
+HOLES = """
+import torch
+from experiments.bench.memory import _status_bytes, return_freed_memory
+return_freed_memory()
+del (first := [torch.ones(1 << 22)])[:]  # 16 MB: from here on, the C library by itself keeps what is smaller
+before = _status_bytes("VmRSS")
+blocks = [torch.ones(1 << 20) for _ in range(64)]
+del blocks[:-1]
+print(_status_bytes("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not GNU's")
+def test_freed_memory_is_given_back() -> None:
+    held = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True).stdout
+    assert int(held) < 3 * 2**22  # one block of 64 is left
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 1), st.floats(1e-6, 1)), min_size=1, max_size=6))

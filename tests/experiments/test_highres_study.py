@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from experiments.ablation.store import write_json
 from experiments.highres import reach
@@ -20,8 +20,11 @@ from experiments.highres.study_page import NAMES, count_areas, write_page
 @given(
     places=st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.sampled_from(("red", "gold", "ring"))),
     times=st.sampled_from((1, 3)),
+    soft=st.sampled_from((0.0, 0.7)),
 )
-def test_areas_are_counted_at_any_size(places: dict[tuple[int, int], str], times: int) -> None:
+def test_areas_are_counted_at_any_size_however_soft_their_edges(
+    places: dict[tuple[int, int], str], times: int, soft: float
+) -> None:
     picture = Image.new("RGB", (128 * times, 128 * times), "teal")
     draw = ImageDraw.Draw(picture)
 
@@ -34,6 +37,7 @@ def test_areas_are_counted_at_any_size(places: dict[tuple[int, int], str], times
         if colour == "ring":
             square(row, column, 12, "teal")
     draw.point((0, 0), "red")  # too small to be an area
+    picture = picture.filter(ImageFilter.GaussianBlur(times * soft))
     assert count_areas(picture) == 1 + sum(2 if colour == "ring" else 1 for colour in places.values())
 
 

@@ -37,7 +37,15 @@ from unet_adapters.highres import (
 from unet_adapters.highres.denoise import Guide, Schedule, denoise
 from unet_adapters.highres.ladder import ladder
 from unet_adapters.highres.memory import Allocations, foresee
-from unet_adapters.highres.plan import _choices, foresee_step, latent_unit, make_plan, weight_bytes
+from unet_adapters.highres.plan import (
+    _choices,
+    foresee_decoding,
+    foresee_step,
+    latent_unit,
+    make_plan,
+    pixels_a_place,
+    weight_bytes,
+)
 from unet_adapters.highres.savings import save_memory
 from unet_adapters.highres.tiles import Canvas, spans
 
@@ -233,6 +241,19 @@ def test_what_is_foreseen_is_what_is_allocated(pipe: Any) -> None:
         with torch.no_grad(), save_memory(pipe.unet, savings), real:
             pipe.unet(x, torch.tensor(500), text, return_dict=False, added_cond_kwargs=told)
         assert abs(real.peak - foreseen.peak) < 0.02 * real.peak
+
+
+@pytest.mark.parametrize("size", [(128, 128), (192, 80), (48, 192)])
+def test_the_decoding_foreseen_is_that_of_the_real_tiles(size: tuple[int, int]) -> None:
+    pipe, tiling = pipelines.make(), Tiling(tile=24, margin=4, blend=2, overview=40, whole_middle=0)
+    foreseen = foresee_decoding(pipe, size, tiling)
+    real = Allocations(on_cpu=True)
+    latents = latents_of(pipe, *(side // pixels_a_place(pipe) for side in size))
+    with real:
+        decode(pipe.vae, latents, tiling)
+    image = size[0] * size[1] * 3 * (1 + 4)  # the bytes of the image, and rows that are not finished
+    assert real.peak - image < 1.02 * foreseen.peak
+    assert 0.98 * foreseen.peak < real.peak
 
 
 def test_a_plan_keeps_to_its_budget_or_says_what_is_enough(pipe: Any) -> None:

@@ -45,6 +45,11 @@ class Tiling:
     exact: bool = False
     whole_middle: int = 256 * 256
 
+    def small(self, size: Sequence[int]) -> tuple[int, int]:
+        """(height, width) of the overview of an image of `size`, of its shape and no larger than it."""
+        shrink = max(1.0, max(size) / self.overview)
+        return round(size[0] / shrink), round(size[1] / shrink)
+
 
 @dataclass
 class Tally:
@@ -153,6 +158,7 @@ def decode(vae: Any, latents: Tensor, tiling: Tiling | None = None, report: Repo
     with work.statistics(lambda size: F.interpolate(source, size=size, mode="nearest"), z.shape[-2:]):
         for row, column, tile in work.tiles(report):
             _place(canvas, tile, row, column, factor)
+            del tile  # or it is there while the next is made
             if column is work.columns[-1]:
                 canvas.finish((row.core[1] - row.blend[1]) * factor)
     return canvas.pixels
@@ -203,7 +209,8 @@ def rehearse(vae: Any, latents: Tensor, tiling: Tiling) -> Tensor:
     rows, columns = (spans(side, tiling.tile, tiling.margin, tiling.blend) for side in z.shape[-2:])
     row, column = (max(axis, key=lambda span: span.stop - span.start) for axis in (rows, columns))
     if tiling.overview and len(rows) * len(columns) > 1:
-        network(source[..., : tiling.overview, : tiling.overview])
+        height, width = tiling.small(z.shape[-2:])
+        network(source[..., :height, :width])
     tile: Tensor = network(source[..., row.start : row.stop, column.start : column.stop])
     return tile
 
@@ -235,8 +242,7 @@ class _Work:
                         self.network(self.source(row, column))
                     gauge.settle()
             elif cut.overview and gauge.tallies:
-                shrink = max(1.0, max(size) / cut.overview)
-                places = (round(size[0] / shrink), round(size[1] / shrink))
+                places = cut.small(size)
                 gauge.gathering = True
                 gauge.rows, gauge.columns = (Span(0, n, (0, n), (0, 0)) for n in places)
                 self.network(small(places))

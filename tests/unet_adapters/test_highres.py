@@ -280,11 +280,21 @@ def test_a_gpu_that_is_not_there_can_be_planned_for() -> None:
     assert gpu == set(SAVINGS) and cpu == gpu - {"skips"}
 
 
+class Workspace(nn.Module):
+    """Takes memory that does not depend on the image: there a small one has its peak, and not a large one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.empty(500_000)
+        return x
+
+
+@pytest.mark.parametrize("middle", [nn.Identity(), Workspace()], ids=["plain", "workspace"])
 @pytest.mark.parametrize("savings", [("activations",), ("activations", "guidance", "feed_forward")])
 def test_a_line_through_small_sizes_ends_at_the_large_one(
-    pipe: Any, savings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    pipe: Any, savings: tuple[str, ...], middle: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (128, 192)
+    pipe.unet.mid_block.resnets[0].dropout = middle
     with MixerAdapter.build(pipe, "linfusion").mounted():
         monkeypatch.setattr("unet_adapters.highres.plan.CHUNK_TOKENS", 256)
         looked = foresee_step(pipe, size, savings, 3.0)

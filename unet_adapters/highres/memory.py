@@ -27,16 +27,29 @@ class Allocations(TorchDispatchMode):
     Attributes:
         on_cpu: whether convolutions make these copies.
         alive: bytes now.
-        peak: the most bytes so far.
-        largest: elements of the largest tensor that was made so far.
+        peaks: the most bytes so far while each module was at work itself, by name; "" is outside of all.
+        tensors: elements of the largest tensor that each made, likewise.
         flops: floating-point operations of matrix products and convolutions.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
         super().__init__()
         self.on_cpu = on_cpu
-        self.alive = self.peak = self.largest = self.flops = 0
+        self.alive = self.flops = 0
+        self.peaks: dict[str, int] = {}
+        self.tensors: dict[str, int] = {}
+        self._at_work = [""]
         self._known: set[int] = set()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes so far."""
+        return max(self.peaks.values(), default=0)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor that was made so far."""
+        return max(self.tensors.values(), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # half of all calls
@@ -46,7 +59,7 @@ class Allocations(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._see(result, ours=True)
         if self.on_cpu and func is torch.ops.aten.convolution.default:
-            self.peak = max(self.peak, self.alive + args[0].nbytes + args[1].nbytes)
+            self._note(self.peaks, self.alive + args[0].nbytes + args[1].nbytes)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         return result
@@ -59,8 +72,24 @@ class Allocations(TorchDispatchMode):
                 self._known.add(key)
                 weakref.finalize(storage, self._free, key, size)
                 self.alive += size
-                self.peak = max(self.peak, self.alive)
-                self.largest = max(self.largest, size // tensor.element_size())
+                self._note(self.peaks, self.alive)
+                self._note(self.tensors, size // tensor.element_size())
+
+    def _note(self, most: dict[str, int], size: int) -> None:
+        most[self._at_work[-1]] = max(most.get(self._at_work[-1], 0), size)
+
+    @contextmanager
+    def by_module(self, network: nn.Module) -> Iterator[None]:
+        """Inside, peaks are kept for each module of `network`."""
+        hooks = []
+        for name, module in network.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._at_work.append(name)))
+            hooks.append(module.register_forward_hook(lambda *_: (self._at_work.pop(), None)[1], always_call=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -90,7 +119,7 @@ def foresee(
             f"network.{name}": mode.from_tensor(weight) for name, weight in network.named_parameters()
         }
         tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs)
-        with counted, one_of_each(network, counted):
+        with counted, one_of_each(network, counted), counted.by_module(network):
             result = torch.func.functional_call(whole, weights, tensors)
         del result
     return counted

@@ -176,22 +176,30 @@ class _Foresight:
         """One call of the UNet; see `foresee_step`."""
         times = size[0] * size[1] / (LOOKED_AT * pixels_a_place(self.pipe) ** 2)
         if times <= 1:
-            return self._look(size, savings, CHUNK_TOKENS)
+            found = self._look(size, savings, CHUNK_TOKENS)
+            return Foreseen(found.peak, found.largest, found.flops)
         unit, chunk = latent_unit(self.pipe), max(LEAST_CHUNK, CHUNK_TOKENS >> int(math.log2(times)))
         shrunk = ((times * part) ** 0.5 for part in (1, 2))
         far, near = (tuple(max(unit, round(side / by / unit) * unit) for side in size) for by in shrunk)
         (x, a), (y, b) = ((s[0] * s[1], self._look(s, savings, chunk)) for s in (far, near))
         share = (size[0] * size[1] - y) / (y - x)
-        return Foreseen(*(round(v + (v - u) * share) for u, v in zip(a, b, strict=True)))
+
+        def line(u: int, v: int) -> int:
+            return round(v + (v - u) * share)
+
+        # A module each: where a small image has its peak, a large one need not have it.
+        peak = max(line(a.peaks[name], b.peaks[name]) for name in b.peaks)
+        largest = max(line(a.tensors[name], b.tensors[name]) for name in b.tensors)
+        return Foreseen(peak, largest, line(a.flops, b.flops))
 
 
 def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
     """One call of the UNet for an image of `size`, as `denoise` will make it.
 
-    Beyond LOOKED_AT places it is the straight line through two smaller sizes, with parts of feed-forward layers that
-    are as much smaller: mixers go over their tokens in blocks, and a million blocks take their time even where nothing
-    is computed. With a mixer all of it is linear in the places; under softmax attention the operations are not, and are
-    too few here.
+    Beyond LOOKED_AT places it is the straight line through two smaller sizes, for every module its own, with parts of
+    feed-forward layers that are as much smaller: mixers go over their tokens in blocks, and a million blocks take their
+    time even where nothing is computed. With a mixer all of it is linear in the places; under softmax attention the
+    operations are not, and are too few here.
     """
     return _Foresight(pipe, 1, guidance, None, pipe.unet.device).step(size, tuple(savings))
 
@@ -204,7 +212,7 @@ class Foreseen(NamedTuple):
     flops: int
 
 
-def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float, on_cpu: bool) -> Foreseen:
+def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float, on_cpu: bool) -> Allocations:
     unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // pixels_a_place(pipe) for side in size)
     shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
@@ -224,8 +232,7 @@ def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: f
 
     with save_memory(unet, savings, chunk, pretend=True):
         inputs = [(shape, unet.dtype) for shape in shapes.values()]
-        found = foresee(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)
-    return Foreseen(found.peak, found.largest, found.flops)
+        return foresee(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)
 
 
 def foresee_decoding(pipe: Any, size: Size, tiling: Tiling, on_cpu: bool | None = None) -> Allocations:

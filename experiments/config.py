@@ -14,6 +14,9 @@ from mixers.suggest import hint
 
 Model = TypeVar("Model", bound=BaseModel)
 
+Pixels = Annotated[int, Field(ge=8, multiple_of=4)]
+"""A side of an image; autoencoders make a latent place of 4 or 8 pixels."""
+
 
 class Frozen(BaseModel):
     """Base of every configuration: immutable, no unknown keys."""
@@ -50,7 +53,7 @@ class Stage(Frozen):
     name: str = Field(pattern=r"^[a-z0-9_\-]+$")
     objectives: dict[str, Term]
     fit: FitConfig
-    sizes: tuple[Annotated[int, Field(gt=0)], ...] = Field((), description="step by step in turn; (): image_size")
+    sizes: tuple[Pixels, ...] = Field((), description="step by step in turn; (): image_size")
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -84,7 +87,7 @@ class Distillation(Stage):
         "new+projections", description="what is trained: what the mixers add, and the q, k, v and output projections"
     )
     start: Literal["host", "random"] = Field("host", description="of trained projections: the teacher's, or random")
-    image_size: int = Field(64, gt=0)
+    image_size: Pixels = 64
     images: int = Field(1024, gt=0, description="training pictures drawn, encoded once")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of captions that are replaced by the empty one")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
@@ -131,7 +134,7 @@ class Metrics(Frozen):
     """Pictures drawn by student and teacher for Fréchet and kernel distance and text-image score."""
 
     images: int = Field(32, ge=0, description="captions that are drawn; 0: no metric is measured")
-    sizes: tuple[int, ...] = Field((64,), description="that are drawn")
+    sizes: tuple[Pixels, ...] = Field((64,), description="that are drawn")
     resize: int | None = Field(None, gt=0, description="of all pictures, true ones too, before a network; None: not")
     features: tuple[str, ...] = Field(("embedded",), description="networks: embedded, clip:WHERE, inception[:FILE]")
     data: str | None = Field(None, description="true pictures and captions, or coco:FOLDER; None: the training split")
@@ -141,18 +144,18 @@ class Metrics(Frozen):
 class Evaluation(Frozen):
     """What is measured of a trained student, the same for every variant."""
 
-    sizes: tuple[int, ...] = (64, 128, 256, 512)
-    shapes: tuple[tuple[int, int], ...] = Field(((64, 128), (128, 64)), description="further (height, width)")
-    site_sizes: tuple[int, ...] = Field((64, 256), description="of sizes: where each site is compared, too")
+    sizes: tuple[Pixels, ...] = (64, 128, 256, 512)
+    shapes: tuple[tuple[Pixels, Pixels], ...] = Field(((64, 128), (128, 64)), description="further (height, width)")
+    site_sizes: tuple[Pixels, ...] = Field((64, 256), description="of sizes: where each site is compared, too")
     images: int = Field(8, gt=0, description="held-out pictures; 1 beyond four times the smallest size")
-    timesteps: tuple[int, ...] = (100, 300, 500, 700, 900)
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=1000)], ...] = Field((100, 300, 500, 700, 900), min_length=1)
     prompts: tuple[str, ...] = ()
-    sample_sizes: tuple[int, ...] = (64, 128, 256)
+    sample_sizes: tuple[Pixels, ...] = (64, 128, 256)
     sample_steps: int = Field(20, gt=0)
     guidance: float = Field(3.0, ge=1)
     guidances: tuple[Annotated[float, Field(ge=1)], ...] = Field((), description="a sweep's others, of all pictures")
     metrics: Metrics = Metrics()
-    speed_sizes: tuple[int, ...] = (64, 128, 256, 512)
+    speed_sizes: tuple[Pixels, ...] = (64, 128, 256, 512)
     speed_repeats: int = Field(3, gt=0)
     seed: int = 0
 
@@ -231,8 +234,10 @@ class Grid(Frozen):
     claims: tuple[Claim, ...] = ()
 
     @model_validator(mode="after")
-    def _known_reference(self) -> Grid:
+    def _known_names(self) -> Grid:
         names = [variant.name for variant in self.variants]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"variants need names of their own: {', '.join(twice)} is there more than once")
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"the reference {self.reference!r} is no variant: expected one of {', '.join(names)}")
         return self
@@ -289,6 +294,29 @@ def override(model: Model, settings: list[str]) -> Model:
                 node = node[known[key]]
         node[known[key]] = _value(text)
     return validated(type(model), tree)
+
+
+def override_grid(grid: Grid, settings: list[str]) -> Grid:
+    """`override` for a grid: what is set of `distillation` is set of every row's own plan, where it has such a field.
+
+    Raises:
+        ValueError: as `override`.
+    """
+    plans = [(n, v.distillation.model_dump(mode="json")) for n, v in enumerate(grid.variants) if v.distillation]
+    shared = [setting for setting in settings if setting.startswith("distillation.")]
+    own = [
+        f"variants.{n}.{s}" for n, plan in plans for s in shared if _reaches(plan, s.partition("=")[0].split(".")[1:])
+    ]
+    return override(grid, [*settings, *own])
+
+
+def _reaches(node: Any, keys: list[str]) -> bool:
+    for key in keys:
+        known = _keys(node)
+        if key not in known:
+            return False
+        node = node[known[key]]
+    return True
 
 
 SIZES = frozenset({"image_size", "sizes", "shapes", "site_sizes", "sample_sizes", "speed_sizes"})

@@ -130,6 +130,19 @@ class Skipped(Counter[str]):
             _log.warning("%s: %d used, %d skipped (%s)", source, used, self.total(), reasons)
 
 
+def caption_of(value: object) -> str:
+    """A record's caption.
+
+    Raises:
+        BadRecord: it is none.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadRecord("no caption")
+    if not isinstance(value, str):
+        raise BadRecord(f"its caption is no text ({type(value).__name__})")
+    return value.strip()
+
+
 def batch(
     data: CaptionedImages, indices: Sequence[int], size: Size, variations: Sequence[int]
 ) -> tuple[Tensor, list[str]]:

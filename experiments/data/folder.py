@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
-from experiments.data.example import BadRecord, DataError, Example, RandomAccess, Size, in_split, photograph
+from experiments.data.example import (
+    BadRecord,
+    DataError,
+    Example,
+    RandomAccess,
+    Size,
+    caption_of,
+    in_split,
+    photograph,
+)
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _log = logging.getLogger(__name__)
@@ -21,11 +32,11 @@ class ImageFolder(RandomAccess):
     Captions come from `metadata.jsonl` (lines with `file_name` and `text`) where there is one,
     else from a text file beside each image (`cat.png`, `cat.txt`). Images are turned upright (EXIF),
     cropped to their centre and resized; odd `variation`s are mirrored left to right.
-    Images that cannot be read or have no caption are named in the log, counted in `skipped` and
+    Images that cannot be read or have no caption, and damaged lines, are named in the log, counted in `skipped` and
     left out. Opening verifies every file once.
 
     Raises:
-        DataError: not a folder, malformed metadata, or no usable image in it.
+        DataError: not a folder, or no usable image in it.
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
@@ -39,13 +50,14 @@ class ImageFolder(RandomAccess):
             )
         self.skipped: dict[str, str] = {}
         self.items: list[tuple[Path, str]] = []
-        for image, caption in self._candidates():
-            reason = _fault(image) if caption else "no caption"
-            if reason:
-                self.skipped[image.name] = reason
-                _log.warning("Skipped %s: %s", image, reason)
-            else:
-                self.items.append((image, caption))
+        for name, read in self._candidates():
+            try:
+                image, caption = read()
+                _upright(image)
+                self.items.append((image, caption_of(caption)))
+            except BadRecord as error:
+                self.skipped[name] = str(error)
+                _log.warning("Skipped %s in %s: %s", name, self.path, error)
         if self.skipped:
             _log.warning("%s: %d images used, %d skipped", self.path, len(self.items), len(self.skipped))
         if not self.items:
@@ -63,26 +75,23 @@ class ImageFolder(RandomAccess):
             _log.warning("%s: too few images for the split %r, using all %d", self.path, split, len(self.items))
         self.items = chosen or self.items
 
-    def _candidates(self) -> Iterator[tuple[Path, str]]:
+    def _candidates(self) -> Iterator[tuple[str, Callable[[], tuple[Path, Any]]]]:
+        """What there may be to use: its name in the log, and how its image's path and its caption are read."""
         metadata = self.path / "metadata.jsonl"
         if metadata.is_file():
-            for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(metadata.read_bytes().splitlines(), start=1):
                 if line.strip():
-                    yield self._record(line, number)
+                    yield f"metadata.jsonl, line {number}", partial(self._record, line)
             return
         for image in sorted(p for p in self.path.rglob("*") if p.suffix.lower() in _SUFFIXES):
-            text = image.with_suffix(".txt")
-            yield image, text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            yield image.name, partial(_beside, image)
 
-    def _record(self, line: str, number: int) -> tuple[Path, str]:
+    def _record(self, line: bytes) -> tuple[Path, Any]:
         try:
             record = json.loads(line)
-            return self.path / record["file_name"], str(record["text"]).strip()
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{self.path / 'metadata.jsonl'}, line {number}: "
-                f'expected {{"file_name": …, "text": …}}, got {line[:80]!r}.'
-            ) from error
+            return self.path / record["file_name"], record.get("text")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadRecord(f'expected {{"file_name": …, "text": …}}, got {line[:80]!r}') from error
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,10 +114,9 @@ def _upright(path: Path) -> Image.Image:
         raise BadRecord(f"cannot be read ({type(error).__name__})") from error
 
 
-def _fault(path: Path) -> str | None:
-    """Why this image cannot be used, or None."""
+def _beside(image: Path) -> tuple[Path, str]:
+    text = image.with_suffix(".txt")
     try:
-        _upright(path)
-    except BadRecord as error:
-        return str(error)
-    return None
+        return image, text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRecord(f"its caption {text.name} cannot be read ({type(error).__name__})") from error

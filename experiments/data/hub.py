@@ -8,6 +8,7 @@ SOURCE is a file, a folder or a glob of .parquet, .arrow or .tar files, a direct
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,9 +27,12 @@ from experiments.data.example import (
     Record,
     Size,
     Skipped,
+    caption_of,
     in_split,
     photograph,
 )
+
+_log = logging.getLogger(__name__)
 
 HUB = "hub:"
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -63,11 +67,14 @@ class TableImages(RandomAccess):
         usable = []
         for number, caption in enumerate(captions):
             try:
-                _caption(caption)
+                caption_of(caption)
                 usable.append(number)
             except BadRecord as error:
                 self.skipped.add(f"row {number}", error)
-        self._rows = [n for n in usable if split is None or in_split(str(self._keys[n]), split)] or usable
+        chosen = [n for n in usable if split is None or in_split(str(self._keys[n]), split)]
+        if usable and not chosen:
+            _log.warning("%s: too few rows for the split %r, using all %d", self._table.name, split, len(usable))
+        self._rows = chosen or usable
         self.skipped.tell(self.name, len(usable))
         if not usable:
             raise DataError(f"No usable row in {source}: none of {len(captions)} has a caption in {columns['text']!r}.")
@@ -155,21 +162,13 @@ class _Row:
     @cached_property
     def _usable(self) -> tuple[Image.Image, str]:
         row, columns = self.read(), self.table.columns
-        caption, image = _caption(row[columns["text"]]), row[columns["image"]]
+        caption, image = caption_of(row[columns["text"]]), row[columns["image"]]
         if image is None:
             raise BadRecord("no image")
         try:
             return self.table.image.decode_example(image).convert("RGB"), caption
         except Exception as error:  # PIL's readers of damaged files raise whatever they come across
             raise BadRecord(f"its image cannot be read ({type(error).__name__})") from error
-
-
-def _caption(value: Any) -> str:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise BadRecord("no caption")
-    if not isinstance(value, str):
-        raise BadRecord(f"its caption is no text ({type(value).__name__})")
-    return value.strip()
 
 
 def _library() -> Any:

@@ -29,6 +29,8 @@ from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
 from experiments.training.processes import this_process
 
+RECIPE = "recipe.json"
+
 
 def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
     """Distil as the recipe says; returns the path of the card.
@@ -43,11 +45,14 @@ def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
         FloatingPointError: a loss is not finite.
     """
     process = this_process()  # chooses this process's device
-    _check_recipe(recipe, directory, process)
+    _check_recipe(recipe, directory)
     teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype))
     plan = seeded(recipe.distillation, recipe.seed)
     latents = _latents(recipe, teacher, process)
     adapter = build_student(teacher, recipe.mixer.name, recipe.mixer, plan, recipe.seed)
+    process.wait_for_everyone()
+    if process.is_main_process:  # not before: what cannot be opened leaves the folder as it was
+        store.write_json(directory / RECIPE, recipe.model_dump(mode="json"))
 
     def batch(step: int, fit: FitConfig, sizes: tuple[int, ...], caption_dropout: float) -> Batch:
         drawn = draw(latents, step, fit, teacher.train_timesteps, sizes, caption_dropout)
@@ -86,13 +91,10 @@ def _latents(recipe: Recipe, teacher: Teacher, process: PartialState) -> Latents
     return open_cache(folder, teacher)
 
 
-def _check_recipe(recipe: Recipe, directory: Path, process: PartialState) -> None:
-    file, asked = directory / "recipe.json", recipe.model_dump(mode="json")
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != asked:
-        raise ValueError(f"{directory} holds a run of another recipe (recipe.json says which): give another --out.")
-    process.wait_for_everyone()
-    if process.is_main_process:
-        store.write_json(file, asked)
+def _check_recipe(recipe: Recipe, directory: Path) -> None:
+    there = store.read_json(directory / RECIPE)
+    if there and there != recipe.model_dump(mode="json"):
+        raise ValueError(f"{directory} holds a run of another recipe ({RECIPE} says which): give another --out.")
 
 
 @contextmanager

@@ -76,8 +76,9 @@ def evaluate(source: Path, teacher: str, data: str, plan: Evaluation, directory:
     report("load", 0, 5)
     size = min(min(extent) for extent in plan.extents)
     setting = open_setting(teacher, data, size, images=1)
-    freeze(protocol_of(setting, plan, data), directory)
+    protocol = protocol_of(setting, plan, data)
     adapter = MixerAdapter.from_pretrained(source, setting.pipe).unmount()
+    freeze(protocol, directory)  # not before: what cannot be opened leaves the folder as it was
     save_samples(setting.pipe, plan, directory / "teacher" / "samples")
     record = measure(setting, adapter, plan, data, size, directory, report)
     path = directory / "evaluation.json"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from experiments.training.checkpoints import write_file
+
+_log = logging.getLogger(__name__)
 
 
 class Log:
@@ -20,6 +23,7 @@ class Log:
     def __init__(self, directory: Path, accelerator: Accelerator) -> None:
         self._file, self._accelerator = directory / "metrics.jsonl", accelerator
         self._last = (0, time.perf_counter())
+        self._cut = False  # whether the last line may be half a line
 
     def until(self, step: int) -> list[dict[str, float]]:
         """The records up to a step; later ones, of a run that was killed, are dropped."""
@@ -34,8 +38,13 @@ class Log:
         """Add a record; the trackers also get the learning rate, and the samples a second of `items` a step."""
         record = {"step": step, **losses}
         if self._accelerator.is_main_process:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write("\n" * self._cut + json.dumps(record) + "\n")
+                self._cut = False
+            except OSError as error:  # a full disk: the training is worth more than its log
+                self._cut = True
+                _log.warning("Step %d is not in %s: %s.", step, self._file, error)
         (before, then), now = self._last, time.perf_counter()
         self._last = (step, now)
         speed = (step - before) * items / (now - then)
@@ -51,6 +60,6 @@ class Log:
 def _record(line: str) -> dict[str, float] | None:
     try:
         record: dict[str, float] = json.loads(line)
-    except ValueError:  # the last line of a run that was killed
+    except ValueError:  # half a line, of a run that was killed or of a disk that was full
         return None
     return record

@@ -178,13 +178,36 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("line", ["{not json", '{"file_name": "a.png"}', '["a.png", "text"]', "3"])
-def test_malformed_metadata_names_the_line(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{not json",
+        '{"file_name": "a.png"}',
+        '{"file_name": "a.png", "text": null}',
+        '{"file_name": "a.png", "text": 3}',
+        '{"text": "a"}',
+        '["a.png", "text"]',
+        "3",
+        "\udcff",
+    ],
+)
+def test_a_bad_line_of_metadata_is_skipped_and_named(
+    tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path / "a.png")
     good = json.dumps({"file_name": "a.png", "text": "fine"})
-    (tmp_path / "metadata.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(DataError, match="line 2"):
-        ImageFolder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text(f"{line}\n{good}\n", errors="surrogateescape")
+    data = ImageFolder(tmp_path)
+    assert [caption for _, caption in data.items] == ["fine"] and len(data.skipped) == 1
+    assert "metadata.jsonl, line 1" in caplog.text and "1 images used, 1 skipped" in caplog.text
+
+
+def test_a_caption_in_another_encoding_is_skipped_and_named(tmp_path: Path) -> None:
+    for name, text in (("good", b"caf\xc3\xa9"), ("latin", b"caf\xe9")):
+        save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    data = ImageFolder(tmp_path)
+    assert len(data) == 1 and "latin.txt cannot be read" in data.skipped["latin.png"]
 
 
 def test_a_folder_is_split_by_file_name(tmp_path: Path) -> None:

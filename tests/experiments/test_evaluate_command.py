@@ -47,6 +47,11 @@ def test_an_adapter_of_one_s_own(tiny_teacher: Path, tmp_path: Path) -> None:
         (["metrics.imagess=3"], "Did you mean 'images'?"),
         (["sizes=[]", "shapes=[]"], "sizes and shapes are empty"),
         (["metrics.images=1"], "two pictures"),
+        ([], "not an adapter"),
+        (["timesteps=[1000]"], "timesteps.0"),
+        (["timesteps=[]"], "timesteps"),
+        (["sizes=[-64]"], "sizes.0"),
+        (["speed_sizes=[3]"], "speed_sizes.0"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(

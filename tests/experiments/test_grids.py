@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from experiments.ablation import load_grid
 from experiments.ablation.grid import list_grids
 from experiments.ablation.product import distinct, product
-from experiments.config import Variant, resized
+from experiments.config import Grid, Variant, override_grid, resized
 from experiments.teacher.load import EMBEDDED
 from mixers import list_mixers, registry
 from unet_adapters import MixerAdapter
@@ -69,6 +69,21 @@ def test_the_family_says_no_row_twice() -> None:
     forms = {form(v) for v in load_grid("family").variants}
     assert ("linfusion", "bidirectional", True) not in forms, "without an order it is the non-causal row"
     assert ("mamba", "bidirectional", True) in forms
+
+
+def test_names_are_of_one_row() -> None:
+    grid = load_grid("demo")
+    with pytest.raises(ValueError, match="linfusion is there more than once"):
+        Grid(**{**dict(grid), "variants": (*grid.variants, grid.variants[1].model_copy(update={"label": "another"}))})
+
+
+@pytest.mark.parametrize("name", list_grids())
+def test_what_is_set_of_the_distillation_holds_for_every_row(name: str) -> None:
+    changed = override_grid(load_grid(name), ["distillation.fit.steps=7", "distillation.images=64"])
+    plans = [cell.distillation for cell in changed.cells()]
+    assert {(plan.fit.steps, plan.images) for plan in plans} == {(7, 64)}
+    with pytest.raises(ValueError, match="Did you mean 'steps'"):
+        override_grid(changed, ["distillation.fit.step=7"])
 
 
 @pytest.mark.parametrize("name", list_grids())

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from experiments.cli import app
 from experiments.distil.recipe import Recipe, list_recipes, load_recipe
 from experiments.distil.run import run_recipe
+from experiments.distil.student import build_student
+from experiments.teacher.load import open_teacher
 from mixers import create_mixer
 from unet_adapters import PROFILES, MixerAdapter, find_sites
 
@@ -116,6 +118,13 @@ def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_pat
     assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
 
 
+def test_a_first_mistake_leaves_the_folder_free(recipe: Path, tmp_path: Path) -> None:
+    asked = load_recipe(str(recipe), ["samples.prompts=[]"])
+    with pytest.raises(ValueError, match="nowhere"):
+        run_recipe(asked.model_copy(update={"data": str(tmp_path / "nowhere")}), tmp_path / "run", quiet)
+    assert run_recipe(asked, tmp_path / "run", quiet).is_file()
+
+
 def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(out)])
@@ -157,19 +166,16 @@ def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) 
 
 
 def test_the_adapter_is_the_trained_one(recipe: Path, tmp_path: Path) -> None:
-    from experiments.teacher.load import load_teacher
-
     plan = load_recipe(str(recipe), ["samples.prompts=[]", "dtype=bfloat16", "distillation.before=[]"])
     run_recipe(plan, tmp_path / "run", quiet)
-    pipe = load_teacher(plan.teacher)
-    trained, fresh = (
-        MixerAdapter.from_pretrained(tmp_path / "run" / "adapter", pipe),
-        MixerAdapter.build(pipe, "linfusion", mid_dim=4),
-    )
-    assert trained.parameters_by_name().keys() == fresh.parameters_by_name().keys()
-    assert any(
-        not torch.allclose(p, fresh.parameters_by_name()[n], atol=1e-3) for n, p in trained.parameters_by_name().items()
-    )
+    teacher = open_teacher(plan.teacher, torch.bfloat16)
+    adapter = build_student(teacher, plan.mixer.name, plan.mixer, plan.distillation, plan.seed)
+    fresh = {name: p.detach().clone() for name, p in adapter.parameters_by_name().items()}
+    again = build_student(teacher, plan.mixer.name, plan.mixer, plan.distillation, plan.seed).parameters_by_name()
+    assert all(torch.equal(p, again[name]) for name, p in fresh.items()), "untrained, they are alike"
+    trained = MixerAdapter.from_pretrained(tmp_path / "run" / "adapter", teacher.pipe).parameters_by_name()
+    assert trained.keys() == fresh.keys()
+    assert sum(not torch.equal(p, fresh[name]) for name, p in trained.items()) > len(fresh) / 2
 
 
 def test_a_cache_on_disk_is_the_same_training_data_every_time(recipe: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,32 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     with pytest.raises(FloatingPointError, match="step 5"):
         fit(Noisy(), broken, CONFIG, tmp_path)
     assert [json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
-    fit(Noisy(), batch, CONFIG, tmp_path)  # goes on from step 3, the last checkpoint
+    resumed, whole = Noisy(), Noisy()
+    log = fit(resumed, batch, CONFIG, tmp_path)  # goes on from step 5, which was good
+    assert log == fit(whole, batch, CONFIG, tmp_path / "whole")
+    assert torch.equal(resumed.line.weight, whole.line.weight)
+
+
+def test_a_log_that_cannot_be_written_does_not_end_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", **kwargs: Any) -> Any:
+        if path.name == "metrics.jsonl" and mode == "a" and len(opened(path).read().splitlines()) == 3:
+            with opened(path, mode) as file:
+                file.write('{"step": 4, "lo')
+            monkeypatch.setattr(Path, "open", opened)
+            raise OSError(28, "No space left on device")
+        return opened(path, mode, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    log = fit(Noisy(), batch, CONFIG, tmp_path)
+    assert "Step 4 is not in" in caplog.text and log[-1]["step"] == CONFIG.steps
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if line.endswith("}")] == [
+        record["step"] for record in log if record["step"] != 4
+    ]
 
 
 def test_a_foreign_checkpoint_is_one_clear_sentence(tmp_path: Path) -> None:

@@ -36,12 +36,13 @@ class Comparison:
     names: tuple[str, str]
     changes: list[Change]
     alone: tuple[list[str], list[str]]
+    unlike: list[str]
 
     @property
     def notes(self) -> list[str]:
-        """Which rows only one has."""
+        """Which rows only one has, and which are not of the same thing in both."""
         pairs = zip(self.names, self.alone, strict=True)
-        return [f"Only in {name}: {', '.join(rows)}." for name, rows in pairs if rows]
+        return [*self.unlike, *(f"Only in {name}: {', '.join(rows)}." for name, rows in pairs if rows)]
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -59,7 +60,8 @@ def compare(first: Path, second: Path) -> Comparison:
         raise ValueError(f"Nothing to compare: {first} and {second} share no variant with a finished cell of one seed.")
     alone = [v.label for n, v in mine.items() if n not in theirs], [v.label for n, v in theirs.items() if n not in mine]
     names = (first.resolve().name, second.resolve().name)
-    return Comparison(names if names[0] != names[1] else (str(first), str(second)), changes, alone)
+    unlike = [told for n, v in mine.items() if n in theirs for told in _unlike(one, two, v, theirs[n])]
+    return Comparison(names if names[0] != names[1] else (str(first), str(second)), changes, alone, unlike)
 
 
 def as_table(found: Comparison) -> Table:
@@ -148,6 +150,22 @@ def _changes(one: Run, two: Run, before: Variant, after: Variant) -> list[Change
             old, new = (sum(values[s] for s in ratios) / len(ratios) for values in (first, second))
             found.append(Change(before.label, size, old, new, bootstrap(list(ratios.values())).exp()))
     return found
+
+
+def _unlike(one: Run, two: Run, before: Variant, after: Variant) -> list[str]:
+    """What two rows of one name differ in, themselves or in how they were distilled."""
+    old, new = (
+        {
+            **{f: getattr(v, f) for f in Variant.DESIGN},
+            "distillation": v.distillation or run.protocol.get("distillation"),
+        }
+        for run, v in ((one, before), (two, after))
+    )
+    if before.untouched or old == new:
+        return []
+    told = differences(old, new)
+    more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+    return [f"“{before.label}” is not the same in both: from the first to the second, {'; '.join(told[:3])}{more}."]
 
 
 def _same_protocol(first: Path, second: Path) -> None:

@@ -33,6 +33,15 @@ FACTORS = (
 TOLD = {True: "normalised", False: "not normalised", "noncausal": "non-causal"}
 SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalize": "normalisation"}
 """What an effect may depend on."""
+OTHERS = {
+    "options": "an option of the mixer",
+    "select": "the choice of sites",
+    "min_tokens": "the least number of tokens",
+    "distillation": "the distillation",
+}
+"""What else rows may differ in: each is compared with the reference row where it differs in that alone."""
+ZEROS = 1.0
+"""Error of a prediction of zeros. What a factor does to a row that is as wrong as that is nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class Effect:
         factor, value: as claims name them.
         field: the variants' field that is the factor.
         above, below: value and reference for readers.
-        pairs: of rows that differ in the factor alone.
+        pairs: of rows that differ in the factor alone, and whose reference is nearer to the teacher than zeros are.
+        hopeless: how many more pairs there are, whose reference is not.
     """
 
     factor: str
@@ -67,6 +77,7 @@ class Effect:
     below: str
     size: int
     pairs: tuple[Pair, ...]
+    hopeless: int = 0
 
     @cached_property
     def ratio(self) -> Interval:
@@ -85,6 +96,13 @@ class Effect:
             return {}
         return {v: replace(self, pairs=tuple(p for p in self.pairs if getattr(p.below, field) == v)) for v in values}
 
+    @property
+    def apart(self) -> dict[tuple[Any, ...], Effect]:
+        """Every pair by itself, by its values of all other factors; nothing where one factor tells them apart."""
+        fields = [field for field in SPLITS if self.among(field)]
+        found = {tuple(getattr(p.below, f) for f in fields): replace(self, pairs=(p,)) for p in self.pairs}
+        return found if len(fields) > 1 and len(found) == len(self.pairs) else {}
+
     @cached_property
     def depends(self) -> str | None:
         """The field among whose values the effect goes both ways, each beyond chance; None if no field is that.
@@ -101,7 +119,7 @@ class Effect:
 
 
 def effects(run: Run) -> list[Effect]:
-    """Every factor's effect at every size: normalisation, causality, and the family where a grid has several."""
+    """Every factor's effect at every size: normalisation, causality, the mixer, and whatever else rows differ in."""
     found = []
     for factor in (*FACTORS, *_families(run)):
         for value, told in factor.values.items():
@@ -109,6 +127,11 @@ def effects(run: Run) -> list[Effect]:
             for size in run.sizes:
                 effect = _effect(run, factor, value, told, matched, size)
                 found += [effect] if effect else []
+    for variant, reference, field in _others(run):
+        other = Factor(OTHERS[field], field, None, {})
+        for size in run.sizes:
+            effect = _effect(run, other, variant.name, variant.name, [(variant, reference)], size)
+            found += [replace(effect, above=variant.label, below=reference.label)] if effect else []
     return found
 
 
@@ -135,10 +158,11 @@ def _effect(
     pairs = [Pair(*v, log_ratios(seeds_of(run, v[0], size), seeds_of(run, v[1], size))) for v in matched]
     most = max((len(p.logs) for p in pairs), default=0)
     pairs = [p for p in pairs if p.logs and len(p.logs) == most]  # unfinished pairs would cost seeds
-    if not mean_by_seed([p.logs for p in pairs]):
+    sound = [p for p in pairs if _mean(seeds_of(run, p.below, size)) < ZEROS]
+    if not mean_by_seed([p.logs for p in sound]):
         return None
     names = reads(run, value), reads(run, factor.reference)
-    return Effect(factor.name, told, factor.field, *names, size, tuple(pairs))
+    return Effect(factor.name, told, factor.field, *names, size, tuple(sound), len(pairs) - len(sound))
 
 
 def _pairs(run: Run, factor: Factor, value: Any) -> Iterator[tuple[Variant, Variant]]:
@@ -149,6 +173,21 @@ def _pairs(run: Run, factor: Factor, value: Any) -> Iterator[tuple[Variant, Vari
         below = references.get(_key(variant, factor))
         if below is not None and getattr(variant, factor.field) == value:
             yield variant, below
+
+
+def _others(run: Run) -> Iterator[tuple[Variant, Variant, str]]:
+    """Rows that differ from the reference row in one field alone that is no factor of its own; both, and the field."""
+    reference = run.reference
+    if reference is None:
+        return
+    for variant in (v for v in run.variants if not v.untouched):
+        differing = [f for f in Variant.DESIGN if getattr(variant, f) != getattr(reference, f)]
+        if len(differing) == 1 and differing[0] in OTHERS:
+            yield variant, reference, differing[0]
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return math.fsum(values.values()) / len(values)
 
 
 def _key(variant: Variant, factor: Factor) -> str:

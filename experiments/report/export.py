@@ -12,7 +12,20 @@ import pyarrow.parquet
 from experiments.report.records import Run, Variant
 from experiments.report.tables import METRICS, Table, best_row, over_seeds
 
-COLUMNS = ("kind", "variant", "label", "causality", "normalize", "seed", "seeds", "size", *METRICS, "best")
+COLUMNS = (
+    "kind",
+    "variant",
+    "label",
+    "causality",
+    "normalize",
+    "seed",
+    "seeds",
+    "size",
+    "height",
+    "width",
+    *METRICS,
+    "best",
+)
 _LATEX = {"\\": r"\textbackslash{}", "×": r"$\times$", "÷": r"$\div$", "±": r"$\pm$", "–": "--", "▲": r"$\uparrow$"}
 _LATEX |= {"▼": r"$\downarrow$", "→": r"$\to$", "^": r"\^{}", "~": r"\~{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
@@ -24,7 +37,9 @@ def write_numbers(run: Run, table: Table, directory: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    kinds = {name: pyarrow.float64() for name in METRICS} | dict.fromkeys(("seed", "seeds", "size"), pyarrow.int64())
+    kinds = {name: pyarrow.float64() for name in METRICS} | dict.fromkeys(
+        ("seed", "seeds", "size", "height", "width"), pyarrow.int64()
+    )
     kinds |= dict.fromkeys(("normalize", "best"), pyarrow.bool_())
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), directory / "results.parquet")
@@ -32,14 +47,19 @@ def write_numbers(run: Run, table: Table, directory: Path) -> None:
 
 
 def results(run: Run) -> list[dict[str, Any]]:
-    """A row a cell and size, unrounded, and one a variant and size with the means over seeds."""
+    """A row a cell and size, unrounded, and one a variant and size with the means over seeds.
+
+    `size` is the side of a square, none at other aspect ratios.
+    """
     rows = []
     for variant in run.variants:
         about = _about(variant)
         for cell in run.done(variant.name):
-            for size, found in sorted(cell.fidelity.items()):
+            squares = [((size, size), found) for size, found in sorted(cell.fidelity.items())]
+            for (height, width), found in [*squares, *sorted(cell.shapes.items())]:
+                extent = {"size": height if height == width else None, "height": height, "width": width}
                 numbers = {m: getattr(found, m) for m in METRICS}
-                rows.append({"kind": "cell", **about, "seed": cell.seed, "seeds": 1, "size": size, **numbers})
+                rows.append({"kind": "cell", **about, "seed": cell.seed, "seeds": 1, **extent, **numbers})
     for size in run.sizes:
         values = [over_seeds(run, v, size, "relative_error_to_teacher") for v in run.variants]
         best = best_row(run, values)
@@ -48,7 +68,8 @@ def results(run: Run) -> list[dict[str, Any]]:
                 continue
             means = {m: over_seeds(run, variant, size, m) for m in METRICS}
             numbers = {m: None if v is None else v.mean for m, v in means.items()}
-            rows.append({"kind": "mean", **_about(variant), "seeds": value.seeds, "size": size, **numbers})
+            extent = dict.fromkeys(("size", "height", "width"), size)
+            rows.append({"kind": "mean", **_about(variant), "seeds": value.seeds, **extent, **numbers})
             rows[-1]["best"] = place == best
     return rows
 

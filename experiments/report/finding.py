@@ -15,6 +15,8 @@ from experiments.report.records import Run
 from experiments.report.statistics import Interval, bootstrap
 from experiments.report.tables import number
 
+TOLD = 8  # effects in words
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -51,9 +53,11 @@ def find(run: Run) -> Finding:
     largest = sorted((e for e in found.effects if e.size == sizes[-1]), key=_strength, reverse=True)
     best = _best(run, sizes[-1])
     told = [_told(e, found.effects, run) for e in largest]
-    found.sentences += [f"{_lead(largest[0], run)} {told[0]} {best}", *told[1:]] if largest else [best]
+    found.sentences += [f"{_lead(largest[0], run)} {told[0]} {best}", *told[1:TOLD]] if largest else [best]
+    if len(told) > TOLD:
+        found.sentences.append(f"{len(told) - TOLD} more, with smaller effects, are in the table of factors.")
     found.judged = _judged(max(e.ratio.seeds for e in largest)) if largest else ""
-    found.verdicts = [verdict for claim in _claims(run) if (verdict := _judge(claim, found.effects, run))]
+    found.verdicts = [_judge(claim, found.effects, run) for claim in _claims(run)]
     if found.broken:
         found.verdicts = []
     return found
@@ -104,7 +108,10 @@ def _told(effect: Effect, known: list[Effect], run: Run) -> str:
     """One effect at the largest size, what it depends on, and what it is at the training size."""
     start = effect.above[0].upper() + effect.above[1:]
     sentence = f"{start} rather than {effect.below}: {factor(effect.ratio)} the error"
-    sentence += f" ({len(effect.pairs)} pair{'s' * (len(effect.pairs) > 1)} of rows)"
+    sentence += f" ({len(effect.pairs)} pair{'s' * (len(effect.pairs) > 1)} of rows"
+    if effect.hopeless:
+        sentence += f"; {effect.hopeless} more left out, whose reference is as wrong as a prediction of zeros"
+    sentence += ")"
     if effect.depends:
         sentence += f", but it depends on {parts(effect, run)}"
     home = [e for e in known if (e.factor, e.value) == (effect.factor, effect.value) and e.size == run.train_size]
@@ -159,12 +166,11 @@ def _claims(run: Run) -> list[Claim]:
     return found
 
 
-def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict | None:
-    """None where the grid has no rows to judge it by."""
+def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict:
     judged = [e for e in known if (e.factor, e.value) == (claim.factor, claim.value)]
     judged = [e for e in judged if not claim.beyond or e.size > run.train_size]
     if not judged:
-        return None
+        return Verdict(claim.told, "not asked", "No two finished rows of this grid differ in that alone.")
     tests: dict[str, Callable[[Effect], bool]] = {
         "depends on the other factors": lambda e: e.ratio.seeds > 1 and e.depends is not None,
         "holds": lambda e: e.marked and (e.ratio.low > 1) is claim.worse,

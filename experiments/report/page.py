@@ -9,7 +9,7 @@ from experiments.report.finding import Finding
 from experiments.report.html import render
 from experiments.report.pictures import LICENCE
 from experiments.report.records import Cell, Run
-from experiments.report.tables import SPREAD, Table, effects_table, markdown, picture_table
+from experiments.report.tables import SPREAD, Table, effects_table, markdown, picture_table, shape_table
 from experiments.report.viewer import samples
 
 TABLE_NOTE = (
@@ -17,6 +17,8 @@ TABLE_NOTE = (
     "Error ratio to truth: the student's error against the true target over the teacher's own; 1 is as good as the "
     f"teacher. Values: {SPREAD}. Best among the trained variants: "
 )
+SHAPES = "Other aspect ratios"
+SHAPES_NOTE = "Error to teacher, width × height."
 SECTIONS = (
     ("Factors", "effects", "Rows that differ in one thing alone, compared seed by seed."),
     ("Error against resolution", "error", ""),
@@ -40,7 +42,10 @@ def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> 
         table=table,
         factors=effects_table(run, finding.effects),
         table_note=TABLE_NOTE,
+        shapes_title=SHAPES,
+        shapes_note=SHAPES_NOTE,
         reference_note=_reference(run),
+        shapes=shape_table(run),
         pictures=picture_table(run),
         samples=samples(run),
         sections=[(title, [f for f in figures if f.kind == kind], note) for title, kind, note in SECTIONS],
@@ -71,6 +76,8 @@ def as_markdown(run: Run, finding: Finding, table: Table, figures: list[Figure])
         parts += [f"## {title}"] if chosen else []
         parts += [f"![{f.alt}](figures/{f.path.name})\n\n*{f.caption}*" for f in chosen]
         parts += [markdown(effects_table(run, finding.effects))] if chosen and kind == "effects" else []
+    shapes = shape_table(run)
+    parts += [f"## {SHAPES}", markdown(shapes), SHAPES_NOTE] if shapes.rows else []
     pictures = picture_table(run)
     parts += ["## Pictures against true ones", markdown(pictures)] if pictures.rows else []
     parts.append("## Exact configuration")

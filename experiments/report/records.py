@@ -153,11 +153,11 @@ class Run:
 
     @property
     def mixers(self) -> dict[str, str]:
-        """What the labels of each mixer's trained rows say before their first comma; its name where they differ."""
+        """What labels of each mixer's trained rows say before a comma, without a number; its name where they differ."""
         heads: dict[str, set[str]] = {}
         for variant in self.variants:
             if not variant.untouched:
-                heads.setdefault(str(variant.mixer), set()).add(variant.label.split(",")[0])
+                heads.setdefault(str(variant.mixer), set()).add(variant.label.split(",")[0].lstrip("0123456789. "))
         return {mixer: found.pop() if len(found) == 1 else mixer for mixer, found in heads.items()}
 
     @property

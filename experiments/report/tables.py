@@ -124,7 +124,7 @@ def main_table(run: Run) -> Table:
 
 
 def effects_table(run: Run, effects: list[Effect]) -> Table:
-    """What each factor does at each size, over all rows and among those of each value of the others."""
+    """What each factor does at each size: over all rows, among those of each value of the others, and pair by pair."""
     found: dict[tuple[str, str], dict[int, Effect]] = {}
     for effect in effects:
         name = f"{effect.above} ÷ {effect.below}"
@@ -132,12 +132,32 @@ def effects_table(run: Run, effects: list[Effect]) -> Table:
         for field in SPLITS:
             for value, part in effect.among(field).items():
                 found.setdefault((name, reads(run, value)), {})[effect.size] = part
+        for values, part in effect.apart.items():
+            found.setdefault((name, ", ".join(reads(run, value) for value in values)), {})[effect.size] = part
     rows = []
     for (name, among), by_size in found.items():
         counts = max(len(e.pairs) for e in by_size.values()), max(e.ratio.seeds for e in by_size.values())
         ratios = [Entry.of_ratio(by_size[s].ratio if s in by_size else None) for s in run.sizes]
         rows.append(Row(name, [Entry(among, among), *ratios, *(Entry(str(n), n) for n in counts)]))
     return Table(["Factor", "Among", *(f"{s} px" for s in run.sizes), "Pairs", "Seeds"], rows)
+
+
+def shape_table(run: Run) -> Table:
+    """Relative error to the teacher at other aspect ratios, no rows if there are none."""
+    shapes = sorted({shape for v in run.variants for c in run.done(v.name) for shape in c.shapes})
+    found = {
+        v.label: [
+            summarise([c.shapes[s].relative_error_to_teacher for c in run.done(v.name) if s in c.shapes])
+            for s in shapes
+        ]
+        for v in run.variants
+    }
+    best = [best_row(run, [values[k] for values in found.values()]) for k in range(len(shapes))]
+    rows = [
+        Row(label, [Entry.of(x, place == b) for x, b in zip(values, best, strict=True)])
+        for place, (label, values) in enumerate(found.items())
+    ]
+    return Table(["Variant", *(f"{w} × {h} px" for h, w in shapes)], rows if shapes else [])
 
 
 def picture_table(run: Run) -> Table:

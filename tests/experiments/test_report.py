@@ -40,7 +40,8 @@ def test_page_is_whole_and_self_contained(run: Path) -> None:
         "Quality against cost",
     ]
     order += ["Error by site", "Error by timestep", "Mixing matrices and receptive fields", "Training curves"]
-    order += ["Time and memory", "Pictures against true ones", "Exact configuration", "Environment", "Protocol"]
+    order += ["Time and memory", "Other aspect ratios", "Pictures against true ones", "Exact configuration"]
+    order += ["Environment", "Protocol"]
     assert titles == [*order, "Failed, unfinished and damaged"]
     assert text.index("Which features") < text.index('id="finding"') < text.index("<table")
     assert "FloatingPointError: the loss is not finite &lt;at step 12&gt;" in text
@@ -85,7 +86,9 @@ def test_numbers_for_other_programs(run: Path) -> None:
     with (run / "report" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     growth = {v[0]: v[-1] for v in VARIANTS}
-    cells = [r for r in rows if r["kind"] == "cell"]
+    wide = [r for r in rows if (r["height"], r["width"]) == ("64", "128")]
+    assert wide and all(r["size"] == "" and float(r["relative_error_to_teacher"]) == 77.0 for r in wide)
+    cells = [r for r in rows if r["kind"] == "cell" and r["size"]]
     assert len(cells) == (16 - 2) * len(SIZES)
     for row in cells:
         expected = error(growth[row["variant"]], int(row["size"]), int(row["seed"]))
@@ -111,7 +114,8 @@ def test_finding(run: Path) -> None:
     normal, order, maps = found.verdicts
     assert not found.broken
     assert normal.state == "holds" and "256 px" in normal.sentence and " 64 px" not in normal.sentence
-    assert order.state in ("holds", "holds in part") and maps.told.startswith("LinFusion")
+    assert order.state == "holds in part" and order.sentence.startswith("Undecided at 64 px")
+    assert maps.state == "undecided" and "LinFusion's learned maps" in maps.told
     lead = "Normalisation matters most for the error to the teacher at 256 px, 4 times the training side. "
     assert found.sentences[0].startswith(lead + "Not normalised rather than normalised: ")
     assert "Nearest to the teacher at 256 px is “LinFusion”" in found.sentences[0]

@@ -45,6 +45,17 @@ def test_a_run_against_itself_changes_nothing_and_the_reverse_is_the_inverse(run
     assert [c.ratio.mean for c in there] == pytest.approx([1 / c.ratio.mean for c in back])
 
 
+def test_rows_of_one_name_that_are_not_the_same_are_told(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert not compare(*runs).unlike
+    other = make_run(tmp_path / "other")
+    edit(other / "grid.json", lambda g: next(v for v in g["variants"] if v["name"] == "linear").update(mixer="gla"))
+    (told,) = compare(runs[0], other).unlike
+    assert told == (
+        "“linear attention” is not the same in both: from the first to the second, "
+        'mixer was "linear_attention" and is now "gla".'
+    )
+
+
 def test_the_command(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(tmp_path / "c.md")])
     assert done.exit_code == 0 and "a new one" in done.output, done.output

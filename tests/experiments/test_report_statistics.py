@@ -1,6 +1,7 @@
 """Intervals over seeds, paired differences, effects of factors: identities before numbers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.config import Claim
-from experiments.report.effects import SPLITS, Factor, effects
+from experiments.report.effects import OTHERS, SPLITS, Factor, effects
 from experiments.report.finding import find
 from experiments.report.points import front
 from experiments.report.records import Run
 from experiments.report.statistics import Interval, bootstrap, log_ratios, mean_by_seed
+from experiments.report.tables import effects_table
 from tests.experiments.runs import run_of
 
 values = st.lists(st.floats(-10, 10), min_size=1, max_size=8)
@@ -140,9 +142,63 @@ def test_parts_make_up_the_whole_whatever_the_order_of_seeds(order: list[int]) -
             assert not parts or sum(logs) / len(effect.pairs) == pytest.approx(math.log(effect.ratio.mean))
 
 
-def test_noise_beyond_the_effect_is_not_marked() -> None:
-    marks = [e.marked for e in effects(made_up(noise=30.0))]
-    assert not all(marks)
+def test_an_effect_is_marked_exactly_where_its_interval_excludes_none() -> None:
+    loud, quiet = effects(made_up(noise=30.0)), effects(made_up(noise=0.1))
+    assert all(e.marked is not (e.ratio.low <= 1 <= e.ratio.high) for e in (*loud, *quiet))
+    assert all(e.marked for e in quiet) and not all(e.marked for e in loud)
+
+
+@given(st.sampled_from((0.4, 1.0, 3.0)), st.sampled_from((0.4, 1.0, 3.0)))
+def test_a_row_as_wrong_as_zeros_is_no_reference(first: float, second: float) -> None:
+    rows = {}
+    for mixer, error in (("linear_attention", first), ("mamba2", second)):
+        for causality, factor in (("noncausal", 1.0), ("causal", 0.1)):
+            rows[mixer, causality, False] = {seed: {64: error * factor * (1 + seed / 9)} for seed in (-1, 0, 1)}
+    found = [e for e in effects(run_of(rows)) if e.value == "causal"]
+    sound = [error < 1 for error in (first, second)]
+    assert len(found) == any(sound)
+    for effect in found:
+        assert (len(effect.pairs), effect.hopeless) == (sum(sound), 2 - sum(sound))
+        told = find(run_of(rows)).sentences
+        assert all(sound) is not any("as wrong as a prediction of zeros" in sentence for sentence in told)
+
+
+def test_whatever_else_rows_differ_in_is_an_effect_of_its_own() -> None:
+    run = made_up()
+    run.variants = [replace(v, options={"rank": 1 + n}) for n, v in enumerate(run.variants)]
+    assert not effects(run), "these differ in two things each"
+    first = run.variants[0]
+    run.variants += [
+        replace(first, name=f"other {n}", label=f"rank {n}", **{field: n})
+        for n, field in enumerate(("options", "select", "min_tokens", "distillation"))
+    ]
+    run.cells += [
+        replace(cell, variant=f"other {n}", fidelity={64: replace(cell.fidelity[64], relative_error_to_teacher=0.5)})
+        for n in range(4)
+        for cell in run.done(first.name)
+    ]
+    found = effects(run)
+    assert [(e.above, e.below, len(e.pairs)) for e in found] == [(f"rank {n}", first.label, 1) for n in range(4)]
+    assert {e.factor for e in found} == set(OTHERS.values())
+    assert "rather than" in find(run).sentences[0]
+
+
+def test_pairs_are_told_apart_where_one_factor_does_not() -> None:
+    run = made_up()
+    (causal,) = (e for e in effects(run) if e.value == "causal")
+    assert {key: len(e.pairs) for key, e in causal.apart.items()} == {
+        (mixer, normalize): 1 for mixer in ("linear_attention", "mamba2") for normalize in (True, False)
+    }
+    among = {row.entries[0].text for row in effects_table(run, effects(run)).rows}
+    assert "linear_attention, not normalised" in among
+    (alone,) = (e for e in effects(opposed(("linear_attention", "mamba2"))) if e.value == "causal")
+    assert not alone.apart, "the mixer tells them apart"
+
+
+def test_a_claim_that_no_row_speaks_of_is_said_to_be_not_asked() -> None:
+    run = made_up()
+    run.grid["claims"] = [Claim(told="order", factor="causality", value="bidirectional", worse=True).model_dump()]
+    assert [v.state for v in find(run).verdicts] == ["not asked"]
 
 
 def test_the_plain_mixer_is_the_reference_of_families() -> None:

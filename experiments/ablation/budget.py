@@ -28,6 +28,9 @@ MARGIN = 0.9
 Report = Callable[[str, int, int], None]
 
 
+LONGEST = 10 * 366 * 24 * 3600.0
+
+
 def parse_duration(text: str) -> float:
     """Seconds of "90s", "30m", "2h", "1d" or "1h30m".
 
@@ -36,8 +39,8 @@ def parse_duration(text: str) -> float:
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
-        raise ValueError(f"Expected a time as 90s, 30m, 2h or 1h30m, got {text!r}.")
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds <= LONGEST:
+        raise ValueError(f"Expected a time as 90s, 30m, 2h or 1h30m, up to ten years, got {text!r}.")
     return seconds
 
 

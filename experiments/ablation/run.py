@@ -50,10 +50,14 @@ def run_grid(
         budget: what scaled the grid, as `fit_budget` gives it; kept in grid.json, and told in its notes.
 
     Raises:
-        ValueError: no variant of that name, no such mixer, teacher or data; or finished cells of this grid were
-            measured by another protocol, as where the teacher's weights have changed.
+        ValueError: no variant of that name, no such mixer, teacher or data; the directory holds a run of a grid of
+            another name; or finished cells of this grid were measured by another protocol, as where the teacher's
+            weights have changed.
     """
     cells, since = chosen(grid, only), time()
+    there = store.read_json(directory / "grid.json").get("name", grid.name)
+    if there != grid.name:
+        raise ValueError(f"{directory} holds a run of the grid {there}, not of {grid.name}: give another --out.")
     for variant in grid.variants:
         registry.entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)

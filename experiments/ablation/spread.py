@@ -66,11 +66,13 @@ def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
             with store.noted(folder, tell) as note:
                 note("load", 0, 1)
                 return run_cell(cell, setting_of(cell), folder, note)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # libraries in Rust raise panics, which are no exceptions
             return record_failure(cell, folder, error)
 
 
-def record_failure(cell: CellConfig, folder: Path, error: Exception) -> Record:
+def record_failure(cell: CellConfig, folder: Path, error: BaseException) -> Record:
     """Write the record of a cell that failed."""
     record = store.failure(cell.id, cell.variant.name, cell.seed, error)
     store.write_json(folder / store.RESULT, record)

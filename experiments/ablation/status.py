@@ -66,11 +66,17 @@ def read_status(directory: Path) -> RunStatus:
         ValueError: there is no grid.json, or one without cells.
     """
     grid = store.read_json(directory / "grid.json")
-    if not grid.get("cells"):
+    try:
+        cells = [{key: row[key] for key in ("id", "variant", "seed")} for row in grid["cells"]]
+        labels = {str(v["name"]): str(v["label"]) for v in grid["variants"]}
+        name = str(grid["name"])
+    except (KeyError, TypeError):
+        cells = []
+    if not cells:
         raise ValueError(
             f"{directory} is no run's folder: expected a grid.json with cells there, as `mixlab ablate` writes it."
         )
-    found = [(row, *_look(directory / "cells" / row["id"])) for row in grid["cells"]]
+    found = [(row, *_look(directory / "cells" / row["id"])) for row in cells]
     took: dict[str | None, list[float]] = {}
     for row, state, notes in found:
         if state == "done":
@@ -82,8 +88,8 @@ def read_status(directory: Path) -> RunStatus:
         """Of a whole cell: what this variant took, else what any did, else by the trainings that run."""
         return mean(took.get(variant) or took.get(None) or paces or [math.nan])
 
-    cells = tuple(_status(row, state, notes, expected(row["variant"])) for row, state, notes in found)
-    return RunStatus(str(grid["name"]), {v["name"]: v["label"] for v in grid["variants"]}, cells)
+    told = (_status(row, state, notes, expected(row["variant"])) for row, state, notes in found)
+    return RunStatus(name, labels, tuple(told))
 
 
 def _look(folder: Path) -> tuple[str, dict[str, Any]]:

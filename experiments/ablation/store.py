@@ -97,7 +97,7 @@ def noted(directory: Path, tell: Tell) -> Iterator[Tell]:
         path.unlink(missing_ok=True)
 
 
-def failure(cell: str, variant: str, seed: int, error: Exception) -> dict[str, Any]:
+def failure(cell: str, variant: str, seed: int, error: BaseException) -> dict[str, Any]:
     """The record of a cell that failed."""
     return {
         "cell": cell,

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @app.command()
 def ablate(
     grid: Annotated[str, typer.Argument(help="a ready-made grid's name, or a .py file that exposes GRID")],
-    out: Out = Path("runs/ablation"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder that receives everything; default: runs/<the grid's name>")
+    ] = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
     only: Annotated[str, typer.Option(help="wildcard pattern: run the variants whose name matches")] = "*",
@@ -47,6 +49,7 @@ def ablate(
     with clean_errors():
         seconds = None if budget is None else parse_duration(budget)
         plan = _plan(grid, settings, seeds, teacher, size)
+        out = out or Path("runs") / plan.name
         console.print(f"[bold]{plan.name}[/]: {plan.question}")
         spread = _spread(workers, ray, budget)
         kept = None

@@ -31,7 +31,7 @@ def local(steps: int) -> Stage:
 
 
 def ours(local_steps: int = 60, steps: int = 50, before: tuple[Stage, ...] = ()) -> Distillation:
-    """What measured best in `objectives`: site by site, then output + features/2 end to end; after `before`, if any."""
+    """What `objectives` found good: site by site, then output + features/2 end to end; after `before`, if any."""
     return Distillation(
         before=(*before, local(local_steps)), objectives=terms(output=1.0, features=0.5), fit=fit(steps), images=1024
     )

@@ -64,6 +64,14 @@ class Speed:
     state_size: int | None = None
 
 
+ROWS = {
+    "sites": ("site", "height", "width", "relative_error"),
+    "timesteps": ("timestep", "height", "width", "relative_error_to_teacher"),
+    "images": ("metric", "features", "height", "width", "guidance", "student", "teacher"),
+}
+"""What rows of a result hold at least."""
+
+
 @dataclass
 class Cell:
     """One variant with one seed, in whatever state its folder is.
@@ -186,7 +194,7 @@ def load_run(directory: Path) -> Run:
     """
     path = directory / "grid.json"
     try:
-        grid = _object(path)
+        grid = _checked(_object(path))
     except (OSError, ValueError) as error:
         why = f"{path} is not a readable grid ({error})"
         raise ValueError(f"Cannot build a report: {why}. Is this a run's folder?") from error
@@ -298,9 +306,31 @@ def _from_result(cell: Cell, result: dict[str, Any]) -> None:
         counts = [None if row.get(n) is None else int(row[n]) for n in ("peak_bytes", "flops", "state_size")]
         times = float(row["seconds"]), float(row.get("spread") or 0)
         cell.speed.append(Speed(int(row["size"]), int(row["tokens"]), *times, *counts))
-    for name in ("sites", "timesteps", "images"):
-        setattr(cell, name, [dict(row) for row in result.get(name) or []])
+    for name, keys in ROWS.items():
+        found = [dict(row) for row in result.get(name) or []]
+        if missing := [key for row in found for key in keys if key not in row]:
+            raise KeyError(f"a row of {name} has no {missing[0]}")
+        setattr(cell, name, found)
     cell.status = status
+
+
+def _checked(grid: dict[str, Any]) -> dict[str, Any]:
+    """grid.json as it is, if its parts are what the report takes them for."""
+    for key in ("sizes", "sample_sizes", "seeds"):
+        if not all(isinstance(value, int) for value in _list(grid, key)):
+            raise ValueError(f"{key} is no list of whole numbers")
+    for key in ("variants", "prompts", "notes", "claims"):
+        _list(grid, key)
+    if not isinstance(grid.get("train_size") or 64, int):
+        raise ValueError("train_size is no whole number")
+    return grid
+
+
+def _list(grid: dict[str, Any], key: str) -> list[Any]:
+    value = grid.get(key) or []
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is no list")
+    return value
 
 
 def _number(value: Any) -> float:

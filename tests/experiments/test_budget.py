@@ -19,7 +19,7 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "30", "m", "30 m", "-3m", "0s", "soon", "3m!"])
+@pytest.mark.parametrize("text", ["", "30", "m", "30 m", "-3m", "0s", "soon", "3m!", "99999999999999999999d"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Expected a time as 90s"):
         parse_duration(text)

@@ -1,6 +1,7 @@
 """The report, on a made-up run: everything is there, the numbers are right, what is broken is said."""
 
 import csv
+import json
 import math
 import re
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_damage_is_reported_not_fatal(tmp_path: Path) -> None:
     ):
         assert text in page
     assert "not finite" in page and "no variant &#39;stranger&#39;" in page
+
+
+@pytest.mark.parametrize(
+    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["0"]}, {"variants": {"a": 1}}, {"train_size": "64"}]
+)
+def test_a_damaged_grid_is_one_sentence(damage: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(json.dumps({"name": "x", "question": "?", "variants": [], **damage}))
+    with pytest.raises(ValueError, match=r"not a readable grid \("):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sites", "timesteps", "images"])
+def test_a_row_without_its_parts_damages_its_cell_alone(kind: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    edit(folder / "cells/linear-s0-x/result.json", lambda r: r.update({kind: [{}]}))
+    run = load_run(folder)
+    assert [c.id for c in run.cells if c.status == "damaged"] == ["linear-s0-x"]
 
 
 def test_cells_of_an_earlier_grid_are_left_out(tmp_path: Path) -> None:

@@ -87,9 +87,31 @@ def test_only_some_variants_run_and_status_tells_of_all(grid: Grid, tmp_path: Pa
     assert not list(tmp_path.glob(f"cells/*/{store.PROGRESS}"))
 
 
-def test_status_of_no_run_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grid", [{}, {"cells": [{}]}, {"cells": [{"id": "a"}]}, {"cells": 3}])
+def test_status_of_no_run_is_one_sentence(grid: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
     done = CliRunner().invoke(app, ["status", str(tmp_path)])
     assert done.exit_code == 2 and "is no run's folder" in done.output and "Traceback" not in done.output
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+def test_a_panic_is_its_cell_s_error_alone(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: object) -> dict[str, object]:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr("experiments.ablation.spread.run_cell", panic)
+    cell, work = grid.cells()[0], Work(tmp_path, since=0.0)
+    record = attempt(cell, work, lambda *_: None)
+    assert record is not None and record["status"] == "failed" and "index out of bounds" in record["error"]
+
+
+def test_a_folder_holds_one_grid(grid: Grid, tmp_path: Path) -> None:
+    store.write_json(tmp_path / "grid.json", {"name": "another"})
+    with pytest.raises(ValueError, match=f"a run of the grid another, not of {grid.name}"):
+        run_grid(grid, tmp_path, quiet)
 
 
 def test_cores_are_shared_out() -> None:

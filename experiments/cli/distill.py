@@ -33,16 +33,27 @@ def distill(
     with clean_errors():
         plan = load_recipe(recipe, settings)
         console.print(f"[bold]{plan.name}[/]: {plan.about}")
+        batches = {stage.name: stage.fit.batch_size for stage in plan.distillation.stages}
         with progress() as bars:
             tasks: dict[str, TaskID] = {}
 
             def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
                 if stage not in tasks:
                     tasks[stage] = bars.add_task(stage, total=steps)
-                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4g}")
+                speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
+                told = told_losses(stage, losses, speed and speed * batches[stage], console.width)
+                bars.update(tasks[stage], completed=step, description=told)
 
             card = run_recipe(plan, out or Path("runs/distill") / plan.name, show)
     console.print(f"Card: {card.resolve()}", soft_wrap=True)
+
+
+def told_losses(stage: str, losses: dict[str, float], speed: float | None, width: int) -> str:
+    """The loss; where the terminal is wide enough, its terms and the pictures a second as well."""
+    told = f"{stage}: loss {losses['loss']:.3g}"
+    terms = ", ".join(f"{name} {value:.2g}" for name, value in losses.items() if name != "loss")
+    more = [f" ({terms})" if len(losses) > 2 else "", f" · {speed:.3g} images/s" if speed else ""]
+    return told + "".join(more) if width >= len(told) + sum(map(len, more)) + 50 else told + more[1]
 
 
 @teacher_app.command("train")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.cli.distill import told_losses
 from experiments.distil.recipe import Recipe, list_recipes, load_recipe
 from experiments.distil.run import run_recipe
 from experiments.distil.student import build_student
@@ -116,6 +117,13 @@ def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, told: 
 def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["distill", *arguments, "--out", str(tmp_path)])
     assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+
+
+def test_the_progress_tells_terms_and_speed_where_there_is_room() -> None:
+    losses = {"loss": 0.31249, "noise": 0.1, "output": 0.25}
+    assert told_losses("distil", losses, 31.25, 200) == "distil: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
+    assert told_losses("distil", losses, 31.25, 80) == "distil: loss 0.312 · 31.2 images/s"
+    assert told_losses("local", {"loss": 0.5, "local": 0.5}, None, 200) == "local: loss 0.5"
 
 
 def test_a_first_mistake_leaves_the_folder_free(recipe: Path, tmp_path: Path) -> None:

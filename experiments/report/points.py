@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ def effects(run: Run, found: list[Effect], path: Path) -> bool:
     names = []
     for place, effect in enumerate(found):
         first = place == 0 or (effect.factor, effect.value) != (found[place - 1].factor, found[place - 1].value)
-        names.append((f"{effect.above} ÷ {effect.below}, " if first else "") + f"{effect.size} px")
+        names.append(fill((f"{effect.above} ÷ {effect.below}, " if first else "") + f"{effect.size} px", 42))
         for pair in (p for p in effect.pairs if math.isfinite(p.ratio.mean) and p.ratio.mean > 0):
             axes.plot(pair.ratio.mean, place, **_look(run, pair.above, effect.field), markersize=4.5, alpha=0.75)
         color = "black" if effect.marked else "#999999"

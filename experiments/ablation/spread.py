@@ -24,6 +24,7 @@ from mixers.registry import load_plugin
 Record = dict[str, Any]
 Tell = Callable[[CellConfig, str, int, int], None]
 TRIES = 2
+RUST = "pyo3_runtime"  # the module of panics of libraries in Rust, which are no exceptions
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
             with store.noted(folder, tell) as note:
                 note("load", 0, 1)
                 return run_cell(cell, setting_of(cell), folder, note)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # libraries in Rust raise panics, which are no exceptions
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__module__ != RUST:
+                raise
             return record_failure(cell, folder, error)
 
 

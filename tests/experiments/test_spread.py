@@ -97,6 +97,8 @@ def test_status_of_no_run_is_one_sentence(grid: dict[str, object], tmp_path: Pat
 class Panic(BaseException):
     """As a library in Rust raises it."""
 
+    __module__ = "pyo3_runtime"
+
 
 def test_a_panic_is_its_cell_s_error_alone(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def panic(*_: object) -> dict[str, object]:

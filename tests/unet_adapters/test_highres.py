@@ -148,6 +148,16 @@ def test_an_overview_brings_tiles_nearer_to_the_whole() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+@torch.no_grad()
+def test_what_is_not_finite_is_no_picture() -> None:
+    vae, latents = pipelines.make().vae, latents_of(pipelines.make(), 16, 16)
+    with pytest.raises(FloatingPointError, match="latents that are not finite"):
+        decode(vae, latents.log(), Tiling(tile=12))
+    vae.decoder.conv_out.bias[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="overflows in float16"):
+        decode(vae, latents, Tiling(tile=12))
+
+
 # --- savings ------------------------------------------------------------------------------------------------------
 
 

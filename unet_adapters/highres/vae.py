@@ -145,7 +145,15 @@ def decode(vae: Any, latents: Tensor, tiling: Tiling | None = None, report: Repo
 
     Time: that of a plain decoding and the halos; exact, once more for every group norm. Memory: one tile's, the
     overview's and the image.
+
+    Raises:
+        FloatingPointError: latents or pixels that are not finite.
     """
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"Cannot decode latents that are not finite ({latents.dtype}): the denoising went wrong before. Try bfloat16 "
+            "or float32, or a mixer that is normalised."
+        )
     tiling, decoder = tiling or Tiling(), vae.decoder
     middle = _Sequence(vae.post_quant_conv, decoder.conv_in, decoder.mid_block)
     rear = _Sequence(*decoder.up_blocks, decoder.conv_norm_out, decoder.conv_act, decoder.conv_out)
@@ -259,6 +267,11 @@ class _Work:
 
 
 def _place(canvas: Canvas, tile: Tensor, row: Span, column: Span, factor: int) -> None:
+    if not tile.isfinite().all():
+        raise FloatingPointError(
+            f"The autoencoder gave pixels that are not finite in {tile.dtype}; that of SDXL overflows in float16. Give it "
+            "more: pipe.vae.to(torch.float32)."
+        )
     rows, columns = row.weights(factor), column.weights(factor)
     top, left = row.start * factor, column.start * factor
     kept = tile[0, :, rows[0] - top : rows[1] - top, columns[0] - left : columns[1] - left]

@@ -151,8 +151,8 @@ def decode(vae: Any, latents: Tensor, tiling: Tiling | None = None, report: Repo
     """
     if not latents.isfinite().all():
         raise FloatingPointError(
-            f"Cannot decode latents that are not finite ({latents.dtype}): the denoising went wrong before. Try bfloat16 "
-            "or float32, or a mixer that is normalised."
+            f"Cannot decode latents that are not finite ({latents.dtype}): the denoising went wrong before. Try "
+            "bfloat16 or float32, or a mixer that is normalised."
         )
     tiling, decoder = tiling or Tiling(), vae.decoder
     middle = _Sequence(vae.post_quant_conv, decoder.conv_in, decoder.mid_block)
@@ -269,8 +269,8 @@ class _Work:
 def _place(canvas: Canvas, tile: Tensor, row: Span, column: Span, factor: int) -> None:
     if not tile.isfinite().all():
         raise FloatingPointError(
-            f"The autoencoder gave pixels that are not finite in {tile.dtype}; that of SDXL overflows in float16. Give it "
-            "more: pipe.vae.to(torch.float32)."
+            f"The autoencoder gave pixels that are not finite in {tile.dtype}; that of SDXL overflows in float16. Give "
+            "it more: pipe.vae.to(torch.float32)."
         )
     rows, columns = row.weights(factor), column.weights(factor)
     top, left = row.start * factor, column.start * factor

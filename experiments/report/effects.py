@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,10 @@ class Pair:
         """Of the errors."""
         return bootstrap(list(self.logs.values())).exp()
 
+    def values(self, fields: Iterable[str]) -> tuple[Any, ...]:
+        """Of other factors, which both rows share."""
+        return tuple(getattr(self.below, field) for field in fields)
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -89,19 +93,15 @@ class Effect:
         """Whether the interval excludes no effect."""
         return self.ratio.excludes(1.0)
 
+    def parts(self, *fields: str) -> dict[tuple[Any, ...], Effect]:
+        """The effect among the rows of each combination of values of other factors."""
+        keys = list(dict.fromkeys(p.values(fields) for p in self.pairs))
+        return {k: replace(self, pairs=tuple(p for p in self.pairs if p.values(fields) == k)) for k in keys}
+
     def among(self, field: str) -> dict[Any, Effect]:
         """The effect among the rows of each value of another factor; nothing where there is only one."""
-        values = list(dict.fromkeys(getattr(p.below, field) for p in self.pairs))
-        if field == self.field or len(values) < 2:
-            return {}
-        return {v: replace(self, pairs=tuple(p for p in self.pairs if getattr(p.below, field) == v)) for v in values}
-
-    @property
-    def apart(self) -> dict[tuple[Any, ...], Effect]:
-        """Every pair by itself, by its values of all other factors; nothing where one factor tells them apart."""
-        fields = [field for field in SPLITS if self.among(field)]
-        found = {tuple(getattr(p.below, f) for f in fields): replace(self, pairs=(p,)) for p in self.pairs}
-        return found if len(fields) > 1 and len(found) == len(self.pairs) else {}
+        found = {value: part for (value,), part in self.parts(field).items()}
+        return {} if field == self.field or len(found) < 2 else found
 
     @cached_property
     def depends(self) -> str | None:

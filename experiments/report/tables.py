@@ -126,14 +126,17 @@ def main_table(run: Run) -> Table:
 def effects_table(run: Run, effects: list[Effect]) -> Table:
     """What each factor does at each size: over all rows, among those of each value of the others, and pair by pair."""
     found: dict[tuple[str, str], dict[int, Effect]] = {}
+    by_name: dict[str, list[Effect]] = {}
     for effect in effects:
-        name = f"{effect.above} ÷ {effect.below}"
-        found.setdefault((name, "all rows"), {})[effect.size] = effect
-        for field in SPLITS:
-            for value, part in effect.among(field).items():
-                found.setdefault((name, reads(run, value)), {})[effect.size] = part
-        for values, part in effect.apart.items():
-            found.setdefault((name, ", ".join(reads(run, value) for value in values)), {})[effect.size] = part
+        by_name.setdefault(f"{effect.above} ÷ {effect.below}", []).append(effect)
+    for name, at_sizes in by_name.items():
+        found[name, "all rows"] = {effect.size: effect for effect in at_sizes}
+        split = [field for field in SPLITS if any(effect.among(field) for effect in at_sizes)]
+        for fields in (*([field] for field in split), *([split] if len(split) > 1 else [])):
+            for effect in at_sizes:
+                for values, part in effect.parts(*fields).items():
+                    told = ", ".join(reads(run, value) for value in values)
+                    found.setdefault((name, told), {})[effect.size] = part
     rows = []
     for (name, among), by_size in found.items():
         counts = max(len(e.pairs) for e in by_size.values()), max(e.ratio.seeds for e in by_size.values())

@@ -186,13 +186,21 @@ def test_whatever_else_rows_differ_in_is_an_effect_of_its_own() -> None:
 def test_pairs_are_told_apart_where_one_factor_does_not() -> None:
     run = made_up()
     (causal,) = (e for e in effects(run) if e.value == "causal")
-    assert {key: len(e.pairs) for key, e in causal.apart.items()} == {
+    assert {key: len(e.pairs) for key, e in causal.parts("mixer", "normalize").items()} == {
         (mixer, normalize): 1 for mixer in ("linear_attention", "mamba2") for normalize in (True, False)
     }
-    among = {row.entries[0].text for row in effects_table(run, effects(run)).rows}
-    assert "linear_attention, not normalised" in among
-    (alone,) = (e for e in effects(opposed(("linear_attention", "mamba2"))) if e.value == "causal")
-    assert not alone.apart, "the mixer tells them apart"
+    for cell in run.cells:
+        (fidelity,) = cell.fidelity.values()
+        lost = 9.0 if "unnormalized" in cell.variant else fidelity.relative_error_to_teacher
+        cell.fidelity[128] = replace(fidelity, size=128, relative_error_to_teacher=lost)
+    table = {(row.label, row.entries[0].text): row.entries for row in effects_table(run, effects(run)).rows}
+    for among in ("linear_attention", "normalised", "linear_attention, normalised", "mamba2, normalised"):
+        _, small, large, *_ = table["causal ÷ non-causal", among]
+        assert small.text[0] == large.text[0] == "▲", "also where at a size no other rows are left"
+    assert table["causal ÷ non-causal", "not normalised"][2].text == "–"
+    alone = effects(opposed(("linear_attention", "mamba2")))
+    rows = effects_table(run, [e for e in alone if e.value == "causal"]).rows
+    assert [row.entries[0].text for row in rows] == ["all rows", "linear_attention", "mamba2"]
 
 
 def test_a_claim_that_no_row_speaks_of_is_said_to_be_not_asked() -> None:

@@ -118,6 +118,11 @@ class LinearMixer(TokenMixer):
         """Channels a head after the feature map."""
         return self.key_dim
 
+    @property
+    def sharing(self) -> int:
+        """Heads that have one q and one k between them."""
+        return 1
+
     def state_size(self, length: int) -> int:
         """h·k·(v + 1): the same after any number of tokens; one column less unnormalised."""
         return self.heads * self.features_dim * (self.head_dim + int(self.config.normalize))
@@ -131,4 +136,4 @@ class LinearMixer(TokenMixer):
         ordered = causality == "causal" or (causality == "bidirectional" and self.decays)
         width = self.head_dim + int(self.config.normalize and ordered)
         decay = "none" if not self.decays else "vector" if self.channel_gates else "scalar"
-        return self.heads * operators.linear.flops(length, self.features_dim, width, causality, decay)
+        return self.heads * operators.linear.flops(length, self.features_dim, width, causality, decay, self.sharing)

@@ -214,7 +214,7 @@ class TokenMixer(nn.Module):
             streams = self.streams(x if order is None else x[:, order], host, grid)
             y = self.output(self.mix(streams), streams).to(streams.v.dtype)  # mix may keep float32 for the norm
             results.append(y if order is None else y[:, inverse(order)])
-        y = sum(results[1:], results[0]) / len(results)
+        y = results[0] if len(results) == 1 else torch.stack(results).mean(0)
         return call_output(host.to_out, rearrange(y, "b l h v -> b l (h v)"))
 
     def host(self, projections: Any) -> Any:
@@ -267,7 +267,7 @@ class TokenMixer(nn.Module):
         return self.split(x)
 
     def mix(self, streams: Streams) -> Tensor:
-        """Feature map, operator and normalisation -> (b, l, h, v); linear in the values."""
+        """Feature map, operator and normalisation -> (b, l, h, v), a new tensor; linear in the values."""
         raise NotImplementedError
 
     def weights(self, streams: Streams) -> Tensor:

@@ -67,6 +67,11 @@ class StateSpaceMixer(LinearMixer):
         """B and C of every group."""
         return self.groups * self.key_dim
 
+    @property
+    def sharing(self) -> int:
+        """All heads where there is one group; normalised, Δ is in the keys, which makes them a head's own."""
+        return self.heads if self.groups == 1 and not self.config.normalize else 1
+
     def own_projections(self) -> Projections:
         """Projections for a mixer that is handed none."""
         return self.make_projections(("to_q", "to_k", "to_v"))

@@ -71,7 +71,7 @@ def return_freed_memory() -> None:
     300 MB in it that no tensor held. The price is that pages are cleared anew for each tensor beyond 1 MB. Does nothing
     where the C library is not GNU's.
     """
-    _tell_allocator({_MMAP_THRESHOLD: 2**20})
+    _tell_allocator({_MMAP_THRESHOLD: 2**20, _TRIM_THRESHOLD: 2**21})
 
 
 def _tell_allocator(settings: dict[int, int]) -> None:

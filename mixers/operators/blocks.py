@@ -11,6 +11,12 @@ from mixers.operators.common import full_precision
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
+MAPPED = (1 << 25) - (1 << 16)  # bytes, below the 32 MiB up to which the GNU C library learns
+torch.empty(MAPPED, dtype=torch.uint8, device="cpu")
+"""Freed at once, and never touched: from a mapping that is freed, the C library learns to keep tensors up to its size,
+and twice as much at the end of its heap. Before, it gives them back to the system, which clears their pages at every
+first touch: a third of the time of a Mamba-2 block. Where mallopt or MALLOC_… have told it otherwise it does not."""
+
 
 def block_after_block(
     step: Step,

@@ -69,6 +69,25 @@ def divide_by_ones(y: Tensor, eps: float | Tensor) -> Tensor:
     return y[..., :-1] / (y[..., -1:] + eps)
 
 
+def one_of_equals(x: Tensor) -> Tensor:
+    """(b, l, h, ·) -> (b, l, 1, ·) where `expand` made all heads of one, as Mamba-2 does with B and C; else x."""
+    return x[:, :, :1] if x.stride(2) == 0 else x
+
+
+def times(fresh: Tensor, factor: Tensor) -> Tensor:
+    """The product; without gradients in the place of `fresh`, as a new large tensor costs more than the product.
+
+    Args:
+        fresh: nobody else's, in the shape and dtype of the result.
+    """
+    return fresh * factor if torch.is_grad_enabled() else fresh.mul_(factor)
+
+
+def plus_product(fresh: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """fresh + a · b, in its place as `times` is."""
+    return torch.addcmul(fresh, a, b) if torch.is_grad_enabled() else fresh.addcmul_(a, b)
+
+
 def segment_sums(g: Tensor) -> Tensor:
     """(…, c, 1) -> (…, c, c): Σ_{t=j+1..i} g_t for j ≤ i, and 0 for j > i; each summed by itself."""
     return g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2)

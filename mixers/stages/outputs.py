@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import precision
+from mixers.operators.common import plus_product, precision, times
 from mixers.stages.convolutions import LocalConvolution
 from mixers.suggest import hint
 
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         parts = x.to(precision(x)).unflatten(-1, (self.groups, -1))
         power = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square() / parts.shape[-1]
         y = (parts * torch.rsqrt(power + self.eps)).flatten(-2)
-        return (y if self.weight is None else y * self.weight.to(y.dtype)).to(x.dtype)
+        return (y if self.weight is None else times(y, self.weight.to(y.dtype))).to(x.dtype)
 
 
 class HeadGroupNorm(nn.Module):
@@ -53,7 +53,7 @@ class HeadGroupNorm(nn.Module):
         parts = x.to(precision(x)).unflatten(-1, (self.heads, -1))
         y = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
         if self.weight is not None and self.bias is not None:
-            y = y * self.weight.to(y.dtype) + self.bias.to(y.dtype)
+            y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
         return y.to(x.dtype)
 
 
@@ -145,7 +145,7 @@ class Output(nn.Module):
         """(b, l, h, v) -> (b, l, h, v).
 
         Args:
-            y: the operator's result.
+            y: the operator's result, a new tensor: without gradients it is overwritten.
             streams: has the tokens `x` (b, l, d), the values `v` (b, l, h, v) and the `grid`, or None.
 
         Raises:
@@ -154,7 +154,7 @@ class Output(nn.Module):
         dtype, result = precision(y), y
         if self.D is not None:
             D = self.D.to(dtype)
-            result = torch.addcmul(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
+            result = plus_product(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
         if self.local is not None:
             result = result.to(dtype) + self.local(streams.v.flatten(-2), streams.grid).view_as(y)
         steps = (self._gated, self._normed) if self.gate_first else (self._normed, self._gated)
@@ -172,7 +172,7 @@ class Output(nn.Module):
         if self.to_gate is None:
             return y
         z = self.to_gate(x).to(precision(y)).view_as(y)
-        return y.to(precision(y)) * (z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled()))
+        return times(z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled()), y.to(precision(y)))
 
 
 def _norm(kind: str, heads: int, head_dim: int, groups: int, affine: bool, eps: float) -> nn.Module:

@@ -55,6 +55,28 @@ def test_formulations_agree(decay: str, causality: str, normalize: bool, length:
             assert_close(got, wanted, what=f"{backend} against dense, {what}")
 
 
+@pytest.mark.parametrize("shared", [(0,), (1,), (0, 1)], ids=["queries", "keys", "both"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("causality", CAUSALITIES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_heads_may_share_queries_and_keys(decay: str, causality: str, normalize: bool, shared: tuple[int, ...]) -> None:
+    """Views of one head by `expand` give what copies give, and every head its part of the gradient."""
+    length, outcomes = 3 * CHUNK + 5, []
+    for copied in (True, False):
+        tensors = [*inputs(length, heads=3), *gates(DECAYS[decay], length, heads=3)]
+        given = list(tensors)
+        for place in shared:
+            tensors[place] = tensors[place][:, :, :1].detach().requires_grad_()
+            given[place] = tensors[place].expand(-1, -1, 3, -1)
+            assert given[place].stride(2) == 0
+            given[place] = given[place].contiguous() if copied else given[place]
+        y = operators.linear_attention(*given, causality=causality, normalize=normalize, feature_map="elu_plus_one")
+        weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+        outcomes.append((y, *torch.autograd.grad((y * weighting).sum(), tensors)))
+    for what, got, wanted in zip(("y", "dq", "dk", "dv", "dg"), outcomes[1], outcomes[0], strict=False):
+        assert_close(got, wanted, what=what)
+
+
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("decay", ["fixed", "scalar", "vector"])

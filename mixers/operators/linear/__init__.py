@@ -108,16 +108,17 @@ def linear_weights(
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
 
-def flops(length: int, k: int, v: int, causality: Causality, decay: str) -> int:
+def flops(length: int, k: int, v: int, causality: Causality, decay: str, sharing: int = 1) -> int:
     """Multiply-adds × 2 of the chunked formulation, a head; elementwise work is not counted.
 
-    decay: `none`, `scalar` (one a token and head) or `vector` (one a channel).
+    decay: `none`, `scalar` (one a token and head) or `vector` (one a channel). sharing: how many heads have one q and
+    one k between them, whose products are made once; with one gate a channel each head makes its own.
     """
     whole, chunk = 4 * length * k * v, chunked.chunk_size(k, v)
     if causality == "noncausal" or (causality == "bidirectional" and decay == "none"):
         return whole
     # Weights from halves of a chunk: products of c/2, c/4, … 1 tokens, c/2 + c/4 + … + 1 = c − 1 a token.
-    weights = length * k * (chunk - 1 if decay == "vector" else 2 * chunk)
+    weights = length * k * (chunk - 1) if decay == "vector" else 2 * length * k * chunk // sharing
     return (whole + weights + 2 * length * chunk * v) * (2 if causality == "bidirectional" else 1)
 
 

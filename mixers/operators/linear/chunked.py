@@ -112,7 +112,7 @@ def inside(q: Tensor, k: Tensor, gates: Tensor, diagonal: bool) -> tuple[Tensor,
 
     Also, of every chunk, q times all gates up to it, k times all gates after it, and the product of all, (…, k, 1).
     """
-    weights = q.new_zeros(*q.shape[:-1], q.shape[-2])
+    weights = gates.new_zeros(*gates.shape[:-1], gates.shape[-2])
     if diagonal:
         weights.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
     rows, columns, half = q * gates, k, 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixers.operators.blocks import block_after_block
-from mixers.operators.common import divide_by_ones, with_ones
+from mixers.operators.common import divide_by_ones, one_of_equals, with_ones
 from mixers.operators.linear import blocked, chunked
 from mixers.operators.linear.call import Backend, Call, visible
 from mixers.stages.feature_maps import FEATURE_MAPS
@@ -52,7 +52,7 @@ def _tokens(call: Call) -> int:
 def _streams(call: Call) -> tuple[Tensor, ...]:
     """What goes by blocks: q, k, the log decays or, where there are none, how many tokens each token sees, and v."""
     counts = visible(call.q[:1, :, :1, :1].to(call.dtype), call.causality, call.seen)[None, :, None, None]
-    return call.q, call.k, counts if call.log_decay is None else call.log_decay, call.v
+    return (*map(one_of_equals, (call.q, call.k)), counts if call.log_decay is None else call.log_decay, call.v)
 
 
 def _no_tokens(call: Call) -> Tensor:

@@ -71,6 +71,7 @@ CHECKS: tuple[Check, ...] = (
     Check(numerics.check_compiles_once, heavy=True),
     Check(numerics.check_a_million_tokens, lambda m: m.traits.linear, heavy=True),
     Check(module.check_projections_are_called, module.fits_a_host),
+    Check(module.check_mix_gives_a_new_tensor),
     Check(module.check_deterministic_copies),
     Check(module.check_saved_and_loaded),
     Check(module.check_meta_construction),

@@ -43,6 +43,20 @@ def check_projections_are_called(mixer: TokenMixer, inputs: Inputs) -> None:
     assert not any(name.startswith("projections.") for name in mounted.state_dict()), "has projections of its own"
 
 
+@torch.no_grad()
+def check_mix_gives_a_new_tensor(mixer: TokenMixer, inputs: Inputs) -> None:
+    """What `mix` gives is nobody else's, for without gradients it is overwritten: no view of a stream, no `expand`."""
+    streams = inputs.streams(mixer, max(inputs.lengths))
+    tensors = {name: t for name, t in vars(streams).items() if isinstance(t, Tensor)}
+    before = {name: t.clone() for name, t in tensors.items()}
+    y = mixer.mix(streams)
+    repeated = [axis for axis, (size, stride) in enumerate(zip(y.shape, y.stride(), strict=True)) if size > 1 > stride]
+    assert not repeated, f"the result repeats one element along the axes {repeated}: y.contiguous() would do"
+    y.zero_()
+    changed = [name for name, t in tensors.items() if not torch.equal(t, before[name])]
+    assert not changed, f"the result is a view of {', '.join(changed)}: y.clone() would do"
+
+
 def check_deterministic_copies(mixer: TokenMixer, inputs: Inputs) -> None:
     """The same input gives the same output, also from a deep copy."""
     x = inputs.tokens(mixer, max(inputs.lengths))

@@ -28,7 +28,8 @@ class FeatureMap:
 
 def _elu_plus_one(x: Tensor) -> Tensor:
     # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; here one term is exact and the other 0 or 1.
-    return x.clamp(max=0).exp() + x.relu()
+    y = x.clamp(max=0).exp_()
+    return y + x.relu() if torch.is_grad_enabled() else y.add_(x.relu())
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {

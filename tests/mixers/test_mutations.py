@@ -50,7 +50,7 @@ MUTATIONS = [
     Mutation(linear, "recurrent", "decay after the write", "memory = kept + k", "memory = memory + k"),
     Mutation(linear, "recurrent", "reads before it writes", "memory if diagonal else kept", "kept"),
     Mutation(linear, "chunked", "mask off by one", "(q @ k.mT).tril(0 if diagonal else -1)", "(q @ k.mT).tril(-1)"),
-    Mutation(linear, "chunked", "masked before it decays", "(q @ k.mT * steps.exp())", "(q @ k.mT)"),
+    Mutation(linear, "chunked", "weights do not decay", "(weights * steps) @ v", "weights @ v"),
     Mutation(linear, "chunked", "keys decay a step late", "v * to_end", "v * to_end * g.exp()"),
     Mutation(
         linear, "chunked", "state does not decay", "torch.addcmul(addition, kept[i], memory)", "memory + addition"

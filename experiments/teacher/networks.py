@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from experiments.teacher.recipe import TeacherRecipe
 
@@ -39,54 +41,84 @@ def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=recipe.max_tokens)
 
 
-def clip(words: CLIPTokenizer, recipe: TeacherRecipe) -> CLIPModel:
-    """A small CLIP: the text tower conditions the UNet, the vision tower judges the samples."""
-    width, heads = recipe.clip_width, 4
-    shared = {
+def text_encoder(words: CLIPTokenizer, recipe: TeacherRecipe) -> CLIPTextModel:
+    """The text encoder that conditions the UNet."""
+    return CLIPTextModel(CLIPTextConfig(**_text_settings(words, recipe, recipe.text_width, recipe.text_layers)))
+
+
+def judge(words: CLIPTokenizer, recipe: TeacherRecipe) -> CLIPModel:
+    """A small CLIP that judges samples; it shares no weights with the teacher."""
+    width = recipe.judge_width
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": 3,
+        "projection_dim": width,
+        "num_hidden_layers": recipe.judge_layers,
+        "image_size": recipe.image_size,
+        "patch_size": 8,
+    }
+    text = _text_settings(words, recipe, width, 1)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+
+
+def _text_settings(words: CLIPTokenizer, recipe: TeacherRecipe, width: int, layers: int) -> dict[str, object]:
+    return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_attention_heads": heads,
+        "num_attention_heads": width // 32,
         "projection_dim": width,
-    }
-    text = {
-        **shared,
-        "num_hidden_layers": recipe.clip_layers,
+        "num_hidden_layers": layers,
         "vocab_size": len(words),
         "max_position_embeddings": recipe.max_tokens,
         "bos_token_id": words.bos_token_id,
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
     }
-    vision = {**shared, "num_hidden_layers": recipe.clip_layers + 1, "image_size": recipe.image_size, "patch_size": 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
 
 def vae(recipe: TeacherRecipe) -> AutoencoderKL:
-    """An autoencoder with a down-sampling factor of 4 and 4 latent channels (3 levels)."""
+    """An autoencoder with a down-sampling factor of 4 (3 levels), without attention."""
     levels = len(recipe.vae_channels)
-    return AutoencoderKL(
+    coder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=recipe.vae_channels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=recipe.latent_channels,
         norm_num_groups=8,
         sample_size=recipe.image_size,
+        mid_block_add_attention=False,
     )
+    with torch.no_grad():
+        # Posteriors start narrow: with unit variance, an absolute error does not learn to use them.
+        coder.quant_conv.bias[recipe.latent_channels :].fill_(-6.0)
+        for module in coder.modules():  # Residual branches start at zero, which learns about twice as fast.
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.zero_()
+                module.conv2.bias.zero_()
+    return coder
 
 
 def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
-    """A UNet with self- and cross-attention at 16 × 16 and 8 × 8 latents (for 64 px images)."""
+    """A UNet that leaves mixing to attention: one residual block and several transformer layers a block, no middle.
+
+    Self- and cross-attention are at 16 × 16 and 8 × 8 latent pixels (for 64 px images), with heads of one dimension.
+    """
     levels = len(recipe.unet_channels)
     return UNet2DConditionModel(
         sample_size=recipe.image_size // 4,
+        in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
         down_block_types=("CrossAttnDownBlock2D",) * levels,
+        mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         block_out_channels=recipe.unet_channels,
         layers_per_block=1,
-        cross_attention_dim=recipe.clip_width,
+        transformer_layers_per_block=recipe.unet_transformers,
+        cross_attention_dim=recipe.text_width,
         attention_head_dim=recipe.unet_heads,  # diffusers' name; it is the number of heads
-        norm_num_groups=8,
+        norm_num_groups=recipe.unet_groups,
     )
 
 

@@ -1,4 +1,4 @@
-"""The embedded teacher's recipe as data: architectures and training settings of its three networks."""
+"""The embedded teacher's recipe as data: architectures and training settings of its networks."""
 
 from __future__ import annotations
 
@@ -8,30 +8,55 @@ from experiments.training import FitConfig
 
 
 class TeacherRecipe(BaseModel):
-    """A tiny Stable Diffusion: CLIP, then a VAE, then a UNet on its latents.
+    """A tiny Stable Diffusion on scenes: an autoencoder, then a UNet and its text encoder, trained jointly.
 
-    The defaults trained the weights that ship with the package.
+    The defaults trained the weights that ship with the package. The training of the UNet is open-ended: a constant
+    learning rate and a weight average, with a short decay from a copy of the state (`decay`) before an export.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image_size: int = 64
-    max_tokens: int = 24
-    vocabulary: int = 2600
-    clip_width: int = 128
-    clip_layers: int = 3
-    vae_channels: tuple[int, ...] = (16, 32, 64)
-    unet_channels: tuple[int, ...] = (48, 96)
-    unet_heads: int = 4
-    variations: int = 12  # of background, place and scale an emoji, in the latent cache
+    max_tokens: int = 20
+    vocabulary: int = 1600
+    latent_channels: int = 8
+    vae_channels: tuple[int, ...] = (32, 48, 64)
+    vae_crop: int = 32  # pixels; the autoencoder learns from crops, and its decoder then from whole images
+    text_width: int = 128
+    text_layers: int = 2
+    unet_channels: tuple[int, ...] = (64, 128)
+    unet_heads: tuple[int, ...] = (2, 4)
+    unet_transformers: int = 2  # layers per block; most of the mixing is theirs
+    unet_groups: int = 4  # of group norms, which mix the whole image: few
+    shard: int = 4096  # scenes per file of cached latents
+    shards: int = 24
     caption_dropout: float = 0.1
-    clip: FitConfig = FitConfig(steps=500, batch_size=96, learning_rate=1e-3, weight_decay=0.05, warmup=100)
-    vae: FitConfig = FitConfig(steps=2600, batch_size=16, learning_rate=2e-3, ema=0.998, warmup=100)
-    unet: FitConfig = FitConfig(steps=2800, batch_size=32, learning_rate=1.5e-3, ema=0.998, warmup=150)
+    large_sizes: tuple[int, ...] = (96, 128)  # px; every tenth batch has one of them
+    large_from: int = 3000  # step
+    judge_width: int = 96
+    judge_layers: int = 3
+    vae: FitConfig = FitConfig(
+        steps=4000, batch_size=16, learning_rate=1e-3, ema=0.998, warmup=100, mixed_precision="bf16"
+    )
+    decoder: FitConfig = FitConfig(
+        steps=2500, batch_size=8, learning_rate=1e-3, ema=0.998, warmup=100, mixed_precision="bf16"
+    )
+    unet: FitConfig = FitConfig(
+        steps=1_000_000,
+        batch_size=32,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        ema=0.9995,
+        warmup=200,
+        schedule="constant",
+        mixed_precision="bf16",
+        checkpoint_every=200,
+    )
+    decay: int = 500  # steps from the constant learning rate to a tenth of it
+    judge: FitConfig = FitConfig(steps=1500, batch_size=96, learning_rate=1e-3, weight_decay=0.05, warmup=100, seed=7)
 
     def scaled(self, share: float) -> TeacherRecipe:
         """The same recipe with every stage's steps times `share` (at least one step), for trials and tests."""
-        stages = {n: getattr(self, n) for n in ("clip", "vae", "unet")}
-        return self.model_copy(
-            update={n: s.model_copy(update={"steps": max(1, round(s.steps * share))}) for n, s in stages.items()}
-        )
+        stages = {name: getattr(self, name) for name in ("vae", "decoder", "unet", "judge")}
+        changed = {n: s.model_copy(update={"steps": max(1, round(s.steps * share))}) for n, s in stages.items()}
+        return self.model_copy(update={**changed, "decay": max(1, round(self.decay * share))})

@@ -1,139 +1,161 @@
-"""Train the embedded teacher: CLIP -> VAE -> cached latents -> UNet -> a diffusers pipeline on disk."""
+"""Train the embedded teacher: autoencoder -> its decoder -> latents -> UNet with text encoder -> judge."""
 
 from __future__ import annotations
 
-import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from experiments.data import EmojiSet
-from experiments.data.emoji import BACKGROUNDS, catalogue
+from experiments.data import SceneSet
+from experiments.data.emoji import BACKGROUNDS
+from experiments.data.scenes.catalogue import SHAPE_COLORS, SHAPES, load_drawings
+from experiments.data.scenes.words import NUMBERS, pluralize
 from experiments.teacher import networks
-from experiments.teacher.objectives import Contrastive, Denoising, Reconstruction
+from experiments.teacher.objectives import Denoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
 from experiments.training import FitConfig, fit, pick
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
-def train_teacher(directory: Path, recipe: TeacherRecipe, report: Report | None = None) -> Path:
-    """Train, or go on training, the teacher; returns the folder of the finished pipeline.
+def caption_words() -> list[str]:
+    """Return texts that hold every word of a caption, from which the tokenizer learns its vocabulary."""
+    names = [drawing.name for drawing in load_drawings()]
+    shapes = [f"{color} {shape}" for color in SHAPE_COLORS for shape in SHAPES]
+    phrases = [
+        "of the same, of one color, a repeated pattern, alternating rows, alternating columns, a checkerboard of two",
+        "mirrored left and right, mirrored top and bottom, to the left of, above, and, an, many, background, shapes",
+        ", ".join(NUMBERS),
+        *(f"{name} background" for name in BACKGROUNDS),
+    ]
+    return [*names, *map(pluralize, names), *shapes, *map(pluralize, shapes), *phrases * 8]
+
+
+def render_images(recipe: TeacherRecipe, count: int, first_variation: int = 1000) -> Tensor:
+    """Return random training scenes as uint8 (count, 3, s, s)."""
+    data = SceneSet("train")
+    draw = torch.Generator().manual_seed(first_variation)
+    indices = torch.randint(0, len(data), (count,), generator=draw).tolist()
+    images = (data.example(i, recipe.image_size, first_variation + k).image for k, i in enumerate(indices))
+    return torch.stack([((image + 1) * 127.5).round().to(torch.uint8) for image in images])
+
+
+def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: Report | None = None) -> AutoencoderKL:
+    """Train the autoencoder on crops, or resume its training; sets its `scaling_factor` from scenes."""
+    torch.manual_seed(0)
+    coder = networks.vae(recipe)
+    images = render_images(recipe, 5000 if recipe.vae.steps > 100 else 64)
+    slack = recipe.image_size - recipe.vae_crop
+
+    def crops(step: int) -> Tensor:
+        rows = pick(step, recipe.vae, len(images)).tolist()
+        corners = torch.randint(0, slack + 1, (len(rows), 2)).tolist()
+        side = recipe.vae_crop
+        parts = [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(rows, corners, strict=True)]
+        return torch.stack(parts).float() / 127.5 - 1
+
+    fit(Reconstruction(coder), crops, recipe.vae, directory / "vae", _prefix(report, "vae", recipe.vae))
+    coder.eval()
+    coder.register_to_config(scaling_factor=1.0)
+    latents = torch.cat([encode_images(coder, chunk.float() / 127.5 - 1) for chunk in images[:512].split(64)])
+    coder.register_to_config(scaling_factor=float(1 / latents.std()))
+    return coder
+
+
+def train_decoder(
+    coder: AutoencoderKL, directory: Path, recipe: TeacherRecipe, report: Report | None = None
+) -> AutoencoderKL:
+    """Train the decoder on whole images while the encoder, and so every cached latent, stays as it is."""
+    coder.encoder.requires_grad_(False)
+    coder.quant_conv.requires_grad_(False)
+    images = render_images(recipe, 5000 if recipe.decoder.steps > 100 else 64, first_variation=50_000)
+
+    def batch(step: int) -> Tensor:
+        return images[pick(step, recipe.decoder, len(images))].float() / 127.5 - 1
+
+    fit(Reconstruction(coder), batch, recipe.decoder, directory / "decoder", _prefix(report, "decoder", recipe.decoder))
+    return coder.eval()
+
+
+def train_unet(
+    directory: Path,
+    coder: AutoencoderKL,
+    recipe: TeacherRecipe,
+    report: Report | None = None,
+    *,
+    device: str = "cpu",
+    seconds: float | None = None,
+) -> Denoising:
+    """Train the UNet and its text encoder, or resume; returns them with the averaged weights.
 
     Args:
-        directory: `state/` keeps each stage's training state (a killed run goes on from there);
-            `pipeline/` receives the result in half precision, with the CLIP for evaluation in
-            `pipeline/evaluator`.
+        directory: holds the latents and the training state, which is saved on SIGTERM.
+        coder: the autoencoder, whose encoder is final.
         recipe: architectures and settings.
         report: called as (stage, step, steps, losses) after each step.
+        device: `"cpu"` or `"cuda"`.
+        seconds: wall-clock budget of this session; it ends as with SIGTERM.
 
-    Costs about 70 minutes on two CPU cores with the default recipe, 1.5 GB of memory.
+    Raises:
+        Interrupted: SIGTERM, or the budget is spent. The same call resumes.
     """
+    words = networks.tokenizer(caption_words(), recipe)
+    model = build_denoiser(words, recipe).to(device)
+    batch = unet_batches(directory, coder, words, recipe)
+    step_report, deadline = _prefix(report, "unet", recipe.unet), time.monotonic() + (seconds or float("inf"))
 
-    def run(stage: str, module: torch.nn.Module, batch: Callable[[int], object], config: FitConfig) -> None:
-        tell = (lambda step, losses: report(stage, step, config.steps, losses)) if report else None
-        fit(module, batch, config, directory / "state" / stage, tell)
+    def watch(step: int, losses: dict[str, float]) -> None:
+        if step_report:
+            step_report(step, losses)
+        if time.monotonic() > deadline:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    torch.manual_seed(0)
-    words = networks.tokenizer(captions(), recipe)
-    judge, coder, denoiser = networks.clip(words, recipe), networks.vae(recipe), networks.unet(recipe)
-    pixels, texts = renders(recipe)
+    def on_device(step: int) -> tuple[Tensor, Tensor]:
+        latents, tokens = batch(step)
+        return latents.to(device), tokens.to(device)
 
-    def pictures(step: int, config: FitConfig) -> tuple[Tensor, Tensor]:
-        picked = pick(step, config, len(pixels))
-        return picked, pixels[picked].float() / 127.5 - 1
-
-    def pairs(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        picked, images = pictures(step, recipe.clip)
-        tokens = encode(words, [texts[i] for i in picked.tolist()])
-        return images, tokens.input_ids, tokens.attention_mask
-
-    run("vae", Reconstruction(coder), lambda step: pictures(step, recipe.vae)[1], recipe.vae)
-    run("clip", Contrastive(judge), pairs, recipe.clip)
-    latents, states, blank = cache(coder, judge, words, pixels, texts)
-
-    def noisy(step: int) -> tuple[Tensor, Tensor]:
-        picked = pick(step, recipe.unet, len(latents))
-        dropped = torch.rand(len(picked)) < recipe.caption_dropout
-        return latents[picked], torch.where(dropped[:, None, None], blank, states[picked])
-
-    run("unet", Denoising(denoiser, networks.scheduler()), noisy, recipe.unet)
-    return export(directory / "pipeline", words, judge, coder, denoiser)
+    fit(model, on_device, recipe.unet, directory / "unet", watch)
+    return model
 
 
-def captions() -> list[str]:
-    """Every caption's words: all emoji names, all backgrounds."""
-    return [e.name for e in catalogue()] + [f"{colour} background" for colour in BACKGROUNDS] * 20
+def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -> Denoising:
+    """Return an untrained UNet with its text encoder, in the form that trains fastest on a CPU."""
+    torch.manual_seed(seed)
+    model = Denoising(networks.unet(recipe), networks.text_encoder(words, recipe), networks.scheduler())
+    if not torch.cuda.is_available():
+        model.unet.set_attn_processor(AttnProcessor())  # Fused attention's backward pass is twice as slow on CPUs.
+    return model
 
 
-def renders(recipe: TeacherRecipe) -> tuple[Tensor, list[str]]:
-    """The training emoji as uint8 (items · variations, 3, s, s), and their captions."""
-    data = EmojiSet("train")
-    examples = [data.example(i, recipe.image_size, v) for v in range(recipe.variations) for i in range(len(data))]
-    pixels = torch.stack([((e.image + 1) * 127.5).round().to(torch.uint8) for e in examples])
-    return pixels, [e.caption for e in examples]
+def unet_batches(
+    directory: Path, coder: AutoencoderKL, words: CLIPTokenizer, recipe: TeacherRecipe
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Return the function from a step to its batch of latents and token ids."""
 
+    def size(step: int) -> int:
+        if step < recipe.large_from or step % 10 != 9 or not recipe.large_sizes:
+            return recipe.image_size
+        return recipe.large_sizes[(step // 10) % len(recipe.large_sizes)]
 
-def encode(words: CLIPTokenizer, texts: list[str]):  # type: ignore[no-untyped-def]
-    """Token ids and masks, padded to the model's length as the pipeline pads them."""
-    return words(texts, padding="max_length", truncation=True, return_tensors="pt")
-
-
-@torch.no_grad()
-def cache(
-    coder: AutoencoderKL, judge: CLIPModel, words: CLIPTokenizer, pixels: Tensor, texts: list[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled latents (n, 4, s/4, s/4), text states (n, t, d) and the empty caption's states (t, d).
-
-    Sets the autoencoder's `scaling_factor` so that the latents have unit variance.
-    """
-    coder.eval()
-    judge.eval()
-    parts = [coder.encode(chunk.float() / 127.5 - 1).latent_dist.mean for chunk in pixels.split(128)]
-    latents = torch.cat(parts)
-    coder.register_to_config(scaling_factor=float(1 / latents.std()))
-    texts = ["", *texts]
-    states = [
-        judge.text_model(input_ids=encode(words, texts[i : i + 512]).input_ids).last_hidden_state
-        for i in range(0, len(texts), 512)
-    ]
-    joined = torch.cat(states)
-    return latents * coder.config.scaling_factor, joined[1:], joined[0]
-
-
-def export(
-    folder: Path, words: CLIPTokenizer, judge: CLIPModel, coder: AutoencoderKL, denoiser: torch.nn.Module
-) -> Path:
-    """Write the pipeline in diffusers format, half precision, no code of ours needed to load it."""
-    from transformers import CLIPTextModel
-
-    text = CLIPTextModel(judge.config.text_config)
-    own = text.state_dict().keys()
-    tower = judge.text_model.state_dict()
-    prefix = "text_model." if any(key.startswith("text_model.") for key in own) else ""
-    text.load_state_dict({f"{prefix}{key}": value for key, value in tower.items()})
-    pipe = StableDiffusionPipeline(
-        vae=coder,
-        text_encoder=text,
-        tokenizer=words,
-        unet=denoiser,
-        scheduler=networks.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return make_batches(
+        LatentShards(directory / "latents", coder, words, recipe.shard),
+        encode_captions(words, [""])[0],
+        batch_size=recipe.unet.batch_size,
+        count=recipe.shards,
+        dropout=recipe.caption_dropout,
+        large=size,
     )
-    pipe.to(torch.float16).save_pretrained(folder)
-    judge.half().save_pretrained(folder / "evaluator")
-    for part in ("text_encoder", "evaluator"):
-        _compute_in_float32(folder / part / "config.json")
-    return folder
 
 
-def _compute_in_float32(config: Path) -> None:
-    """transformers loads in the dtype that the config names, diffusers in float32: make a plain load of both agree."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+def _prefix(report: Report | None, stage: str, config: FitConfig) -> Callable[[int, dict[str, float]], None] | None:
+    """`report` for one stage, as `fit` calls it."""
+    return (lambda step, losses: report(stage, step, config.steps, losses)) if report else None

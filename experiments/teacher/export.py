@@ -1,0 +1,96 @@
+"""From a training state to a pipeline in diffusers format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from transformers import CLIPModel, CLIPTokenizer
+
+from experiments.teacher import networks
+from experiments.teacher.objectives import Denoising
+from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.train import build_denoiser, caption_words
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Return the file of the newest checkpoint of a training.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = sorted((directory / "checkpoints").glob("step-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: train first.")
+    return paths[-1]
+
+
+def load_averaged(directory: Path, model: torch.nn.Module) -> int:
+    """Copy the averaged weights of the newest checkpoint into `model`; returns the checkpoint's step."""
+    path = newest_checkpoint(directory)
+    tensors = safetensors.torch.load_file(path)
+    parameters = dict(model.named_parameters())
+    prefix = "ema/" if any(key.startswith("ema/") for key in tensors) else "model/"
+    with torch.no_grad():
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                parameters[key.removeprefix(prefix)].copy_(value)
+    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+
+
+def load_trained(directory: Path, recipe: TeacherRecipe, stage: str = "unet") -> tuple[StableDiffusionPipeline, int]:
+    """Return the pipeline of a training state, in float32, with averaged weights; and the step it is from.
+
+    Args:
+        directory: of the training state: `encoder/`, `decoder/` and `unet/`.
+        recipe: architectures.
+        stage: the folder of the UNet's training, `"unet"` or `"decay"`.
+    """
+    words = networks.tokenizer(caption_words(), recipe)
+    model = build_denoiser(words, recipe)
+    step = load_averaged(directory / stage, model)
+    coder = AutoencoderKL.from_pretrained(directory / "encoder")
+    if (directory / "decoder" / "checkpoints").exists():
+        load_averaged(directory / "decoder", torch.nn.ModuleDict({"vae": coder}))
+    return assemble(words, coder, model), step
+
+
+def assemble(words: CLIPTokenizer, coder: AutoencoderKL, model: Denoising) -> StableDiffusionPipeline:
+    """Return the networks as a pipeline."""
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    pipe = StableDiffusionPipeline(
+        vae=coder,
+        text_encoder=model.text,
+        tokenizer=words,
+        unet=model.unet,
+        scheduler=networks.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def export_pipeline(folder: Path, pipe: StableDiffusionPipeline, judge: CLIPModel | None = None) -> Path:
+    """Write the pipeline in diffusers format, half precision, and the judge in `evaluator/`; returns the folder.
+
+    No code of this project is needed to load it.
+    """
+    pipe.to(torch.float16).save_pretrained(folder)
+    if judge is not None:
+        judge.half().save_pretrained(folder / "evaluator")
+    for part in ("text_encoder", "evaluator"):
+        if (folder / part).exists():
+            _compute_in_float32(folder / part / "config.json")
+    return folder
+
+
+def _compute_in_float32(config: Path) -> None:
+    """transformers loads in the dtype that the config names, diffusers in float32: make a plain load of both agree."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`mixlab distill` and `mixlab teacher`: trainings."""
+"""`mixlab distill`: trainings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import TaskID
 
-from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load, progress
-
-teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
-app.add_typer(teacher_app, name="teacher")
+from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load, progress
 
 
 @app.command()
@@ -54,42 +51,3 @@ def told_losses(stage: str, losses: dict[str, float], speed: float | None, width
     terms = ", ".join(f"{name} {value:.2g}" for name, value in losses.items() if name != "loss")
     more = [f" ({terms})" if len(losses) > 2 else "", f" · {speed:.3g} images/s" if speed else ""]
     return told + "".join(more) if width >= len(told) + sum(map(len, more)) + 50 else told + more[1]
-
-
-@teacher_app.command("train")
-def teacher_train(
-    out: Out = Path("runs/teacher"),
-    share: Annotated[float, typer.Option(min=0.0, help="run this share of every stage's steps")] = 1.0,
-) -> None:
-    """Train the embedded teacher from nothing, or go on where it stopped."""
-    from experiments.teacher.card import write_card
-    from experiments.teacher.recipe import TeacherRecipe
-    from experiments.teacher.train import train_teacher
-
-    with clean_errors():
-        recipe = TeacherRecipe().scaled(share)
-        with progress() as bars:
-            tasks: dict[str, TaskID] = {}
-
-            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=steps)
-                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4f}")
-
-            folder = train_teacher(out, recipe, show)
-        console.print("Measuring for the model card …")
-        write_card(folder, recipe)
-    console.print(f"Teacher: {folder.resolve()}", soft_wrap=True)
-
-
-@teacher_app.command("card")
-def teacher_card(
-    folder: Annotated[Path | None, typer.Argument(help="a pipeline's folder; default: the embedded one")] = None,
-) -> None:
-    """Measure a teacher and write its model card and sample sheet again."""
-    from experiments.teacher.card import write_card
-    from experiments.teacher.load import EMBEDDED
-    from experiments.teacher.recipe import TeacherRecipe
-
-    with clean_errors():
-        console.print(f"Card: {write_card(folder or EMBEDDED, TeacherRecipe()).resolve()}", soft_wrap=True)

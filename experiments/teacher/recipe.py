@@ -29,22 +29,22 @@ class TeacherRecipe(BaseModel):
     unet_transformers: int = 2  # layers per block; most of the mixing is theirs
     unet_groups: int = 4  # of group norms, which mix the whole image: few
     shard: int = 4096  # scenes per file of cached latents
-    shards: int = 24
+    shards: int = 12
     caption_dropout: float = 0.1
     large_sizes: tuple[int, ...] = (96, 128)  # px; every tenth batch has one of them
-    large_from: int = 3000  # step
+    large_from: int = 4500  # step
     judge_width: int = 96
     judge_layers: int = 3
     vae: FitConfig = FitConfig(
-        steps=4000, batch_size=16, learning_rate=1e-3, ema=0.998, warmup=100, mixed_precision="bf16"
+        steps=3200, batch_size=16, learning_rate=1e-3, ema=0.998, warmup=100, mixed_precision="bf16"
     )
     decoder: FitConfig = FitConfig(
         steps=2500, batch_size=8, learning_rate=1e-3, ema=0.998, warmup=100, mixed_precision="bf16"
     )
     unet: FitConfig = FitConfig(
         steps=1_000_000,
-        batch_size=32,
-        learning_rate=1e-3,
+        batch_size=16,
+        learning_rate=8e-4,
         weight_decay=0.01,
         ema=0.9995,
         warmup=200,
@@ -60,3 +60,9 @@ class TeacherRecipe(BaseModel):
         stages = {name: getattr(self, name) for name in ("vae", "decoder", "unet", "judge")}
         changed = {n: s.model_copy(update={"steps": max(1, round(s.steps * share))}) for n, s in stages.items()}
         return self.model_copy(update={**changed, "decay": max(1, round(self.decay * share))})
+
+    def with_batch_size(self, batch_size: int | None) -> TeacherRecipe:
+        """The same recipe with another batch size of the UNet, for other devices; None changes nothing."""
+        if batch_size is None:
+            return self
+        return self.model_copy(update={"unet": self.unet.model_copy(update={"batch_size": batch_size})})

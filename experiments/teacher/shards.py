@@ -60,12 +60,13 @@ class LatentShards:
         for start in range(0, count, 64):
             chunk = range(start, min(start + 64, count))
             examples = [sets[k % len(sets)].example(indices[k], size, number * 1_000_000 + k) for k in chunk]
-            latents.append(encode_images(self.coder, torch.stack([e.image for e in examples])).half())
+            with torch.autocast(self.coder.device.type, torch.bfloat16):  # three times as fast on a CPU
+                latents.append(encode_images(self.coder, torch.stack([e.image for e in examples])).half())
             captions += [e.caption for e in examples]
         tokens = encode_captions(self.words, captions).int()
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.partial")
-        safetensors.torch.save_file({"latents": torch.cat(latents), "tokens": tokens}, aside)
+        safetensors.torch.save_file({"latents": torch.cat(latents).contiguous(), "tokens": tokens}, aside)
         aside.rename(path)
 
 

@@ -27,6 +27,44 @@ from experiments.training import FitConfig, fit, pick
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
+def train_teacher(
+    directory: Path,
+    recipe: TeacherRecipe,
+    report: Report | None = None,
+    *,
+    device: str = "cpu",
+    seconds: float | None = None,
+) -> None:
+    """Train every network, or resume; each stage keeps its state in a folder of `directory`.
+
+    The UNet comes last, since its training is open-ended; `experiments.teacher.export` makes a pipeline of the state.
+
+    Args:
+        directory: the state.
+        recipe: architectures and settings.
+        report: called as (stage, step, steps, losses) after each step.
+        device: of the UNet's training, `"cpu"` or `"cuda"`.
+        seconds: wall-clock budget of the UNet in this call.
+
+    Raises:
+        Interrupted: SIGTERM, or the budget is spent. The same call resumes.
+    """
+    from experiments.teacher.judge import train_judge
+
+    coder = open_encoder(directory, recipe, report)
+    train_decoder(coder, directory, recipe, report)
+    train_judge(directory, networks.tokenizer(caption_words(), recipe), recipe, report)
+    train_unet(directory, coder, recipe, report, device=device, seconds=seconds)
+
+
+def open_encoder(directory: Path, recipe: TeacherRecipe, report: Report | None = None) -> AutoencoderKL:
+    """Return the autoencoder of the first stage, trained if `directory / "encoder"` does not exist."""
+    folder = directory / "encoder"
+    if not folder.exists():
+        train_autoencoder(directory, recipe, report).save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
 def caption_words() -> list[str]:
     """Return texts that hold every word of a caption, from which the tokenizer learns its vocabulary."""
     names = [drawing.name for drawing in load_drawings()]

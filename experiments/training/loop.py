@@ -94,7 +94,13 @@ def fit(
 
 def _trainee(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> Trainee:
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    on_cpu = all(p.device.type == "cpu" for p in parameters.values())
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=on_cpu or None,  # On CPUs the default is one operation after another for every parameter.
+    )
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
     return Trainee(model, optimizer, ema, accelerator.scaler, writes=accelerator.is_main_process)
 

@@ -1,0 +1,93 @@
+"""`mixlab teacher`: train, export and measure the embedded teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import TaskID
+
+from experiments.cli.app import app, clean_errors, console, progress
+
+teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
+app.add_typer(teacher_app, name="teacher")
+
+STATE = Path("/var/tmp/linear-token-mixers/teacher")
+State = Annotated[Path, typer.Option("--state", help="folder of the training state; it survives a fresh checkout")]
+
+
+@teacher_app.command("train")
+def train(
+    state: State = STATE,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="of the UNet; default: the recipe's")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="wall-clock budget of the UNet in this call")] = None,
+    share: Annotated[float, typer.Option(min=0.0, help="run this share of every stage's steps")] = 1.0,
+) -> None:
+    """Train the embedded teacher, or resume. SIGTERM saves the state; the same command resumes."""
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.train import train_teacher
+
+    with clean_errors():
+        recipe = TeacherRecipe().scaled(share).with_batch_size(batch_size)
+        with progress() as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=steps)
+                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4f}")
+
+            train_teacher(state / "state", recipe, show, device=device, seconds=seconds)
+
+
+@teacher_app.command("sheet")
+def sheet(
+    path: Annotated[Path, typer.Argument(help="the PNG to write")],
+    state: State = STATE,
+    stage: Annotated[str, typer.Option(help="unet, or decay: the copy whose learning rate has decayed")] = "unet",
+    size: Annotated[int, typer.Option(min=32, help="pixels")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="samples")] = 40,
+) -> None:
+    """Draw a sheet of unpicked samples from the newest training state."""
+    from experiments.teacher.export import load_trained
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.samples import write_sheet
+
+    with clean_errors():
+        pipe, step = load_trained(state / "state", TeacherRecipe(), stage)
+        captions = write_sheet(pipe, path, count, size)
+    console.print(f"Step {step}: {path.resolve()}", soft_wrap=True)
+    for number, caption in enumerate(captions):
+        console.print(f"{number:3d}  {caption}", highlight=False)
+
+
+@teacher_app.command("export")
+def export(
+    folder: Annotated[Path, typer.Argument(help="receives the pipeline, its card, its numbers and its sheet")],
+    state: State = STATE,
+    stage: Annotated[str, typer.Option(help="unet, or decay")] = "unet",
+) -> None:
+    """Write the newest training state as a pipeline in half precision, with the judge, measured, and a model card."""
+    from experiments.teacher.card import write_card
+    from experiments.teacher.export import export_state
+    from experiments.teacher.recipe import TeacherRecipe
+
+    with clean_errors():
+        export_state(folder, state / "state", TeacherRecipe(), stage)
+        console.print("Measuring for the model card …")
+        console.print(f"Card: {write_card(folder, TeacherRecipe()).resolve()}", soft_wrap=True)
+
+
+@teacher_app.command("card")
+def card(
+    folder: Annotated[Path | None, typer.Argument(help="a pipeline's folder; default: the embedded one")] = None,
+) -> None:
+    """Measure a teacher and write its model card and sample sheet again."""
+    from experiments.teacher.card import write_card
+    from experiments.teacher.load import EMBEDDED
+    from experiments.teacher.recipe import TeacherRecipe
+
+    with clean_errors():
+        console.print(f"Card: {write_card(folder or EMBEDDED, TeacherRecipe()).resolve()}", soft_wrap=True)

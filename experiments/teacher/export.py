@@ -12,9 +12,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPModel, CLIPTokenizer
 
 from experiments.teacher import networks
-from experiments.teacher.objectives import Denoising
+from experiments.teacher.objectives import JointDenoising
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import build_denoiser, caption_words
+from experiments.training import elapsed as training_seconds
 
 
 def newest_checkpoint(directory: Path) -> Path:
@@ -59,7 +60,19 @@ def load_trained(directory: Path, recipe: TeacherRecipe, stage: str = "unet") ->
     return assemble(words, coder, model), step
 
 
-def assemble(words: CLIPTokenizer, coder: AutoencoderKL, model: Denoising) -> StableDiffusionPipeline:
+def export_state(folder: Path, directory: Path, recipe: TeacherRecipe, stage: str = "unet") -> Path:
+    """Write the newest training state in `directory` as a pipeline with its judge; returns the folder."""
+    pipe, step = load_trained(directory, recipe, stage)
+    judge = networks.judge(pipe.tokenizer, recipe)
+    load_averaged(directory / "judge", judge)
+    export_pipeline(folder, pipe, judge)
+    seconds = training_seconds(directory / stage)
+    history = {"step": step, "images": step * recipe.unet.batch_size, "hours": round(seconds / 3600, 2)}
+    (folder / "training.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def assemble(words: CLIPTokenizer, coder: AutoencoderKL, model: JointDenoising) -> StableDiffusionPipeline:
     """Return the networks as a pipeline."""
     model.unet.set_attn_processor(AttnProcessor2_0())
     pipe = StableDiffusionPipeline(

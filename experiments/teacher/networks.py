@@ -66,7 +66,7 @@ def _text_settings(words: CLIPTokenizer, recipe: TeacherRecipe, width: int, laye
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_attention_heads": width // 32,
+        "num_attention_heads": max(1, width // 32),
         "projection_dim": width,
         "num_hidden_layers": layers,
         "vocab_size": len(words),

@@ -44,23 +44,32 @@ class Reconstruction(nn.Module):
 
 
 class Denoising(nn.Module):
-    """Velocity prediction with uniform weights, from noise of uniform timesteps; the text encoder is trained jointly.
+    """Velocity prediction with uniform weights; batch: latents (b, c, s, s), scaled; text states (b, t, d)."""
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.scheduler = scheduler
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        latents, states = batch
+        noise = torch.randn_like(latents)
+        steps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
+        target = self.scheduler.get_velocity(latents, noise, steps)
+        return {"loss": (self.unet(noisy, steps, states).sample.float() - target).square().mean()}
+
+
+class JointDenoising(Denoising):
+    """Velocity prediction of a UNet and its text encoder, trained together.
 
     Batch: latents (b, c, s, s), scaled; token ids (b, t).
     """
 
     def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel, scheduler: DDIMScheduler) -> None:
-        super().__init__()
-        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(unet, scheduler)
         self.text = text
-        self.scheduler = scheduler
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, tokens = batch
-        noise = torch.randn_like(latents)
-        steps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
-        target = self.scheduler.get_velocity(latents, noise, steps)
-        states = self.text(input_ids=tokens).last_hidden_state
-        error = (self.unet(noisy, steps, states).sample.float() - target).square().mean(dim=(1, 2, 3))
-        return {"loss": error.mean()}
+        return super().forward((latents, self.text(input_ids=tokens).last_hidden_state))

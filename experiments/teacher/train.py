@@ -19,7 +19,7 @@ from experiments.data.emoji import BACKGROUNDS
 from experiments.data.scenes.catalogue import SHAPE_COLORS, SHAPES, load_drawings
 from experiments.data.scenes.words import NUMBERS, pluralize
 from experiments.teacher import networks
-from experiments.teacher.objectives import Denoising, Reconstruction
+from experiments.teacher.objectives import JointDenoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
 from experiments.training import FitConfig, fit, pick
@@ -132,7 +132,7 @@ def train_unet(
     *,
     device: str = "cpu",
     seconds: float | None = None,
-) -> Denoising:
+) -> JointDenoising:
     """Train the UNet and its text encoder, or resume; returns them with the averaged weights.
 
     Args:
@@ -165,10 +165,10 @@ def train_unet(
     return model
 
 
-def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -> Denoising:
+def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -> JointDenoising:
     """Return an untrained UNet with its text encoder, in the form that trains fastest on a CPU."""
     torch.manual_seed(seed)
-    model = Denoising(networks.unet(recipe), networks.text_encoder(words, recipe), networks.scheduler())
+    model = JointDenoising(networks.unet(recipe), networks.text_encoder(words, recipe), networks.scheduler())
     if not torch.cuda.is_available():
         model.unet.set_attn_processor(AttnProcessor())  # Fused attention's backward pass is twice as slow on CPUs.
     return model

@@ -5,27 +5,35 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
+from experiments.teacher.export import export_state
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import train_teacher
 from experiments.training import FitConfig
 
 TINY = TeacherRecipe(
-    clip_width=16,
-    clip_layers=1,
+    text_width=32,
+    text_layers=1,
+    judge_width=48,
+    judge_layers=1,
     vae_channels=(8, 8, 8),
     unet_channels=(8, 16),
-    unet_heads=2,
-    variations=1,
-    clip=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
+    unet_heads=(2, 2),
+    unet_transformers=1,
+    shard=8,
+    shards=1,
     vae=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
+    decoder=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
     unet=FitConfig(steps=2, batch_size=4, learning_rate=1e-3, ema=0.9),
+    judge=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
 )
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny pipeline in diffusers format."""
-    return train_teacher(tmp_path_factory.mktemp("teacher"), TINY)
+    state = tmp_path_factory.mktemp("state")
+    train_teacher(state, TINY)
+    return export_state(tmp_path_factory.mktemp("teacher"), state, TINY)
 
 
 @pytest.fixture

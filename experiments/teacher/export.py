@@ -64,7 +64,7 @@ def export_state(folder: Path, directory: Path, recipe: TeacherRecipe, stage: st
     """Write the newest training state in `directory` as a pipeline with its judge; returns the folder."""
     pipe, step = load_trained(directory, recipe, stage)
     judge = networks.judge(pipe.tokenizer, recipe)
-    load_averaged(directory / "judge", judge)
+    load_averaged(directory / "judge", torch.nn.ModuleDict({"clip": judge}))
     export_pipeline(folder, pipe, judge)
     seconds = training_seconds(directory / stage)
     history = {"step": step, "images": step * recipe.unet.batch_size, "hours": round(seconds / 3600, 2)}

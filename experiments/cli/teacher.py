@@ -42,6 +42,27 @@ def train(
             train_teacher(state / "state", recipe, show, device=device, seconds=seconds)
 
 
+@teacher_app.command("decay")
+def decay(
+    state: State = STATE,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    steps: Annotated[int | None, typer.Option(min=1, help="default: the recipe's")] = None,
+) -> None:
+    """Let the learning rate of a copy of the newest state fall to a tenth, before an export with `--stage decay`."""
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.train import decay_learning_rate, open_encoder
+
+    with clean_errors(), progress() as bars:
+        recipe = TeacherRecipe()
+        recipe = recipe.model_copy(update={"decay": steps or recipe.decay})
+        task = bars.add_task("decay", total=None)
+
+        def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+            bars.update(task, completed=step, total=steps, description=f"{stage}: loss {losses['loss']:.4f}")
+
+        decay_learning_rate(state / "state", open_encoder(state / "state", recipe), recipe, show, device=device)
+
+
 @teacher_app.command("sheet")
 def sheet(
     path: Annotated[Path, typer.Argument(help="the PNG to write")],

@@ -14,20 +14,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from experiments.teacher import networks
 from experiments.teacher.objectives import JointDenoising
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.teacher.train import build_denoiser, caption_words
+from experiments.teacher.train import build_denoiser, caption_words, checkpoint_step, newest_checkpoint
 from experiments.training import elapsed as training_seconds
-
-
-def newest_checkpoint(directory: Path) -> Path:
-    """Return the file of the newest checkpoint of a training.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    paths = sorted((directory / "checkpoints").glob("step-*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: train first.")
-    return paths[-1]
 
 
 def load_averaged(directory: Path, model: torch.nn.Module) -> int:
@@ -40,7 +28,7 @@ def load_averaged(directory: Path, model: torch.nn.Module) -> int:
         for key, value in tensors.items():
             if key.startswith(prefix):
                 parameters[key.removeprefix(prefix)].copy_(value)
-    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+    return checkpoint_step(path)
 
 
 def load_trained(directory: Path, recipe: TeacherRecipe, stage: str = "unet") -> tuple[StableDiffusionPipeline, int]:

@@ -44,17 +44,25 @@ class Reconstruction(nn.Module):
 
 
 class Denoising(nn.Module):
-    """Velocity prediction with uniform weights; batch: latents (b, c, s, s), scaled; text states (b, t, d)."""
+    """Velocity prediction with uniform weights; batch: latents (b, c, s, s), scaled; text states (b, t, d).
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+    Args:
+        unet: the network.
+        scheduler: its noise schedule.
+        power: timesteps are drawn as count · u ** power, with u uniform: 1 is uniform, below 1 prefers more noise.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, power: float = 1.0) -> None:
         super().__init__()
+        self.power = power
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.scheduler = scheduler
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, states = batch
         noise = torch.randn_like(latents)
-        steps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        count = self.scheduler.config.num_train_timesteps
+        steps = (torch.rand(len(latents), device=latents.device) ** self.power * count).long()
         noisy = self.scheduler.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
         target = self.scheduler.get_velocity(latents, noise, steps)
         return {"loss": (self.unet(noisy, steps, states).sample.float() - target).square().mean()}
@@ -66,8 +74,10 @@ class JointDenoising(Denoising):
     Batch: latents (b, c, s, s), scaled; token ids (b, t).
     """
 
-    def __init__(self, unet: UNet2DConditionModel, text: CLIPTextModel, scheduler: DDIMScheduler) -> None:
-        super().__init__(unet, scheduler)
+    def __init__(
+        self, unet: UNet2DConditionModel, text: CLIPTextModel, scheduler: DDIMScheduler, power: float = 1.0
+    ) -> None:
+        super().__init__(unet, scheduler, power)
         self.text = text
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -165,10 +166,59 @@ def train_unet(
     return model
 
 
+def decay_learning_rate(
+    directory: Path, coder: AutoencoderKL, recipe: TeacherRecipe, report: Report | None = None, *, device: str = "cpu"
+) -> JointDenoising:
+    """Train a copy of the newest state while the learning rate falls to a tenth: what an export is made of.
+
+    The copy is in `directory / "decay"` and replaces an earlier one of another step; the open-ended training in
+    `directory / "unet"` is not changed.
+    """
+    source, folder = newest_checkpoint(directory / "unet"), directory / "decay"
+    step = checkpoint_step(source)
+    config = recipe.unet.model_copy(
+        update={"steps": step + recipe.decay, "warmup": step, "schedule": "cosine", "ema": recipe.decay_ema}
+    )
+    if not (folder / f"from-{step}").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "checkpoints").mkdir(parents=True)
+        for path in (source, source.with_name(source.name + ".sha256")):
+            shutil.copy2(path, folder / "checkpoints")
+        (folder / f"from-{step}").touch()
+    words = networks.tokenizer(caption_words(), recipe)
+    model = build_denoiser(words, recipe).to(device)
+    batch = unet_batches(directory, coder, words, recipe)
+
+    def on_device(step: int) -> tuple[Tensor, Tensor]:
+        latents, tokens = batch(step)
+        return latents.to(device), tokens.to(device)
+
+    fit(model, on_device, config, folder, _prefix(report, "decay", config))
+    return model
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Return the file of the newest checkpoint of a training.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    paths = sorted((directory / "checkpoints").glob("step-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: train first.")
+    return paths[-1]
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the number of steps behind a checkpoint, from its file name."""
+    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+
+
 def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -> JointDenoising:
     """Return an untrained UNet with its text encoder, in the form that trains fastest on a CPU."""
     torch.manual_seed(seed)
-    model = JointDenoising(networks.unet(recipe), networks.text_encoder(words, recipe), networks.scheduler())
+    text = networks.text_encoder(words, recipe)
+    model = JointDenoising(networks.unet(recipe), text, networks.scheduler(), recipe.timestep_power)
     if not torch.cuda.is_available():
         model.unet.set_attn_processor(AttnProcessor())  # Fused attention's backward pass is twice as slow on CPUs.
     return model

@@ -101,7 +101,7 @@ def vae(recipe: TeacherRecipe) -> AutoencoderKL:
 
 
 def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
-    """A UNet that leaves mixing to attention: one residual block and several transformer layers a block, no middle.
+    """A UNet that leaves mixing to attention: one residual block and several transformer layers a block.
 
     Self- and cross-attention are at 16 × 16 and 8 × 8 latent pixels (for 64 px images), with heads of one dimension.
     """
@@ -111,7 +111,6 @@ def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
         in_channels=recipe.latent_channels,
         out_channels=recipe.latent_channels,
         down_block_types=("CrossAttnDownBlock2D",) * levels,
-        mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         block_out_channels=recipe.unet_channels,
         layers_per_block=1,

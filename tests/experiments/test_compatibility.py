@@ -141,7 +141,7 @@ def test_an_ip_adapter_call_draws_from_one_picture() -> None:
 
 def test_embeddings_at_any_size(tiny_teacher: Path) -> None:
     judge = CLIPModel.from_pretrained(tiny_teacher / "evaluator", dtype=torch.float32).eval()
-    assert ip_adapter.embed(judge, square(128, 32, 96)).shape == ip_adapter.embed(judge, square(64)).shape == (1, 16)
+    assert ip_adapter.embed(judge, square(128, 32, 96)).shape == ip_adapter.embed(judge, square(64)).shape == (1, 48)
     assert measure.likeness(judge, square(64), square(64)) == pytest.approx([1], abs=1e-5)
 
 

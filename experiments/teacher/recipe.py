@@ -45,7 +45,7 @@ class TeacherRecipe(BaseModel):
     unet: FitConfig = FitConfig(
         steps=1_000_000,
         batch_size=16,
-        learning_rate=1.2e-3,
+        learning_rate=4e-4,
         weight_decay=0.01,
         ema=0.9995,
         warmup=200,

@@ -107,7 +107,9 @@ class Trainee:
             if kind == "optimizer":
                 slot, _, name = rest.partition("/")
                 parameter = parameters[name]
-                self.optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
+                if slot != "step":  # Moments have the strides of their parameter: a fused update needs the same order.
+                    value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+                self.optimizer.state[parameter][slot] = value
             elif kind == "scaler":
                 scale[rest] = float(value)
         if scale and self.scaler is not None:

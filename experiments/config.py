@@ -65,7 +65,7 @@ class Stage(Frozen):
     @field_validator("objectives")
     @classmethod
     def _known(cls, terms: dict[str, Term]) -> dict[str, Term]:
-        from experiments.distil.objectives import create_objective  # which imports this module
+        from experiments.distill.objectives import create_objective  # which imports this module
 
         for name, term in terms.items():
             create_objective(name, **term.options)

@@ -21,8 +21,8 @@ from experiments.ablation.grid import list_grids, load_grid
 from experiments.check import Result, show
 from experiments.cli import app
 from experiments.config import Evaluation, override
-from experiments.distil.objectives import list_objectives
-from experiments.distil.recipe import list_recipes, load_recipe
+from experiments.distill.objectives import list_objectives
+from experiments.distill.recipe import list_recipes, load_recipe
 from mixers import list_mixers, registry
 from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS

@@ -18,7 +18,7 @@ from experiments.ablation import store
 from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import threads
 from experiments.config import CellConfig, Distillation, Grid, Stage
-from experiments.distil import build_student, run_stages
+from experiments.distill import build_student, run_stages
 from experiments.evaluate.measure import measure
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

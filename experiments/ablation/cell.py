@@ -10,8 +10,8 @@ from typing import Any
 
 from experiments.ablation import store
 from experiments.config import CellConfig, Grid
-from experiments.distil import Setting, build_student, open_setting, run_stages
-from experiments.distil.student import seeded, stage_folders
+from experiments.distill import Setting, build_student, open_setting, run_stages
+from experiments.distill.student import seeded, stage_folders
 from experiments.evaluate.measure import Report, measure
 from experiments.training import elapsed, forget
 from unet_adapters import MixerAdapter

@@ -14,7 +14,7 @@ from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import Spread, Work, in_turn
 from experiments.config import CellConfig, Evaluation, Grid
 from experiments.data.emoji import LICENCE
-from experiments.distil import Setting
+from experiments.distill import Setting
 from experiments.evaluate.pictures import save_samples
 from experiments.evaluate.protocol import FILE, freeze, protocol_of
 from mixers import registry

@@ -149,7 +149,7 @@ def compatibility(
     share: Annotated[float, typer.Option("--steps-share", min=0.0, help="train for this share of the steps")] = 1.0,
 ) -> None:
     """Measure whether a ControlNet and an IP-Adapter made for softmax attention work under a distilled student."""
-    from experiments.compatibility import default_plan, run_compatibility, show, write_page
+    from experiments.studies.compatibility import default_plan, run_compatibility, show, write_page
 
     with clean_errors():
         with progress() as bars:

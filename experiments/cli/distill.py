@@ -24,8 +24,8 @@ def distill(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Distil a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
-    from experiments.distil.recipe import load_recipe
-    from experiments.distil.run import run_recipe
+    from experiments.distill.recipe import load_recipe
+    from experiments.distill.run import run_recipe
     from experiments.training.processes import this_process
 
     console.quiet = not this_process().is_main_process  # of several, one tells

@@ -69,7 +69,7 @@ def structure_(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Look at mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
-    from experiments.structure import decaying, draw, records
+    from experiments.studies.structure import decaying, draw, records
 
     load(plugins)
     with clean_errors(), progress() as bars:

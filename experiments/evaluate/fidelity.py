@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiments.config import Evaluation
 from experiments.data import batch
-from experiments.distil.objective import autocast
-from experiments.distil.setting import Setting
+from experiments.distill.objective import autocast
+from experiments.distill.setting import Setting
 from experiments.teacher.teacher import Batch
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import capture_outputs

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from experiments.config import Evaluation
-from experiments.distil.objective import autocast
-from experiments.distil.setting import Setting
+from experiments.distill.objective import autocast
+from experiments.distill.setting import Setting
 from experiments.evaluate.fidelity import teacher_views
 from mixers import structure
 from unet_adapters import MixerAdapter

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from experiments.config import Evaluation
-from experiments.distil.setting import Setting, open_setting
+from experiments.distill.setting import Setting, open_setting
 from experiments.evaluate.fidelity import agreement
 from experiments.evaluate.inside import look_inside
 from experiments.evaluate.metrics import image_metrics

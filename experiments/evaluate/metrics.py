@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.config import Evaluation
-from experiments.distil.setting import Setting
+from experiments.distill.setting import Setting
 from experiments.evaluate.features import Clip, Network, open_network
 from experiments.evaluate.pictures import draw
 from experiments.evaluate.reference import open_reference

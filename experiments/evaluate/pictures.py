@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from experiments.config import Evaluation
-from experiments.distil.objective import autocast
+from experiments.distill.objective import autocast
 from experiments.teacher.teacher import Teacher
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Evaluation, Frozen
-from experiments.distil.setting import Setting
+from experiments.distill.setting import Setting
 from experiments.evaluate.features import open_network, weights_digest
 from experiments.evaluate.reference import open_reference
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from experiments.bench.memory import peak_bytes
 from experiments.bench.timing import interleaved
 from experiments.config import Evaluation
-from experiments.distil.objective import autocast
-from experiments.distil.setting import Setting
+from experiments.distill.objective import autocast
+from experiments.distill.setting import Setting
 from unet_adapters import MixerAdapter
 
 Row = dict[str, float | int | None]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.distil.draw import draw
-from experiments.distil.setting import Encoded
+from experiments.distill.draw import draw
+from experiments.distill.setting import Encoded
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
 from tests.unet_adapters.pipelines import make

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.data import BadRecord, DataError, EmojiSet, Example, Record, Size, batch, extent
-from experiments.distil.cache import Cache, CacheError, build_cache, open_cache
-from experiments.distil.draw import draw
+from experiments.distill.cache import Cache, CacheError, build_cache, open_cache
+from experiments.distill.draw import draw
 from experiments.teacher.load import open_teacher
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from experiments import compatibility
 from experiments.cli import app
-from experiments.compatibility import Plan, controlnet, ip_adapter, measure, run
 from experiments.config import Grid
 from experiments.data import open_dataset
-from experiments.distil import open_setting
-from experiments.distil.setting import Setting, encode
+from experiments.distill import open_setting
+from experiments.distill.setting import Setting, encode
+from experiments.studies.compatibility import Plan, controlnet, ip_adapter, measure, run
 from experiments.training import FitConfig, fit
 
 ONE = FitConfig(steps=2, batch_size=2, learning_rate=1e-2, warmup=0)

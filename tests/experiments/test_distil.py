@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from experiments.config import Term
-from experiments.distil import Distil, list_objectives
-from experiments.distil.objectives import Seen, create_objective, places, register_objective, teacher_rows
+from experiments.distill import Distil, list_objectives
+from experiments.distill.objectives import Seen, create_objective, places, register_objective, teacher_rows
 from experiments.teacher.teacher import Batch, Teacher
 from mixers import create_mixer
 from mixers.structure import mixing_matrix

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.config import Distillation, MixerChoice, Stage, Term
-from experiments.distil import build_student, run_stages
-from experiments.distil.draw import draw
-from experiments.distil.student import randomise, seeded
+from experiments.distill import build_student, run_stages
+from experiments.distill.draw import draw
+from experiments.distill.student import randomise, seeded
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
 from tests.experiments.students import FIT, encoded, open_teacher

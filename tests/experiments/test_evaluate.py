@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.config import Evaluation, Grid, Metrics
-from experiments.distil import Setting, open_setting
+from experiments.distill import Setting, open_setting
 from experiments.evaluate.fidelity import agreement, teacher_views
 from experiments.evaluate.inside import by_offset, look_inside
 from experiments.evaluate.speed import cost, speed

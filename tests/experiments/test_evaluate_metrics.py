@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.config import Evaluation, Grid, Metrics
 from experiments.data import DataError
-from experiments.distil import open_setting
+from experiments.distill import open_setting
 from experiments.evaluate.coco import CocoCaptions
 from experiments.evaluate.features import INCEPTION, open_network
 from experiments.evaluate.metrics import distances, image_metrics, judge

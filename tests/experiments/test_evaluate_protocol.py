@@ -11,7 +11,7 @@ import torch
 from experiments.ablation import run_grid
 from experiments.ablation.cell import setting_of
 from experiments.config import Evaluation, Grid, Metrics, override
-from experiments.distil import Setting, open_setting
+from experiments.distill import Setting, open_setting
 from experiments.evaluate.protocol import FILE, differences, freeze, protocol_of
 
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from experiments.ablation.store import write_json
 from experiments.highres import reach
-from experiments.highres.study import cases
-from experiments.highres.study_page import NAMES, count_areas, write_page
+from experiments.studies.large_images.page import NAMES, count_areas, write_page
+from experiments.studies.large_images.study import cases
 
 
 @given(

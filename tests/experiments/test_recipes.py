@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.cli.distill import told_losses
-from experiments.distil.recipe import Recipe, list_recipes, load_recipe
-from experiments.distil.run import run_recipe
-from experiments.distil.student import build_student
+from experiments.distill.recipe import Recipe, list_recipes, load_recipe
+from experiments.distill.run import run_recipe
+from experiments.distill.student import build_student
 from experiments.teacher.load import open_teacher
 from mixers import create_mixer
 from unet_adapters import PROFILES, MixerAdapter, find_sites

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from experiments.studies.crash_test.study import crash_test
 from experiments.training import FitConfig, Interrupted, checkpoints, elapsed, fit, forget, processes
-from experiments.training.crash_test import crash_test
 from experiments.training.guard import first_broken
 from experiments.training.processes import shares
 

@@ -9,8 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.structure import examine, records
-from experiments.structure.figures import gallery, multiples, scans, shares
+from experiments.studies.structure import examine, records
+from experiments.studies.structure.figures import gallery, multiples, scans, shares
 from mixers import structure
 from mixers.stages.directions import SCANS
 

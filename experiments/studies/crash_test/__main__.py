@@ -1,0 +1,6 @@
+"""Entry point: `python -m experiments.studies.crash_test`."""
+
+from experiments.studies.crash_test.study import main
+
+if __name__ == "__main__":
+    main()

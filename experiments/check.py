@@ -77,7 +77,7 @@ def _check(configuration: Configuration, deep: bool) -> Result:
 def show(results: list[Result], console: Console) -> None:
     """Print a row a mixer and form; of a single mixer also what was checked; then why checks failed."""
     console.print(_table(results))
-    legend = "passed checks; N normalised, U not; – refused"
+    legend = "passed checks; N normalized, U not; – refused"
     statuses = {outcome.status for result in results for outcome in result.outcomes}
     legend += "; ✗ failed" if "failed" in statuses else ""
     legend += "; ~ known exception" if "known" in statuses else ""
@@ -95,7 +95,7 @@ def show(results: list[Result], console: Console) -> None:
 
 
 def _table(results: list[Result]) -> Table:
-    """Mixers and forms × causality and normalisation."""
+    """Mixers and forms × causality and normalization."""
     switches = list(itertools.product(CAUSALITIES, (True, False)))
     heads = [f"{_SHORT[causality]}\n{'N' if normalize else 'U'}" for causality, normalize in switches]
     columns = [Column(header, justify="right", no_wrap=True) for header in heads]

@@ -48,7 +48,7 @@ class Term(Frozen):
 
 
 class Stage(Frozen):
-    """A training of the student: what is minimised, and how. In files, `noise: 0.5` is `noise: {weight: 0.5}`."""
+    """A training of the student: what is minimized, and how. In files, `noise: 0.5` is `noise: {weight: 0.5}`."""
 
     name: str = Field(pattern=r"^[a-z0-9_\-]+$")
     objectives: dict[str, Term]
@@ -70,7 +70,7 @@ class Stage(Frozen):
         for name, term in terms.items():
             create_objective(name, **term.options)
         if not any(term.at(0) > 0 for term in terms.values()):
-            raise ValueError("no objective has a weight at step 0, so that there would be nothing to minimise")
+            raise ValueError("no objective has a weight at step 0, so that there would be nothing to minimize")
         return terms
 
 
@@ -80,7 +80,7 @@ class Distillation(Stage):
     The default objectives are the published loss, `noise + output/2 + features/2` (2409.02097 §3.4).
     """
 
-    name: str = Field("distil", pattern=r"^[a-z0-9_\-]+$")
+    name: str = Field("distill", pattern=r"^[a-z0-9_\-]+$")
     objectives: dict[str, Term] = {"noise": Term(), "output": Term(weight=0.5), "features": Term(weight=0.5)}
     before: tuple[Stage, ...] = Field((), description="stages that come first, such as matrix and local")
     train: Literal["new", "new+projections"] = Field(
@@ -208,12 +208,12 @@ def _hash(value: Any) -> str:
 class Claim(Frozen):
     """A hypothesis that the report holds against the numbers: what a factor's value does to the error.
 
-    Factors are "normalisation" (value "not normalised"), "causality" ("causal", "bidirectional"), and "mixer" (a name).
-    Each is compared with its reference: normalised, non-causal, and the mixer of the grid's reference row.
+    Factors are "normalization" (value "not normalized"), "causality" ("causal", "bidirectional"), and "mixer" (a name).
+    Each is compared with its reference: normalized, non-causal, and the mixer of the grid's reference row.
     """
 
     told: str
-    factor: Literal["normalisation", "causality", "mixer"]
+    factor: Literal["normalization", "causality", "mixer"]
     value: str
     worse: bool = Field(description="whether the claim is that the error is higher; else that it is lower")
     beyond: bool = Field(False, description="whether it speaks of sizes that were not trained at, alone")

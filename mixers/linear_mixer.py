@@ -17,8 +17,8 @@ class LinearConfig(MixerConfig):
     """Options of every mixer on `linear_attention`.
 
     Attributes:
-        feature_map: φ = ψ; None is the published one or, where that is signed and the mixer normalised, elu+1.
-        eps: added to the mean weight where normalised, with decay to the decayed sum.
+        feature_map: φ = ψ; None is the published one or, where that is signed and the mixer normalized, elu+1.
+        eps: added to the mean weight where normalized, with decay to the decayed sum.
         backend: of the operator.
     """
 
@@ -39,7 +39,7 @@ class LinearMixer(TokenMixer):
         published_map: the feature map of the paper.
         decays: whether `gates` gives a log decay.
         channel_gates: whether every key channel has a gate of its own.
-        divides: whether it normalises by division, which takes a feature map that is positive.
+        divides: whether it normalizes by division, which takes a feature map that is positive.
     """
 
     Config: ClassVar[Any] = LinearConfig
@@ -61,7 +61,7 @@ class LinearMixer(TokenMixer):
         return cls.published_map if fits else "elu_plus_one"
 
     def mix(self, streams: Streams) -> Tensor:
-        """W v, (b, l, h, v); unnormalised in float32 at least."""
+        """W v, (b, l, h, v); unnormalized in float32 at least."""
         q, k, v, feature_map = self.operands(streams)
         settings = {**self._settings(), "feature_map": feature_map, "backend": self.config.backend}
         return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **settings))
@@ -80,7 +80,7 @@ class LinearMixer(TokenMixer):
     def operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, str]:
         """q, k, v and the map that the operator applies to q and k: `identity` where there is more to `features`.
 
-        An operator that maps q and k as it reads them does not have to write features to memory. Unnormalised, it is
+        An operator that maps q and k as it reads them does not have to write features to memory. Unnormalized, it is
         one to the result whether keys or values are times `write`.
         """
         normalize, write = self.config.normalize, streams.write
@@ -91,7 +91,7 @@ class LinearMixer(TokenMixer):
 
     @property
     def scale(self) -> float:
-        """Factor of unnormalised weights: a constant of the mixer, never of the number of tokens."""
+        """Factor of unnormalized weights: a constant of the mixer, never of the number of tokens."""
         return 1.0
 
     def _settings(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class LinearMixer(TokenMixer):
         return 1
 
     def state_size(self, length: int) -> int:
-        """h·k·(v + 1): the same after any number of tokens; one column less unnormalised."""
+        """h·k·(v + 1): the same after any number of tokens; one column less unnormalized."""
         return self.heads * self.features_dim * (self.head_dim + int(self.config.normalize))
 
     def operator_flops(self, length: int) -> int:

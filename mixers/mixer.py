@@ -1,4 +1,4 @@
-"""THE flow: tokens -> projections -> feature map -> operator -> normalisation -> output."""
+"""THE flow: tokens -> projections -> feature map -> operator -> normalization -> output."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Streams:
 
     @property
     def values(self) -> Tensor:
-        """v in float32 at least: unnormalised sums may pass what half precision holds before they are normed."""
+        """v in float32 at least: unnormalized sums may pass what half precision holds before they are normed."""
         return self.v.to(upcast(self.v.dtype))
 
 
@@ -144,7 +144,7 @@ class TokenMixer(nn.Module):
             raise ValueError(f"scan={config.scan!r} has no meaning here: {name} reads in no order.")
         if config.local_convolution and (config.causality == "causal" or config.scan != "raster"):
             raise ValueError(
-                f"local_convolution={config.local_convolution} sees neighbours on all sides of the image: it goes with "
+                f"local_convolution={config.local_convolution} sees neighbors on all sides of the image: it goes with "
                 f"a mixer that is not causal and with scan='raster', not with causality={config.causality!r} and "
                 f"scan={config.scan!r}."
             )
@@ -267,7 +267,7 @@ class TokenMixer(nn.Module):
         return self.split(x)
 
     def mix(self, streams: Streams) -> Tensor:
-        """Feature map, operator and normalisation -> (b, l, h, v), a new tensor; linear in the values."""
+        """Feature map, operator and normalization -> (b, l, h, v), a new tensor; linear in the values."""
         raise NotImplementedError
 
     def weights(self, streams: Streams) -> Tensor:

@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def default_normalize(self) -> bool:
-        """Whether the mixer was published normalised."""
+        """Whether the mixer was published normalized."""
         return self.config().normalize
 
     @property

@@ -69,7 +69,7 @@ class StateSpaceMixer(LinearMixer):
 
     @property
     def sharing(self) -> int:
-        """All heads where there is one group; normalised, Δ is in the keys, which makes them a head's own."""
+        """All heads where there is one group; normalized, Δ is in the keys, which makes them a head's own."""
         return self.heads if self.groups == 1 and not self.config.normalize else 1
 
     def own_projections(self) -> Projections:

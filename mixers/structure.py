@@ -15,7 +15,7 @@ from mixers.stages.directions import inverse
 def mixing_matrix(mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None) -> Tensor:
     """The l × l matrix that `mixer` applies to the values of tokens x (b, l, d): (b, h, l, l), float32 at least.
 
-    (b, h, v, l, l) where every value channel has its own. From the mixer's formula, normalised if the mixer is;
+    (b, h, v, l, l) where every value channel has its own. From the mixer's formula, normalized if the mixer is;
     rows and columns are in raster order whatever the scan. Costs O(b·h·l²) memory.
     `projections` and `grid`: as in the mixer's forward.
     """
@@ -52,7 +52,7 @@ def _over_orders(
 
 
 def row_sums(matrix: Tensor) -> Tensor:
-    """(…, l, l) -> (…, l); ones for a normalised mixer, up to its eps."""
+    """(…, l, l) -> (…, l); ones for a normalized mixer, up to its eps."""
     return matrix.sum(-1)
 
 

@@ -30,7 +30,7 @@ from mixers.testing.operators import OPERATOR_CHECKS
 ROOT = Path(__file__).resolve().parents[1]
 HOWTO = ROOT / "docs" / "howto"
 ADD, CHECK, DATA = HOWTO / "add_a_mixer.md", HOWTO / "check_a_mixer.md", HOWTO / "data.md"
-ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distil.md", HOWTO / "evaluate.md"
+ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distill.md", HOWTO / "evaluate.md"
 LARGE = HOWTO / "large_images.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
@@ -228,7 +228,7 @@ def test_the_table_of_checks_fits_a_terminal() -> None:
     table, _, rest = console.export_text().partition("passed checks; ")
     assert table.count("19 12✗ 1~") == len(everything)
     assert max(map(len, table.splitlines())) <= 80 and "…" not in table
-    assert rest.startswith("N normalised, U not; – refused; ✗ failed; ~ known exception")
+    assert rest.startswith("N normalized, U not; – refused; ✗ failed; ~ known exception")
     assert f"{len(everything)} configurations: {12 * len(everything)} of {32 * len(everything)} checks failed." in rest
 
 
@@ -343,7 +343,7 @@ def test_the_page_of_ablations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Path(name).write_text(code, encoding="utf-8")
     lines = [line for line in "".join(blocks(ABLATE, "bash")).splitlines() if ".py" in line]
     assert len(lines) == 2
-    rows = ("linear attention, non-causal, normalised", "power attention, non-causal, normalised")
+    rows = ("linear attention, non-causal, normalized", "power attention, non-causal, normalized")
     for line, row, more in zip(lines, rows, ((), ("distillation.before.0.fit.steps=2",)), strict=True):
         command = shlex.split(line.replace(" --budget 5m", ""))[1:]  # which would take five minutes
         shorter = [part for setting in (*TINY, *more) for part in ("--set", setting)]

@@ -49,7 +49,7 @@ def copy_projections(attn: nn.Module, site: Site) -> dict[str, nn.Module]:
     """Trainable copies of the Parameters of a site's projections, by projection name.
 
     Raises:
-        ValueError: a weight is not floating point (quantised), so that it cannot be trained.
+        ValueError: a weight is not floating point (quantized), so that it cannot be trained.
     """
     copies = {}
     for name in PROJECTIONS:

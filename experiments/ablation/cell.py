@@ -1,4 +1,4 @@
-"""THE flow of one cell: config -> adapter -> distil -> evaluate -> record."""
+"""THE flow of one cell: config -> adapter -> distill -> evaluate -> record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def setting_of(config: CellConfig | Grid) -> Setting:
 
 
 def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Report) -> dict[str, Any]:
-    """Distil and measure one variant; the record is also written to `directory/result.json`, last.
+    """Distill and measure one variant; the record is also written to `directory/result.json`, last.
 
     Args:
         config: the cell; its JSON is written first.
@@ -74,14 +74,14 @@ def student(config: CellConfig, setting: Setting, directory: Path, report: Repor
             shutil.copy(known.with_name(METRICS), directory / METRICS)
         return adapter, float(store.read_json(known)["seconds"])
     adapter = build_student(setting.teacher, config.variant.mixer, config.variant, config.distillation, config.seed)
-    seconds = distil(config, setting, adapter, directory, report)
+    seconds = distill(config, setting, adapter, directory, report)
     adapter.save_pretrained(directory / "adapter")
     if config.variant.trained:
         store.write_json(directory / TRAINED, {"training": config.training, "seconds": seconds})
     return adapter, seconds
 
 
-def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> float:
+def distill(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> float:
     """Train the adapter in place; returns the seconds spent, those before a stop included."""
     if not config.variant.trained:
         return 0.0
@@ -92,7 +92,7 @@ def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, director
         plan,
         setting.batch,
         directory,
-        lambda _, done, steps, __: report("distil", done, steps),
+        lambda _, done, steps, __: report("distill", done, steps),
     )
     if len(records) > 1:
         _join_logs([(record["log"], record["steps"]) for record in records], directory / METRICS)

@@ -1,4 +1,4 @@
-"""Variants as a product: mixers × causality × normalisation, without the combinations that a mixer refuses."""
+"""Variants as a product: mixers × causality × normalization, without the combinations that a mixer refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def product(
             continue
         variant = Variant(
             name=f"{name}_{causality}_{'normalized' if normalize else 'unnormalized'}",
-            label=f"{label}, {LABELS[causality]}, {'normalised' if normalize else 'not normalised'}",
+            label=f"{label}, {LABELS[causality]}, {'normalized' if normalize else 'not normalized'}",
             mixer=name,
             causality=causality,
             normalize=normalize,

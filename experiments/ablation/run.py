@@ -13,7 +13,7 @@ from experiments.ablation.budget import note
 from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import Spread, Work, in_turn
 from experiments.config import CellConfig, Evaluation, Grid
-from experiments.data.emoji import LICENCE
+from experiments.data.emoji import LICENSE
 from experiments.distill import Setting
 from experiments.evaluate.pictures import save_samples
 from experiments.evaluate.protocol import FILE, freeze, protocol_of
@@ -127,7 +127,7 @@ def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, A
             "evaluation": evaluation.model_dump(mode="json"),
         },
         "environment": store.environment(),
-        "notes": [*([LICENCE] if grid.data == "emoji" else []), *([note(budget)] if budget else [])],
+        "notes": [*([LICENSE] if grid.data == "emoji" else []), *([note(budget)] if budget else [])],
         "budget": dict(budget) if budget else None,
     }
 

@@ -32,7 +32,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """fla's causal kernels, not normalised: simple_gla, or gla with a gate a channel."""
+    """fla's causal kernels, not normalized: simple_gla, or gla with a gate a channel."""
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 

@@ -95,7 +95,7 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
         whole = partial(_least_work, setup, unmapped, heads, width)
         published = {"published formula": baselines.published_linfusion, "SDPA": baselines.softmax}
         yield from _two(
-            setup, f"non-causal, normalised, {tag}", partial(run, **elu), unmapped, heads, width, published, whole
+            setup, f"non-causal, normalized, {tag}", partial(run, **elu), unmapped, heads, width, published, whole
         )
         plain = partial(run, normalize=False, **elu)
         yield from _two(setup, f"non-causal, {tag}", plain, unmapped, heads, width, {}, whole)
@@ -103,13 +103,13 @@ def operator_contests(setup: Setup) -> Iterator[Contest]:
             make = partial(gated, decay)
             least = partial(_least_work, setup, make, heads, width)
             for normalize in (True, False):
-                told = f"causal, decay {decay}{', normalised' if normalize else ''}, {tag}"
+                told = f"causal, decay {decay}{', normalized' if normalize else ''}, {tag}"
                 ours = partial(run, causality="causal", normalize=normalize, **(elu if normalize else {}))
                 others = {} if normalize else {"fla itself": baselines.fla_gla}
                 yield from _two(setup, told, ours, make, heads, width, others, least)
             if decay != "none":
                 both = partial(run, causality="bidirectional", **elu)
-                told = f"bidirectional, decay {decay}, normalised, {tag}"
+                told = f"bidirectional, decay {decay}, normalized, {tag}"
                 yield from _two(setup, told, both, make, heads, width, {}, least)
         yield from _two(setup, f"selective scan, {tag}", operators.selective_scan, states, heads, width, {})
         least = partial(_least_work, setup, written, heads, width)

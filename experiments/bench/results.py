@@ -96,7 +96,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.fill_between(sizes, *bounds, color=color, alpha=0.15, linewidth=0)
         floors = {row.size: row.floor for row in rows if row.floor is not None}
         if floors:
-            axes.plot(list(floors), [1e3 * f for f in floors.values()], ":", color="grey", label="floor")
+            axes.plot(list(floors), [1e3 * f for f in floors.values()], ":", color="gray", label="floor")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
         axes.xaxis.set_minor_locator(NullLocator())

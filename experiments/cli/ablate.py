@@ -129,9 +129,9 @@ def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) ->
     console.print(table)
     for cell in found.cells:
         if cell.state in ("running", "failed"):
-            colour, seconds = "red" if cell.state == "failed" else "green", _duration(cell.seconds)
+            color, seconds = "red" if cell.state == "failed" else "green", _duration(cell.seconds)
             since = f" for {seconds}" if cell.state == "running" else ""
-            console.print(f"[{colour}]{cell.state}[/] {cell.id}{since}: {escape(cell.told)}", soft_wrap=True)
+            console.print(f"[{color}]{cell.state}[/] {cell.id}{since}: {escape(cell.told)}", soft_wrap=True)
     running, waiting = found.counts["running"], found.counts["waiting"]
     if running:
         console.print(f"{_duration(found.left)} left, {running} at a time.")

@@ -23,7 +23,7 @@ def distill(
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
-    """Distil a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
+    """Distill a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
     from experiments.distill.recipe import load_recipe
     from experiments.distill.run import run_recipe
     from experiments.training.processes import this_process

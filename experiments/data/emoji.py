@@ -19,7 +19,7 @@ from PIL import Image
 
 from experiments.data.example import Example, RandomAccess, Size, extent, in_split, to_tensor
 
-LICENCE = "Twemoji graphics © Twitter, Inc. and other contributors, licensed CC-BY 4.0."
+LICENSE = "Twemoji graphics © Twitter, Inc. and other contributors, licensed CC-BY 4.0."
 
 BACKGROUNDS: dict[str, str] = {
     "white": "#ffffff",
@@ -101,7 +101,7 @@ class EmojiSet(RandomAccess):
         return Example(to_tensor(pixels), f"{item.name}, {background} background", item.path.stem)
 
 
-def render(svg: str, size: Size, colour: str, scale: float = 1.0, left: float = 0.0, top: float = 0.0) -> np.ndarray:
+def render(svg: str, size: Size, color: str, scale: float = 1.0, left: float = 0.0, top: float = 0.0) -> np.ndarray:
     """Draw an SVG on a plain background as uint8 pixels (h, w, 3).
 
     The drawing's longer side takes `scale` of the picture's central square; its box starts at (`left`, `top`), as
@@ -122,7 +122,7 @@ def render(svg: str, size: Size, colour: str, scale: float = 1.0, left: float = 
     y -= top * side + (max(width, height) - height) / 2 + (down - side) / 2
     root = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{tall}" viewBox="{x} {y} {across} {down}">'
-        f'<rect x="{x}" y="{y}" width="{across}" height="{down}" fill="{colour}"/>'
+        f'<rect x="{x}" y="{y}" width="{across}" height="{down}" fill="{color}"/>'
     )
     tree = resvg.usvg.Tree.from_str(root + svg[opening.end() :], resvg.usvg.Options.default())
     png = resvg.render(tree, (1, 0, 0, 0, 1, 0))  # the identity, row by row

@@ -165,7 +165,7 @@ def extent(size: Size) -> tuple[int, int]:
 
 
 def photograph(image: Image.Image, size: Size, variation: int = 0) -> Tensor:
-    """A picture (3, h, w) in [-1, 1]: the centre, cropped to the shape and resized; odd variations are mirrored."""
+    """A picture (3, h, w) in [-1, 1]: the center, cropped to the shape and resized; odd variations are mirrored."""
     height, width = extent(size)
     scale = min(image.height / height, image.width / width)
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))

@@ -31,7 +31,7 @@ class ImageFolder(RandomAccess):
 
     Captions come from `metadata.jsonl` (lines with `file_name` and `text`) where there is one,
     else from a text file beside each image (`cat.png`, `cat.txt`). Images are turned upright (EXIF),
-    cropped to their centre and resized; odd `variation`s are mirrored left to right.
+    cropped to their center and resized; odd `variation`s are mirrored left to right.
     Images that cannot be read or have no caption, and damaged lines, are named in the log, counted in `skipped` and
     left out. Opening verifies every file once.
 

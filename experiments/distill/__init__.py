@@ -1,12 +1,12 @@
 """Distillation of a mixer into a teacher's UNet."""
 
-from experiments.distill.objective import Distil
+from experiments.distill.objective import DistillationLoss
 from experiments.distill.objectives import Objective, list_objectives, register_objective
 from experiments.distill.setting import Setting, open_setting
 from experiments.distill.student import build_student, run_stages
 
 __all__ = [
-    "Distil",
+    "DistillationLoss",
     "Objective",
     "Setting",
     "build_student",

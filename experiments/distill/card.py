@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.ablation import store
-from experiments.data.emoji import LICENCE
+from experiments.data.emoji import LICENSE
 from experiments.distill.objective import autocast
 from experiments.distill.recipe import Recipe, Samples
 from experiments.report import style
@@ -55,7 +55,7 @@ def write_card(
     store.write_json(directory / "card.json", record)
     text = Template(_TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True).render(
         **{**record, "recipe": recipe, "stages": _rows(recipe, stages)},
-        note=LICENCE if recipe.data == "emoji" else "",
+        note=LICENSE if recipe.data == "emoji" else "",
         yaml=yaml.safe_dump(
             recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=110
         ).strip(),
@@ -87,17 +87,17 @@ def draw_curves(stages: list[dict[str, Any]], path: Path) -> None:
     with rc_context(style.RC):
         figure = Figure(figsize=(7.5, 4), layout="constrained")
         axes, before = figure.subplots(), 0
-        colours: dict[str, str] = {}
+        colors: dict[str, str] = {}
         for stage in stages:
             for name in [key for key in (stage["log"] or [{}])[-1] if key != "step"]:
                 rows = [(row["step"] + before, row[name]) for row in stage["log"] if row.get(name, 0) > 0]
-                label = None if name in colours else name
-                colour = colours.setdefault(name, style.PALETTE[len(colours) % len(style.PALETTE)])
+                label = None if name in colors else name
+                color = colors.setdefault(name, style.PALETTE[len(colors) % len(style.PALETTE)])
                 if rows:
                     steps, values = zip(*rows, strict=True)
-                    axes.plot(steps, _smooth(values), label=label, color=colour)
+                    axes.plot(steps, _smooth(values), label=label, color=color)
             before += stage["steps"]
-            axes.axvline(before, color=style.GREY, linewidth=0.6)
+            axes.axvline(before, color=style.GRAY, linewidth=0.6)
             axes.text(before, 1.0, f"{stage['stage']} ", transform=axes.get_xaxis_transform(), ha="right", va="bottom")
         axes.set(yscale="log", xlabel="step", ylabel="loss (smoothed)")
         axes.legend()

@@ -16,7 +16,7 @@ from unet_adapters import MixerAdapter
 from unet_adapters.capture import capture_sites
 
 
-class Distil(nn.Module):
+class DistillationLoss(nn.Module):
     """A batch -> {"loss": Σ weight · term, and each term}; its only parameters are the student's.
 
     Teacher and student are one UNet, with the adapter off and on, so that the frozen weights are in memory once. A step
@@ -91,5 +91,5 @@ def target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, steps: Tens
     kind = scheduler.config.prediction_type
     known = {"epsilon": lambda: noise, "v_prediction": lambda: scheduler.get_velocity(latents, noise, steps)}
     if kind not in known:
-        raise ValueError(f"Cannot distil a model that predicts {kind!r}: expected one of {', '.join(known)}.")
+        raise ValueError(f"Cannot distill a model that predicts {kind!r}: expected one of {', '.join(known)}.")
     return known[kind]()

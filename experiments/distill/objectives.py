@@ -214,8 +214,8 @@ class Local(Objective):
 class Matrix(Objective):
     """The mean over sites and heads of ‖W − W_T‖² / ‖W_T‖² on sampled rows, for the same input (2408.10189 §3.1).
 
-    W_T is the teacher's softmax matrix, W the student's as it is applied to the values, normalised if the mixer is.
-    The Frobenius norm, and not a divergence of distributions, since W may be signed or unnormalised; relative, so that
+    W_T is the teacher's softmax matrix, W the student's as it is applied to the values, normalized if the mixer is.
+    The Frobenius norm, and not a divergence of distributions, since W may be signed or unnormalized; relative, so that
     sites of many tokens (entries of about 1/l) and of few weigh the same. Where every value channel has a matrix of its
     own (b, h, v, l, l), each is compared with the head's. Trains what makes the matrix, and not values and outputs.
 

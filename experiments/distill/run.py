@@ -33,7 +33,7 @@ RECIPE = "recipe.json"
 
 
 def run_recipe(recipe: Recipe, directory: Path, report: Report) -> Path:
-    """Distil as the recipe says; returns the path of the card.
+    """Distill as the recipe says; returns the path of the card.
 
     Args:
         recipe: as `load_recipe` gives it.

@@ -63,7 +63,7 @@ class Setting:
         return next(iter(self.encoded.sizes.values()))["text"]
 
     def batch(self, step: int, fit: FitConfig, sizes: tuple[int, ...] = (), caption_dropout: float = 0.0) -> Batch:
-        """The batch of `step` for `Distil`, a function of the seed and the step alone; see `draw`.
+        """The batch of `step` for `DistillationLoss`, a function of the seed and the step alone; see `draw`.
 
         Args:
             sizes: among those that were encoded; (): the first.

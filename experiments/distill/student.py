@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from experiments.config import Distillation, MixerChoice, Stage
-from experiments.distill.objective import Distil
+from experiments.distill.objective import DistillationLoss
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig, fit
 from unet_adapters import MixerAdapter
@@ -42,7 +42,7 @@ def build_student(teacher: Teacher, mixer: str, choice: MixerChoice, plan: Disti
 
 
 @torch.no_grad()
-def randomise(adapter: MixerAdapter, seed: int) -> None:
+def randomize(adapter: MixerAdapter, seed: int) -> None:
     """Draw the trained q, k, v and output projections as torch draws a new linear layer: U(−1/√d, 1/√d)."""
     torch.manual_seed(seed)
     for name, parameter in adapter.parameters_by_name().items():
@@ -72,7 +72,7 @@ def run_stages(
     if not any(True for _ in adapter.student.parameters()):
         raise ValueError("train='new' leaves nothing to train: the mixers add no parameters. Use 'new+projections'.")
     if plan.start == "random":
-        randomise(adapter, plan.fit.seed)
+        randomize(adapter, plan.fit.seed)
     records: list[dict[str, Any]] = []
     with _training(teacher, adapter, plan):
         for stage, folder in zip(plan.stages, stage_folders(plan, directory), strict=True):
@@ -84,7 +84,7 @@ def run_stages(
             def tell(done: int, losses: dict[str, float], stage: Stage = stage) -> None:
                 report(stage.name, done, stage.fit.steps, losses)
 
-            objective = Distil(teacher, adapter, stage.objectives)
+            objective = DistillationLoss(teacher, adapter, stage.objectives)
             log = fit(objective, batch, config, folder, tell, watched=teacher.unet)
             spent = {"steps": config.steps, "seconds": perf_counter() - start, "log": log}
             records.append({"stage": stage.name, "folder": folder.name, **spent})

@@ -18,7 +18,7 @@ PREFERRED = "captions_val2014.json"
 class CocoCaptions(RandomAccess):
     """One caption a picture of `annotations/captions_<set>.json`; the pictures are in `<set>/` or `images/<set>/`.
 
-    Which of a picture's captions it is, is drawn once by its id. A picture is cropped to its centre and resized
+    Which of a picture's captions it is, is drawn once by its id. A picture is cropped to its center and resized
     (Lanczos) to the size that is asked for. Opening reads the captions alone.
 
     Args:

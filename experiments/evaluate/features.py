@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 class Clip(Network):
-    """A CLIP with its tokenizer and normalisation; features are its picture embeddings.
+    """A CLIP with its tokenizer and normalization; features are its picture embeddings.
 
     Pictures are cropped to their central square and resized to the network's size, bicubic and antialiased. It has the
     methods that torchmetrics' `CLIPScore` calls of a model and, as `process`, of a processor.

@@ -78,7 +78,7 @@ def protocol_of(setting: Setting, plan: Evaluation, data: str) -> Protocol:
             "guidances": list(plan.all_guidances),
             "settings": json.loads(json.dumps(known, default=str)),
         },
-        resize=f"centre crop, Lanczos to {metrics.resize or 'the size drawn'}; then the network's own",
+        resize=f"center crop, Lanczos to {metrics.resize or 'the size drawn'}; then the network's own",
         data=compared,
         features={name: open_network(name).fingerprint for name in metrics.features} if metrics.images else {},
         teacher=teacher_fingerprint(setting),

@@ -45,9 +45,9 @@ def at_sizes(plan: Distillation, sizes: tuple[int, ...]) -> Distillation:
 
 PAPER = (
     Claim(
-        told="Normalisation matters at resolutions not trained on",
-        factor="normalisation",
-        value="not normalised",
+        told="Normalization matters at resolutions not trained on",
+        factor="normalization",
+        value="not normalized",
         worse=True,
         beyond=True,
     ),

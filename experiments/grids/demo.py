@@ -1,4 +1,4 @@
-"""Which features of a linear mixer matter for images? Normalisation × causality, within ten minutes on two cores."""
+"""Which features of a linear mixer matter for images? Normalization × causality, within ten minutes on two cores."""
 
 from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
 from experiments.grids import PAPER, SOFTMAX
@@ -7,7 +7,7 @@ from experiments.training import FitConfig
 _LINEAR = [
     Variant(
         name=f"linear_{causality}_{'normalized' if normalize else 'unnormalized'}",
-        label=f"linear attention, {causality}, {'normalised' if normalize else 'not normalised'}",
+        label=f"linear attention, {causality}, {'normalized' if normalize else 'not normalized'}",
         mixer="linear_attention",
         causality=causality,
         normalize=normalize,
@@ -18,12 +18,12 @@ _LINEAR = [
 
 GRID = Grid(
     name="demo",
-    question="Which features of a linear mixer matter for images: attention normalisation, or causality?",
+    question="Which features of a linear mixer matter for images: attention normalization, or causality?",
     variants=(
         SOFTMAX,
         Variant(name="linfusion", label="LinFusion", mixer="linfusion"),
         *_LINEAR,
-        Variant(name="linfusion_unnormalized", label="LinFusion, not normalised", mixer="linfusion", normalize=False),
+        Variant(name="linfusion_unnormalized", label="LinFusion, not normalized", mixer="linfusion", normalize=False),
         Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
     ),
     seeds=(0,),

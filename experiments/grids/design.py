@@ -31,11 +31,11 @@ GRID = Grid(
             causality="bidirectional",
             normalize=False,
         ),
-        Variant(name="normalized", label="3 normalised", mixer="mamba2", causality="bidirectional", normalize=True),
+        Variant(name="normalized", label="3 normalized", mixer="mamba2", causality="bidirectional", normalize=True),
         Variant(name="noncausal", label="4 non-causal", mixer="mamba2", causality="noncausal", normalize=True),
         Variant(
             name="linfusion",
-            label="5 generalised low-rank linear attention: LinFusion",
+            label="5 generalized low-rank linear attention: LinFusion",
             mixer="linfusion",
             causality="noncausal",
             normalize=True,

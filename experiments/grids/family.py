@@ -1,7 +1,7 @@
-"""Which family of linear mixers is best for images, with which causality, and normalised or not?
+"""Which family of linear mixers is best for images, with which causality, and normalized or not?
 
 Mixers are in their plain forms, which start from the teacher's projections. The published GLA has no constant for the
-number of tokens and tames its sums with RMSNorm, which the plain form leaves out: not normalised, its first error is
+number of tokens and tames its sums with RMSNorm, which the plain form leaves out: not normalized, its first error is
 10⁵ times the others', and after the 110 steps of the default it is still on its way.
 """
 
@@ -11,7 +11,7 @@ from experiments.grids import EVALUATION, PAPER, SEEDS, SOFTMAX, ours
 
 GRID = Grid(
     name="family",
-    question="Which family of linear mixers is best for images, and do order and normalisation matter to all?",
+    question="Which family of linear mixers is best for images, and do order and normalization matter to all?",
     variants=(
         SOFTMAX,
         *product(

@@ -1,4 +1,4 @@
-"""Which feature map should a linear attention have? Signed ones (`identity`) cannot be normalised."""
+"""Which feature map should a linear attention have? Signed ones (`identity`) cannot be normalized."""
 
 from experiments.config import Grid, Variant
 from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
@@ -14,7 +14,7 @@ GRID = Grid(
         *(
             Variant(
                 name=f"{mixer}_{feature_map}{'' if normalize else '_unnormalized'}",
-                label=f"{label}, {feature_map}{'' if normalize else ', not normalised'}",
+                label=f"{label}, {feature_map}{'' if normalize else ', not normalized'}",
                 mixer=mixer,
                 normalize=normalize,
                 options={"feature_map": feature_map},

@@ -1,7 +1,7 @@
 """Is it nearness that decays bring? The same mixers without any, with decays of any kind, and with nearness alone.
 
 A decay makes near tokens weigh more; RetNet's depends on nothing else, and a 3 × 3 convolution of the values adds the
-neighbours and nothing else. Non-causal forms have no order for a decay to run along: they keep it as a weight of a key.
+neighbors and nothing else. Non-causal forms have no order for a decay to run along: they keep it as a weight of a key.
 """
 
 from experiments.config import Grid, Variant

@@ -1,11 +1,11 @@
-"""The generalised low-rank form at rank r of F Gᵀ (2409.02097 §3.3): features and state grow r times."""
+"""The generalized low-rank form at rank r of F Gᵀ (2409.02097 §3.3): features and state grow r times."""
 
 from experiments.config import Grid, Variant
 from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
 
 GRID = Grid(
     name="rank",
-    question="How large a rank does the generalised low-rank form of linear attention need?",
+    question="How large a rank does the generalized low-rank form of linear attention need?",
     variants=(
         SOFTMAX,
         *(

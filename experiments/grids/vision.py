@@ -1,7 +1,7 @@
 """Linear mixers made for images, each with its published causality.
 
 In their plain forms, which start from the teacher's projections; where the paper adds a convolution of the values over
-the image, a second row has it. VSSD and Hydra are normalised: as published they have a norm behind them, which the
+the image, a second row has it. VSSD and Hydra are normalized: as published they have a norm behind them, which the
 plain form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
 """
 
@@ -15,8 +15,8 @@ _MIXERS = {
     "focused": "FLatten, focused",
     "mila": "MILA",
     "inline": "InLine",
-    "vssd": "VSSD, normalised",
-    "hydra": "Hydra, normalised",
+    "vssd": "VSSD, normalized",
+    "hydra": "Hydra, normalized",
     "gated_deltanet": "Gated DeltaNet",
 }
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from experiments.report import style
 from experiments.report.records import Run, Variant
-from experiments.report.tables import Value, over_seeds, summarise
+from experiments.report.tables import Value, over_seeds, summarize
 
 RELATIVE = "squared error to teacher / teacher's mean square"
 RATIO = "error to truth / teacher's error to truth"
@@ -50,7 +50,7 @@ def against_size(run: Run, metric: str, path: Path) -> bool:
         where: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axes.annotate("trained here", (run.train_size, 1), xytext=(3, 2), fontsize=8, color="#666666", **where)
         if not teacher:
-            axes.axhline(1, color=style.GREY, linewidth=1)
+            axes.axhline(1, color=style.GRAY, linewidth=1)
 
     return _draw(run, lines, dress, RELATIVE if teacher else RATIO, path)
 
@@ -114,7 +114,7 @@ def costs(run: Run, variant: Variant, attribute: str) -> list[tuple[int, Value]]
             value = getattr(row, attribute)
             if value is not None and value > 0:
                 found.setdefault(row.tokens, []).append(float(value))
-    return [(t, v) for t, values in sorted(found.items()) if (v := summarise(values))]
+    return [(t, v) for t, values in sorted(found.items()) if (v := summarize(values))]
 
 
 def _draw(run: Run, lines: Lines, dress: Callable[[Axes], None], ylabel: str, path: Path, **looks: float | str) -> bool:

@@ -26,12 +26,12 @@ class Factor:
 
 
 FACTORS = (
-    Factor("normalisation", "normalize", True, {False: "not normalised"}),
+    Factor("normalization", "normalize", True, {False: "not normalized"}),
     Factor("causality", "causality", "noncausal", {"causal": "causal", "bidirectional": "bidirectional"}),
     Factor("causality", "causality", "causal", {"bidirectional": "bidirectional over causal"}),
 )
-TOLD = {True: "normalised", False: "not normalised", "noncausal": "non-causal"}
-SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalize": "normalisation"}
+TOLD = {True: "normalized", False: "not normalized", "noncausal": "non-causal"}
+SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalize": "normalization"}
 """What an effect may depend on."""
 OTHERS = {
     "options": "an option of the mixer",
@@ -119,7 +119,7 @@ class Effect:
 
 
 def effects(run: Run) -> list[Effect]:
-    """Every factor's effect at every size: normalisation, causality, the mixer, and whatever else rows differ in."""
+    """Every factor's effect at every size: normalization, causality, the mixer, and whatever else rows differ in."""
     found = []
     for factor in (*FACTORS, *_families(run)):
         for value, told in factor.values.items():

@@ -14,7 +14,7 @@ from experiments.report import curves, heat, pictures, points, style
 from experiments.report.effects import Effect
 from experiments.report.records import Run
 
-KEY = "Solid: normalised; dashed: not. Circle: non-causal; triangle: causal; diamond: bidirectional."
+KEY = "Solid: normalized; dashed: not. Circle: non-causal; triangle: causal; diamond: bidirectional."
 BAND = f"{KEY} Line: mean over seeds; band: smallest to largest."
 GROWTH = "The number is the growth exponent over the three largest sizes: 1 is linear in tokens, 2 quadratic."
 
@@ -58,7 +58,7 @@ def _numbers(run: Run, found: list[Effect]) -> Iterator[Plan]:
     yield (
         *("effects", "effects", partial(points.effects, run, found), "Ratio of errors by factor and size"),
         "What each factor does to the error to the teacher. Stroke: geometric mean over pairs of rows that differ in "
-        "it alone; bar: 95 % bootstrap interval over seeds; grey: the interval holds 1. Markers: the pairs; where they "
+        "it alone; bar: 95 % bootstrap interval over seeds; gray: the interval holds 1. Markers: the pairs; where they "
         "lie on both sides of 1, the effect depends on the other factors.",
     )
     teacher, truth = "Error to the teacher", "Error to the truth over the teacher's own (1: as good as it)"
@@ -72,7 +72,7 @@ def _numbers(run: Run, found: list[Effect]) -> Iterator[Plan]:
     yield (
         *("pareto", "pareto", partial(points.pareto, run), "Error against time and against state size"),
         "Quality against cost: error at the largest size, and time and state of one forward pass at the largest size "
-        "timed. Down and left is better; nothing beats the rows on the grey steps in both.",
+        "timed. Down and left is better; nothing beats the rows on the gray steps in both.",
     )
     yield (
         *("sites", "sites", partial(heat.sites, run), "Error of every site of the UNet, rows: variants"),
@@ -110,7 +110,7 @@ def _pictures(run: Run) -> Iterator[Plan]:
             *("samples", f"samples_{size}", partial(pictures.sample_grid, run, size)),
             f"Samples at {size} px, rows: variants, columns: prompts",
             f"Samples at {size} px, {seen}: the teacher, then each variant with its first finished seed, from the same "
-            f"prompts and starting noise. A good mixer's row repeats the teacher's. {pictures.LICENCE}",
+            f"prompts and starting noise. A good mixer's row repeats the teacher's. {pictures.LICENSE}",
         )
     yield (
         *("matrices", "mixing_matrices", partial(pictures.matrices, run), "Mixing matrix of each variant"),
@@ -121,6 +121,6 @@ def _pictures(run: Run) -> Iterator[Plan]:
     )
     yield (
         *("matrices", "receptive_fields", partial(pictures.fields, run), "Receptive field of each variant"),
-        "Receptive fields: the share of weight by offset from the token that is written (centre), mean over tokens; "
+        "Receptive fields: the share of weight by offset from the token that is written (center), mean over tokens; "
         "darker is more, each panel on its own scale.",
     )

@@ -31,7 +31,7 @@ def timesteps(run: Run, path: Path) -> bool:
 
 
 def _maps(run: Run, kind: str, key: str, value: str, told: Any, path: Path) -> bool:
-    """Geometric means over seeds of a kind of rows, on one scale of colours."""
+    """Geometric means over seeds of a kind of rows, on one scale of colors."""
     trained = [v for v in run.variants if not v.untouched and any(getattr(c, kind) for c in run.done(v.name))]
     rows = {v.name: [_square_rows(c, kind) for c in run.done(v.name)] for v in trained}
     places = list(dict.fromkeys((r["height"], r[key]) for found in rows.values() for c in found for r in c))

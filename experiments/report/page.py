@@ -7,7 +7,7 @@ from typing import Any
 from experiments.report.figures import Figure
 from experiments.report.finding import Finding
 from experiments.report.html import render
-from experiments.report.pictures import LICENCE
+from experiments.report.pictures import LICENSE
 from experiments.report.records import Cell, Run
 from experiments.report.tables import SPREAD, Table, effects_table, markdown, picture_table, shape_table
 from experiments.report.viewer import samples
@@ -57,7 +57,7 @@ def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> 
         environment=_flat(run.grid.get("environment")),
         protocol=_flat(run.protocol),
         notes=[str(n) for n in run.grid.get("notes") or []],
-        licence=LICENCE,
+        license=LICENSE,
     )
 
 
@@ -89,7 +89,7 @@ def as_markdown(run: Run, finding: Finding, table: Table, figures: list[Figure])
     parts.append("## Failed, unfinished and damaged")
     lines = [f"- {c.id}: {c.status}. {c.error or ''}" for c in run.cells if c.status in ("failed", "damaged")]
     lines += [f"- {u}" for u in _unfinished(run)] + [f"- {p}" for p in run.problems]
-    parts += ["\n".join(lines) or "None.", LICENCE]
+    parts += ["\n".join(lines) or "None.", LICENSE]
     return "\n\n".join(p.strip() for p in parts if p) + "\n"
 
 

@@ -18,7 +18,7 @@ from experiments.report import style
 from experiments.report.records import Run
 
 Picture = NDArray[np.uint8] | None
-LICENCE = "Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
+LICENSE = "Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
 def sample_grid(run: Run, size: int, path: Path) -> bool:
@@ -95,7 +95,7 @@ def fields(run: Run, path: Path) -> bool:
 
     def show(axes: Axes, field: NDArray[np.float32]) -> None:
         limit = float(np.nanpercentile(np.abs(field), 99.8)) or 1.0
-        axes.imshow(np.abs(field), cmap="Greys", vmin=0, vmax=limit, interpolation="nearest")
+        axes.imshow(np.abs(field), cmap="Grays", vmin=0, vmax=limit, interpolation="nearest")
 
     return _multiples(run, "receptive_field", show, path)
 

@@ -38,7 +38,7 @@ def effects(run: Run, found: list[Effect], path: Path) -> bool:
         axes.plot(effect.ratio.mean, place, "|", color=color, markersize=13, markeredgewidth=2.5, zorder=3)
         if first and place:
             axes.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
-    axes.axvline(1, color=style.GREY, linewidth=1)
+    axes.axvline(1, color=style.GRAY, linewidth=1)
     ticks = {"yticks": range(len(found)), "yticklabels": names, "ylim": (len(found) - 0.5, -0.5)}
     axes.set(xscale="log", xlabel="ratio of errors to the teacher; 1: no effect", **ticks)
     style.plain_log(axes, "x")
@@ -79,7 +79,7 @@ def _against_cost(run: Run, size: int, attribute: str) -> list[tuple[Variant, fl
 
 
 def _look(run: Run, variant: Variant, factor: str = "") -> dict[str, Any]:
-    """Colour by mixer, marker by causality, hollow if not normalised; a factor that is compared is not shown."""
+    """Color by mixer, marker by causality, hollow if not normalized; a factor that is compared is not shown."""
     color = style.by_mixer(run)[str(variant.mixer)]
     marker = "o" if factor == "causality" else style.MARKERS.get(variant.causality or "", "o")
     hollow = variant.normalize is False and factor != "normalize"
@@ -87,13 +87,13 @@ def _look(run: Run, variant: Variant, factor: str = "") -> dict[str, Any]:
 
 
 def _legend(canvas: Figure, run: Run) -> None:
-    """What colours, markers and hollow markers are."""
-    marks: dict[str, Any] = {"color": style.GREY, "linestyle": ""}
+    """What colors, markers and hollow markers are."""
+    marks: dict[str, Any] = {"color": style.GRAY, "linestyle": ""}
     colors = [(run.mixers[mixer], color) for mixer, color in style.by_mixer(run).items()]
     keys = [Line2D([], [], color=color, marker="o", linestyle="", label=name) for name, color in colors]
     orders = {v.causality for v in run.variants if not v.untouched}
     keys += [Line2D([], [], marker=m, label=reads(run, o), **marks) for o, m in style.MARKERS.items() if o in orders]
-    keys += [Line2D([], [], marker="o", markerfacecolor="white", label="not normalised", **marks)]
+    keys += [Line2D([], [], marker="o", markerfacecolor="white", label="not normalized", **marks)]
     canvas.legend(handles=keys, loc="outside lower center", ncols=5)
 
 

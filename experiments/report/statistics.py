@@ -33,7 +33,7 @@ class Interval:
         return self.seeds > 1 and (self.low > value or self.high < value)
 
     def exp(self) -> Interval:
-        """Of log ratios: the ratios, whose centre is a geometric mean."""
+        """Of log ratios: the ratios, whose center is a geometric mean."""
         return Interval(_exp(self.mean), _exp(self.low), _exp(self.high), self.seeds)
 
 

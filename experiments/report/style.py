@@ -18,7 +18,7 @@ from experiments.report.records import Run, Variant
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999933")
 MANY = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
-GREY = "#555555"
+GRAY = "#555555"
 DPI = 150
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
 RC: Any = {
@@ -51,9 +51,9 @@ def groups(run: Run) -> list[tuple[str, list[Variant]]]:
 
 
 def line(run: Run, variant: Variant) -> dict[str, Any]:
-    """Colour by variant, or by causality in a panel of its own; dashes if not normalised, marker by causality."""
+    """Color by variant, or by causality in a panel of its own; dashes if not normalized, marker by causality."""
     if variant.untouched:
-        return {"color": GREY, "linestyle": "-", "marker": "s"}
+        return {"color": GRAY, "linestyle": "-", "marker": "s"}
     title, rows = next((t, r) for t, r in groups(run) if variant in r)
     trained = [v for v in rows if not v.untouched]
     marker = MARKERS.get(variant.causality or "", "o")
@@ -66,12 +66,12 @@ def line(run: Run, variant: Variant) -> dict[str, Any]:
 
 
 def by_switch(rows: list[Variant]) -> bool:
-    """Whether causality and normalisation tell these rows apart."""
+    """Whether causality and normalization tell these rows apart."""
     return len({(v.causality, v.normalize) for v in rows}) == len(rows)
 
 
 def by_mixer(run: Run) -> dict[str, Any]:
-    """A colour for every mixer, for figures whose points are rows."""
+    """A color for every mixer, for figures whose points are rows."""
     names = list(dict.fromkeys(str(v.mixer) for v in run.variants if not v.untouched))
     palette = PALETTE if len(names) <= len(PALETTE) else MANY
     return {name: palette[k % len(palette)] for k, name in enumerate(names)}

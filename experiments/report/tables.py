@@ -83,7 +83,7 @@ def number(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
-def summarise(values: list[float]) -> Value | None:
+def summarize(values: list[float]) -> Value | None:
     """Mean and half range; None of nothing."""
     if not values:
         return None
@@ -95,7 +95,7 @@ def summarise(values: list[float]) -> Value | None:
 
 def over_seeds(run: Run, variant: Variant, size: int, metric: str) -> Value | None:
     """A fidelity metric of a variant at a size."""
-    return summarise([getattr(c.fidelity[size], metric) for c in run.done(variant.name) if size in c.fidelity])
+    return summarize([getattr(c.fidelity[size], metric) for c in run.done(variant.name) if size in c.fidelity])
 
 
 def main_table(run: Run) -> Table:
@@ -150,7 +150,7 @@ def shape_table(run: Run) -> Table:
     shapes = sorted({shape for v in run.variants for c in run.done(v.name) for shape in c.shapes})
     found = {
         v.label: [
-            summarise([c.shapes[s].relative_error_to_teacher for c in run.done(v.name) if s in c.shapes])
+            summarize([c.shapes[s].relative_error_to_teacher for c in run.done(v.name) if s in c.shapes])
             for s in shapes
         ]
         for v in run.variants
@@ -187,7 +187,7 @@ def _place(row: dict[str, Any]) -> tuple[str, str, int, int, float]:
 
 
 def _mean_of(rows: list[dict[str, Any]], name: str) -> Value | None:
-    return summarise([math.nan if r[name] is None else float(r[name]) for r in rows])
+    return summarize([math.nan if r[name] is None else float(r[name]) for r in rows])
 
 
 def _compared(run: Run, variant: Variant) -> list[Entry]:
@@ -219,5 +219,5 @@ def best_row(run: Run, values: list[Value | None]) -> int | None:
 def _feature(variant: Variant) -> str:
     if variant.untouched:
         return "the teacher's own"
-    normal = {True: "normalised", False: "unnormalised", None: "default normalisation"}[variant.normalize]
+    normal = {True: "normalized", False: "unnormalized", None: "default normalization"}[variant.normalize]
     return f"{(variant.causality or 'default order').replace('noncausal', 'non-causal')}, {normal}"

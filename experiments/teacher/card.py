@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from experiments.data import CaptionedImages, EmojiSet, batch
-from experiments.data.emoji import BACKGROUNDS, LICENCE
+from experiments.data.emoji import BACKGROUNDS, LICENSE
 from experiments.teacher.load import load_teacher
 from experiments.teacher.recipe import TeacherRecipe
 
@@ -44,7 +44,7 @@ def write_card(folder: Path, recipe: TeacherRecipe) -> Path:
     sheet(drawn[::3][:SHEET], captions[::3][:SHEET]).save(folder / "sheet.png")
     card = folder / "README.md"
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).render(
-        **figures, recipe=recipe, licence=LICENCE, candidates=CANDIDATES, guidance=GUIDANCE, steps=STEPS, seen=len(seen)
+        **figures, recipe=recipe, license=LICENSE, candidates=CANDIDATES, guidance=GUIDANCE, steps=STEPS, seen=len(seen)
     )
     card.write_text(text + "\n", encoding="utf-8")
     return card
@@ -82,7 +82,7 @@ def retrieval(pipe: StableDiffusionPipeline, judge: CLIPModel, images: Tensor, c
 
 
 def backgrounds_obeyed(images: Tensor, captions: list[str]) -> float:
-    """Share of pictures whose most frequent border colour is nearest to the background their caption names."""
+    """Share of pictures whose most frequent border color is nearest to the background their caption names."""
     names = list(BACKGROUNDS)
     palette = torch.tensor([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in BACKGROUNDS.values()]).float()
     pixels = (images + 1) * 127.5

@@ -1,4 +1,4 @@
-"""What each stage of the teacher's training minimises: modules from a batch to a dictionary of losses."""
+"""What each stage of the teacher's training minimizes: modules from a batch to a dictionary of losses."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class Teacher:
             return noise
         if kind == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
-        raise ValueError(f"Cannot distil a model that predicts {kind!r}: expected epsilon or v_prediction.")
+        raise ValueError(f"Cannot distill a model that predicts {kind!r}: expected epsilon or v_prediction.")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -67,7 +67,7 @@ def train_teacher(directory: Path, recipe: TeacherRecipe, report: Report | None 
 
 def captions() -> list[str]:
     """Every caption's words: all emoji names, all backgrounds."""
-    return [e.name for e in catalogue()] + [f"{colour} background" for colour in BACKGROUNDS] * 20
+    return [e.name for e in catalogue()] + [f"{color} background" for color in BACKGROUNDS] * 20
 
 
 def renders(recipe: TeacherRecipe) -> tuple[Tensor, list[str]]:

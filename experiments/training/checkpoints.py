@@ -1,6 +1,6 @@
 """Training state on disk: one safetensors file a checkpoint, checked, the last few kept, never pickled.
 
-    checkpoints/step-00000120.safetensors        parameters, optimiser moments, EMA, gradient scale
+    checkpoints/step-00000120.safetensors        parameters, optimizer moments, EMA, gradient scale
     checkpoints/step-00000120.safetensors.sha256
 
 A file is written aside, brought to the disk and moved into place, after its checksum: a reader sees whole checkpoints.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class FitConfig(BaseModel):
-    """How to train. A step is one optimiser update."""
+    """How to train. A step is one optimizer update."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -36,7 +36,7 @@ class Problem:
     Attributes:
         operator: `linear`, `scan` or `delta`.
         tensors: by the names of the operator's arguments; `log_decay` as (b, l, h, 1 or k).
-        causality, normalize: as asked; False for an operator that does not normalise.
+        causality, normalize: as asked; False for an operator that does not normalize.
         return_state, initial_state: as asked.
     """
 

@@ -1,4 +1,4 @@
-"""What every operator shares: precision, normalisation, and what it refuses."""
+"""What every operator shares: precision, normalization, and what it refuses."""
 
 from __future__ import annotations
 

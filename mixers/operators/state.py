@@ -13,7 +13,7 @@ class State:
 
     Attributes:
         memory: of `linear_attention` and `delta_rule` (b, h, k, v), of `selective_scan` (b, h, v, n); float32 at
-            least. Where normalised it holds the column of ones too: v + 1 for the first two, 2·v for the scan.
+            least. Where normalized it holds the column of ones too: v + 1 for the first two, 2·v for the scan.
         tokens: how many tokens there were.
     """
 

@@ -12,7 +12,7 @@ class ShortConvolution(nn.Module):
     """A depthwise convolution over the tokens, then SiLU: (b, l, channels) -> the same.
 
     y_i = SiLU(b + Σ_s w_s x_{i−size+1+s}) where causal (Mamba 2312.00752, Mamba-2 2405.21060, Gated DeltaNet
-    2412.06464); else the window is centred, and one of even size reaches one token further back than ahead (Hydra
+    2412.06464); else the window is centered, and one of even size reaches one token further back than ahead (Hydra
     2407.09941 has size 7). Tokens outside are zeros; any l ≥ 1 will do. size·channels multiply-adds a token.
 
     Parameters are those of nn.Conv1d, as published: `conv.weight` (channels, 1, size) and `conv.bias` (channels,).
@@ -68,7 +68,7 @@ class LocalConvolution(nn.Module):
     ) -> None:
         super().__init__()
         if size < 1 or size % 2 == 0:
-            raise ValueError(f"A local convolution has a centre: expected an odd size ≥ 1, got {size}.")
+            raise ValueError(f"A local convolution has a center: expected an odd size ≥ 1, got {size}.")
         self.option = option
         self.conv = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
         if zero_init:
@@ -83,7 +83,7 @@ class LocalConvolution(nn.Module):
         """
         if grid is None:
             raise ValueError(
-                "A local convolution sees neighbours in the image and has to know its size: "
+                "A local convolution sees neighbors in the image and has to know its size: "
                 f"pass grid=(height, width), or do without it by {self.option}."
             )
         height, width = grid

@@ -73,9 +73,9 @@ SCANS: dict[str, tuple[str, ...]] = {**{name: (name,) for name in _ORDERS}, "cro
 
 - `raster`: row by row, the order in which the tokens come; needs no grid.
 - `column`: column by column.
-- `zigzag`: row by row, every second row backwards: consecutive tokens are always neighbours.
-- `hilbert`: a Hilbert curve, generalised to rectangles by J. Červený's construction: consecutive tokens are
-  neighbours, but for at most one diagonal step where the longer side is odd and the shorter one even; and tokens that
+- `zigzag`: row by row, every second row backwards: consecutive tokens are always neighbors.
+- `hilbert`: a Hilbert curve, generalized to rectangles by J. Červený's construction: consecutive tokens are
+  neighbors, but for at most one diagonal step where the longer side is odd and the shorter one even; and tokens that
   are near in the image are mostly near in the order.
 - `cross`: two passes, `raster` and `column`.
 """

@@ -40,10 +40,10 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 
 def feature_map(name: str, normalize: bool) -> FeatureMap:
-    """Look a feature map up, for a mixer that is normalised or not.
+    """Look a feature map up, for a mixer that is normalized or not.
 
     Raises:
-        ValueError: unknown name, or a signed map where weights are to be normalised.
+        ValueError: unknown name, or a signed map where weights are to be normalized.
     """
     if name not in FEATURE_MAPS:
         raise ValueError(

@@ -58,7 +58,7 @@ class OperatorCase:
         return self.name
 
     def switches(self, *causalities: Causality) -> Iterator[dict[str, Any]]:
-        """Every causality × normalisation; of these causalities where some are given."""
+        """Every causality × normalization; of these causalities where some are given."""
         chosen = [c for c in self.causalities if c in causalities] if causalities else self.causalities
         for causality, normalize in itertools.product(chosen, self.normalizations):
             asked = {} if normalize is None else {"normalize": normalize}
@@ -305,7 +305,7 @@ def _part(case: OperatorCase, tensors: Tensors, start: int, stop: int) -> Tensor
 
 def _told(switches: dict[str, Any]) -> str:
     normalize = switches.get("normalize")
-    return switches["causality"] + ("" if normalize is None else ", normalised" if normalize else ", not normalised")
+    return switches["causality"] + ("" if normalize is None else ", normalized" if normalize else ", not normalized")
 
 
 OPERATOR_CHECKS: tuple[Callable[[OperatorCase, Inputs], None], ...] = (
@@ -322,7 +322,7 @@ OPERATOR_CHECKS: tuple[Callable[[OperatorCase, Inputs], None], ...] = (
 
 
 def check_operator(case: str | OperatorCase, inputs: Inputs | None = None) -> list[str]:
-    """Run every check of an operator, for every causality and normalisation; returns the names of the checks.
+    """Run every check of an operator, for every causality and normalization; returns the names of the checks.
 
     Args:
         case: a name in OPERATORS, or a case of your own.

@@ -55,7 +55,7 @@ class Configuration:
 
 
 def configurations(names: Iterable[str]) -> list[Configuration]:
-    """Every causality × normalisation that each mixer does not refuse, in its published and in its plain form."""
+    """Every causality × normalization that each mixer does not refuse, in its published and in its plain form."""
     forms: tuple[Literal["published", "plain"], ...] = ("published", "plain")
     return [
         Configuration(name, causality, normalize, form)

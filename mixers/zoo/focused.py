@@ -36,7 +36,7 @@ class FocusedConfig(LinearAttentionConfig):
 
 @register_mixer("focused")
 class Focused(LinearAttention):
-    """FLatten (2308.00442): W_ij = φ(q_i)·φ(k_j), φ(x) = ‖u‖ u^p / ‖u^p‖, rows normalised; Y = W V + dwc(V).
+    """FLatten (2308.00442): W_ij = φ(q_i)·φ(k_j), φ(x) = ‖u‖ u^p / ‖u^p‖, rows normalized; Y = W V + dwc(V).
 
     u = (relu(x) + 1e-6) / softplus(s) with a learned s, and norms over all heads. The 5 × 5 depthwise convolution dwc
     has weights for every channel; the published one shares them between the heads, which is a special case. The

@@ -27,7 +27,7 @@ class HydraConfig(StateSpaceConfig):
     Attributes:
         shared_keys: both directions have one B and one C; as published each has its own.
         own_query: a token reads the state before it with its own C; as published, where the whole result is moved by
-            one, with that of its neighbour on the side that it reads.
+            one, with that of its neighbor on the side that it reads.
     """
 
     causality: Causality = "bidirectional"
@@ -56,7 +56,7 @@ class Hydra(StateSpaceMixer):
         W_ij = C_{i−1}·B_j Δ_j ∏_{t=j+1..i−1} exp(Δ_t A) for j < i, mirrored for j > i, and W_ii = δ_i = fc(x_i) + D
 
     then RMSNorm(W x)·SiLU(z). Each direction has its own B, C and Δ; A and the bias of Δ are shared, one a head.
-    A causal one has the past and the diagonal. Normalised, the diagonal is softplus(fc(x_i) + D) > 0, and eps is
+    A causal one has the past and the diagonal. Normalized, the diagonal is softplus(fc(x_i) + D) > 0, and eps is
     added to the row sum.
     """
 

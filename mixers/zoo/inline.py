@@ -26,7 +26,7 @@ class InLineConfig(MixerConfig):
     Attributes:
         feature_map: φ; any will do, signed ones too.
         dynamic_convolution: the weights of the local convolution are computed from the mean token, else learned.
-        scale_tokens: unnormalised weights are divided by this many tokens, a constant whatever the real number is.
+        scale_tokens: unnormalized weights are divided by this many tokens, a constant whatever the real number is.
         backend: of the operator.
     """
 
@@ -61,7 +61,7 @@ class DynamicConvolution(nn.Module):
         """(b, l, h, v) -> (b, l, h, v)."""
         if streams.grid is None:
             raise ValueError(
-                "A local convolution sees neighbours in the image and has to know its size: "
+                "A local convolution sees neighbors in the image and has to know its size: "
                 "pass grid=(height, width), or do without it by local_convolution=0."
             )
         chosen = self.residual(streams.x.mean(1)[..., None])
@@ -76,7 +76,7 @@ class DynamicConvolution(nn.Module):
 class InLine(LinearMixer):
     """InLine (2412.06590): W_ij = (φ(q_i)·φ(k_j)/√k + 1 − mean_j' φ(q_i)·φ(k_j')/√k) / l; Y = W V + conv(V).
 
-    Normalised by subtraction: rows sum to one with no division, so that different queries keep different weights;
+    Normalized by subtraction: rows sum to one with no division, so that different queries keep different weights;
     weights may be negative. φ is the identity as published. Means are over the visible tokens: all, or 0 … i where
     causal. normalize=False takes the correction away: W_ij = φ(q_i)·φ(k_j) / (√k · scale_tokens).
 
@@ -96,7 +96,7 @@ class InLine(LinearMixer):
 
     @property
     def scale(self) -> float:
-        """1 / √k, unnormalised also over scale_tokens."""
+        """1 / √k, unnormalized also over scale_tokens."""
         return 1 / (self.key_dim**0.5 * (1 if self.config.normalize else self.config.scale_tokens))
 
     def mix(self, streams: Streams) -> Tensor:
@@ -140,7 +140,7 @@ class InLine(LinearMixer):
         return super().positive and not self.config.normalize
 
     def state_size(self, length: int) -> int:
-        """h·k·v; normalised also the sum of the values and that of the keys."""
+        """h·k·v; normalized also the sum of the values and that of the keys."""
         more = self.head_dim + self.key_dim if self.config.normalize else 0
         return self.heads * (self.key_dim * self.head_dim + more)
 
@@ -152,6 +152,6 @@ class InLine(LinearMixer):
         return super().mixing_flops(length) + choosing
 
     def operator_flops(self, length: int) -> int:
-        """Those of linear attention, normalised with one feature more."""
+        """Those of linear attention, normalized with one feature more."""
         features = self.key_dim + int(self.config.normalize)
         return self.heads * operators.linear.flops(length, features, self.head_dim, self.config.causality, "none")

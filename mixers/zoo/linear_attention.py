@@ -14,7 +14,7 @@ class LinearAttentionConfig(LinearConfig):
     """Options of `linear_attention`.
 
     Attributes:
-        scale_tokens: unnormalised weights are divided by this many tokens and by √k, a constant whatever
+        scale_tokens: unnormalized weights are divided by this many tokens and by √k, a constant whatever
             the real number of tokens is; 256 keeps the output near one at 256 tokens.
     """
 

@@ -1,4 +1,4 @@
-"""LinFusion's generalised linear attention (Liu et al. 2024, 2409.02097)."""
+"""LinFusion's generalized linear attention (Liu et al. 2024, 2409.02097)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LinFusion's generalised low-rank form (Liu et al. 2024, 2409.02097), at any rank."""
+"""LinFusion's generalized low-rank form (Liu et al. 2024, 2409.02097), at any rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LinFusionLowRankConfig(LinFusionConfig):
 
 @register_mixer("linfusion_low_rank")
 class LinFusionLowRank(LinFusion):
-    """LinFusion at rank r (2409.02097): W = (C Bᵀ) ⊙ (F Gᵀ), rows normalised; C = φ(q), B = φ(k) as in linfusion.
+    """LinFusion at rank r (2409.02097): W = (C Bᵀ) ⊙ (F Gᵀ), rows normalized; C = φ(q), B = φ(k) as in linfusion.
 
     The paper derives this form and gives no F and G. Here F = elu(to_f(x)) + 1 and G = softmax(to_g(x)) over the r,
     for every head: both positive, so that weights are. to_f starts at zero, so F = 1, F Gᵀ = 1 and a fresh one is

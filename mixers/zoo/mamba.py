@@ -137,7 +137,7 @@ class Mamba(StateSpaceMixer):
         return selective_scan_weights(streams.write, self.A, B, C, **self._settings())
 
     def state_size(self, length: int) -> int:
-        """channels·n, twice that normalised: every channel has weights of its own, and so their sum."""
+        """channels·n, twice that normalized: every channel has weights of its own, and so their sum."""
         return self.value_width * self.key_dim * (1 + int(self.config.normalize))
 
     def projection_flops(self, length: int) -> int:

@@ -44,7 +44,7 @@ class MILA(LinearAttention):
 
     φ = elu + 1, R turns half of the channels by the row and half by the column (over the full width, so that heads
     have frequencies of their own), LePE is a 3 × 3 depthwise convolution. What W is divided by has no R: rows sum to
-    one, and weights are ≥ 0, only with rotary=False, and `traits` says so. Unnormalised it is the turned product.
+    one, and weights are ≥ 0, only with rotary=False, and `traits` says so. Unnormalized it is the turned product.
     The published form needs the grid; a causal one has no LePE, and the plain form neither LePE nor gate.
 
     Of the published block, a linear layer, 3 × 3 depthwise convolution and SiLU before q, k and v are left out, and v

@@ -25,7 +25,7 @@ class RetNetConfig(LinearConfig):
     """Options of `retnet`.
 
     Attributes:
-        rotary: turn queries and keys by their place; None does, as published, unless normalised: turned channels are
+        rotary: turn queries and keys by their place; None does, as published, unless normalized: turned channels are
             signed. Places are those in the scan, of every causality: the mixer then always has an order.
         first_exponent: γ of head h is 1 − 2^(−first_exponent − h).
     """
@@ -43,7 +43,7 @@ class RetNetConfig(LinearConfig):
         if self.rotary and self.normalize:
             raise ValueError(
                 "normalize=True needs weights ≥ 0, and rotary=True makes them signed: use rotary=False (or None, which "
-                "is off where normalised), or normalize=False."
+                "is off where normalized), or normalize=False."
             )
 
     @property

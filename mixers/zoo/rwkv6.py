@@ -58,7 +58,7 @@ class RWKV6(LinearMixer):
     """RWKV-6 (2404.05892): W_ij = Σ_c r_ic k_jc ∏_{t=j+1..i−1} w_tc for j < i, and W_ii = Σ_c u_c r_ic k_ic.
 
     w = exp(−exp(up(tanh(down(x))) + bias)): gates of the tokens between two, of neither of them. Bidirectional has
-    the mirror image for j > i; without an order W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Normalised
+    the mirror image for j > i; without an order W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Normalized
     u is exp(u) > 0, as it was in RWKV-4, and eps is added to the decayed sum, or without an order to the mean weight.
     GroupNorm, one a head, and SiLU(to_gate(x)) follow. r is to_q.
     """
@@ -137,7 +137,7 @@ class RWKV6(LinearMixer):
         return sums
 
     def operator_flops(self, length: int) -> int:
-        """Those of linear attention with decay, normalised with one column of the values more."""
+        """Those of linear attention with decay, normalized with one column of the values more."""
         width = self.head_dim + int(self.config.normalize)
         return self.heads * operators.linear.flops(length, self.key_dim, width, self.config.causality, "vector")
 

@@ -18,7 +18,7 @@ class SanaReLUConfig(LinearAttentionConfig):
 
 @register_mixer("sana_relu")
 class SanaReLU(LinearAttention):
-    """Sana (2410.10629): W_ij = relu(q_i)·relu(k_j), rows normalised.
+    """Sana (2410.10629): W_ij = relu(q_i)·relu(k_j), rows normalized.
 
     A token whose queries are all ≤ 0 sees nothing and gives 0. The published eps = 1e-15 is added to the sum of the
     weights, here to their mean. Of the published block the convolutions in its feed-forward part (Mix-FFN) and the

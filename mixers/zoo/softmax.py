@@ -25,7 +25,7 @@ from mixers.traits import Traits
     },
 )
 class Softmax(TokenMixer):
-    """Softmax attention: W = exp(q·k/√k), rows normalised; the quadratic baseline."""
+    """Softmax attention: W = exp(q·k/√k), rows normalized; the quadratic baseline."""
 
     Config: ClassVar[Any] = MixerConfig
     exceptions: ClassVar[dict[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}

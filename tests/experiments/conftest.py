@@ -38,7 +38,7 @@ def grid(tiny_teacher: Path) -> Grid:
         variants=(
             Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
             Variant(name="linear", label="linear attention", mixer="linear_attention"),
-            Variant(name="linear_raw", label="linear, not normalised", mixer="linear_attention", normalize=False),
+            Variant(name="linear_raw", label="linear, not normalized", mixer="linear_attention", normalize=False),
         ),
         distillation=Distillation(
             fit=FitConfig(steps=6, batch_size=2, learning_rate=1e-3, checkpoint_every=2, log_every=2), images=8

@@ -35,10 +35,10 @@ VARIANTS = [  # name, label, mixer, causality, normalize, growth of the error pe
     ("softmax", "softmax, untouched", "softmax", "noncausal", True, 0.0),
     ("linfusion", "LinFusion", "linfusion", "noncausal", True, 1.1),
     ("linear", "linear attention", "linear_attention", "noncausal", True, 1.2),
-    ("linear_raw", "linear attention, not normalised", "linear_attention", "noncausal", False, 4.0),
-    ("linfusion_raw", "LinFusion, not normalised", "linfusion", "noncausal", False, 5.0),
+    ("linear_raw", "linear attention, not normalized", "linear_attention", "noncausal", False, 4.0),
+    ("linfusion_raw", "LinFusion, not normalized", "linfusion", "noncausal", False, 5.0),
     ("linear_causal", "linear attention, causal", "linear_attention", "causal", True, 1.4),
-    ("linear_causal_raw", "linear attention, causal, not normalised", "linear_attention", "causal", False, 6.0),
+    ("linear_causal_raw", "linear attention, causal, not normalized", "linear_attention", "causal", False, 6.0),
     ("mamba2", "Mamba-2, bidirectional", "mamba2", "bidirectional", False, 2.0),
 ]
 FAILED, UNFINISHED = "mamba2-s1-x", "linear_causal_raw-s1-x"
@@ -52,8 +52,8 @@ def error(growth: float, size: int, seed: int) -> float:
 def picture(path: Path, size: int, k: int, noise: float) -> None:
     """A disc on a plain background, the noisier the worse the mixer."""
     y, x = np.mgrid[:size, :size] / size - 0.5
-    colours = np.array([[200, 60, 60], [60, 90, 200], [230, 210, 90], [240, 160, 60]])
-    image = np.where((x**2 + y**2 < 0.12)[..., None], colours[k % 4], 255 - colours[k % 4] // 2).astype(float)
+    colors = np.array([[200, 60, 60], [60, 90, 200], [230, 210, 90], [240, 160, 60]])
+    image = np.where((x**2 + y**2 < 0.12)[..., None], colors[k % 4], 255 - colors[k % 4] // 2).astype(float)
     image += np.random.default_rng(k).normal(0, 255 * noise, image.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)

@@ -53,7 +53,7 @@ def test_killed_and_started_again_is_bit_identical(grid: Grid, tmp_path: Path) -
     run_grid(only, tmp_path / "whole", quiet)
 
     def kill(_cells: int, _total: int, _label: str, phase: str, done: int, _steps: int) -> None:
-        if phase == "distil" and done == 5:
+        if phase == "distill" and done == 5:
             raise Killed
 
     with pytest.raises(Killed):
@@ -142,7 +142,7 @@ def test_what_is_trained_is_evaluated_anew_without_training_again(grid: Grid, tm
     phases: list[str] = []
     again = override(only, ["evaluation.sizes=[64]"])
     second = run_grid(again, tmp_path, lambda *event: phases.append(event[3]))[0]
-    assert "sample" in phases and "distil" not in phases
+    assert "sample" in phases and "distill" not in phases
     assert second["cell"] != first["cell"]
     for same in ("steps", "trained_parameters", "train_seconds"):
         assert second[same] == first[same] > 0

@@ -60,7 +60,7 @@ def test_edges_of_a_square() -> None:
     assert not controlnet.edges(torch.ones(1, 3, 16, 16)).any(), "a plain picture and its border have none"
 
 
-def test_edges_between_colours_of_equal_brightness() -> None:
+def test_edges_between_colors_of_equal_brightness() -> None:
     image = torch.zeros(1, 3, 16, 16)
     image[:, 0, :, 8:], image[:, 1, :, :8] = 0.9, 0.9
     assert controlnet.edges(image).any()

@@ -17,8 +17,8 @@ from experiments.data.emoji import BACKGROUNDS, catalogue, render
 CAT, DOG = (200, 40, 40), (40, 40, 200)
 
 
-def save(path: Path, colour: tuple[int, int, int] = CAT, size: tuple[int, int] = (48, 48)) -> None:
-    Image.new("RGB", size, colour).save(path)
+def save(path: Path, color: tuple[int, int, int] = CAT, size: tuple[int, int] = (48, 48)) -> None:
+    Image.new("RGB", size, color).save(path)
 
 
 def rgb(name: str) -> list[int]:
@@ -124,8 +124,8 @@ def test_an_svg_without_a_view_box_is_refused() -> None:
 
 
 def test_a_folder_with_text_files(tmp_path: Path) -> None:
-    for name, colour in (("cat", CAT), ("dog", DOG)):
-        save(tmp_path / f"{name}.png", colour)
+    for name, color in (("cat", CAT), ("dog", DOG)):
+        save(tmp_path / f"{name}.png", color)
         (tmp_path / f"{name}.txt").write_text(f"a {name}\n")
     data = ImageFolder(tmp_path)
     assert len(data) == 2 and not data.skipped

@@ -225,7 +225,7 @@ def test_an_incomplete_record_at_a_tar_s_start_needs_names(tmp_path: Path) -> No
     ("source", "told"),
     [
         ("nothing/*.parquet", "0 kinds"),
-        ("{folder}#colour=red", "expected options among image, text, key, got 'colour'"),
+        ("{folder}#color=red", "expected options among image, text, key, got 'color'"),
         ("{folder}#split=test", "got 'split'"),
         ("hub:nobody/nothing-at-all", "Cannot open hub:nobody/nothing-at-all as data: "),
         ("{folder}/bad.parquet", "Cannot open .*bad.parquet as data: "),
@@ -278,7 +278,7 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24))
-def test_a_photograph_has_the_size_asked_for_and_its_own_colours(height: int, width: int, h: int, w: int) -> None:
+def test_a_photograph_has_the_size_asked_for_and_its_own_colors(height: int, width: int, h: int, w: int) -> None:
     image = photograph(Image.new("RGB", (width, height), (200, 40, 10)), (h, w))
     assert image.shape == (3, h, w)
     torch.testing.assert_close(image, (torch.tensor([200.0, 40, 10]) / 127.5 - 1).view(3, 1, 1).expand(3, h, w))
@@ -295,7 +295,7 @@ def test_emoji_that_are_not_square_have_the_square_in_the_middle() -> None:
     data = EmojiSet()
     square, wide, tall = (data.example(40, size, 2).image for size in (32, (32, 80), (80, 32)))
     assert torch.equal(wide[:, :, 24:56], square) and torch.equal(tall[:, 24:56], square)
-    assert torch.equal(wide[:, :, :24].amax((1, 2)), wide[:, :, 56:].amin((1, 2))), "one colour to both sides"
+    assert torch.equal(wide[:, :, :24].amax((1, 2)), wide[:, :, 56:].amin((1, 2))), "one color to both sides"
 
 
 def test_photographs_are_turned_upright(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_embedded_clip_scores_captions_and_sees_every_size_alike() -> None:
     assert parts.score == pytest.approx(right.score, rel=1e-5)
 
 
-def test_a_wide_picture_is_cropped_to_its_centre() -> None:
+def test_a_wide_picture_is_cropped_to_its_center() -> None:
     network, square = open_network("embedded"), emoji()
     wide = torch.cat([torch.zeros_like(square), square, torch.zeros_like(square)], dim=-1)
     assert network(wide).equal(network(square))

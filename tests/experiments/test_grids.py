@@ -51,7 +51,7 @@ def test_a_product_is_filtered_and_every_row_gets_the_rest() -> None:
         "gla_bidirectional_normalized",
         "gla_noncausal_normalized",
     ]
-    assert rows[3].label == "GLA, bidirectional, normalised"
+    assert rows[3].label == "GLA, bidirectional, normalized"
     assert {v.min_tokens for v in rows} == {64}
 
 

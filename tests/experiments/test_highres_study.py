@@ -28,17 +28,17 @@ def test_areas_are_counted_at_any_size_however_soft_their_edges(
     picture = Image.new("RGB", (128 * times, 128 * times), "teal")
     draw = ImageDraw.Draw(picture)
 
-    def square(row: int, column: int, inset: int, colour: str) -> None:
+    def square(row: int, column: int, inset: int, color: str) -> None:
         top, left = (times * (32 * place + inset) for place in (row, column))
-        draw.rectangle((left, top, left + times * (32 - 2 * inset) - 1, top + times * (32 - 2 * inset) - 1), colour)
+        draw.rectangle((left, top, left + times * (32 - 2 * inset) - 1, top + times * (32 - 2 * inset) - 1), color)
 
-    for (row, column), colour in places.items():
-        square(row, column, 4, "red" if colour == "ring" else colour)
-        if colour == "ring":
+    for (row, column), color in places.items():
+        square(row, column, 4, "red" if color == "ring" else color)
+        if color == "ring":
             square(row, column, 12, "teal")
     draw.point((0, 0), "red")  # too small to be an area
     picture = picture.filter(ImageFilter.GaussianBlur(times * soft))
-    assert count_areas(picture) == 1 + sum(2 if colour == "ring" else 1 for colour in places.values())
+    assert count_areas(picture) == 1 + sum(2 if color == "ring" else 1 for color in places.values())
 
 
 def test_the_page_holds_what_was_made(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_the_page_holds_what_was_made(tmp_path: Path) -> None:
     text = (tmp_path / "page" / "large.md").read_text()
     for mode, name in product(("direct", "progressive"), NAMES):
         assert f"| {mode} | {name} |" in text
-    assert "| progressive | normalised | 1, 1, 1 | 1, 1, 1 | 1 |" in text
+    assert "| progressive | normalized | 1, 1, 1 | 1, 1, 1 | 1 |" in text
     assert "| 1024 px | 65,536 | 2 | 1.0 | 1.0 | 1 |" in text
     for figure in ("stages", "direct_or_progressive", "cost"):
         assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 1000

@@ -78,7 +78,7 @@ def test_settings_reach_into_stages(recipe: Path) -> None:
     plan = load_recipe(str(recipe), ["distillation.before.0.fit.steps=9", "mixer.options.mid_dim=2", "seed=3"])
     assert plan.distillation.before[0].fit.steps == 9 and plan.mixer.options == {"mid_dim": 2} and plan.seed == 3
     one = load_recipe(str(recipe), ["distillation.before=[]", 'distillation.objectives={"local": 1}'])
-    assert [stage.name for stage in one.distillation.stages] == ["distil"]
+    assert [stage.name for stage in one.distillation.stages] == ["distill"]
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_pat
 
 def test_the_progress_tells_terms_and_speed_where_there_is_room() -> None:
     losses = {"loss": 0.31249, "noise": 0.1, "output": 0.25}
-    assert told_losses("distil", losses, 31.25, 200) == "distil: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
-    assert told_losses("distil", losses, 31.25, 80) == "distil: loss 0.312 · 31.2 images/s"
+    assert told_losses("distill", losses, 31.25, 200) == "distill: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
+    assert told_losses("distill", losses, 31.25, 80) == "distill: loss 0.312 · 31.2 images/s"
     assert told_losses("local", {"loss": 0.5, "local": 0.5}, None, 200) == "local: loss 0.5"
 
 
@@ -138,7 +138,7 @@ def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(out)])
     assert done.exit_code == 0, done.output
     card = json.loads((out / "card.json").read_text())
-    assert [stage["stage"] for stage in card["stages"]] == ["local", "distil"]
+    assert [stage["stage"] for stage in card["stages"]] == ["local", "distill"]
     assert all(stage["seconds"] > 0 and stage["log"][-1]["step"] == 4 for stage in card["stages"])
     assert card["environment"]["torch"] == torch.__version__
     assert Recipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
@@ -149,8 +149,8 @@ def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     assert Image.open(out / "samples.png").size == (128, 128)
     assert Image.open(out / "curves.png").size[0] > 100
     drawn = {path.name for path in (out / "samples").iterdir()}
-    assert drawn == {"local-2.png", "local-4.png", "distil-2.png", "distil-4.png"}
-    assert (out / "stage-1-local" / "metrics.jsonl").is_file() and (out / "stage-2-distil" / "metrics.jsonl").is_file()
+    assert drawn == {"local-2.png", "local-4.png", "distill-2.png", "distill-4.png"}
+    assert (out / "stage-1-local" / "metrics.jsonl").is_file() and (out / "stage-2-distill" / "metrics.jsonl").is_file()
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) 
     run_recipe(plan, tmp_path / "whole", quiet)
 
     def kill(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
-        if (stage, done) == ("distil", 3):
+        if (stage, done) == ("distill", 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) 
     assert not (tmp_path / "killed" / "card.md").exists()
     steps: list[tuple[str, int]] = []
     run_recipe(plan, tmp_path / "killed", lambda stage, done, *_: steps.append((stage, done)))
-    assert {stage for stage, _ in steps} == {"distil"}, "the finished stage is not run again"
+    assert {stage for stage, _ in steps} == {"distill"}, "the finished stage is not run again"
     whole, again = (load_file(tmp_path / run / "adapter" / "adapter.safetensors") for run in ("whole", "killed"))
     assert whole.keys() == again.keys() and all(whole[name].equal(again[name]) for name in whole)
     with pytest.raises(ValueError, match="another recipe"):

@@ -117,8 +117,8 @@ def test_finding(run: Path) -> None:
     assert normal.state == "holds" and "256 px" in normal.sentence and " 64 px" not in normal.sentence
     assert order.state == "holds in part" and order.sentence.startswith("Undecided at 64 px")
     assert maps.state == "undecided" and "LinFusion's learned maps" in maps.told
-    lead = "Normalisation matters most for the error to the teacher at 256 px, 4 times the training side. "
-    assert found.sentences[0].startswith(lead + "Not normalised rather than normalised: ")
+    lead = "Normalization matters most for the error to the teacher at 256 px, 4 times the training side. "
+    assert found.sentences[0].startswith(lead + "Not normalized rather than normalized: ")
     assert "Nearest to the teacher at 256 px is “LinFusion”" in found.sentences[0]
     assert any(s.startswith("LinFusion rather than linear attention: ") for s in found.sentences[1:])
     assert "chance alone does once in 2" in found.judged

@@ -78,7 +78,7 @@ def test_filter(page: Any) -> None:
     box = page.get_by_label("Filter results")
     count = page.locator(".controls", has=box).get_by_role("status")
     box.fill("linear -causal")
-    assert labels(page) == ["linear attention", "linear attention, not normalised"], "non-causal is another word"
+    assert labels(page) == ["linear attention", "linear attention, not normalized"], "non-causal is another word"
     assert count.inner_text() == f"{len(labels(page))} of {len(VARIANTS)} rows"
     box.fill("nothing like this")
     assert labels(page) == [] and count.inner_text() == f"0 of {len(VARIANTS)} rows"
@@ -107,15 +107,15 @@ def test_the_slider_uncovers_the_teacher(page: Any) -> None:
     page.locator("#size").select_option(str(SIZES[1]))
     page.wait_for_function("document.getElementById('teacher').naturalWidth === 128")
     before = page.locator("#student").get_attribute("src")
-    button = page.locator(".wall button", has_text="LinFusion, not normalised")
+    button = page.locator(".wall button", has_text="LinFusion, not normalized")
     button.focus()
     page.keyboard.press("Enter")
     assert (
         button.get_attribute("aria-pressed") == "true"
-        and page.locator("#name").inner_text() == "LinFusion, not normalised"
+        and page.locator("#name").inner_text() == "LinFusion, not normalized"
     )
     assert page.locator("#student").get_attribute("src") != before
-    assert "LinFusion, not normalised, 128 px: red apple" in (page.locator("#student").get_attribute("alt") or "")
+    assert "LinFusion, not normalized, 128 px: red apple" in (page.locator("#student").get_attribute("alt") or "")
 
 
 def test_light_and_dark(page: Any, browser: Any, address: str) -> None:

@@ -82,7 +82,7 @@ def test_pairs_are_of_one_seed() -> None:
 
 
 def made_up(noise: float = 0.0) -> Run:
-    """Errors 2^(not normalised) · 3^(causal) · 5^(mamba2), with each seed's own factor, and noise if asked for."""
+    """Errors 2^(not normalized) · 3^(causal) · 5^(mamba2), with each seed's own factor, and noise if asked for."""
     draw, rows = np.random.default_rng(0), {}
     for mixer in ("linear_attention", "mamba2"):
         for causality in ("noncausal", "causal"):
@@ -95,7 +95,7 @@ def made_up(noise: float = 0.0) -> Run:
 
 def test_effects_are_the_factors_of_the_errors() -> None:
     found = {(e.factor, e.value): e for e in effects(made_up())}
-    expected = {("normalisation", "not normalised"): 2, ("causality", "causal"): 3, ("mixer", "mamba2"): 5}
+    expected = {("normalization", "not normalized"): 2, ("causality", "causal"): 3, ("mixer", "mamba2"): 5}
     assert not any(e.depends for e in found.values())
     assert found.keys() == expected.keys()
     for key, ratio in expected.items():
@@ -194,10 +194,10 @@ def test_pairs_are_told_apart_where_one_factor_does_not() -> None:
         lost = 9.0 if "unnormalized" in cell.variant else fidelity.relative_error_to_teacher
         cell.fidelity[128] = replace(fidelity, size=128, relative_error_to_teacher=lost)
     table = {(row.label, row.entries[0].text): row.entries for row in effects_table(run, effects(run)).rows}
-    for among in ("linear_attention", "normalised", "linear_attention, normalised", "mamba2, normalised"):
+    for among in ("linear_attention", "normalized", "linear_attention, normalized", "mamba2, normalized"):
         _, small, large, *_ = table["causal ÷ non-causal", among]
         assert small.text[0] == large.text[0] == "▲", "also where at a size no other rows are left"
-    assert table["causal ÷ non-causal", "not normalised"][2].text == "–"
+    assert table["causal ÷ non-causal", "not normalized"][2].text == "–"
     alone = effects(opposed(("linear_attention", "mamba2")))
     rows = effects_table(run, [e for e in alone if e.value == "causal"]).rows
     assert [row.entries[0].text for row in rows] == ["all rows", "linear_attention", "mamba2"]

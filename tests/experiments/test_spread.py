@@ -75,7 +75,7 @@ def test_only_some_variants_run_and_status_tells_of_all(grid: Grid, tmp_path: Pa
     records = run_grid(grid, tmp_path, watch, only="linear*", spread=in_turn)
     assert [r["status"] for r in records] == ["done", "failed"]
     assert records[0]["seconds"] >= records[0]["train_seconds"] > 0
-    assert {"linear: load", "linear: distil", "linear: sample"} <= set(seen)
+    assert {"linear: load", "linear: distill", "linear: sample"} <= set(seen)
     status = read_status(tmp_path)
     assert [cell.state for cell in status.cells] == ["waiting", "done", "failed"]
     assert status.counts == {"done": 1, "running": 0, "failed": 1, "waiting": 1}

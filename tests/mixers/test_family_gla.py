@@ -83,7 +83,7 @@ def test_retnet_with_gates_of_one_is_linear_attention(causality: str, normalize:
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: str) -> None:
-    """Unnormalised, with an order: weights of 1 times the current token's own are the diagonal."""
+    """Unnormalized, with an order: weights of 1 times the current token's own are the diagonal."""
     mixer = plain("rwkv6", causality=causality, normalize=False)
     without_decay(mixer)
     torch.nn.init.constant_(mixer.bonus, 0.0 if causality == "noncausal" else 1.0)
@@ -97,7 +97,7 @@ def test_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: s
 
 
 @pytest.mark.parametrize("causality", ["causal", "bidirectional"])
-def test_normalised_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: str) -> None:
+def test_normalized_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: str) -> None:
     mixer = plain("rwkv6", causality=causality, normalize=True, eps=1e-200)
     without_decay(mixer)
     torch.nn.init.zeros_(mixer.bonus)  # exp(0) = 1

@@ -242,8 +242,8 @@ def test_inline_is_its_published_formula_in_plain_loops(causality: str, feature_
 
 
 @every_switch
-def test_inline_unnormalised_has_no_correction(causality: str, normalize: bool) -> None:
-    """It is linear attention on the same kernel; normalised it is not."""
+def test_inline_unnormalized_has_no_correction(causality: str, normalize: bool) -> None:
+    """It is linear attention on the same kernel; normalized it is not."""
     inline = plain("inline", causality=causality, normalize=normalize, feature_map="elu_plus_one")
     linear = built("linear_attention", causality=causality, normalize=normalize)
     linear.load_state_dict(inline.state_dict())
@@ -320,7 +320,7 @@ def test_the_local_convolution_is_published_where_it_can_be(name: str, size: int
     }
     assert create_mixer(name, 12, 2).traits.needs_grid and not create_mixer(name, 12, 2).traits.order_free
     assert not create_mixer(name, 12, 2, own_projections=False).config.local_convolution
-    with pytest.raises(ValueError, match="neighbours on all sides"):
+    with pytest.raises(ValueError, match="neighbors on all sides"):
         create_mixer(name, 12, 2, causality="causal", local_convolution=size)
     with pytest.raises(ValueError, match="pass grid"):
         create_mixer(name, 12, 2)(torch.randn(1, LENGTH, 12))

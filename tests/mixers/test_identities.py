@@ -14,7 +14,7 @@ def float64(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def test_linfusion_starts_as_normalised_linear_attention() -> None:
+def test_linfusion_starts_as_normalized_linear_attention() -> None:
     linfusion = create_mixer("linfusion", 12, 2).double()
     linear = create_mixer("linear_attention", 12, 2, eps=1e-4).double()
     linear.projections.load_state_dict(linfusion.projections.state_dict())
@@ -66,7 +66,7 @@ def test_rank_is_at_most_the_number_of_features() -> None:
     assert structure.is_causal(structure.mixing_matrix(causal, float64(1, 40, 12)))
 
 
-def test_unnormalised_weights_do_not_depend_on_the_number_of_tokens() -> None:
+def test_unnormalized_weights_do_not_depend_on_the_number_of_tokens() -> None:
     mixer = create_mixer("linear_attention", 12, 2, normalize=False)
     x = torch.randn(1, 8, 12)
     small, large = structure.mixing_matrix(mixer, x), structure.mixing_matrix(mixer, x.repeat(1, 4, 1))

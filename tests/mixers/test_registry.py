@@ -50,7 +50,7 @@ def test_listing_by_pattern_and_trait() -> None:
     assert list_mixers(linear=False) == ["softmax"]
     assert list_mixers("none*") == []
     with pytest.raises(ValueError, match="Did you mean 'normalized'"):
-        list_mixers(normalised=True)
+        list_mixers(normalized=True)
 
 
 @pytest.mark.parametrize("name", list_mixers())
@@ -107,7 +107,7 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_of_the_family_tells_what_the_registry_tells(name: str) -> None:
     entry = registry.entry(name)
     page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text(encoding="utf-8").replace("\\|", "|")
-    default = entry.default_causality + (", normalised" if entry.default_normalize else "")
+    default = entry.default_causality + (", normalized" if entry.default_normalize else "")
     plain = ", ".join(f"{key}={value}" for key, value in entry.mixer.plain.items()) or "the same"
     assert f"| `{name}` | {entry.summary} | {default} | {plain} |" in page
     assert all(reason in page for reason in entry.refusals.values())

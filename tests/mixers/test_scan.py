@@ -22,7 +22,7 @@ HEADS, VALUE, STATES = 2, 3, 4
 
 
 def inputs(length: int, value: int = VALUE, states: int = STATES, batch: int = 2) -> list[Tensor]:
-    """u, dt, A, B, C, D with dt·A between −1e-6 and −50 a step, and B, C ≥ 0, as normalisation needs."""
+    """u, dt, A, B, C, D with dt·A between −1e-6 and −50 a step, and B, C ≥ 0, as normalization needs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
@@ -180,7 +180,7 @@ def test_one_rate_and_step_a_head_is_the_scalar_recurrence(backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", ["dense", "recurrent", "chunked"])
-def test_normalised_weights_keep_constants_and_ignore_repetition(backend: str) -> None:
+def test_normalized_weights_keep_constants_and_ignore_repetition(backend: str) -> None:
     u, dt, A, B, C, _ = (t.detach() for t in inputs(40))
     for causality in CAUSALITIES:
         settings: dict[str, Any] = {"causality": causality, "normalize": True, "eps": 0.0, "backend": backend}

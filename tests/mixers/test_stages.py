@@ -50,7 +50,7 @@ def test_every_order_is_a_permutation_and_has_an_inverse(scan: str, height: int,
 
 
 @given(height=SIDES, width=SIDES)
-def test_zigzag_and_hilbert_go_from_neighbour_to_neighbour(height: int, width: int) -> None:
+def test_zigzag_and_hilbert_go_from_neighbor_to_neighbor(height: int, width: int) -> None:
     rows, columns = steps(order_of("zigzag", height, width), width)
     assert (rows + columns == 1).all()
     rows, columns = steps(order_of("hilbert", height, width), width)

@@ -62,8 +62,8 @@ def test_the_radius_of_known_matrices(grid: tuple[int, int]) -> None:
     offsets = [(torch.arange(n).double() - (n - 1) / 2).square() for n in grid]
     everywhere = (offsets[0][:, None] + offsets[1] + (height**2 + width**2 - 2) / 12).sqrt()
     assert_close(structure.effective_radius(uniform, grid), everywhere.flatten())
-    neighbours = torch.diag(torch.ones(length - 1), 1) if length > 1 else torch.zeros(1, 1)
-    assert structure.effective_radius(neighbours, grid)[0] == (1.0 if length > 1 else 0.0)
+    neighbors = torch.diag(torch.ones(length - 1), 1) if length > 1 else torch.zeros(1, 1)
+    assert structure.effective_radius(neighbors, grid)[0] == (1.0 if length > 1 else 0.0)
 
 
 def test_decay_shortens_what_a_token_sees() -> None:

@@ -78,8 +78,8 @@ class LooksAhead(LinearAttention):
         return Traits("causal", normalized=True, positive=True, order_free=False, linear=True)
 
 
-class ForgetsToNormalise(LinearAttention):
-    """Claims to be normalised."""
+class ForgetsToNormalize(LinearAttention):
+    """Claims to be normalized."""
 
     @property
     def traits(self) -> Traits:
@@ -95,7 +95,7 @@ class ClaimsNoOrder(LinearAttention):
 
 
 class KeepsItsOwnValues(LinearAttention):
-    """Adds a copy of to_v of its own, which a host's LoRA or quantisation would not reach."""
+    """Adds a copy of to_v of its own, which a host's LoRA or quantization would not reach."""
 
     def __init__(self, *args, **settings) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, **settings)
@@ -115,7 +115,7 @@ LIARS = [
         True,
         "never_looks_ahead.*with 2 tokens a change of tokens from 1 on(.|\n)*mixing matrix",
     ),
-    (ForgetsToNormalise, "noncausal", False, "rows_sum_to_one"),
+    (ForgetsToNormalize, "noncausal", False, "rows_sum_to_one"),
     (ClaimsNoOrder, "causal", True, "permutation_equivariance"),
     (KeepsItsOwnValues, "noncausal", False, "projections_are_called"),
 ]

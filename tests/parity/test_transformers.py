@@ -14,7 +14,7 @@ from mixers import create_mixer, load_published
 LENGTHS = (1, 2, 7, 64, 65, 131)
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """Away from its start, so that a part that starts at zero or one is seen."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -27,7 +27,7 @@ def mamba(**options: object) -> nn.Module:
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     settings = {"hidden_size": 24, "state_size": 5, "conv_kernel": 4, "num_hidden_layers": 1, "vocab_size": 8}
-    return randomised(MambaMixer(transformers.MambaConfig(**{**settings, **options}), layer_idx=0))
+    return randomized(MambaMixer(transformers.MambaConfig(**{**settings, **options}), layer_idx=0))
 
 
 def mamba2(**options: object) -> nn.Module:
@@ -36,7 +36,7 @@ def mamba2(**options: object) -> nn.Module:
 
     settings = {"hidden_size": 24, "num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 1, "chunk_size": 16}
     made = transformers.Mamba2Config(num_hidden_layers=1, vocab_size=8, **{**settings, **options})
-    return randomised(Mamba2Mixer(made, layer_idx=0))
+    return randomized(Mamba2Mixer(made, layer_idx=0))
 
 
 def assert_same(ours: nn.Module, peer: nn.Module, length: int) -> None:

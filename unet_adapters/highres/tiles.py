@@ -45,7 +45,7 @@ def spans(total: int, tile: int, margin: int, blend: int) -> list[Span]:
 
     Args:
         margin: places of halo that are thrown away; where the axis ends there is none.
-        blend: places beyond a core that fade into the neighbour's.
+        blend: places beyond a core that fade into the neighbor's.
     """
     count = -(-total // tile)
     edges = [round(i * total / count) for i in range(count + 1)]

@@ -31,7 +31,7 @@ class Tiling:
     Attributes:
         tile: side of a tile's core.
         margin: halo that is thrown away; 16 covers what the convolutions see.
-        blend: how far neighbours fade into each other.
+        blend: how far neighbors fade into each other.
         overview: side of the small image that the statistics of group norms are taken from; 0 leaves every tile its own
             (seams, and tones that differ).
         exact: take them from the tiles themselves, one pass over all of them a norm.
@@ -114,7 +114,7 @@ class TileNorm(nn.GroupNorm):
     def _core(self, x: Tensor) -> Tensor:
         rows, columns = self.gauge.rows, self.gauge.columns
         assert rows is not None and columns is not None
-        if x.ndim == 3:  # attention normalises (1, c, places)
+        if x.ndim == 3:  # attention normalizes (1, c, places)
             x = x.unflatten(-1, (rows.stop - rows.start, columns.stop - columns.start))
         down, across = x.shape[-2] / (rows.stop - rows.start), x.shape[-1] / (columns.stop - columns.start)
         top, bottom = (round((place - rows.start) * down) for place in rows.core)
@@ -152,7 +152,7 @@ def decode(vae: Any, latents: Tensor, tiling: Tiling | None = None, report: Repo
     if not latents.isfinite().all():
         raise FloatingPointError(
             f"Cannot decode latents that are not finite ({latents.dtype}): the denoising went wrong before. Try "
-            "bfloat16 or float32, or a mixer that is normalised."
+            "bfloat16 or float32, or a mixer that is normalized."
         )
     tiling, decoder = tiling or Tiling(), vae.decoder
     middle = _Sequence(vae.post_quant_conv, decoder.conv_in, decoder.mid_block)
@@ -293,7 +293,7 @@ def _scaled(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _moments(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """What some autoencoders' latents are standardised by; 0 and 1 of most."""
+    """What some autoencoders' latents are standardized by; 0 and 1 of most."""
     given = vae.config.latents_mean, vae.config.latents_std
     if None in given:
         return 0.0, 1.0

@@ -15,14 +15,14 @@ from experiments.distill import Setting
 from experiments.teacher.objectives import Denoising
 from experiments.training import FitConfig, pick
 
-THRESHOLD = 0.4  # of a range of 2: an edge is a step of at least a fifth of it in some colour channel
+THRESHOLD = 0.4  # of a range of 2: an edge is a step of at least a fifth of it in some color channel
 
 
 def edges(images: Tensor) -> Tensor:
     """Images (b, 3, h, w) in [-1, 1] -> edge maps (b, 1, h, w) of zeros and ones.
 
     Sobel's gradient magnitude, scaled so that a step of height s gives s, the largest over the
-    colour channels, thresholded. The picture's own border is no edge.
+    color channels, thresholded. The picture's own border is no edge.
     """
     b, c, h, w = images.shape
     across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=images.device) / 4

@@ -48,9 +48,9 @@ def fresh(pipe: StableDiffusionPipeline, embeddings: Tensor, states: Tensor) -> 
     last_norm = [m for m in pipe.text_encoder.modules() if isinstance(m, nn.LayerNorm)][-1]
     wanted = ((states[:, places] - last_norm.bias) / last_norm.weight).flatten(1).double()
     x, y = embeddings.double(), wanted - wanted.mean(0)
-    centred = x - x.mean(0)
-    gram = centred.T @ centred + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    slope = torch.linalg.solve(gram, centred.T @ y).T
+    centered = x - x.mean(0)
+    gram = centered.T @ centered + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    slope = torch.linalg.solve(gram, centered.T @ y).T
     image = {
         "proj.weight": slope.float().cpu(),
         "proj.bias": (wanted.mean(0) - slope @ x.mean(0)).float().cpu(),

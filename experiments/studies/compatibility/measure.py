@@ -112,7 +112,7 @@ Extras = Callable[[slice], dict[str, Any]]
 def draw(
     pipe: Any, captions: list[str], size: int, config: Sampling, extras: Extras | None = None, chunk: int = CHUNK
 ) -> Tensor:
-    """One picture a caption, seed + k for caption k: (n, 3, size, size) in [-1, 1], of 8-bit colours.
+    """One picture a caption, seed + k for caption k: (n, 3, size, size) in [-1, 1], of 8-bit colors.
 
     Args:
         pipe: a text-to-image or ControlNet pipeline.

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from experiments.report import style  # chooses the drawing backend
-from experiments.report.pictures import LICENCE
+from experiments.report.pictures import LICENSE
 from experiments.studies.compatibility import run
 from experiments.studies.compatibility.controlnet import edges
 from experiments.studies.compatibility.measure import Scene, scene
@@ -24,9 +24,9 @@ SPLITS = {"train": "held-in", "held_out": "held-out"}
 LIMITS = (
     "## What this cannot show",
     "",
-    "- The teacher is tiny (2.45 M parameters, 64 px, emoji): alone it draws what a person would recognise about one "
+    "- The teacher is tiny (2.45 M parameters, 64 px, emoji): alone it draws what a person would recognize about one "
     "time in three, and a held-out name tells it little. The ControlNet gives it outlines, not inner detail; thin "
-    "strokes and letters are lost under softmax as well. The IP-Adapter brings the colours and the coarse shape of a "
+    "strokes and letters are lost under softmax as well. The IP-Adapter brings the colors and the coarse shape of a "
     "picture, not its drawing. Judge the differences, not the pictures.",
     "- Unrelated emoji agree by chance too: read agreement from the rows without the ControlNet upwards, not from 0. "
     "Chance is lower at twice the resolution, where the same tolerance of one pixel is half as wide.",
@@ -124,8 +124,8 @@ def _spread(pictures: int) -> list[int]:
 def _bars(record: dict[str, Any], plan: run.Plan, path: Path) -> None:
     """Means with 95 % intervals; a panel per part and size, a group of bars per split."""
     panels = [("controlnet", size) for size in plan.sampling.sizes] + [("ip_adapter", plan.sampling.sizes[0])]
-    colours = dict(zip(("teacher+", "student+", "teacher", "student"), style.PALETTE, strict=False))
-    colours |= {"teacher": "#9cc7e0", "student": "#f0b88a", "caption": "#b5b5b5", "ceiling": style.GREY}
+    colors = dict(zip(("teacher+", "student+", "teacher", "student"), style.PALETTE, strict=False))
+    colors |= {"teacher": "#9cc7e0", "student": "#f0b88a", "caption": "#b5b5b5", "ceiling": style.GRAY}
     import matplotlib
 
     with matplotlib.rc_context(style.RC):
@@ -139,7 +139,7 @@ def _bars(record: dict[str, Any], plan: run.Plan, path: Path) -> None:
                 means = [f["mean"] for f in found]
                 reach = [[f["mean"] - f["low"] for f in found], [f["high"] - f["mean"] for f in found]]
                 places = [g + (number - (len(names) - 1) / 2) * width for g in range(len(rows))]
-                axes.bar(places, means, width, yerr=reach, color=colours[arm], label=name, error_kw={"lw": 0.8})
+                axes.bar(places, means, width, yerr=reach, color=colors[arm], label=name, error_kw={"lw": 0.8})
             axes.set_xticks(range(len(rows)), [f"{SPLITS[row['split']]} emoji" for row in rows])
             axes.set_title(f"{PARTS[part]}, {size} px", fontsize=9)
             axes.set_ylabel("edge agreement (F1)" if part == "controlnet" else "CLIP likeness (cosine)")
@@ -185,7 +185,7 @@ def _text(record: dict[str, Any], plan: run.Plan, folder: str) -> str:
         "differences are paired, picture by picture. One training run of each part: the intervals say nothing about "
         "other runs.",
         "",
-        "Edges: Sobel's magnitude, the largest over the colour channels, above a fifth of the range. Agreement: F1 "
+        "Edges: Sobel's magnitude, the largest over the color channels, above a fifth of the range. Agreement: F1 "
         "with one pixel of tolerance, at every size. Likeness: cosine of the embeddings of the teacher's own small "
         "CLIP, which is also the IP-Adapter's image encoder, so that likeness is judged by what it was trained on. The "
         "IP-Adapter draws from the empty caption; its projection starts as the least-squares map from embeddings to "
@@ -240,6 +240,6 @@ def _table(record: dict[str, Any], plan: run.Plan, part: str, size: int, title: 
         "",
         f"![{alt}]({picture})",
         "",
-        f"*Left half: held-in, right half: held-out; unpicked. {LICENCE}*",
+        f"*Left half: held-in, right half: held-out; unpicked. {LICENSE}*",
         "",
     ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from experiments.ablation import load_grid, store
-from experiments.ablation.cell import distil
+from experiments.ablation.cell import distill
 from experiments.config import Frozen, Grid
 from experiments.data import open_dataset
 from experiments.distill import Setting, build_student, open_setting
@@ -97,7 +97,7 @@ def train_student(plan: Plan, setting: Setting, directory: Path, report: Report)
     if not folder.is_dir():
         cell, variant = plan.grid.cells()[0], plan.grid.variants[0]
         adapter = build_student(setting.teacher, variant.mixer, variant, cell.distillation, cell.seed)
-        distil(cell, setting, adapter, directory / "training" / "student", lambda _, n, of: report("student", n, of))
+        distill(cell, setting, adapter, directory / "training" / "student", lambda _, n, of: report("student", n, of))
         _finish(folder, adapter.save_pretrained)
     return MixerAdapter.from_pretrained(folder, setting.pipe)
 

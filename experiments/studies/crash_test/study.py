@@ -42,22 +42,22 @@ class Outcome:
     steps: tuple[int, ...]
 
 
-def crash_test(folder: Path, kills: int = 20, steps: int = 60, pause: float = 0.05, distil: bool = False) -> Outcome:
+def crash_test(folder: Path, kills: int = 20, steps: int = 60, pause: float = 0.05, distill: bool = False) -> Outcome:
     """Train undisturbed, then with `kills` SIGKILLs at random moments, and compare.
 
     Args:
         folder: scratch.
         steps: of the training; it starts anew from its last checkpoint after each kill.
         pause: seconds that each step is drawn out by, so that there is time to be killed in.
-        distil: a real distillation.
+        distill: a real distillation.
     """
     whole, killed = folder / "whole", folder / "killed"
-    _run(whole, steps, 0.0, distil).wait()
+    _run(whole, steps, 0.0, distill).wait()
     draw, done, writing, began = random.Random(0), 0, 0, []
     while not (killed / WEIGHTS).is_file():
         began.append(_latest(killed))
         since = time.time_ns()
-        process = _run(killed, steps, pause, distil)
+        process = _run(killed, steps, pause, distill)
         if done < kills:
             delay = None if done % 2 == 0 else draw.uniform(0.0, pause * steps / kills)
             done += _kill(process, killed, since, delay)
@@ -68,7 +68,7 @@ def crash_test(folder: Path, kills: int = 20, steps: int = 60, pause: float = 0.
     return Outcome(same, done, writing, tuple(began))
 
 
-def train(folder: Path, steps: int, pause: float, distil: bool) -> None:
+def train(folder: Path, steps: int, pause: float, distill: bool) -> None:
     """One process: train from the last checkpoint on, and write the weights at the end."""
     import torch
     from safetensors.torch import save_file
@@ -79,7 +79,7 @@ def train(folder: Path, steps: int, pause: float, distil: bool) -> None:
     config = FitConfig(
         steps=steps, batch_size=4, learning_rate=1e-3, warmup=2, ema=0.9, checkpoint_every=1, log_every=1
     )
-    model, batch = _distillation(config) if distil else _regression()
+    model, batch = _distillation(config) if distill else _regression()
     fit(model, batch, config, folder, lambda step, losses: time.sleep(pause))
     partial = folder / "weights.partial"
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, partial)
@@ -104,17 +104,17 @@ def _regression():  # type: ignore[no-untyped-def]
 
 def _distillation(config):  # type: ignore[no-untyped-def]
     from experiments.config import Distillation, MixerChoice
-    from experiments.distill import Distil, build_student, open_setting
+    from experiments.distill import DistillationLoss, build_student, open_setting
     from experiments.grids.demo import GRID
 
     setting = open_setting("embedded", GRID.data, 64, 32)
     plan = Distillation(fit=config)
     choice = MixerChoice(select="mid_block")
     adapter = build_student(setting.teacher, GRID.variants[1].mixer, choice, plan, 0)
-    return Distil(setting.teacher, adapter, plan.objectives), lambda step: setting.batch(step, config)
+    return DistillationLoss(setting.teacher, adapter, plan.objectives), lambda step: setting.batch(step, config)
 
 
-def _run(folder: Path, steps: int, pause: float, distil: bool) -> subprocess.Popen[bytes]:
+def _run(folder: Path, steps: int, pause: float, distill: bool) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
@@ -126,7 +126,7 @@ def _run(folder: Path, steps: int, pause: float, distil: bool) -> subprocess.Pop
         "--pause",
         str(pause),
     ]
-    return subprocess.Popen([*command, *(["--distill"] if distil else [])], cwd=Path(__file__).parents[3])
+    return subprocess.Popen([*command, *(["--distill"] if distill else [])], cwd=Path(__file__).parents[3])
 
 
 def _latest(folder: Path) -> int:
@@ -175,10 +175,10 @@ def main() -> int:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child is not None:
-        train(asked.child, asked.steps, asked.pause, asked.distil)
+        train(asked.child, asked.steps, asked.pause, asked.distill)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        outcome = crash_test(Path(folder), asked.kills, asked.steps, asked.pause, asked.distil)
+        outcome = crash_test(Path(folder), asked.kills, asked.steps, asked.pause, asked.distill)
     began = ", ".join(map(str, outcome.steps))
     print(f"killed {outcome.kills} times, {outcome.writing} of them in a checkpoint; taken up after steps {began}")
     print("weights and log are identical, to the last bit" if outcome.identical else "THEY DIFFER")

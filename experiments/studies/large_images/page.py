@@ -19,20 +19,20 @@ from experiments.report import style
 from experiments.report.curves import exponent
 
 Record = dict[str, Any]
-NAMES = ("teacher", "normalised", "unnormalised")
-LOOK = dict(zip(NAMES, (style.GREY, *style.PALETTE[:2]), strict=True))
+NAMES = ("teacher", "normalized", "unnormalized")
+LOOK = dict(zip(NAMES, (style.GRAY, *style.PALETTE[:2]), strict=True))
 TWEMOJI = "Pictures of a model trained on Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
-def count_areas(picture: Image.Image, side: int = 128, colours: int = 3) -> int:
-    """How many areas of one colour a picture has, seen at `side` pixels and in `colours` colours of its own.
+def count_areas(picture: Image.Image, side: int = 128, colors: int = 3) -> int:
+    """How many areas of one color a picture has, seen at `side` pixels and in `colors` colors of its own.
 
     A picture that was made larger has as many as before; one that shows things twice has more, and noise has the most.
     An area counts where it is 3 pixels wide: the soft edge between two areas is not one of its own.
     """
     small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
-    which = torch.from_numpy(np.array(small.quantize(colours, Image.Quantize.MAXCOVERAGE)))
-    return sum(len(_components(mask).unique()) - 1 for mask in (_eroded(which == colour) for colour in which.unique()))
+    which = torch.from_numpy(np.array(small.quantize(colors, Image.Quantize.MAXCOVERAGE)))
+    return sum(len(_components(mask).unique()) - 1 for mask in (_eroded(which == color) for color in which.unique()))
 
 
 def _eroded(mask: Tensor) -> Tensor:
@@ -134,14 +134,14 @@ def _growth(records: Sequence[Record], path: Path) -> None:
 
 
 def _text(records: Sequence[Record]) -> str:
-    largest = max(records, key=lambda r: (r["size"], r["name"] == "normalised"))
+    largest = max(records, key=lambda r: (r["size"], r["name"] == "normalized"))
     prompts = [prompt for _, prompt in sorted({(r["seed"], r["prompt"]) for r in records})]
     lines = [
         "# From 64 to 2048 pixels with one student",
         "",
         "The embedded model was trained at 64 px; its student is LinFusion's mixer, distilled at 64 px, with and",
-        "without normalisation. Every stage denoises the whole image. The command that makes this page:",
-        "`python -m experiments.studies.large_images RUNS PAGE --normalised ADAPTER --raw ADAPTER`.",
+        "without normalization. Every stage denoises the whole image. The command that makes this page:",
+        "`python -m experiments.studies.large_images RUNS PAGE --normalized ADAPTER --raw ADAPTER`.",
         "",
         "![Every stage of the largest picture](stages.png)",
         "",
@@ -151,7 +151,7 @@ def _text(records: Sequence[Record]) -> str:
         "",
         "## Does the picture stay one?",
         "",
-        "How many areas of one colour a picture has, seen at 128 px and in three colours of its own: made larger, a",
+        "How many areas of one color a picture has, seen at 128 px and in three colors of its own: made larger, a",
         "picture keeps its number; one that shows things twice has more, and noise has the most. An area counts where",
         "it is 3 pixels wide. A number each for",
         f"{'; '.join(f'“{prompt}”' for prompt in prompts)}.",

@@ -1,6 +1,6 @@
 """From 64 to 2048 pixels with the embedded model: does the picture stay one object, what does it take?
 
-    python -m experiments.studies.large_images RUNS PAGE --normalised ADAPTER --raw ADAPTER [--size 2048]
+    python -m experiments.studies.large_images RUNS PAGE --normalized ADAPTER --raw ADAPTER [--size 2048]
 
 Every picture is made in a process of its own and kept in RUNS; what is there already is not made again. PAGE gets the
 tables and the pictures.
@@ -41,7 +41,7 @@ class Case:
     """One picture to make.
 
     Attributes:
-        name: of the attention: normalised, unnormalised or teacher.
+        name: of the attention: normalized, unnormalized or teacher.
         adapter: folder of the student; None is the teacher's softmax attention.
         mode: progressive or direct.
         size: side in pixels.
@@ -61,16 +61,16 @@ class Case:
         return f"{self.name}-{self.mode}-{self.size}-s{self.seed}"
 
 
-def cases(normalised: str, raw: str, size: int) -> list[Case]:
+def cases(normalized: str, raw: str, size: int) -> list[Case]:
     """The pictures, the quick ones first."""
-    students: dict[str, str | None] = {"normalised": normalised, "unnormalised": raw, "teacher": None}
+    students: dict[str, str | None] = {"normalized": normalized, "unnormalized": raw, "teacher": None}
     direct = [(name, "direct", side, p) for side in (256, COMPARED) for p in PICTURES for name in students]
     direct = [
         row for row in direct if row[0] != "teacher" or row[2] < COMPARED or row[3] is PICTURES[0]
     ]  # minutes each
     compared = [("teacher", "progressive", COMPARED, p) for p in PICTURES]
-    compared += [(name, "progressive", COMPARED, p) for p in PICTURES[1:] for name in ("normalised", "unnormalised")]
-    large = [(name, "progressive", size, PICTURES[0]) for name in ("normalised", "unnormalised")]
+    compared += [(name, "progressive", COMPARED, p) for p in PICTURES[1:] for name in ("normalized", "unnormalized")]
+    large = [(name, "progressive", size, PICTURES[0]) for name in ("normalized", "unnormalized")]
     wanted = [*compared, *direct, *large]
     return [Case(name, students[name], mode, side, *picture) for name, mode, side, picture in wanted]
 
@@ -101,12 +101,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("page", type=Path)
-    parser.add_argument("--normalised", required=True, help="adapter")
-    parser.add_argument("--raw", required=True, help="adapter of the same mixer, not normalised")
+    parser.add_argument("--normalized", required=True, help="adapter")
+    parser.add_argument("--raw", required=True, help="adapter of the same mixer, not normalized")
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--one", type=int)
     given = parser.parse_args()
-    chosen = cases(given.normalised, given.raw, given.size)
+    chosen = cases(given.normalized, given.raw, given.size)
     folders = [given.runs / case.folder for case in chosen]
     if given.one is not None:
         make(chosen[given.one], folders[given.one])

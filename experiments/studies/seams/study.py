@@ -1,7 +1,7 @@
 """How far decoding in tiles is from decoding whole: `python -m experiments.studies.seams` measures it.
 
 Drawings of the embedded data set are encoded and decoded by the embedded autoencoder, whole and in tiles. Told is the
-difference in grey levels (0 to 255), over all pixels and over the seam: the pixels beside an edge between two cores.
+difference in gray levels (0 to 255), over all pixels and over the seam: the pixels beside an edge between two cores.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Record:
 
 
 def picture(dim: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
-    """A smooth random image as tokens (1, l, d) in float64: neighbours are alike, as in pictures."""
+    """A smooth random image as tokens (1, l, d) in float64: neighbors are alike, as in pictures."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(1, dim, 4, 4, generator=generator, dtype=torch.float64)
     return 1.5 * F.interpolate(coarse, grid, mode="bicubic", align_corners=True).flatten(2).transpose(1, 2)

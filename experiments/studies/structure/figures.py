@@ -1,4 +1,4 @@
-"""The figures of structure: small multiples, a panel a mixer, a colour a causality."""
+"""The figures of structure: small multiples, a panel a mixer, a color a causality."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def gallery(records: Sequence[Record], names: Sequence[str], paint: Callable[[Ax
             panel.grid(False)
             record = found.get((name, causality))
             if record is None:
-                panel.text(0.5, 0.5, "refused", ha="center", va="center", color=style.GREY, transform=panel.transAxes)
+                panel.text(0.5, 0.5, "refused", ha="center", va="center", color=style.GRAY, transform=panel.transAxes)
                 panel.set_frame_on(False)
             else:
                 paint(panel, record)
@@ -121,10 +121,10 @@ def shares(records: Sequence[Record]) -> Figure:
 
 
 def scans(name: str) -> Figure:
-    """The path of every scan over the image, and what the centre token of a causal mixer then sees."""
+    """The path of every scan over the image, and what the center token of a causal mixer then sees."""
     figure = Figure(figsize=(2.0 * len(SCANS), 4.4))
     paths, fields = figure.subplots(2, len(SCANS))
-    centre = GRID[0] // 2 * GRID[1] + GRID[1] // 2
+    center = GRID[0] // 2 * GRID[1] + GRID[1] // 2
     for scan, path, field in zip(SCANS, paths, fields, strict=True):
         for number, order in enumerate(scan_orders(scan, GRID)):
             places = torch.arange(GRID[0] * GRID[1]) if order is None else order
@@ -133,18 +133,18 @@ def scans(name: str) -> Figure:
             path.plot(across[:1], down[:1], "o", color=style.PALETTE[number])
         path.set(title=scan, xlim=(-0.6, GRID[1] - 0.2), ylim=(GRID[0] - 0.2, -0.6))
         record = examine(name, causality="causal", scan=scan)
-        _field(field, record, centre)
+        _field(field, record, center)
         for panel in (path, field):
             panel.set(xticks=[], yticks=[], aspect="equal")
             panel.grid(False)
     paths[0].set_ylabel("order")
-    fields[0].set_ylabel(f"seen by the centre\n({name})")
+    fields[0].set_ylabel(f"seen by the center\n({name})")
     figure.tight_layout()
     return figure
 
 
 def _matrix(panel: Axes, record: Record) -> None:
-    """Each row over its largest weight, so that unnormalised rows can be seen; blue is negative."""
+    """Each row over its largest weight, so that unnormalized rows can be seen; blue is negative."""
     size = record.matrix.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     panel.imshow((record.matrix / size).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
 
@@ -162,7 +162,7 @@ def _spectrum(panel: Axes, record: Record, look: dict[str, Any]) -> None:
     values = (values / values[0]).clamp_min(1e-17)
     panel.semilogy(range(1, len(values) + 1), values, **look)
     panel.plot(record.rank, values[record.rank - 1], "o", color=look["color"])
-    panel.axhline(1e-6, color=style.GREY, linewidth=0.7, linestyle=":")
+    panel.axhline(1e-6, color=style.GRAY, linewidth=0.7, linestyle=":")
 
 
 def _blocks(panel: Axes, record: Record, look: dict[str, Any]) -> None:

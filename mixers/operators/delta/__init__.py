@@ -36,7 +36,7 @@ def delta_rule(
 
     S_t = a_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ,  y_t = scale · q_t S_t. As a matrix, linear in v:
     W_ij = scale · q_iᵀ A_i A_{i−1} … A_{j+1} k_j β_j for j ≤ i, with A_t = a_t (I − β_t k_t k_tᵀ). Erasing makes
-    weights negative, so there is nothing to normalise by.
+    weights negative, so there is nothing to normalize by.
 
     Args:
         q: (b, l, h, k).

@@ -1,4 +1,4 @@
-"""linear_attention: W = (φ(q) ψ(k)ᵀ) ⊙ L applied to v, normalised by its row sums or not."""
+"""linear_attention: W = (φ(q) ψ(k)ᵀ) ⊙ L applied to v, normalized by its row sums or not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def linear_attention(
         normalize: divide by the row sum of the weights.
         eps: where `normalize`, added to the mean visible weight, so that repeating every token changes nothing; with
             decay (causal or bidirectional) there is no such mean: it is added to the decayed sum.
-        scale: factor of the unnormalised result.
+        scale: factor of the unnormalized result.
         initial_state: what earlier tokens left, for a causal pass over the next part of a stream.
         return_state: also return the state after the last token; the result is then a pair.
         backend: `dense`, `recurrent`, `chunked` (matrix products; exact for any decay; first derivatives only),

@@ -2,9 +2,9 @@
 
 With f = φ(q), g = φ(k) ⊙ a for gates a, 1 where there are none, and means over all tokens,
 
-    M = mean_j g_j v_jᵀ,   z = mean_j g_j,   y_i = w_i f_i M   with w_i = 1 / (f_i·z + eps), unnormalised scale · l,
+    M = mean_j g_j v_jᵀ,   z = mean_j g_j,   y_i = w_i f_i M   with w_i = 1 / (f_i·z + eps), unnormalized scale · l,
 
-and the gradients, with e = w dy and c_i = −w_i f_i·(M e_i), unnormalised 0, are
+and the gradients, with e = w dy and c_i = −w_i f_i·(M e_i), unnormalized 0, are
 
     df_i = M e_i + c_i z,   dM = Σ_i f_i e_iᵀ,   dz = Σ_i c_i f_i,   dg_j = (dM v_j + dz) / l,   dv_j = dMᵀ g_j / l.
 

@@ -67,7 +67,7 @@ class Backend:
     Attributes:
         sums: a module with functions on float32 or float64 tensors: `causal` and `bidirectional` give (decayed) sums
             and `noncausal` means over the tokens. `attend` makes the result of them, so that scale, eps and
-            normalisation exist once.
+            normalization exist once.
         whole: for a causality, a function that gives the result itself and, causal, the memory after the last token.
         refuses: see `mixers.operators.choice`; the formulations have none.
     """

@@ -1,5 +1,5 @@
 """Causal passes by flash-linear-attention (fla-org/flash-linear-attention): simple_gla without decay or with one gate a
-head, gla with one a channel. Normalised by their own output for a column of ones."""
+head, gla with one a channel. Normalized by their own output for a column of ones."""
 
 from __future__ import annotations
 

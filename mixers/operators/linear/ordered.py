@@ -92,7 +92,7 @@ class _Steps:
     def sums(
         self, q: Tensor, k: Tensor, told: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Decayed sums of the values and, normalised, of the weights: (b, l, h, v [+ 1]); and the memory after them."""
+        """Decayed sums of the values and, normalized, of the weights: (b, l, h, v [+ 1]); and the memory after them."""
         apply = FEATURE_MAPS[self.feature_map].apply
         q, k, v, told = apply(q.to(self.dtype)), apply(k.to(self.dtype)), v.to(self.dtype), told.to(self.dtype)
         v = with_ones(v) if self.normalize else v

@@ -1,7 +1,7 @@
-"""selective_scan: W_ij = Σ_n C_i B_j dt_j ∏ exp(dt_t A), a matrix for every value channel, normalised or not.
+"""selective_scan: W_ij = Σ_n C_i B_j dt_j ∏ exp(dt_t A), a matrix for every value channel, normalized or not.
 
 A backend is a module with three functions on float32 or float64 tensors: `causal` and `bidirectional` give
-decayed sums, `noncausal` means over the tokens. Here they become the result, so that scale, eps, normalisation and
+decayed sums, `noncausal` means over the tokens. Here they become the result, so that scale, eps, normalization and
 the skip exist once.
 """
 
@@ -52,14 +52,14 @@ def selective_scan(
         dt: (b, l, h, v), ≥ 0, the step sizes after the softplus.
         A: (h, v, n), ≤ 0. Neither sign is checked: looking at the values would cost a pass.
         B, C: (b, l, h, n); B ≥ 0 and C ≥ 0 where `normalize`.
-        D: (h, v) or None: the skip, y + D·u, added last, neither scaled nor normalised.
+        D: (h, v) or None: the skip, y + D·u, added last, neither scaled nor normalized.
         causality: `causal`: token i sees 0 … i. `bidirectional`: a causal and a strictly anti-causal pass, whose
             decay is ∏_{t=i..j−1} exp(dt_t A) for j > i. `noncausal`: all tokens, with no order to decay over: gates
             become weights of their tokens, W_ij[c] = Σ_n C_i[n] B_j[n] dt_j[c] exp(dt_j[c] A[c, n]).
         normalize: divide by the row sums of the weights, of which every value channel has its own.
         eps: where `normalize`, added to the row sum; `noncausal` to the row's mean: repeating tokens changes nothing.
-        scale: factor of the unnormalised result.
-        initial_state: of the tokens before; causal. Its memory is (b, h, v, n), normalised (b, h, 2·v, n).
+        scale: factor of the unnormalized result.
+        initial_state: of the tokens before; causal. Its memory is (b, h, v, n), normalized (b, h, 2·v, n).
         return_state: also return the state after the last token.
         backend: `dense`, `recurrent`, `chunked` (exact; first derivatives only), `mamba_ssm`, or `auto` by a table.
 
@@ -131,7 +131,7 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """Decayed sums, noncausal means, (b, l, h, v or 2·v), and the memory, which only a causal pass changes."""
     _, A, _, _, u = streams
-    check_state(initial_state, (u.shape[0], *A.shape), "(b, h, v or normalised 2·v, n)")
+    check_state(initial_state, (u.shape[0], *A.shape), "(b, h, v or normalized 2·v, n)")
     memory = initial_state.memory.to(u.dtype) if initial_state else u.new_zeros(u.shape[0], *A.shape)
     if causality == "causal":
         return formulation.causal(*streams, memory)

@@ -43,7 +43,7 @@ def _steady(mixer: TokenMixer, x: Tensor, truth: Tensor, dtype: torch.dtype) -> 
 def check_extreme_inputs(mixer: TokenMixer, inputs: Inputs) -> None:
     """Finite in half precision for large, tiny, zero and constant tokens, and no gradient is NaN.
 
-    float16 where the result is normalised or normed, bfloat16 elsewhere too: unnormalised products of large tokens may
+    float16 where the result is normalized or normed, bfloat16 elsewhere too: unnormalized products of large tokens may
     rightly pass what float16 holds.
     """
     x = inputs.tokens(mixer, max(inputs.lengths))
@@ -116,7 +116,7 @@ def check_compiles_once(mixer: TokenMixer, inputs: Inputs) -> None:
 
 
 def check_a_million_tokens(mixer: TokenMixer, inputs: Inputs) -> None:
-    """Finite in half precision at 2²⁰ tokens: float16 where normalised, else bfloat16, as sums may pass float16."""
+    """Finite in half precision at 2²⁰ tokens: float16 where normalized, else bfloat16, as sums may pass float16."""
     small = type(mixer)(mixer.config, 2 * mixer.heads, mixer.heads)
     dtype = torch.float16 if mixer.traits.normalized else torch.bfloat16
     small = small.to(dtype).requires_grad_(False)

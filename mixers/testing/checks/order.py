@@ -64,7 +64,7 @@ def check_repeating_every_token_changes_nothing(mixer: TokenMixer, inputs: Input
 
 
 def check_weights_do_not_depend_on_the_number_of_tokens(mixer: TokenMixer, inputs: Inputs) -> None:
-    """Unnormalised and order-free: two tokens' weight is theirs alone; dividing by l would be a normalisation."""
+    """Unnormalized and order-free: two tokens' weight is theirs alone; dividing by l would be a normalization."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, 2 * length)
         few = structure.mixing_matrix(mixer, x[:, :length], grid=grid_of(mixer, length))
@@ -73,7 +73,7 @@ def check_weights_do_not_depend_on_the_number_of_tokens(mixer: TokenMixer, input
 
 
 def check_batch_items_are_independent(mixer: TokenMixer, inputs: Inputs) -> None:
-    """An item's output does not depend on its neighbours in the batch."""
+    """An item's output does not depend on its neighbors in the batch."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, length, batch=3)
         assert_close(run(mixer, x)[1:2], run(mixer, x[1:2]), what=f"item alone against in a batch, l = {length}")

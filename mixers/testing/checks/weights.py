@@ -51,7 +51,7 @@ def _outcome(mixer: TokenMixer, inputs: Inputs, length: int) -> list[Tensor]:
 
 
 def check_rows_sum_to_one(mixer: TokenMixer, inputs: Inputs) -> None:
-    """Normalised: a row sums to one where eps is 0, to at most one where it is not.
+    """Normalized: a row sums to one where eps is 0, to at most one where it is not.
 
     A row may be all zeros where the feature map can be (relu): such a token sees nothing.
     """
@@ -71,7 +71,7 @@ def check_rows_sum_to_one(mixer: TokenMixer, inputs: Inputs) -> None:
 
 
 def check_constant_values_are_kept(mixer: TokenMixer, inputs: Inputs) -> None:
-    """Normalised: values that are the same for every token come out as they went in, where eps is 0."""
+    """Normalized: values that are the same for every token come out as they went in, where eps is 0."""
     exact = without_eps(mixer)
     for length in inputs.lengths:
         streams = inputs.streams(exact, length)

@@ -74,7 +74,7 @@ def running_sums(x, SIZE: tl.constexpr, REVERSE: tl.constexpr):
 def decays(own, before, after, SIZE: tl.constexpr, OWN: tl.constexpr):
     """The decays from the start of a token's block of SIZE up to it, and from it to the end; its own gate in or not.
 
-    Without it the neighbours' gates are summed: a difference would lose small ones next to a large one.
+    Without it the neighbors' gates are summed: a difference would lose small ones next to a large one.
     """
     if OWN:
         since, until = running_sums(own, SIZE, False), running_sums(own, SIZE, True)

@@ -1,8 +1,8 @@
 """The gradients of bidirectional decayed linear attention, as Triton kernels.
 
-With the factors f_i = 1 / (Σ_j W_ij + eps), unnormalised the scale, and e_i = f_i dy_i:
+With the factors f_i = 1 / (Σ_j W_ij + eps), unnormalized the scale, and e_i = f_i dy_i:
 
-    dW_ij = e_i·v_j + s_i   with the shares s_i = −e_i·y_i, unnormalised 0
+    dW_ij = e_i·v_j + s_i   with the shares s_i = −e_i·y_i, unnormalized 0
     dv = Wᵀ e     dq_ic = Σ_j dW_ij k_jc L_ijc     dk_jc = Σ_i dW_ij q_ic L_ijc     dg_tc = Σ P_ijc over pairs across t
 
 with P_ijc = dW_ij q_ic k_jc L_ijc and, of pairs across t, j < t ≤ i and i ≤ t < j. What a chunk gets from others goes

@@ -91,7 +91,7 @@ def precisions(*tensors: Tensor) -> tuple[str, str]:
 
 
 def alignment(*tensors: Tensor) -> int:
-    """The largest power of two ≤ 16 that divides every stride that is used: how far loads can be vectorised.
+    """The largest power of two ≤ 16 that divides every stride that is used: how far loads can be vectorized.
 
     It goes to kernels as a constexpr. Triton would see 16 alone, and heads of 40 channels are aligned to 8; and it
     does not depend on l, where strides themselves do.

@@ -8,7 +8,7 @@ a stored y is rounded and the difference that it enters is small:
     dφ(q)_i = (M dy_i − δ_i z) / n_i      dM = mean_i φ(q_i) a_iᵀ       dz = −mean_i φ(q_i) δ_i / n_i
     dφ(k)_j = dM v_j + dz                 dv_j = dMᵀ φ(k_j)             (the mean over keys is in dM and dz)
 
-Unnormalised, M times scale·l takes the place of M, n_i is 1, and there is no z.
+Unnormalized, M times scale·l takes the place of M, n_i is 1, and there is no z.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _read(
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """y_i = φ(x_i) M / n_i for a block of tokens; n_i = 1 where not normalised."""
+    """y_i = φ(x_i) M / n_i for a block of tokens; n_i = 1 where not normalized."""
     batch, head, tokens, memory = _block(memory, heads, blocks, WIDTH, BLOCK_L)
     dtype: tl.constexpr = memory.dtype.element_ty
     for first_v in range(0, V, BLOCK_V):
@@ -212,7 +212,7 @@ def _gradient_of_sums(
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, SLOPE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y_i = (M w_i + z) φ′(x_i) for a block of tokens; z = 0 where not normalised."""
+    """y_i = (M w_i + z) φ′(x_i) for a block of tokens; z = 0 where not normalized."""
     batch, head, tokens, memory = _block(memory, heads, blocks, WIDTH, BLOCK_L)
     dtype: tl.constexpr = memory.dtype.element_ty
     for first in range(0, K, BLOCK_K):
@@ -255,7 +255,7 @@ def noncausal_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, feature_map: str, normalize: bool, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the memory [M, z] (b, h, k·v + k) that it was read from; unnormalised [M] (b, h, k·v)."""
+    """The result, and the memory [M, z] (b, h, k·v + k) that it was read from; unnormalized [M] (b, h, k·v)."""
     q, k, v = (_with_rows(t) for t in (q, k, v))
     feature, _ = FEATURES[feature_map]
     plain, _ = precisions(q, k, v)
@@ -300,7 +300,7 @@ def _memory(
     x: Tensor, w: Tensor, feature: Any, normalize: bool, scale: float, plain: str, dtype: torch.dtype,
     norms: Tensor | None = None, deltas: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[mean φ(x_j) w_jᵀ, mean φ(x_j)] (b, h, k·v + k) or, unnormalised, scale times the sum, (b, h, k·v)."""
+    """[mean φ(x_j) w_jᵀ, mean φ(x_j)] (b, h, k·v + k) or, unnormalized, scale times the sum, (b, h, k·v)."""
     (batch, length, heads, key), value = x.shape, w.shape[-1]
     block_k, block_v = (tile(width, largest_tile(plain, dtype)) for width in (key, value))
     groups = batch * heads * triton.cdiv(key, block_k) * triton.cdiv(value, block_v)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from experiments.config import Term
-from experiments.distill import Distil, list_objectives
+from experiments.distill import DistillationLoss, list_objectives
 from experiments.distill.objectives import Seen, create_objective, places, register_objective, teacher_rows
 from experiments.teacher.teacher import Batch, Teacher
 from mixers import create_mixer
@@ -52,11 +52,11 @@ def forwards(teacher: Teacher) -> Iterator[list[bool]]:
 @pytest.mark.parametrize("name", ["output", "features", "local", "matrix"])
 def test_zero_where_the_student_is_the_teacher(teacher: Teacher, batch: Batch, name: str) -> None:
     adapter = MixerAdapter.build(teacher.pipe, "softmax")
-    assert Distil(teacher, adapter, one(name))(batch)["loss"].item() < 1e-20
+    assert DistillationLoss(teacher, adapter, one(name))(batch)["loss"].item() < 1e-20
 
 
 def test_noise_is_the_teachers_own_loss_where_the_student_is_the_teacher(teacher: Teacher, batch: Batch) -> None:
-    found = Distil(teacher, MixerAdapter.build(teacher.pipe, "softmax"), one("noise"))(batch)["loss"]
+    found = DistillationLoss(teacher, MixerAdapter.build(teacher.pipe, "softmax"), one("noise"))(batch)["loss"]
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with torch.no_grad():
         own = F.mse_loss(teacher.unet(noisy, batch["timesteps"], batch["text"]).sample, batch["noise"])
@@ -65,7 +65,7 @@ def test_noise_is_the_teachers_own_loss_where_the_student_is_the_teacher(teacher
 
 def test_the_published_loss_by_hand(teacher: Teacher, batch: Batch) -> None:
     adapter = student(teacher)
-    found = Distil(teacher, adapter, PUBLISHED)(batch)
+    found = DistillationLoss(teacher, adapter, PUBLISHED)(batch)
     adapter.unmount()
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     sites: dict[bool, dict[str, Tensor]] = {}
@@ -93,7 +93,7 @@ def test_the_published_loss_by_hand(teacher: Teacher, batch: Batch) -> None:
 
 def test_local_by_hand_and_each_sites_gradient_is_its_own(teacher: Teacher, batch: Batch) -> None:
     adapter = student(teacher)
-    found = Distil(teacher, adapter, one("local"))(batch)["loss"]
+    found = DistillationLoss(teacher, adapter, one("local"))(batch)["loss"]
     whole = gradients(adapter, found)
     assert whole.keys() == dict(adapter.student.named_parameters()).keys()
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
@@ -131,7 +131,7 @@ def test_every_row_is_one_of_the_tokens(share: float, length: int) -> None:
 @pytest.mark.parametrize("mixer", ["linfusion", "mamba"], ids=["a matrix a head", "a matrix a channel"])
 def test_matrix_by_hand(teacher: Teacher, batch: Batch, mixer: str) -> None:
     adapter = student(teacher, mixer, select="mid_block")
-    found = Distil(teacher, adapter, one("matrix"))(batch)["loss"]
+    found = DistillationLoss(teacher, adapter, one("matrix"))(batch)["loss"]
     assert adapter.is_mounted
     (name,) = adapter.mixers
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
@@ -159,7 +159,7 @@ def test_matrix_leaves_out_large_sites_and_says_so(
     teacher: Teacher, batch: Batch, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter = student(teacher)
-    some = Distil(teacher, adapter, one("matrix", max_tokens=30))
+    some = DistillationLoss(teacher, adapter, one("matrix", max_tokens=30))
     trained = gradients(adapter, some(batch)["loss"])
     some(batch)
     left_out = [s.name for s in adapter.sites if not any(n.startswith(s.name) for n in trained)]
@@ -167,14 +167,14 @@ def test_matrix_leaves_out_large_sites_and_says_so(
     told = [record.message for record in caplog.records]
     assert len(told) == 1 and all(name in told[0] for name in left_out)
     with pytest.raises(ValueError, match="max_tokens=3 tokens"):
-        Distil(teacher, adapter, one("matrix", max_tokens=3))(batch)
+        DistillationLoss(teacher, adapter, one("matrix", max_tokens=3))(batch)
 
 
 @pytest.mark.parametrize("name", list_objectives())
 def test_only_the_student_is_trained(teacher: Teacher, batch: Batch, name: str) -> None:
     before = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
     adapter = student(teacher)
-    objective = Distil(teacher, adapter, one(name))
+    objective = DistillationLoss(teacher, adapter, one(name))
     assert {id(p) for p in objective.parameters()} == {id(p) for p in adapter.student.parameters()}
     optimizer = torch.optim.SGD(objective.parameters(), lr=1e-3)
     objective(batch)["loss"].backward()
@@ -200,13 +200,13 @@ def test_a_step_runs_no_more_than_it_needs(
     teacher: Teacher, batch: Batch, terms: dict[str, Term], graphs: list[bool]
 ) -> None:
     with forwards(teacher) as seen:
-        Distil(teacher, student(teacher), terms)(batch)
+        DistillationLoss(teacher, student(teacher), terms)(batch)
     assert seen == graphs
 
 
 def test_a_term_without_weight_is_not_run(teacher: Teacher, batch: Batch) -> None:
     terms = {"noise": Term(), "output": Term(weight=0.5, start=2, ramp=2)}
-    objective = Distil(teacher, student(teacher), terms)
+    objective = DistillationLoss(teacher, student(teacher), terms)
     losses = []
     for step, graphs in enumerate([[True], [True], [False, True], [False, True], [False, True]]):
         with forwards(teacher) as seen:
@@ -230,7 +230,7 @@ def test_weights_rise_from_their_start_over_their_ramp(weight: float, start: int
 def test_gradient_checkpointing_changes_no_gradient(teacher: Teacher, batch: Batch, terms: dict[str, Term]) -> None:
     adapter = student(teacher, "linfusion", causality="causal", scan="column")
     teacher.unet.train()
-    objective = Distil(teacher, adapter, terms)
+    objective = DistillationLoss(teacher, adapter, terms)
     plain = gradients(adapter, objective(batch)["loss"])
     teacher.unet.enable_gradient_checkpointing()
     saved = gradients(adapter, objective(batch)["loss"])
@@ -242,7 +242,7 @@ def test_gradient_checkpointing_changes_no_gradient(teacher: Teacher, batch: Bat
 @pytest.mark.parametrize("name", list_objectives())
 def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(teacher: Teacher, batch: Batch, name: str) -> None:
     adapter = student(teacher)
-    objective = Distil(teacher, adapter, one(name))
+    objective = DistillationLoss(teacher, adapter, one(name))
     whole = objective(batch)["loss"]
     expected = gradients(adapter, whole)
     parts = [objective({n: v[i : i + 1] for n, v in batch.items()})["loss"] / 2 for i in range(2)]
@@ -257,20 +257,22 @@ def test_a_step_of_sdxl(name: str) -> None:
     teacher = open_teacher("SDXL")
     adapter, batch = student(teacher), batch_of(teacher)
     assert {"pooled", "time_ids"} <= batch.keys()
-    assert any(g.any() for g in gradients(adapter, Distil(teacher, adapter, one(name))(batch)["loss"]).values())
+    assert any(
+        g.any() for g in gradients(adapter, DistillationLoss(teacher, adapter, one(name))(batch)["loss"]).values()
+    )
 
 
 def test_sites_below_min_tokens_are_no_business_of_local(teacher: Teacher, batch: Batch) -> None:
     every = student(teacher)
     sizes = {row.site: row.tokens for row in every.status(size=(16, 24))}
     some = student(teacher, min_tokens=max(t for t in sizes.values() if t))
-    trained = gradients(some, Distil(teacher, some, one("local"))(batch)["loss"])
+    trained = gradients(some, DistillationLoss(teacher, some, one("local"))(batch)["loss"])
     assert {n for n in sizes if any(t.startswith(n) for t in trained)} == {
         n for n, t in sizes.items() if t == some.min_tokens
     }
     some.unmount()
     with pytest.raises(ValueError, match="no mixer runs at this size"):
-        Distil(teacher, student(teacher, min_tokens=10_000), one("local"))(batch)
+        DistillationLoss(teacher, student(teacher, min_tokens=10_000), one("local"))(batch)
 
 
 def test_objectives_of_others_and_their_mistakes(teacher: Teacher, batch: Batch) -> None:
@@ -287,7 +289,7 @@ def test_objectives_of_others_and_their_mistakes(teacher: Teacher, batch: Batch)
         def __call__(self, seen: Seen) -> Tensor:
             return seen.teacher.prediction.mean()
 
-    objective = Distil(teacher, student(teacher), one("noise"))
+    objective = DistillationLoss(teacher, student(teacher), one("noise"))
     objective._terms["noise"] = (Term(), Greedy())
     with pytest.raises(ValueError, match="without 'teacher' among its `needs`"):
         objective(batch)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from experiments.config import Distillation, MixerChoice, Stage, Term
 from experiments.distill import build_student, run_stages
 from experiments.distill.draw import draw
-from experiments.distill.student import randomise, seeded
+from experiments.distill.student import randomize, seeded
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
 from tests.experiments.students import FIT, encoded, open_teacher
@@ -33,7 +33,7 @@ def test_stages_are_checked() -> None:
     with pytest.raises(ValueError, match="trains none"):
         Distillation(fit=FIT, train="new", start="random")
     with pytest.raises(ValueError, match="names of their own"):
-        Distillation(fit=FIT, before=(Stage(name="distil", objectives={"local": 1}, fit=FIT),))
+        Distillation(fit=FIT, before=(Stage(name="distill", objectives={"local": 1}, fit=FIT),))
     short = Stage(name="a", objectives={"noise": 0.5, "output": {"weight": 2, "ramp": 3}}, fit=FIT)
     assert short.objectives == {"noise": Term(weight=0.5), "output": Term(weight=2, ramp=3)}
 
@@ -73,7 +73,7 @@ def plan(**changes: Any) -> Distillation:
     return Distillation(**{"fit": FIT, "before": before, "image_size": 16, "images": 4, **changes})
 
 
-def distil(teacher: Teacher, plan: Distillation, directory: Path, stop: tuple[str, int] | None = None) -> MixerAdapter:
+def distill(teacher: Teacher, plan: Distillation, directory: Path, stop: tuple[str, int] | None = None) -> MixerAdapter:
     latents = encoded(teacher, plan.all_sizes)
 
     def tell(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
@@ -89,25 +89,25 @@ def distil(teacher: Teacher, plan: Distillation, directory: Path, stop: tuple[st
     return adapter
 
 
-@pytest.mark.parametrize("stop", [("matrix", 3), ("local", 1), ("distil", 3)])
+@pytest.mark.parametrize("stop", [("matrix", 3), ("local", 1), ("distill", 3)])
 def test_stages_killed_anywhere_end_bit_identical(stop: tuple[str, int], tmp_path: Path) -> None:
     teacher = open_teacher(dtype=torch.float32)
-    whole = distil(teacher, plan(), tmp_path / "whole")
+    whole = distill(teacher, plan(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        distil(teacher, plan(), tmp_path / "killed", stop)
+        distill(teacher, plan(), tmp_path / "killed", stop)
     assert not whole.is_mounted
-    again = distil(teacher, plan(), tmp_path / "killed")
+    again = distill(teacher, plan(), tmp_path / "killed")
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == [
         "stage-1-matrix",
         "stage-2-local",
-        "stage-3-distil",
+        "stage-3-distill",
     ]
     for name, value in whole.student.state_dict().items():
         assert torch.equal(again.student.state_dict()[name], value), name
 
 
 def test_one_stage_trains_in_the_folder_itself(tmp_path: Path) -> None:
-    distil(open_teacher(dtype=torch.float32), plan(before=()), tmp_path)
+    distill(open_teacher(dtype=torch.float32), plan(before=()), tmp_path)
     assert (tmp_path / "metrics.jsonl").is_file() and not list(tmp_path.glob("stage-*"))
 
 
@@ -123,21 +123,21 @@ def test_host_start_is_the_teachers_and_random_start_is_not(teacher: Teacher) ->
     assert len(names) == len(host.sites) * (len(PROJECTIONS) + 1)  # to_out has a bias
     assert all(torch.equal(host.parameters_by_name()[n], original[n]) for n in names)
     mixers = {n: v.clone() for n, v in host.parameters_by_name().items() if ".mixer." in n}
-    randomise(host, 0)
+    randomize(host, 0)
     first = {n: host.parameters_by_name()[n].clone() for n in names}
     assert not any(torch.equal(first[n], original[n]) for n in names)
     assert all(torch.equal(host.parameters_by_name()[n], v) for n, v in mixers.items())
     assert all(
         v.abs().max() <= next(s.dim for s in host.sites if n.startswith(s.name)) ** -0.5 for n, v in first.items()
     )
-    randomise(host, 0)
+    randomize(host, 0)
     assert all(torch.equal(host.parameters_by_name()[n], first[n]) for n in names)
     assert all(torch.equal(teacher.unet.state_dict()[n], v) for n, v in original.items())
 
 
 def test_training_what_is_new_alone(tmp_path: Path) -> None:
     teacher = open_teacher(dtype=torch.float32)
-    adapter = distil(teacher, plan(before=(), train="new"), tmp_path)
+    adapter = distill(teacher, plan(before=(), train="new"), tmp_path)
     assert all(".mixer." in n for n in adapter.parameters_by_name())
     bare = build_student(teacher, "linear_attention", MixerChoice(), plan(train="new"), 0)
     with pytest.raises(ValueError, match="nothing to train"):
@@ -147,8 +147,8 @@ def test_training_what_is_new_alone(tmp_path: Path) -> None:
 def test_a_bfloat16_teacher_trains_a_float32_student_and_is_itself_again(tmp_path: Path) -> None:
     teacher = open_teacher(dtype=torch.bfloat16)
     before = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
-    adapter = distil(teacher, plan(gradient_checkpointing=True), tmp_path)
-    path = max((tmp_path / "stage-3-distil" / "checkpoints").glob("*.safetensors"))
+    adapter = distill(teacher, plan(gradient_checkpointing=True), tmp_path)
+    path = max((tmp_path / "stage-3-distill" / "checkpoints").glob("*.safetensors"))
     state = load_file(path)
     assert {v.dtype for n, v in state.items() if n.startswith("model/")} == {torch.float32}
     assert {p.dtype for p in adapter.student.parameters()} == {torch.bfloat16}

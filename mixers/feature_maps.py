@@ -1,4 +1,4 @@
-"""φ and ψ: what is done to queries and keys before they meet."""
+"""Feature maps φ: elementwise functions of queries and keys."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class FeatureMap:
 
     Attributes:
         apply: φ.
-        slope: φ′, from the values of φ.
-        positive: whether values are ≥ 0.
+        slope: the derivative φ′, as a function of the values of φ.
+        positive: whether all values are ≥ 0.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -26,24 +26,33 @@ class FeatureMap:
     positive: bool
 
 
+# Named functions, because a module that holds a lambda cannot be pickled.
 def _elu_plus_one(x: Tensor) -> Tensor:
     # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; here one term is exact and the other 0 or 1.
     y = x.clamp(max=0).exp_()
     return y + x.relu() if torch.is_grad_enabled() else y.add_(x.relu())
 
 
+def _elu_plus_one_slope(y: Tensor) -> Tensor:
+    return y.clamp(max=1)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "elu_plus_one": FeatureMap(_elu_plus_one, slope=lambda y: y.clamp(max=1), positive=True),
+    "elu_plus_one": FeatureMap(_elu_plus_one, slope=_elu_plus_one_slope, positive=True),
     "relu": FeatureMap(torch.relu, slope=torch.sign, positive=True),
-    "identity": FeatureMap(lambda x: x, slope=torch.ones_like, positive=False),
+    "identity": FeatureMap(_identity, slope=torch.ones_like, positive=False),
 }
 
 
 def feature_map(name: str, normalize: bool) -> FeatureMap:
-    """Look a feature map up, for a mixer that is normalized or not.
+    """Return the feature map of that name, for a mixer that is normalized or not.
 
     Raises:
-        ValueError: unknown name, or a signed map where weights are to be normalized.
+        ValueError: The name is unknown, or the map is signed and the weights are to be normalized.
     """
     if name not in FEATURE_MAPS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Feature maps φ: elementwise functions of queries and keys."""
+"""Feature maps φ and ψ, applied elementwise to queries and keys before their dot product."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mixers.suggest import hint
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """An elementwise map (b, l, h, k) -> (b, l, h, k).
+    """An elementwise map (b, l, h, k) -> (b, l, h, k). Its functions are module-level, so that mixers pickle.
 
     Attributes:
         apply: φ.
-        slope: the derivative φ′, as a function of the values of φ.
-        positive: whether all values are ≥ 0.
+        slope: the derivative φ′ as a function of φ(x).
+        positive: whether φ(x) ≥ 0 everywhere.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -26,7 +26,6 @@ class FeatureMap:
     positive: bool
 
 
-# Named functions, because a module that holds a lambda cannot be pickled.
 def _elu_plus_one(x: Tensor) -> Tensor:
     # The literal elu(x) + 1 cancels to exactly 0 below −6 in bfloat16; here one term is exact and the other 0 or 1.
     y = x.clamp(max=0).exp_()
@@ -49,19 +48,23 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 
 def feature_map(name: str, normalize: bool) -> FeatureMap:
-    """Return the feature map of that name, for a mixer that is normalized or not.
+    """Look up a feature map for a mixer that is normalized or not.
+
+    Args:
+        name: a key of FEATURE_MAPS.
+        normalize: whether rows are divided by their sums, which needs a positive map.
 
     Raises:
-        ValueError: The name is unknown, or the map is signed and the weights are to be normalized.
+        ValueError: The name is unknown, or the map is signed and `normalize` is set.
     """
     if name not in FEATURE_MAPS:
         raise ValueError(
             f"Unknown feature map {name!r}: expected one of {', '.join(FEATURE_MAPS)}.{hint(name, FEATURE_MAPS)}"
         )
     if normalize and not FEATURE_MAPS[name].positive:
-        positive = ", ".join(n for n, m in FEATURE_MAPS.items() if m.positive)
+        positive = ", ".join(name for name, candidate in FEATURE_MAPS.items() if candidate.positive)
         raise ValueError(
-            f"normalize=True needs weights ≥ 0, and the feature map {name!r} is signed: "
-            f"use one of {positive}, or normalize=False."
+            f"normalize=True needs a positive feature map, got the signed map {name!r}. "
+            f"Use one of {positive}, or normalize=False."
         )
     return FEATURE_MAPS[name]

@@ -1,0 +1,1 @@
+"""The ground floor of the experiments: files, locks, progress, devices, errors, registries. Imports no other room."""

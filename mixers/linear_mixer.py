@@ -8,8 +8,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor
 
 from mixers import operators
+from mixers.feature_maps import FEATURE_MAPS, feature_map
 from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
-from mixers.stages.feature_maps import FEATURE_MAPS, feature_map
 
 
 @dataclass(frozen=True)

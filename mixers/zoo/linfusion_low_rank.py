@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.mixer import Streams
 from mixers.registry import register_mixer
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.stages.projections import linear_in_full_precision
 from mixers.zoo.linfusion import LinFusion, LinFusionConfig
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers import create_mixer
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention, selective_scan
 from mixers.operators.linear import blocked, chunked
 from mixers.operators.scan import chunked as scan
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 

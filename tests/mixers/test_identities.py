@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mixers import create_mixer, list_mixers, registry, structure
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
 
 

@@ -50,7 +50,7 @@ def test_listing_by_pattern_and_trait() -> None:
     assert list_mixers(linear=False) == ["softmax"]
     assert list_mixers("none*") == []
     with pytest.raises(ValueError, match="Did you mean 'normalized'"):
-        list_mixers(normalized=True)
+        list_mixers(normalize=True)
 
 
 @pytest.mark.parametrize("name", list_mixers())

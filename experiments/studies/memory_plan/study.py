@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.memory import peak_bytes, return_freed_memory
+from experiments.core.memory import measure_peak_bytes, return_freed_memory
 from experiments.highres.commands import parse_size
 from experiments.highres.models import mount, open_model
 from unet_adapters.highres import SAVINGS, Tiling, decode, save_memory
@@ -41,7 +41,7 @@ def measure(model: str, mixer: str, size: str, way: str) -> dict[str, Any]:
     run: Any = _decoding if way == "pixels" else _step
     found = foresee_decoding(pipe, side, Tiling()) if way == "pixels" else foresee_step(pipe, side, savings, 7.5)
     run(pipe, (unit, unit), savings)
-    measured = peak_bytes(lambda: run(pipe, side, savings))
+    measured = measure_peak_bytes(lambda: run(pipe, side, savings))
     weights = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
     return {"size": size, "way": way, "weights": weights, "foreseen": found.peak, "measured": measured}
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.bench.memory import peak_bytes
 from experiments.config import Distillation, MixerChoice, Term
+from experiments.core.memory import measure_peak_bytes
 from experiments.distill.draw import draw
 from experiments.distill.student import build_student, run_stages
 from experiments.highres.models import open_model
@@ -68,7 +68,7 @@ def one_step(
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        peak = peak_bytes(lambda: run_stages(teacher, adapter, plan, batch, Path(folder), lambda *_: None))
+        peak = measure_peak_bytes(lambda: run_stages(teacher, adapter, plan, batch, Path(folder), lambda *_: None))
     return peak, time.perf_counter() - start
 
 

@@ -18,10 +18,10 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators.common import full_precision, precision
 from mixers.operators.linear import chunked
 from mixers.operators.linear.call import Backend, Call
-from mixers.stages.feature_maps import FEATURE_MAPS
 
 BLOCK_ELEMENTS = 1 << 18  # of the features of a block: they stay in the cache
 Place = tuple[slice, slice]

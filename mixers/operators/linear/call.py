@@ -9,10 +9,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators.choice import Problem
 from mixers.operators.common import divide_by_ones, full_precision, precision, with_ones, working_dtype
 from mixers.operators.state import State
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.traits import Causality
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators.blocks import block_after_block
 from mixers.operators.common import divide_by_ones, one_of_equals, with_ones
 from mixers.operators.linear import blocked, chunked
 from mixers.operators.linear.call import Backend, Call, visible
-from mixers.stages.feature_maps import FEATURE_MAPS
 
 
 def causal(call: Call) -> tuple[Tensor, Tensor | None]:

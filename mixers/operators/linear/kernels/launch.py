@@ -53,7 +53,7 @@ FEATURES: dict[str, tuple[Any, Any]] = {
 }
 """φ, and φ′ from the values of φ, as device functions that kernels take as constexpr; NaN stays NaN.
 
-The names are those of `mixers.stages.feature_maps.FEATURE_MAPS`.
+The names are those of `mixers.feature_maps.FEATURE_MAPS`.
 """
 
 

@@ -236,7 +236,7 @@ def noncausal_attention(
     Args:
         q, k: (b, l, h, k), before φ, of any floating dtype; any strides, of which a last one other than 1 costs a copy.
         v: (b, l, h, v), likewise.
-        feature_map: a name in `mixers.stages.feature_maps`.
+        feature_map: a name in `mixers.feature_maps`.
         normalize, eps, scale: as of `linear_attention`.
 
     Returns:

@@ -69,7 +69,7 @@ class LinearMixer(TokenMixer):
     def weights(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         q, k = self.features(streams)
-        return operators.linear_weights(q, k, streams.log_decay, **self._settings())
+        return operators.linear_attention_matrix(q, k, streams.log_decay, **self._settings())
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """φ(q) and φ(k), the latter times `write` where there is one: (b, l, h, k) each, float32 at least."""

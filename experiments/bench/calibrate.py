@@ -17,8 +17,8 @@ from experiments.bench.contest import Report
 from experiments.bench.contests import Setup, gated, states, written
 from experiments.core.timing import time_interleaved
 from mixers import operators
-from mixers.operators.choice import FORMULATIONS, LAST_RESORT
-from mixers.operators.preference import VARIABLE, Row, default_path, device_name, save_table
+from mixers.operators.selection import FORMULATIONS, LAST_RESORT
+from mixers.operators.backend_table import VARIABLE, Row, default_path, device_name, save_table
 
 RECURRENT = "recurrent"  # never the fastest; a truth for tests
 LADDER = (16, 64, 256, 1024, 4096, 16384)

@@ -17,7 +17,7 @@ from experiments.bench import baselines
 from experiments.bench.contest import Contest, Make, Work
 from experiments.bench.crossover import EMBEDDED, PROFILES
 from mixers import create_mixer, list_mixers, operators, registry
-from mixers.operators.choice import KERNELS, unavailable
+from mixers.operators.selection import KERNELS, unavailable
 
 SOFTMAX = "softmax"
 MOUNTED = "linfusion"  # in a UNet, unless another mixer is named

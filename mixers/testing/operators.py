@@ -13,13 +13,14 @@ from torch import Tensor
 
 from mixers.operators import (
     delta_rule,
-    delta_rule_weights,
+    delta_rule_matrix,
     linear_attention,
-    linear_weights,
+    linear_attention_matrix,
     selective_scan,
-    selective_scan_weights,
+    selective_scan_matrix,
 )
-from mixers.operators.choice import FORMULATIONS, KERNELS, Refused, unavailable
+from mixers.operators.backend import FORMULATIONS, kernel_names
+from mixers.operators.selection import BackendRefusedError, backends
 from mixers.testing.inputs import Inputs, apply_matrix
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES, Causality
@@ -121,12 +122,12 @@ def _cases() -> Iterator[OperatorCase]:
     for decay in ("", "h", "blh", "blhk"):
         over = ("q", "k", "v") + (("log_decay",) if "l" in decay else ())
         name = linear_attention.__name__ + (f" with log_decay ({', '.join(decay)})" if decay else "")
-        yield OperatorCase(name, linear_attention, linear_weights, _linear(decay), over, settings=settings)
+        yield OperatorCase(name, linear_attention, linear_attention_matrix, _linear(decay), over, settings=settings)
     over = ("u", "dt", "B", "C")
     yield OperatorCase(
         selective_scan.__name__,
         selective_scan,
-        selective_scan_weights,
+        selective_scan_matrix,
         _scan,
         over,
         values="u",
@@ -139,7 +140,7 @@ def _cases() -> Iterator[OperatorCase]:
         yield OperatorCase(
             name,
             delta_rule,
-            delta_rule_weights,
+            delta_rule_matrix,
             _delta(decay),
             over,
             causalities=("causal", "bidirectional"),
@@ -167,13 +168,14 @@ def check_formulations_agree(case: OperatorCase, inputs: Inputs) -> None:
 def check_kernels_agree(case: OperatorCase, inputs: Inputs) -> None:
     """Kernels that can run here (on a CPU those of triton, interpreted) give the dense result and gradients too."""
     device = torch.device(inputs.device).type
-    kernels = [name for name in KERNELS if unavailable(name, device) is None]
+    available = backends(device)
+    kernels = [name for name in kernel_names() if available[name] == "available"]
     short = [length for length in inputs.lengths if length <= INTERPRETED]
     lengths = inputs.lengths if device != "cpu" else sorted({min(short), max(short)}) if short else ()
     for backend, length, switches in itertools.product(kernels, lengths, case.switches()):
         try:
             outcome = _outcome(case, inputs, length, backend=backend, **switches)
-        except Refused:
+        except BackendRefusedError:
             continue
         for name, wanted in _outcome(case, inputs, length, backend="dense", **switches).items():
             what = f"{backend} against dense, {name}, l = {length}, {_told(switches)}"
@@ -195,12 +197,12 @@ def check_streaming_equals_one_pass(case: OperatorCase, inputs: Inputs) -> None:
     """Causal: a stream in parts, each handed the state of the one before, is one pass; whoever computes the parts."""
     for length, switches in itertools.product(inputs.at_least(2), case.switches("causal")):
         tensors = case.inputs(inputs, length)
-        whole, last = case.run(**tensors, **switches, return_state=True)
+        whole, last = case.run(**tensors, **switches, output_final_state=True)
         cut = 1 + inputs.seed % (length - 1)
         for first, second in itertools.product(FORMULATIONS, repeat=2):
             before, after = _part(case, tensors, 0, cut), _part(case, tensors, cut, length)
-            start, state = case.run(**before, **switches, backend=first, return_state=True)
-            end, state = case.run(**after, **switches, backend=second, initial_state=state, return_state=True)
+            start, state = case.run(**before, **switches, backend=first, output_final_state=True)
+            end, state = case.run(**after, **switches, backend=second, initial_state=state, output_final_state=True)
             what = f"parts of {cut} ({first}) and {length - cut} ({second}) tokens, {_told(switches)}"
             assert_close(torch.cat([start, end], dim=1), whole, what=what)
             assert_close(state.memory, last.memory, what=f"state after {what}")

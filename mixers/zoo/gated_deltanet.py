@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
-from mixers.operators import delta, delta_rule, delta_rule_weights
+from mixers.operators import delta, delta_rule, delta_rule_matrix
 from mixers.precision import accumulation_dtype, no_autocast
 from mixers.published import Published, read_fla, require
 from mixers.registry import register_mixer
@@ -111,7 +111,7 @@ class GatedDeltaNet(TokenMixer):
         assert streams.write is not None
         q, k = self.features(streams)
         settings: dict[str, Any] = {"causality": self.config.causality, "scale": self.scale}
-        return delta_rule_weights(q, k, streams.write, streams.log_decay, **settings)
+        return delta_rule_matrix(q, k, streams.write, streams.log_decay, **settings)
 
     @property
     def scale(self) -> float:

@@ -110,7 +110,7 @@ class Hydra(StateSpaceMixer):
         for direction, (q, k, log_decay) in enumerate(self._directions(streams)):
             back = direction == 1
             q, k, log_decay = (t.flip(1) if back else t for t in (q, k, log_decay))
-            moved = F.pad(operators.linear_weights(self._query(q), k, log_decay, **settings), (0, 0, 1, -1))
+            moved = F.pad(operators.linear_attention_matrix(self._query(q), k, log_decay, **settings), (0, 0, 1, -1))
             total = total + (moved.flip(-1, -2) if back else moved)
         return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total
 

@@ -116,7 +116,7 @@ class InLine(LinearMixer):
     def weights(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         q, k = self.features(streams)
-        scores = operators.linear_weights(
+        scores = operators.linear_attention_matrix(
             q, k, causality=self.config.causality, normalize=False, eps=0.0, scale=self.scale
         )
         if not self.config.normalize:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers.mixer import Streams
-from mixers.operators.scan import selective_scan, selective_scan_weights
+from mixers.operators.scan import selective_scan, selective_scan_matrix
 from mixers.precision import accumulation_dtype
 from mixers.published import Published, require, split_rows
 from mixers.registry import register_mixer
@@ -134,7 +134,7 @@ class Mamba(StateSpaceMixer):
         """(b, h, v, l, l), from the formula."""
         assert streams.write is not None
         C, B = self.features(streams)
-        return selective_scan_weights(streams.write, self.A, B, C, **self._settings())
+        return selective_scan_matrix(streams.write, self.A, B, C, **self._settings())
 
     def state_size(self, length: int) -> int:
         """channels·n, twice that normalized: every channel has weights of its own, and so their sum."""

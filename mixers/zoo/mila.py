@@ -84,8 +84,8 @@ class MILA(LinearAttention):
         if not self._apart:
             return super().weights(streams)
         settings = {**self._settings(), "normalize": False, "scale": 1.0}
-        turned = operators.linear_weights(*self.features(streams), **settings)
-        sums = operators.linear_weights(*super().features(streams), **settings).sum(-1, keepdim=True)
+        turned = operators.linear_attention_matrix(*self.features(streams), **settings)
+        sums = operators.linear_attention_matrix(*super().features(streams), **settings).sum(-1, keepdim=True)
         return turned / (sums + self.config.eps * count_visible_tokens(streams.q, self.config.causality, 0)[:, None])
 
     @property

@@ -24,7 +24,7 @@ from experiments.cli import app
 from experiments.core.memory import measure_peak_bytes
 from experiments.core.timing import Quartiles
 from mixers import operators
-from mixers.operators.preference import VARIABLE, preferred
+from mixers.operators.backend_table import VARIABLE, preferred
 
 
 @given(st.floats(0.2, 3), st.floats(1e-6, 1), st.lists(st.integers(1, 20), min_size=2, max_size=6, unique=True))

@@ -12,8 +12,8 @@ import torch
 
 from mixers import operators
 from mixers.operators import choice, linear
-from mixers.operators.choice import FORMULATIONS, Problem, choose
-from mixers.operators.preference import DEFAULT, VARIABLE, Row, _read, device_name, load_table, save_table
+from mixers.operators.selection import FORMULATIONS, Problem, choose
+from mixers.operators.backend_table import DEFAULT, VARIABLE, Row, _read, device_name, load_table, save_table
 
 CPU = torch.device("cpu")
 STREAMS = tuple(torch.rand(1, 5, 2, 3) for _ in range(3))
@@ -32,7 +32,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
-def used(**settings: Any) -> operators.Choice:
+def used(**settings: Any) -> operators.BackendChoice:
     with operators.observe_backends() as seen:
         operators.linear_attention(*STREAMS, **settings)
     (choice,) = seen
@@ -40,7 +40,7 @@ def used(**settings: Any) -> operators.Choice:
 
 
 def test_without_a_table_a_cpu_runs_the_chunked_form() -> None:
-    assert used() == operators.Choice("linear", "noncausal", "chunked")
+    assert used() == operators.BackendChoice("linear", "noncausal", "chunked")
 
 
 def test_a_named_backend_runs_whatever_the_table_says(table) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixers import create_mixer
 from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention, selective_scan
-from mixers.operators.linear import blocked, chunked
+from mixers.operators.linear import chunks, noncausal_blocks
 from mixers.operators.scan import chunked as scan
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
@@ -25,8 +25,8 @@ DECAYS = {"none": None, "fixed": "h", "scalar": "blh", "vector": "blhk"}
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of a few tokens, so that short sequences have several."""
-    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 40)
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(noncausal_blocks, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(scan, "BLOCK_ELEMENTS", 1 << 10)
     yield
 
@@ -137,7 +137,7 @@ def test_backward_under_autocast_sums_in_full_precision() -> None:
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_nothing_but_tensors_and_states_is_kept(causality: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 2000)
+    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 2000)
     tensors = [t.detach().requires_grad_() for t in inputs("none", 1, 4000, k=4, v=4)]
     kept: dict[int, int] = {}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.operators import bridge, choice
-from mixers.operators.choice import Problem
+from mixers.operators.selection import Problem
 from mixers.operators.delta import fla as delta_fla
 from mixers.operators.linear import fla as linear_fla
 from mixers.operators.scan import mamba_ssm as scan_ssm
@@ -147,7 +147,7 @@ def test_a_stream_goes_from_one_backend_to_another(first: str, second: str) -> N
     q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
     whole = operators.linear_attention(q, k, v, causality="causal", backend="dense")
     head, tail = [t[:, :4] for t in (q, k, v)], [t[:, 4:] for t in (q, k, v)]
-    start, state = operators.linear_attention(*head, causality="causal", backend=first, return_state=True)
+    start, state = operators.linear_attention(*head, causality="causal", backend=first, output_final_state=True)
     end = operators.linear_attention(*tail, causality="causal", backend=second, initial_state=state)
     torch.testing.assert_close(torch.cat([start, end], 1), whole, rtol=1e-4, atol=1e-5)
 

@@ -48,7 +48,7 @@ def ours(*args: Tensor, backend: str, **settings: Any) -> tuple[Tensor, Tensor]:
     run = delta_rule if len(args) == 5 else linear_attention
     extra = {} if run is delta_rule else {"normalize": False, **settings}
     scale = K**-0.5
-    y, state = run(*args, causality="causal", scale=scale, return_state=True, backend=backend, **extra)
+    y, state = run(*args, causality="causal", scale=scale, output_final_state=True, backend=backend, **extra)
     return y, state.memory
 
 

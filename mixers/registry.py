@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -137,8 +138,23 @@ def load_plugin(path: str | Path) -> list[str]:
         ValueError: there is no such file, it does not run, or it registers nothing.
     """
     _discover()
-    path, before = Path(path), set(_ENTRIES)
-    # By the place of the file: json.py must not take that module's place, nor a/mine.py that of b/mine.py.
+    before = set(_ENTRIES)
+    module = import_plugin(path).__name__
+    added = sorted({*names_from(module), *(set(_ENTRIES) - before)})
+    if not added:
+        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
+    return added
+
+
+def import_plugin(path: str | Path) -> ModuleType:
+    """Run a .py file as a module, whatever it registers.
+
+    Raises:
+        ValueError: there is no such file, or it does not run.
+    """
+    _discover()
+    path = Path(path)
+    # Named by the file's full path: json.py must not replace that module, nor a/mine.py replace b/mine.py.
     name = f"mixers_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
@@ -149,10 +165,12 @@ def load_plugin(path: str | Path) -> list[str]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"Cannot load the plug-in {path}: {type(error).__name__}: {error}") from error
-    added = sorted(n for n, e in _ENTRIES.items() if e.mixer.__module__ == name or n not in before)
-    if not added:
-        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
-    return added
+    return module
+
+
+def names_from(module: str) -> list[str]:
+    """Return the names of the mixers that the named module defines."""
+    return sorted(name for name, found in _ENTRIES.items() if found.mixer.__module__ == module)
 
 
 def get_mixer_entry(name: str) -> MixerEntry:

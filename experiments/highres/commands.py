@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.memory import return_freed_memory
+from experiments.core.memory import return_freed_memory
 from experiments.highres.models import mount, open_model
 from experiments.highres.rate import measure_rate
 from unet_adapters.highres import Control, Plan, Request, Result, generate, make_plan

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench.memory import reset_resident_peak, resident_peak
+from experiments.core.memory import peak_resident_bytes, reset_peak_resident_bytes
 
 
 class Watch:
@@ -35,7 +35,7 @@ class Watch:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            self._resident = reset_resident_peak() or 0
+            self._resident = reset_peak_resident_bytes() or 0
         self._began = time.perf_counter()
 
     def _stop(self) -> dict[str, Any]:
@@ -43,5 +43,5 @@ class Watch:
             torch.cuda.synchronize(self.device)
             peak: int | None = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = resident_peak() - self._resident if self._resident else None
+            peak = peak_resident_bytes() - self._resident if self._resident else None
         return {"seconds": time.perf_counter() - self._began, "bytes": peak}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import plus_product, precision, times
+from mixers.inplace import addcmul_reusing, multiply_reusing
+from mixers.precision import accumulation_dtype
 from mixers.stages.convolutions import LocalConvolution
 from mixers.suggest import hint
 
@@ -29,10 +30,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) -> (…, channels)."""
-        parts = x.to(precision(x)).unflatten(-1, (self.groups, -1))
+        parts = x.to(accumulation_dtype(x)).unflatten(-1, (self.groups, -1))
         power = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square() / parts.shape[-1]
         y = (parts * torch.rsqrt(power + self.eps)).flatten(-2)
-        return (y if self.weight is None else times(y, self.weight.to(y.dtype))).to(x.dtype)
+        return (y if self.weight is None else multiply_reusing(y, self.weight.to(y.dtype))).to(x.dtype)
 
 
 class HeadGroupNorm(nn.Module):
@@ -50,7 +51,7 @@ class HeadGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, h·v) -> (…, h·v)."""
-        parts = x.to(precision(x)).unflatten(-1, (self.heads, -1))
+        parts = x.to(accumulation_dtype(x)).unflatten(-1, (self.heads, -1))
         y = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
         if self.weight is not None and self.bias is not None:
             y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
@@ -151,10 +152,10 @@ class Output(nn.Module):
         Raises:
             ValueError: there is a local convolution and no grid.
         """
-        dtype, result = precision(y), y
+        dtype, result = accumulation_dtype(y), y
         if self.D is not None:
             D = self.D.to(dtype)
-            result = plus_product(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
+            result = addcmul_reusing(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
         if self.local is not None:
             result = result.to(dtype) + self.local(streams.v.flatten(-2), streams.grid).view_as(y)
         steps = (self._gated, self._normed) if self.gate_first else (self._normed, self._gated)
@@ -165,14 +166,16 @@ class Output(nn.Module):
     def _normed(self, y: Tensor, x: Tensor) -> Tensor:
         if self.norm is None:
             return y
-        wide = y.to(precision(y))
+        wide = y.to(accumulation_dtype(y))
         return self.norm(wide) if self.norm_axes == 1 else self.norm(wide.flatten(-2)).view_as(y)
 
     def _gated(self, y: Tensor, x: Tensor) -> Tensor:
         if self.to_gate is None:
             return y
-        z = self.to_gate(x).to(precision(y)).view_as(y)
-        return times(z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled()), y.to(precision(y)))
+        dtype = accumulation_dtype(y)
+        z = self.to_gate(x).to(dtype).view_as(y)
+        gate = z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled())
+        return multiply_reusing(gate, y.to(dtype))
 
 
 def _norm(kind: str, heads: int, head_dim: int, groups: int, affine: bool, eps: float) -> nn.Module:

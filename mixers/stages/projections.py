@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import full_precision, precision
+from mixers.precision import accumulation_dtype, no_autocast
 
 
 class Projections(nn.Module):
@@ -65,6 +65,6 @@ class ResidualMLP(nn.Module):
 
 def linear_in_full_precision(layer: nn.Linear, x: Tensor) -> Tensor:
     """A projection in float32 at least, whatever the parameters' dtype and autocast say: (…, in) -> (…, out)."""
-    dtype = precision(x, layer.weight)
-    with full_precision(x):
+    dtype = accumulation_dtype(x, layer.weight)
+    with no_autocast(x):
         return F.linear(x.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
 from mixers.operators import delta, delta_rule, delta_rule_weights
-from mixers.operators.common import full_precision, precision
+from mixers.precision import accumulation_dtype, no_autocast
 from mixers.registry import register_mixer
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import Projections
@@ -87,8 +87,8 @@ class GatedDeltaNet(TokenMixer):
     def add_gates(self, streams: Streams) -> Streams:
         """Add β and log α, (b, l, h) each."""
         x = streams.x
-        dtype = precision(x, self.to_beta.weight)
-        with full_precision(x):
+        dtype = accumulation_dtype(x, self.to_beta.weight)
+        with no_autocast(x):
             beta = F.linear(x.to(dtype), self.to_beta.weight.to(dtype)).sigmoid()
         log_decay = None if self.decay is None else self.decay(x)[1]
         return replace(streams, beta=(2 if self.config.allow_neg_eigval else 1) * beta, log_decay=log_decay)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixers import operators
 from mixers.mixer import Streams, upcast
-from mixers.operators.common import divide_by_ones, with_ones
+from mixers.normalization import append_ones, divide_by_last
 from mixers.registry import register_mixer
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import linear_in_full_precision
@@ -100,13 +100,13 @@ class Hydra(StateSpaceMixer):
         """W v, (b, l, h, v), float32 at least: the directions' sums, moved by one, and the diagonal."""
         assert isinstance(streams, HydraStreams) and streams.diagonal is not None
         v = streams.values
-        v = with_ones(v) if self.config.normalize else v
+        v = append_ones(v) if self.config.normalize else v
         y = streams.diagonal[..., None] * v
         for direction, (q, k, log_decay) in enumerate(self._directions(streams)):
             turned = (q, k, v, log_decay) if direction == 0 else (t.flip(1) for t in (q, k, v, log_decay))
             part = self._before(*turned)
             y = y + (part if direction == 0 else part.flip(1))
-        return divide_by_ones(y, self.config.eps) if self.config.normalize else y
+        return divide_by_last(y, self.config.eps) if self.config.normalize else y
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""

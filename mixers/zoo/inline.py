@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.linear_mixer import LinearMixer
 from mixers.mixer import MixerConfig, Streams
-from mixers.operators.common import precision
-from mixers.operators.linear import visible
+from mixers.normalization import count_visible_tokens
+from mixers.precision import accumulation_dtype
 from mixers.registry import register_mixer
 from mixers.stages.outputs import Output
 
@@ -69,7 +69,7 @@ class DynamicConvolution(nn.Module):
         v = rearrange(streams.v, "b (i j) h v -> 1 (b h v) i j", i=streams.grid[0])
         local = F.conv2d(v, kernel, padding=self.size // 2, groups=kernel.shape[0])
         local = rearrange(local, "1 (b h v) i j -> b (i j) h v", b=y.shape[0], h=y.shape[2])
-        return self.output(y.to(precision(y)) + local, streams).to(y.dtype)
+        return self.output(y.to(accumulation_dtype(y)) + local, streams).to(y.dtype)
 
 
 @register_mixer("inline")
@@ -126,7 +126,7 @@ class InLine(LinearMixer):
         return (scores + seen * (1 - scores.sum(-1, keepdim=True) / counts)) / counts
 
     def _visible(self, like: Tensor) -> Tensor:
-        return visible(like, self.config.causality, 0)
+        return count_visible_tokens(like, self.config.causality, 0)
 
     def _visible_means(self, k: Tensor) -> Tensor:
         """(b, l, h, k), or (b, 1, h, k) where all see the same."""

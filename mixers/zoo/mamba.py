@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers.mixer import Streams
-from mixers.operators.common import precision
 from mixers.operators.scan import selective_scan, selective_scan_weights
+from mixers.precision import accumulation_dtype
 from mixers.registry import register_mixer
 from mixers.stages.projections import Projections, linear_in_full_precision
 from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
@@ -104,7 +104,7 @@ class Mamba(StateSpaceMixer):
     @property
     def A(self) -> Tensor:
         """(h, v, n), < 0."""
-        log = self.A_log.to(precision(self.A_log)).unflatten(0, (self.heads, -1))
+        log = self.A_log.to(accumulation_dtype(self.A_log)).unflatten(0, (self.heads, -1))
         return -log.exp()
 
     def create_projections(self) -> Projections:

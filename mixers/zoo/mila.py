@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.mixer import Streams
-from mixers.operators.linear import visible
+from mixers.normalization import count_visible_tokens
 from mixers.registry import register_mixer
 from mixers.stages.rotary import rotary_2d
 from mixers.traits import Traits
@@ -77,7 +77,7 @@ class MILA(LinearAttention):
         y = operators.linear_attention(*self.features(streams), v, **settings)
         sums = operators.linear_attention(*plain, v.new_ones(*v.shape[:3], 1), **settings)
         assert isinstance(y, Tensor) and isinstance(sums, Tensor)
-        return y / (sums + self.config.eps * visible(v, self.config.causality, 0)[:, None, None])
+        return y / (sums + self.config.eps * count_visible_tokens(v, self.config.causality, 0)[:, None, None])
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
@@ -86,7 +86,7 @@ class MILA(LinearAttention):
         settings = {**self._settings(), "normalize": False, "scale": 1.0}
         turned = operators.linear_weights(*self.features(streams), **settings)
         sums = operators.linear_weights(*super().features(streams), **settings).sum(-1, keepdim=True)
-        return turned / (sums + self.config.eps * visible(streams.q, self.config.causality, 0)[:, None])
+        return turned / (sums + self.config.eps * count_visible_tokens(streams.q, self.config.causality, 0)[:, None])
 
     @property
     def permutation_equivariant(self) -> bool:

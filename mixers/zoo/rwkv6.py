@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.mixer import Streams
-from mixers.operators.common import divide_by_ones, with_ones
+from mixers.normalization import append_ones, divide_by_last
 from mixers.registry import register_mixer
 from mixers.stages.decays import DoubleExponentialDecay
 from mixers.stages.projections import Projections
@@ -92,7 +92,7 @@ class RWKV6(LinearMixer):
         assert streams.log_decay is not None
         q, k = self.features(streams)
         v = streams.values
-        v = with_ones(v) if self.config.normalize else v
+        v = append_ones(v) if self.config.normalize else v
         y = self._diagonal(q, k)[..., None] * v
         order = self.config.causality
         if order == "noncausal":
@@ -101,7 +101,7 @@ class RWKV6(LinearMixer):
             y = y + self._past(q, k, v, streams.log_decay)
         if order == "bidirectional":
             y = y + self._past(*(t.flip(1) for t in (q, k, v, streams.log_decay))).flip(1)
-        return divide_by_ones(y, self._eps(v.shape[1])) if self.config.normalize else y
+        return divide_by_last(y, self._eps(v.shape[1])) if self.config.normalize else y
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula. O(l²·k) memory."""

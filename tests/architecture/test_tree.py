@@ -18,9 +18,9 @@ ROOMS = ("mixers", "unet_adapters", "experiments")  # each may import itself and
 TOP_LEVEL = {
     *ROOMS,
     *("tests", "docs", "pyproject.toml", "README.md", "Makefile", "LICENSE"),
-    *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt"),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "mkdocs.yml"),
 }
-BUILD_OUTPUTS = {"build", "dist", "runs", "__pycache__"}  # what .gitignore leaves out, for a tree without git
+BUILD_OUTPUTS = {"build", "dist", "runs", "site", "__pycache__"}  # what .gitignore leaves out, for a tree without git
 MAX_FILE, MAX_FUNCTION = 400, 60
 MAX_KERNEL = 125  # a GPU kernel cannot hand its registers to another function; its arguments alone are 20 lines
 

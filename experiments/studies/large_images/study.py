@@ -21,7 +21,7 @@ from rich.progress import track
 from safetensors import safe_open
 
 from experiments.ablation.store import write_json
-from experiments.bench.memory import keep_freed_memory
+from experiments.core.memory import keep_freed_memory
 from experiments.highres.models import mount, open_model
 from experiments.highres.rate import measure_rate
 from experiments.highres.watch import Watch
@@ -77,7 +77,6 @@ def cases(normalized: str, raw: str, size: int) -> list[Case]:
 
 def make(case: Case, folder: Path) -> None:
     """Make one picture, keep its stages as pictures, and write what they took."""
-    keep_freed_memory()
     torch.set_num_threads(1)
     pipe = open_model("embedded", torch.float32, "cpu")
     mount(pipe, case.adapter, None)
@@ -109,7 +108,8 @@ def main() -> None:
     chosen = cases(given.normalized, given.raw, given.size)
     folders = [given.runs / case.folder for case in chosen]
     if given.one is not None:
-        make(chosen[given.one], folders[given.one])
+        with keep_freed_memory():
+            make(chosen[given.one], folders[given.one])
         return
     for number, folder in enumerate(track(folders, "pictures")):
         if not (folder / "record.json").is_file():

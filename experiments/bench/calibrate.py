@@ -15,7 +15,7 @@ import torch
 from experiments.bench import baselines
 from experiments.bench.contest import Report
 from experiments.bench.contests import Setup, gated, states, written
-from experiments.bench.timing import interleaved
+from experiments.core.timing import time_interleaved
 from mixers import operators
 from mixers.operators.choice import FORMULATIONS, LAST_RESORT
 from mixers.operators.preference import VARIABLE, Row, default_path, device_name, save_table
@@ -92,7 +92,7 @@ def time_backends(setup: Setup, call: Any, length: int, heads: int, width: int) 
         except Exception:  # it cannot compute this: it is not in the table
             continue
         runs[name] = run
-    times = interleaved(runs, 5, device=setup.device, min_seconds=0.002)
+    times = time_interleaved(runs, 5, device=setup.device, min_seconds=0.002)
     return {name: statistics.median(of) for name, of in times.items()}
 
 

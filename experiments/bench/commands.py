@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from experiments.bench.contests import (
 from experiments.bench.crossover import DTYPES
 from experiments.bench.results import show, write
 from experiments.bench.timing import machine
+from experiments.core.memory import keep_freed_memory
 
 LADDER = calibration.LADDER
 __all__ = ["LADDER", "MOUNTED", "SIZES", "VERBS", "bench", "calibrate", "make_setup"]
@@ -104,7 +105,7 @@ def bench(
     rates = measure_rates(setup.device, setup.dtype)
     told = {**machine(setup.device), **versions(), "dtype": str(setup.dtype).removeprefix("torch.")}
     rows, command = [], shlex.join(["mixlab", *sys.argv[1:]])
-    with bars() as shown:
+    with bars() as shown, keep_freed_memory() if verb == "growth" else nullcontext():
         task = shown.add_task(verb, total=len(found))
         for contest in found:
             tell = partial(shown.update, task)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from experiments.bench.memory import keep_freed_memory, peak_bytes
-from experiments.bench.timing import Spread, interleaved
+from experiments.core.memory import measure_peak_bytes
+from experiments.core.timing import Quartiles, time_interleaved
 
 Make = Callable[[int], Callable[[], object]]
 """Number of tokens (or the like) -> what is timed; raises where it cannot."""
@@ -78,7 +78,7 @@ class Row:
     contest: str
     contender: str
     size: int
-    time: Spread | None = None
+    time: Quartiles | None = None
     peak: int | None = None
     floor: float | None = None
     ratios: dict[str, float] = field(default_factory=dict)
@@ -105,8 +105,6 @@ def run_contest(
     """Climb the ladder with all contenders, timed in turns; returns a row for each at every size it reached."""
     rows: list[Row] = []
     running, start = list(contest.contenders), time.perf_counter()
-    if contest.growth:
-        keep_freed_memory()
     for size in contest.sizes:
         if not running or time.perf_counter() - start > limits.budget:
             break
@@ -117,7 +115,7 @@ def run_contest(
             try:
                 call = contest.contenders[name](size)
                 call()  # what a first call compiles or allocates is not what is measured
-                runs[name], peaks[name] = call, None if contest.growth else peak_bytes(call, device)
+                runs[name], peaks[name] = call, None if contest.growth else measure_peak_bytes(call, device)
             except Exception as error:  # whatever a contender raises, the others go on
                 running.remove(name)
                 rows.append(Row(contest.name, name, size, error=told(error)))
@@ -147,7 +145,7 @@ def _timed(
 
         turns = {name: partial(guarded, name, call) for name, call in runs.items()}
         try:
-            return interleaved(turns, limits.repeats, warmup=1, max_seconds=5 * len(runs), device=device)
+            return time_interleaved(turns, limits.repeats, warmup=1, max_seconds=5 * len(runs), device=device)
         except Exception:
             (name, error), *_ = failed
             del runs[name]
@@ -163,7 +161,7 @@ def _row(
         for other in times
         if other in contest.baselines and other != name
     }
-    return Row(contest.name, name, size, Spread.of(times[name]), peak, floor, ratios)
+    return Row(contest.name, name, size, Quartiles.from_times(times[name]), peak, floor, ratios)
 
 
 def told(error: Exception) -> str:
@@ -204,7 +202,7 @@ def measure_rates(device: str, dtype: torch.dtype, repeats: int = 5) -> Rates:
     target, side = torch.empty_like(source), 8192 if gpu else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     runs = {"copy": lambda: target.copy_(source), "matrix": lambda: a @ b}
-    times = interleaved(runs, repeats, device=device)
+    times = time_interleaved(runs, repeats, device=device)
     return Rates(2 * source.numel() * source.element_size() / min(times["copy"]), 2 * side**3 / min(times["matrix"]))
 
 

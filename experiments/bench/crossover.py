@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import nn
 
 from experiments.ablation.store import write_json
-from experiments.bench.timing import BATCH, STOCK, Bench, CannotRun, Kind, Spread, machine
+from experiments.bench.timing import BATCH, STOCK, Bench, CannotRun, Kind, machine
+from experiments.core.timing import Quartiles
 from experiments.report import style
 from experiments.teacher import load
 from mixers import list_mixers
@@ -52,8 +53,8 @@ class Point:
     """One measurement. `ratio`: mounted / stock, the median over turns, so that slow moments of a machine cancel."""
 
     tokens: int
-    stock: Spread
-    mounted: Spread
+    stock: Quartiles
+    mounted: Quartiles
     ratio: float
 
 
@@ -249,7 +250,7 @@ def _measured(
 
 def _point(tokens: int, stock: list[float], mounted: list[float]) -> Point:
     ratio = statistics.median(m / s for m, s in zip(mounted, stock, strict=True))
-    return Point(tokens, Spread.of(stock), Spread.of(mounted), ratio)
+    return Point(tokens, Quartiles.from_times(stock), Quartiles.from_times(mounted), ratio)
 
 
 def _why_stop(curve: Curve, budget: float) -> str | None:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,30 +16,13 @@ import torch
 from diffusers import Transformer2DModel
 from torch import Tensor, nn
 
+from experiments.core.timing import time_interleaved
 from unet_adapters import MixerAdapter
 from unet_adapters.grid import PLACE
 
 BATCH = 2  # one image under classifier-free guidance
 STOCK = "stock attention"
 SITE = "transformer.transformer_blocks.0.attn1"
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Seconds of one call: the median of the repeats, between the quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, times: list[float]) -> Spread:
-        """The spread of one repeat or more."""
-        if len(times) == 1:
-            return cls(times[0], times[0], times[0])
-        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-        return cls(median, low, high)
 
 
 @dataclass(frozen=True, order=True)
@@ -57,55 +38,6 @@ class Kind:
 
     def __str__(self) -> str:
         return f"dim {self.dim}, heads {self.heads}"
-
-
-def seconds(run: Callable[[], object], calls: int = 1, device: str = "cpu", clock: Clock = time.perf_counter) -> float:
-    """Seconds of one call, as the mean of `calls` in a row; on a GPU, until its work is done."""
-    _synchronize(device)
-    start = clock()
-    for _ in range(calls):
-        run()
-    _synchronize(device)
-    return (clock() - start) / calls
-
-
-def interleaved(
-    functions: Mapping[str, Callable[[], object]],
-    repeats: int = 7,
-    warmup: int = 2,
-    *,
-    min_seconds: float = 0.01,
-    max_seconds: float = math.inf,
-    device: str = "cpu",
-    clock: Clock = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Time functions in turns, A B A B, so that what disturbs the machine for a while disturbs all of them.
-
-    Args:
-        functions: what to call, by name.
-        repeats: turns.
-        warmup: untimed calls of each before that, at least one; the last tells how often a short call is repeated.
-        min_seconds: a function that takes less is called, each turn, as often as fills this time.
-        max_seconds: the turns end, though not before the third, once they have taken this long together.
-        device: "cuda" waits for the GPU before the clock is read.
-
-    Returns:
-        Seconds of one call, one number a turn; the i-th numbers of all functions are of the same turn.
-    """
-    if repeats < 1 or warmup < 1:
-        raise ValueError(f"repeats={repeats}, warmup={warmup}: expected at least 1 of each.")
-    calls = {}
-    for name, run in functions.items():
-        took = [seconds(run, 1, device, clock) for _ in range(warmup)][-1]
-        calls[name] = max(1, math.ceil(min_seconds / max(took, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    start = clock()
-    for turn in range(repeats):
-        if turn >= 3 and clock() - start > max_seconds:
-            break
-        for name, run in functions.items():
-            times[name].append(seconds(run, calls[name], device, clock))
-    return times
 
 
 class CannotRun(Exception):
@@ -135,10 +67,10 @@ class Bench:
                 runs[name]()
             except Exception as error:  # whatever a mixer raises, the others go on
                 raise CannotRun(name, error) from error
-        return interleaved(runs, self.repeats, warmup=1, max_seconds=10 * len(runs), device=self.device)
+        return time_interleaved(runs, self.repeats, warmup=1, max_seconds=10 * len(runs), device=self.device)
 
     def layer(self, kind: Kind, name: str) -> nn.Module:
-        """The layer with this mixer in it, host projections and plain form; for STOCK, as diffusers makes it."""
+        """The layer with this mixer in it, host projections and drop-in form; for STOCK, as diffusers makes it."""
         if (kind, STOCK) not in self._layers:
             self._layers.clear()  # of the kind before
             self._layers[kind, STOCK] = _host(kind).to(self.device, self.dtype)
@@ -188,8 +120,3 @@ def _cpu() -> str:
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from experiments.bench.memory import peak_bytes
-from experiments.bench.timing import interleaved
 from experiments.config import Evaluation
+from experiments.core.memory import measure_peak_bytes
+from experiments.core.timing import time_interleaved
 from experiments.distill.objective import autocast
 from experiments.distill.setting import Setting
 from unet_adapters import MixerAdapter
@@ -25,14 +25,14 @@ def speed(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> list[R
 
     tokens: latents' pixels, which are the tokens of the largest self-attention.
     seconds, spread: median and range over turns, in which all sizes are timed one after the other.
-    peak_bytes: what `peak_bytes` tells.
+    peak_bytes: what `measure_peak_bytes` returns.
     flops: multiply-adds × 2; the UNet's as torch counts them, the mixers' by their formula, whatever the backend.
     state_size: the numbers that the mixers carry from token to token, summed over sites.
     """
     device, factor = str(setting.pipe.device), setting.pipe.vae_scale_factor
     forwards = {size: _forward(setting, size // factor) for size in config.speed_sizes}
     with adapter.mounted(), autocast(setting.teacher):
-        times = interleaved({str(s): run for s, run in forwards.items()}, config.speed_repeats, 1, device=device)
+        times = time_interleaved({str(s): run for s, run in forwards.items()}, config.speed_repeats, 1, device=device)
         rows: list[Row] = []
         for size, run in forwards.items():
             turns = times[str(size)]
@@ -42,7 +42,7 @@ def speed(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> list[R
                     "tokens": (size // factor) ** 2,
                     "seconds": statistics.median(turns),
                     "spread": max(turns) - min(turns),
-                    "peak_bytes": peak_bytes(run, device),
+                    "peak_bytes": measure_peak_bytes(run, device),
                     **cost(adapter, size, run),
                 }
             )

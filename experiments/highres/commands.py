@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from experiments.bench.memory import return_freed_memory
+from experiments.core.memory import return_freed_memory
 from experiments.highres.options import open_image, parse_bytes
 from experiments.highres.pipelines import PipelineOptions
 from experiments.highres.plan_table import print_plan

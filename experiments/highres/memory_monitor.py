@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experiments.bench.memory import reset_resident_peak, resident_peak
+from experiments.core.memory import peak_resident_bytes, reset_peak_resident_bytes
 
 
 class MemoryMonitor:
@@ -37,7 +37,7 @@ class MemoryMonitor:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            self._start_bytes = reset_resident_peak() or 0
+            self._start_bytes = reset_peak_resident_bytes() or 0
         self._start_time = time.perf_counter()
 
     def _stop(self) -> dict[str, Any]:
@@ -45,5 +45,5 @@ class MemoryMonitor:
             torch.cuda.synchronize(self.device)
             peak: int | None = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = resident_peak() - self._start_bytes if self._start_bytes else None
+            peak = peak_resident_bytes() - self._start_bytes if self._start_bytes else None
         return {"seconds": time.perf_counter() - self._start_time, "bytes": peak}

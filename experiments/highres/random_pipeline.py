@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 
+from unet_adapters.hosts import find_host
 from unet_adapters.profiles import Profile
 
 VAE_CONFIG = {
@@ -64,12 +65,10 @@ class RandomPipeline:
 
     def encode_prompt(self, prompt: str, **options: Any) -> tuple[Tensor, ...]:
         """Return normally distributed tensors in the shapes of the text encoders' outputs."""
-        config = self.unet.config
-        shapes: list[tuple[int, ...]] = [(1, 77, config.cross_attention_dim)] * 2
-        if config.addition_embed_type == "text_time":
-            shapes += [(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)] * 2
+        shapes = find_host(self.unet).condition_shapes()
+        names = [name for name in ("text", "pooled") if name in shapes for _ in ("positive", "negative")]
         with fixed_seed():
-            return tuple(torch.randn(shape).to(self.device, self.dtype) for shape in shapes)
+            return tuple(torch.randn(shapes[name]).to(self.device, self.dtype) for name in names)
 
 
 @contextmanager

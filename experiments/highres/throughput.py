@@ -10,6 +10,7 @@ import torch
 from unet_adapters.highres.denoising import ClassifierFreeGuidance
 from unet_adapters.highres.estimates import estimate_unet_call
 from unet_adapters.highres.pipeline import size_multiple, vae_scale_factor
+from unet_adapters.hosts import find_host
 
 SIDE = 128  # pixels: about a second for SD-1.5 on one core
 
@@ -20,9 +21,10 @@ def measure_throughput(pipe: Any, side: int = SIDE) -> float:
     side = max(1, -(-side // multiple)) * multiple
     flops = estimate_unet_call(pipe, (side, side), (), 1.0).flops
     unet = pipe.unet
+    host = find_host(unet)
     latent_side = side // vae_scale_factor(pipe)
-    latents = torch.randn(1, unet.config.in_channels, latent_side, latent_side).to(unet.device, unet.dtype)
-    conditions = random_conditions(unet)
+    latents = torch.randn(host.latent_shape((latent_side, latent_side))).to(unet.device, unet.dtype)
+    conditions = host.dummy_conditions()
     guidance = ClassifierFreeGuidance(conditions, conditions)
     times = []
     for _ in range(2):
@@ -31,13 +33,3 @@ def measure_throughput(pipe: Any, side: int = SIDE) -> float:
             float(guidance.predict(unet, latents, torch.tensor(500)).sum())  # float waits for the GPU
         times.append(time.perf_counter() - start)
     return flops / min(times)
-
-
-def random_conditions(unet: Any) -> dict[str, torch.Tensor]:
-    """Return normally distributed conditions in the shapes that a UNet expects."""
-    conditions = {"text": torch.randn(1, 77, unet.config.cross_attention_dim)}
-    if unet.config.addition_embed_type == "text_time":
-        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        conditions["pooled"] = torch.randn(1, width)
-        conditions["time_ids"] = torch.zeros(1, 6)
-    return {name: tensor.to(unet.device, unet.dtype) for name, tensor in conditions.items()}

@@ -19,10 +19,10 @@ from experiments.bench import baselines, calibrate
 from experiments.bench.calibrate import LEAD, best
 from experiments.bench.contest import Contest, Limits, Rates, Row, Work, exponents, growth, run_contest
 from experiments.bench.contests import Setup, operator_contests
-from experiments.bench.memory import peak_bytes
 from experiments.bench.results import write
-from experiments.bench.timing import Spread
 from experiments.cli import app
+from experiments.core.memory import measure_peak_bytes
+from experiments.core.timing import Quartiles
 from mixers import operators
 from mixers.operators.preference import VARIABLE, preferred
 
@@ -36,7 +36,7 @@ def test_the_exponent_of_a_power_is_its_exponent(power: float, factor: float, lo
 
 def test_exponents_are_of_the_upper_part() -> None:
     def row(size: int, seconds: float) -> Row:
-        return Row("c", "a", size, Spread(seconds, seconds, seconds))
+        return Row("c", "a", size, Quartiles(seconds, seconds, seconds))
 
     rows = [row(64, 9.0), row(4096, 1.0), row(8192, 2.0), row(16384, 4.0), Row("c", "b", 4096, error="no")]
     assert exponents(rows) == {("c", "a"): pytest.approx(1.0)}
@@ -98,8 +98,8 @@ def test_slow_contenders_stop_climbing() -> None:
 
 def test_records_tables_and_plots(tmp_path: Path) -> None:
     rows = [
-        Row("c: d", "ours", 64, Spread(1.0, 0.9, 1.1), 2**20, 0.5, {"theirs": 2.0}),
-        Row("c: d", "theirs", 64, Spread(2.0, 1.9, 2.1)),
+        Row("c: d", "ours", 64, Quartiles(1.0, 0.9, 1.1), 2**20, 0.5, {"theirs": 2.0}),
+        Row("c: d", "theirs", 64, Quartiles(2.0, 1.9, 2.1)),
         Row("c: d", "other", 64, error="ValueError: no"),
     ]
     page = write(rows, Rates(1e9, 1e9), {"device": "a machine"}, "mixlab bench x", tmp_path, "x")
@@ -117,13 +117,13 @@ def test_the_published_formula_is_ours_up_to_where_eps_is_added() -> None:
 
 
 def test_peaks_see_what_is_allocated() -> None:
-    peak = peak_bytes(lambda: torch.ones(1 << 24).sum())
+    peak = measure_peak_bytes(lambda: torch.ones(1 << 24).sum())
     assert peak is None or 60e6 < peak < 90e6
 
 
 HOLES = """
 import torch
-from experiments.bench.memory import _status_bytes, return_freed_memory
+from experiments.core.memory import _status_bytes, return_freed_memory
 return_freed_memory()
 del (first := [torch.ones(1 << 22)])[:]  # 16 MB: from here on, the C library by itself keeps what is smaller
 before = _status_bytes("VmRSS")

@@ -27,8 +27,9 @@ from experiments.bench.crossover import (
     measure_crossovers,
     walk,
 )
-from experiments.bench.timing import STOCK, Bench, CannotRun, Spread, interleaved, seconds
+from experiments.bench.timing import STOCK, Bench, CannotRun
 from experiments.cli import app
+from experiments.core.timing import Quartiles, time_calls, time_interleaved
 from experiments.teacher.load import EMBEDDED
 from unet_adapters import MixerAdapter
 from unet_adapters.sites import all_sites
@@ -129,7 +130,7 @@ def test_the_ratio_is_of_the_same_turns() -> None:
         return {STOCK: [1.0, 3.0, 1.0], **{name: [0.5, 1.5, 0.5] for name in names}}
 
     (curve,) = walk(["quick"], [NARROW], [64], measure, budget=10)
-    assert curve.points == (Point(64, Spread(1.0, 1.0, 2.0), Spread(0.5, 0.5, 1.0), 0.5),)
+    assert curve.points == (Point(64, Quartiles(1.0, 1.0, 2.0), Quartiles(0.5, 0.5, 1.0), 0.5),)
 
 
 # --- timing -------------------------------------------------------------------------------------------------------
@@ -145,15 +146,17 @@ def test_turns_interleave_and_short_calls_are_repeated() -> None:
 
         return run
 
-    times = interleaved({"a": work("a", 4.0), "b": work("b", 1.0)}, 2, 1, min_seconds=2.0, clock=lambda: now[0])
+    times = time_interleaved({"a": work("a", 4.0), "b": work("b", 1.0)}, 2, 1, min_seconds=2.0, clock=lambda: now[0])
     assert times == {"a": [4.0, 4.0], "b": [1.0, 1.0]}
     assert order == ["a", "b", *2 * ["a", "b", "b"]]
-    limited = interleaved({"a": work("a", 4.0)}, 9, 1, max_seconds=5.0, clock=lambda: now[0])
+    limited = time_interleaved({"a": work("a", 4.0)}, 9, 1, max_seconds=5.0, clock=lambda: now[0])
     assert limited == {"a": [4.0] * 3}
-    assert seconds(work("a", 4.0), 3, clock=lambda: now[0]) == 4.0
+    assert time_calls(work("a", 4.0), 3, clock=lambda: now[0]) == 4.0
     with pytest.raises(ValueError, match="repeats=0"):
-        interleaved({}, 0)
-    assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0) and Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.5, 2.5)
+        time_interleaved({}, 0)
+    assert Quartiles.from_times([5.0]) == Quartiles(5.0, 5.0, 5.0) and Quartiles.from_times(
+        [1.0, 2.0, 3.0]
+    ) == Quartiles(2.0, 1.5, 2.5)
 
 
 def test_what_is_timed_is_the_stock_layer_and_the_mounted_one() -> None:

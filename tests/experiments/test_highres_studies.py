@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
-from experiments.ablation.store import write_json
+from experiments.core.files import write_json
 from experiments.studies.large_images.areas import count_areas
 from experiments.studies.large_images.figures import NAMES
 from experiments.studies.large_images.page import write_page

@@ -13,6 +13,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from unet_adapters.highres.progress import StepCallback
+from unet_adapters.hosts.unet import unet_arguments
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,20 @@ class ClassifierFreeGuidance:
         return torch.lerp(negative, positive, self.scale)
 
     def _run(self, unet: Any, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        added = {}
-        if "pooled" in conditions:
-            added["added_cond_kwargs"] = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
+        arguments = unet_arguments(conditions)
         residuals = {}
         if self.control is not None:
             image = self.control.image.to(latents).expand(len(latents), -1, -1, -1)
             down, middle = self.control.network(
-                latents, timestep, conditions["text"], image, self.control.scale, return_dict=False, **added
+                latents,
+                timestep,
+                controlnet_cond=image,
+                conditioning_scale=self.control.scale,
+                return_dict=False,
+                **arguments,
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return unet(latents, timestep, conditions["text"], return_dict=False, **added, **residuals)[0]
+        return unet(latents, timestep, return_dict=False, **arguments, **residuals)[0]
 
 
 @dataclass(frozen=True)

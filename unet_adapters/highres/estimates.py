@@ -15,6 +15,7 @@ from unet_adapters.highres.memory import AllocationCounter, estimate_memory
 from unet_adapters.highres.pipeline import size_multiple, vae_scale_factor, weight_bytes
 from unet_adapters.highres.savings import CHUNK_TOKENS, save_memory
 from unet_adapters.highres.stages import ImageSize
+from unet_adapters.hosts import find_host
 
 TRACED_LATENT_PIXELS = 8192
 """Images of up to so many latent pixels are traced operation by operation; larger ones are extrapolated."""
@@ -120,23 +121,14 @@ def _trace_unet(
     unet = pipe.unet
     batch = 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // vae_scale_factor(pipe) for side in size)
-    shapes: dict[str, tuple[int, ...]] = {
-        "latents": (batch, unet.config.in_channels, height, width),
-        "text": (batch, 77, unet.config.cross_attention_dim),
-    }
-    if unet.config.addition_embed_type == "text_time":
-        time_ids = 6 * unet.config.addition_time_embed_dim
-        shapes["pooled"] = (batch, unet.config.projection_class_embeddings_input_dim - time_ids)
-        shapes["time_ids"] = (batch, 6)
+    host = find_host(pipe)
+    shapes = host.condition_shapes(batch)
 
-    def run(*tensors: Tensor) -> Tensor:
-        inputs = dict(zip(shapes, tensors, strict=True))
-        added = {}
-        if "pooled" in inputs:
-            added = {"added_cond_kwargs": {"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]}}
-        result: Tensor = unet(inputs["latents"], torch.tensor(500), inputs["text"], return_dict=False, **added)[0]
+    def run(latents: Tensor, *tensors: Tensor) -> Tensor:
+        arguments = host.forward_arguments(dict(zip(shapes, tensors, strict=True)))
+        result: Tensor = unet(latents, torch.tensor(500), return_dict=False, **arguments)[0]
         return result
 
     with save_memory(unet, savings, chunk, simulate=True):
-        inputs = [(shape, unet.dtype) for shape in shapes.values()]
+        inputs = [(shape, unet.dtype) for shape in (host.latent_shape((height, width), batch), *shapes.values())]
         return estimate_memory(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)

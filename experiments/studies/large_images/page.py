@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.ablation.store import read_json
+from experiments.core.files import read_json
 from experiments.studies.large_images.areas import count_areas
 from experiments.studies.large_images.figures import NAMES, ImageRecord, draw_figures
 

@@ -20,8 +20,8 @@ from PIL import Image
 from rich.progress import track
 from safetensors import safe_open
 
-from experiments.ablation.store import write_json
-from experiments.bench.memory import keep_freed_memory
+from experiments.core.files import write_json
+from experiments.core.memory import keep_freed_memory
 from experiments.highres.memory_monitor import MemoryMonitor
 from experiments.highres.pipelines import mount, open_pipeline
 from experiments.highres.throughput import measure_throughput
@@ -95,7 +95,6 @@ def _compared_cases() -> Iterator[tuple[str, str, int, int]]:
 
 def make_image(case: ImageCase, folder: Path) -> None:
     """Make one image, write every stage as an image, and record time and memory in `record.json`."""
-    keep_freed_memory()
     torch.set_num_threads(1)
     pipe = open_pipeline("embedded", torch.float32, "cpu")
     mount(pipe, case.adapter, None)
@@ -151,7 +150,8 @@ def main() -> None:
     cases = list_cases(arguments.normalized, arguments.unnormalized, arguments.size)
     if arguments.one is not None:
         case = cases[arguments.one]
-        make_image(case, arguments.runs / case.folder)
+        with keep_freed_memory():
+            make_image(case, arguments.runs / case.folder)
         return
     make_missing_images(cases, arguments.runs)
     write_page(arguments.runs, arguments.page)

@@ -19,16 +19,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.memory import peak_bytes, return_freed_memory
+from experiments.core.memory import measure_peak_bytes, return_freed_memory
 from experiments.highres.options import parse_size
 from experiments.highres.pipelines import mount, open_pipeline
-from experiments.highres.throughput import random_conditions
 from unet_adapters.highres import SAVINGS, Tiling, decode_tiled, save_memory
 from unet_adapters.highres.denoising import ClassifierFreeGuidance
 from unet_adapters.highres.estimates import estimate_decoding, estimate_unet_call
 from unet_adapters.highres.memory import format_bytes
 from unet_adapters.highres.pipeline import size_multiple, vae_scale_factor
 from unet_adapters.highres.stages import ImageSize
+from unet_adapters.hosts import find_host
 
 SIZES = ("512x512", "768x768", "1024x1024", "1536x1024", "2048x2048")
 CPU_SAVINGS = tuple(name for name in SAVINGS if name != "skips")
@@ -58,20 +58,19 @@ def measure(model: str, mixer: str, size: str, workload: str) -> dict[str, Any]:
         estimated = estimate_unet_call(pipe, image_size, savings, GUIDANCE).peak_bytes
     multiple = size_multiple(pipe)
     run((multiple, multiple))
-    measured = peak_bytes(lambda: run(image_size))
+    measured = measure_peak_bytes(lambda: run(image_size))
     weights = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
     return {"size": size, "workload": workload, "weights": weights, "estimated": estimated, "measured": measured}
 
 
 @torch.no_grad()
 def _call_unet(pipe: Any, size: ImageSize, savings: tuple[str, ...]) -> None:
-    unet = pipe.unet
+    host = find_host(pipe)
     height, width = (side // vae_scale_factor(pipe) for side in size)
-    guidance = ClassifierFreeGuidance(
-        random_conditions(unet), random_conditions(unet), GUIDANCE, sequential="guidance" in savings
-    )
-    with save_memory(unet, savings):
-        guidance.predict(unet, torch.randn(1, unet.config.in_channels, height, width), torch.tensor(500))
+    conditions = host.dummy_conditions()
+    guidance = ClassifierFreeGuidance(conditions, conditions, GUIDANCE, sequential="guidance" in savings)
+    with save_memory(pipe.unet, savings):
+        guidance.predict(pipe.unet, torch.randn(host.latent_shape((height, width))), torch.tensor(500))
 
 
 def _decode(pipe: Any, size: ImageSize) -> None:

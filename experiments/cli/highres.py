@@ -29,6 +29,12 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda;
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: bfloat16, float32 on a CPU")
 ]
+SkipResidualOption = Annotated[
+    float | None, typer.Option("--skip-residual", help="power of DemoFusion's skip residual, such as 3; default: none")
+]
+StageDirOption = Annotated[
+    Path | None, typer.Option("--stage-dir", help="folder for finished stages; default: NAME.stages beside the image")
+]
 DEFAULT_STRENGTHS = "0.4,0.3,0.2,0.1"
 
 
@@ -89,18 +95,14 @@ def generate(
     negative: Annotated[str, typer.Option(help="what the image does not show")] = "",
     mode: ModeOption = "progressive",
     upscale: Annotated[str, typer.Option(help="upscale between stages as pixels or as latents")] = "pixels",
-    skip_residual: Annotated[
-        float | None, typer.Option(help="power of DemoFusion's skip residual, such as 3; default: none")
-    ] = None,
+    skip_residual: SkipResidualOption = None,
     dilation: Annotated[int, typer.Option(min=1, help="dilation of the last stage's inner convolutions")] = 1,
     image: Annotated[Path | None, typer.Option(help="an image to enlarge, or to change with --strength")] = None,
     strength: Annotated[float | None, typer.Option(help="how much to change --image, above 0 and up to 1")] = None,
     control: Annotated[str | None, typer.Option(help="folder or Hub id of a ControlNet")] = None,
     control_image: Annotated[Path | None, typer.Option(help="the ControlNet's input image")] = None,
     control_scale: Annotated[float, typer.Option(help="factor of the ControlNet's residuals")] = 1.0,
-    stage_dir: Annotated[
-        Path | None, typer.Option(help="folder for finished stages; default: NAME.stages beside the image")
-    ] = None,
+    stage_dir: StageDirOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     plugins: Plugins = [],  # noqa: B006

@@ -60,9 +60,8 @@ def plan(
     """Print what a large image needs, stage by stage, before any work; the GPU need not be present."""
     load(plugins)
     with clean_errors():
-        from experiments.highres.commands import plan_image
+        from experiments.highres import commands, pipelines
         from experiments.highres.options import parse_size, parse_strengths
-        from experiments.highres.pipelines import PipelineOptions
         from unet_adapters.highres import GenerationRequest
 
         choices: dict[str, Any] = {"mode": mode}  # checked by the request
@@ -75,7 +74,9 @@ def plan(
             guidance=guidance,
             **choices,
         )
-        plan_image(PipelineOptions(model, adapter, mixer, device, dtype), request, memory, tflops, console)
+        commands.plan_image(
+            pipelines.PipelineOptions(model, adapter, mixer, device, dtype), request, memory, tflops, console
+        )
 
 
 @app.command()
@@ -100,7 +101,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="an image to enlarge, or to change with --strength")] = None,
     strength: Annotated[float | None, typer.Option(help="how much to change --image, above 0 and up to 1")] = None,
     control: Annotated[str | None, typer.Option(help="folder or Hub id of a ControlNet")] = None,
-    control_image: Annotated[Path | None, typer.Option(help="the ControlNet's input image")] = None,
+    control_image: Annotated[Path | None, typer.Option(help="input image of the ControlNet")] = None,
     control_scale: Annotated[float, typer.Option(help="factor of the ControlNet's residuals")] = 1.0,
     stage_dir: StageDirOption = None,
     device: DeviceOption = None,
@@ -110,13 +111,10 @@ def generate(
     """Generate a large image in stages; if it is stopped, the same command resumes after the last finished stage."""
     load(plugins)
     with clean_errors():
-        from experiments.highres.commands import generate_image
+        from experiments.highres import commands, pipelines
         from experiments.highres.options import parse_size, parse_strengths
-        from experiments.highres.pipelines import PipelineOptions
         from unet_adapters.highres import GenerationRequest
 
-        if (control is None) != (control_image is None):
-            raise ValueError("A ControlNet needs both --control (the network) and --control-image (its input).")
         choices: dict[str, Any] = {"mode": mode, "upscale": upscale}  # checked by the request
         request = GenerationRequest(
             prompt=prompt,
@@ -131,8 +129,8 @@ def generate(
             dilation=dilation,
             **choices,
         )
-        generate_image(
-            PipelineOptions(model, adapter, mixer, device, dtype),
+        commands.generate_image(
+            pipelines.PipelineOptions(model, adapter, mixer, device, dtype),
             request,
             out,
             progress,
@@ -140,7 +138,6 @@ def generate(
             memory=memory,
             image=image,
             strength=strength,
-            control=None if control is None or control_image is None else (control, control_image, control_scale),
+            control=commands.ControlNetOptions.from_options(control, control_image, control_scale),
             stage_dir=stage_dir,
         )
-    console.print(f"Image: {out.resolve()}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,47 @@ from unet_adapters.highres import (
     GenerationResult,
     MemoryPlan,
     generate,
-    plan_memory,
 )
+from unet_adapters.highres.generation import plan_request
 
 ProgressBars = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class ControlNetOptions:
+    """A ControlNet as the command line names it.
+
+    Attributes:
+        source: folder or Hub id.
+        image: its input image.
+        scale: factor of its residuals.
+    """
+
+    source: str
+    image: Path
+    scale: float = 1.0
+
+    @classmethod
+    def from_options(cls, source: str | None, image: Path | None, scale: float) -> ControlNetOptions | None:
+        """Return the options, or None if neither the network nor the image is named.
+
+        Raises:
+            ValueError: If only one of the two is named.
+        """
+        if source is None and image is None:
+            return None
+        if source is None or image is None:
+            raise ValueError("A ControlNet needs both --control (the network) and --control-image (its input).")
+        return cls(source, image, scale)
+
+    def open(self, pipe: Any) -> ControlNetCondition:
+        """Load the network and the image for `pipe`."""
+        from diffusers import ControlNetModel
+
+        values = torch.from_numpy(np.asarray(open_image(self.image, "--control-image")).copy())
+        image = values.permute(2, 0, 1)[None] / 255
+        network = ControlNetModel.from_pretrained(self.source, dtype=pipe.unet.dtype).to(pipe.unet.device)
+        return ControlNetCondition(network.requires_grad_(False).eval(), image.to(pipe.unet.device), self.scale)
 
 
 def plan_image(
@@ -49,7 +87,7 @@ def plan_image(
         throughput = None if tflops is None else tflops * 1e12
         if throughput is None and torch.device(device).type == pipe.unet.device.type:
             throughput = measure_throughput(pipe)
-        plan = _plan(pipe, request, memory_budget, throughput=throughput, device=device)
+        plan = plan_request(pipe, request, memory_budget=memory_budget, throughput=throughput, device=device)
     print_plan(plan, console)
     return plan
 
@@ -64,7 +102,7 @@ def generate_image(
     memory: str | None = None,
     image: Path | None = None,
     strength: float | None = None,
-    control: tuple[str, Path, float] | None = None,
+    control: ControlNetOptions | None = None,
     stage_dir: Path | None = None,
 ) -> GenerationResult:
     """Generate one image and write it as a PNG whose metadata says how it was made.
@@ -78,7 +116,7 @@ def generate_image(
         memory: the budget, such as "24GB"; None: no limit.
         image: an image to enlarge, or to change with `strength`.
         strength: share of the schedule that runs on `image`.
-        control: folder or Hub id of a ControlNet, its image and its scale.
+        control: a ControlNet and its image.
         stage_dir: folder for finished stages; None: `NAME.stages` beside the image.
     """
     if out.suffix.lower() != ".png":
@@ -91,7 +129,7 @@ def generate_image(
         return_freed_memory()  # otherwise the process holds more than its tensors on a CPU
     out.parent.mkdir(parents=True, exist_ok=True)
     with _explain_out_of_memory(), options.open() as (pipe, _), progress_bars() as bars:
-        plan = _plan(pipe, request, memory_budget)
+        plan = plan_request(pipe, request, memory_budget=memory_budget)
         print_plan(plan, console)
         result = generate(
             pipe,
@@ -99,7 +137,7 @@ def generate_image(
             plan=plan,
             image=start_image,
             strength=strength,
-            control=None if control is None else _open_control(pipe, *control),
+            control=None if control is None else control.open(pipe),
             stage_dir=stage_dir or out.with_suffix(".stages"),
             progress=_PartBars(bars),
         )
@@ -108,28 +146,8 @@ def generate_image(
     partial.replace(out)
     if result.restored_stages:
         console.print(f"Resumed after {result.restored_stages} of {len(result.stages)} stages, restored from files.")
+    console.print(f"Image: {out.resolve()}", soft_wrap=True)
     return result
-
-
-def _plan(
-    pipe: Any,
-    request: GenerationRequest,
-    memory_budget: int | None,
-    throughput: float | None = None,
-    device: str | None = None,
-) -> MemoryPlan:
-    return plan_memory(
-        pipe,
-        request.size,
-        memory_budget=memory_budget,
-        base_size=request.base_size,
-        strengths=request.strengths,
-        steps=request.steps,
-        guidance=request.guidance,
-        throughput=throughput,
-        direct=request.mode == "direct",
-        device=device,
-    )
 
 
 class _PartBars:
@@ -143,15 +161,6 @@ class _PartBars:
         if part not in self.tasks:
             self.tasks[part] = self.bars.add_task(part, total=total)
         self.bars.update(self.tasks[part], completed=completed)
-
-
-def _open_control(pipe: Any, source: str, path: Path, scale: float) -> ControlNetCondition:
-    from diffusers import ControlNetModel
-
-    values = torch.from_numpy(np.asarray(open_image(path, "--control-image")).copy())
-    image = values.permute(2, 0, 1)[None] / 255
-    network = ControlNetModel.from_pretrained(source, dtype=pipe.unet.dtype).to(pipe.unet.device)
-    return ControlNetCondition(network.requires_grad_(False).eval(), image.to(pipe.unet.device), scale)
 
 
 @contextmanager

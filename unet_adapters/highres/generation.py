@@ -74,16 +74,7 @@ def generate(
     """
     request = GenerationRequest(prompt=prompt, size=size, **options)
     stages = _stages(pipe, request, image if strength is None else None)
-    plan = plan or plan_memory(
-        pipe,
-        request.size,
-        memory_budget=memory_budget,
-        base_size=request.base_size,
-        strengths=request.strengths,
-        steps=request.steps,
-        guidance=request.guidance,
-        direct=request.mode == "direct",
-    )
+    plan = plan or plan_request(pipe, request, memory_budget=memory_budget)
     runner = _StageRunner(pipe, request, plan, control, progress)
     store = StageStore(stage_dir, pipe, request, image, strength, control)
     latents, restored = store.load_latest(stages)
@@ -99,6 +90,29 @@ def generate(
     assert latents is not None
     pixels = decode_tiled(pipe.vae, latents.to(pipe.unet.device), plan.tiling, runner.progress_of("pixels"))
     return GenerationResult(pixels, request, stages, plan, restored)
+
+
+def plan_request(
+    pipe: Any,
+    request: GenerationRequest,
+    *,
+    memory_budget: int | None = None,
+    throughput: float | None = None,
+    device: str | torch.device | None = None,
+) -> MemoryPlan:
+    """Plan a request; see `plan_memory` for the other arguments, what is returned and what is raised."""
+    return plan_memory(
+        pipe,
+        request.size,
+        memory_budget=memory_budget,
+        base_size=request.base_size,
+        strengths=request.strengths,
+        steps=request.steps,
+        guidance=request.guidance,
+        throughput=throughput,
+        direct=request.mode == "direct",
+        device=device,
+    )
 
 
 class _StageRunner:

@@ -23,6 +23,8 @@ BuildCall = Callable[[int], Callable[[], object]]
 """Takes a size, such as a number of tokens, and returns the call to time; raises if it cannot run at that size."""
 
 OUT_OF_BUDGET = "not measured: the time budget is spent"
+MIN_TURN_SECONDS = 0.01
+"""A shorter call is repeated within a turn until this time is filled."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ class _Run:
         while calls:
             end = max(self.budget_end, self.clock() + self.limits.budget_seconds / 2)
             available = min(end, self.limits.deadline) - self.clock()
-            turn_seconds = sum(durations[name] for name in calls)
+            turn_seconds = sum(_turn_seconds(durations[name]) for name in calls)
             if 2 * turn_seconds > available:
                 slowest = max(calls, key=lambda name: durations[name])
                 measurements.append(self._failure(slowest, size, OUT_OF_BUDGET))
@@ -232,6 +234,7 @@ class _Run:
                     {name: partial(_run_guarded, name, call, failures) for name, call in calls.items()},
                     self.limits.repeats,
                     warmup=1,
+                    min_seconds=MIN_TURN_SECONDS,
                     max_seconds=min(5 * len(calls), available - 2 * turn_seconds),
                     min_turns=3 if 4 * turn_seconds <= available else 1,
                     device=self.device,
@@ -250,9 +253,7 @@ class _Run:
     def _failure(self, name: str, size: int, reason: str) -> Measurement:
         return Measurement(self.benchmark.name, name, size, error=reason)
 
-    def _measurement(
-        self, name: str, size: int, times: dict[str, list[float]], peak: int | None
-    ) -> Measurement:
+    def _measurement(self, name: str, size: int, times: dict[str, list[float]], peak: int | None) -> Measurement:
         speedups = {
             other: statistics.median(theirs / ours for theirs, ours in zip(times[other], times[name], strict=True))
             for other in times
@@ -282,6 +283,11 @@ def _run_guarded(name: str, call: Callable[[], object], failures: list[tuple[str
     except Exception as error:
         failures.append((name, error))
         raise
+
+
+def _turn_seconds(call_seconds: float) -> float:
+    """Return the most that one turn takes."""
+    return call_seconds if call_seconds >= MIN_TURN_SECONDS else MIN_TURN_SECONDS + call_seconds
 
 
 def _expected_seconds(medians: Sequence[tuple[int, float]], size: int) -> float:

@@ -172,12 +172,14 @@ def measure_crossovers(
     """
     names = list_mixers(pattern, linear=True)
     if not names:
-        raise ValueError(unknown_name("linear mixer", pattern, list_mixers(linear=True)))
+        known = ", ".join(list_mixers(linear=True))
+        raise ValueError(f"No linear mixer matches {pattern!r}: expected one of {known}.")
     if dtype not in DTYPES:
         raise ValueError(unknown_name("dtype", dtype, DTYPES))
     check_device(device)
     timer = AttentionLayerTimer(DTYPES[dtype], device, repeats)
-    curves = measure_curves(names, shapes or choose_site_shapes(), doubling_lengths(max_tokens), timer, progress=progress)
+    shapes = shapes or choose_site_shapes()
+    curves = measure_curves(names, shapes, doubling_lengths(max_tokens), timer, progress=progress)
     return CrossoverResult({**describe_machine(device), "dtype": dtype, "batch": BATCH}, curves)
 
 

@@ -21,6 +21,7 @@ from mixers import create_mixer, list_mixers, registry
 
 SOFTMAX = "softmax"
 DEFAULT_MIXER = "linfusion"
+PUBLISHED_VAE_SCALE_FACTOR = 8  # of every Stable Diffusion
 PROFILE_NAMES = {"sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
 
 
@@ -71,7 +72,7 @@ def unet_benchmarks(config: BenchmarkConfig, unet_config: UNetBenchmarkConfig) -
     mixer = unet_config.mixer
     if profile not in (EMBEDDED, *SITE_SHAPES):
         raise ValueError(unknown_name("profile", profile, (EMBEDDED, *SITE_SHAPES)))
-    registry.entry(mixer)  # an unknown name raises here, before any work
+    registry.get_mixer_entry(mixer)  # an unknown name raises here, before any work
     implementations = {
         mixer: _build_unet(config, profile, mixer, select="all"),
         "stock": _build_unet(config, profile, None),
@@ -95,7 +96,7 @@ def _build_block(config: BenchmarkConfig, build: Callable[[], Any], dim: int) ->
 def _build_mounted(config: BenchmarkConfig, name: str, dim: int, heads: int) -> BuildCall:
     def build_call(length: int) -> Callable[[], object]:
         torch.manual_seed(0)
-        options = registry.entry(name).mixer.plain
+        options = registry.get_mixer_entry(name).mixer.drop_in_options
         mixer = create_mixer(name, dim, heads, **options).to(config.device, config.dtype).eval()
         side = math.isqrt(length)
         return forward_call(partial(mixer, grid=(side, side)), config.randn(1, side * side, dim))
@@ -105,38 +106,26 @@ def _build_mounted(config: BenchmarkConfig, name: str, dim: int, heads: int) -> 
 
 def _build_unet(config: BenchmarkConfig, profile: str, mixer: str | None, **options: Any) -> BuildCall:
     from unet_adapters import MixerAdapter
+    from unet_adapters.hosts import find_host
 
     def build_call(side: int) -> Callable[[], object]:
-        unet, scale = _open_unet(profile, config)
+        unet, vae_scale_factor = _open_unet(profile, config)
         if mixer is not None:
             MixerAdapter.build(unet, mixer, train_projections=False, **options).mount()
-        noisy = config.randn(config.batch, unet.config.in_channels, side // scale, side // scale)
-        text = config.randn(config.batch, 77, unet.config.cross_attention_dim)
-        added = _added_conditions(unet, config)
-        return forward_call(lambda: unet(noisy, 500, text, return_dict=False, **added)[0])
+        latent_side = side // vae_scale_factor
+        inputs = find_host(unet).dummy_inputs((latent_side, latent_side), config.batch)
+        return forward_call(lambda: unet(**inputs, return_dict=False)[0])
 
     return build_call
 
 
-def _added_conditions(unet: Any, config: BenchmarkConfig) -> dict[str, Any]:
-    """Return what SDXL's UNet takes besides the text."""
-    if unet.config.addition_embed_type != "text_time":
-        return {}
-    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    return {
-        "added_cond_kwargs": {
-            "text_embeds": config.randn(config.batch, width),
-            "time_ids": config.randn(config.batch, 6),
-        }
-    }
-
-
 def _open_unet(profile: str, config: BenchmarkConfig) -> tuple[UNet2DConditionModel, int]:
-    """Return a UNet and its VAE's scale factor."""
+    """Return a UNet and the scale factor of its VAE."""
     from experiments.teacher.load import load_teacher
     from unet_adapters import profiles
 
     if profile == EMBEDDED:
-        return load_teacher().unet.to(config.device, config.dtype), 4
+        pipe = load_teacher()
+        return pipe.unet.to(config.device, config.dtype), pipe.vae_scale_factor
     published = next(p for p in profiles.PROFILES if p.name == PROFILE_NAMES[profile])
-    return published.unet(config.device).to(config.dtype).requires_grad_(False), 8
+    return published.unet(config.device).to(config.dtype).requires_grad_(False), PUBLISHED_VAE_SCALE_FACTOR

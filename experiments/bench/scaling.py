@@ -31,9 +31,7 @@ def scaling_exponent(points: Sequence[tuple[float, float]]) -> float | None:
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / variance
 
 
-def scaling_exponents(
-    measurements: Sequence[Measurement], min_size: int = MIN_SIZE
-) -> dict[tuple[str, str], float]:
+def scaling_exponents(measurements: Sequence[Measurement], min_size: int = MIN_SIZE) -> dict[tuple[str, str], float]:
     """Fit the exponent of every implementation that was measured at two sizes or more from `min_size` on.
 
     Returns:

@@ -96,19 +96,14 @@ def run_suite(
         write_results(measurements, conditions, out, suite)
 
     for number, benchmark in enumerate(benchmarks):
+
+        def report_size(size: int, number: int = number, benchmark: Benchmark = benchmark) -> None:
+            progress(f"{benchmark.name}: {size:,} {benchmark.size_unit}", number, len(benchmarks))
+
         left = max(0.0, deadline - time.perf_counter())
         share = replace(limits, budget_seconds=left / (len(benchmarks) - number), deadline=deadline)
         with keep_freed_memory() if benchmark.measures_growth else nullcontext():
-            added = run_benchmark(
-                benchmark,
-                roofline,
-                share,
-                config.device,
-                on_size=lambda size, number=number, benchmark=benchmark: progress(
-                    f"{benchmark.name}: {size:,} {benchmark.size_unit}", number, len(benchmarks)
-                ),
-                on_measurements=keep,
-            )
+            added = run_benchmark(benchmark, roofline, share, config.device, report_size, keep)
         plot_times(added, plot_path(out, suite, number))
         print_table(added, console)
     progress(f"{suite}: measured", len(benchmarks), len(benchmarks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,7 +64,6 @@ def plan(
         from experiments.highres.options import parse_size, parse_strengths
         from unet_adapters.highres import GenerationRequest
 
-        choices: dict[str, Any] = {"mode": mode}  # checked by the request
         request = GenerationRequest(
             prompt="",
             size=parse_size(size),
@@ -72,7 +71,7 @@ def plan(
             strengths=parse_strengths(strengths),
             steps=steps,
             guidance=guidance,
-            **choices,
+            mode=mode,  # type: ignore[arg-type]  # checked by the request
         )
         commands.plan_image(
             pipelines.PipelineOptions(model, adapter, mixer, device, dtype), request, memory, tflops, console
@@ -115,7 +114,6 @@ def generate(
         from experiments.highres.options import parse_size, parse_strengths
         from unet_adapters.highres import GenerationRequest
 
-        choices: dict[str, Any] = {"mode": mode, "upscale": upscale}  # checked by the request
         request = GenerationRequest(
             prompt=prompt,
             negative_prompt=negative,
@@ -127,7 +125,8 @@ def generate(
             seed=seed,
             skip_residual=skip_residual,
             dilation=dilation,
-            **choices,
+            mode=mode,  # type: ignore[arg-type]  # checked by the request
+            upscale=upscale,  # type: ignore[arg-type]
         )
         commands.generate_image(
             pipelines.PipelineOptions(model, adapter, mixer, device, dtype),

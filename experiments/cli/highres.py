@@ -60,15 +60,14 @@ def plan(
     """Print what a large image needs, stage by stage, before any work; the GPU need not be present."""
     load(plugins)
     with clean_errors():
-        from experiments.highres import commands, pipelines
-        from experiments.highres.options import parse_size, parse_strengths
+        from experiments.highres import commands, options, pipelines
         from unet_adapters.highres import GenerationRequest
 
         request = GenerationRequest(
             prompt="",
-            size=parse_size(size),
+            size=options.parse_size(size),
             base_size=base_size,
-            strengths=parse_strengths(strengths),
+            strengths=options.parse_strengths(strengths),
             steps=steps,
             guidance=guidance,
             mode=mode,  # type: ignore[arg-type]  # checked by the request
@@ -110,16 +109,15 @@ def generate(
     """Generate a large image in stages; if it is stopped, the same command resumes after the last finished stage."""
     load(plugins)
     with clean_errors():
-        from experiments.highres import commands, pipelines
-        from experiments.highres.options import parse_size, parse_strengths
+        from experiments.highres import commands, options, pipelines
         from unet_adapters.highres import GenerationRequest
 
         request = GenerationRequest(
             prompt=prompt,
             negative_prompt=negative,
-            size=parse_size(size),
+            size=options.parse_size(size),
             base_size=base_size,
-            strengths=parse_strengths(strengths),
+            strengths=options.parse_strengths(strengths),
             steps=steps,
             guidance=guidance,
             seed=seed,

@@ -19,6 +19,7 @@ import torch
 from experiments.ablation import store
 from experiments.ablation.cell import run_cell, setting_of
 from experiments.config import CellConfig
+from mixers.allocator import keep_freed_tensors
 from mixers.registry import load_plugin
 
 Record = dict[str, Any]
@@ -178,6 +179,7 @@ def _serve(pipe: Connection, work: Work, number: int, count: int) -> None:
     """A worker's life: cells in, progress and records out, until the other end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's processes: the first decides
     torch.set_num_threads(threads(count))
+    keep_freed_tensors()
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(number % torch.cuda.device_count())
     for plugin in work.plugins:

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mixers.allocator import keep_freed_tensors
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
 )
@@ -35,6 +37,7 @@ Plugins = Annotated[list[Path], typer.Option("--plugin", help="a .py file that r
 def main() -> None:
     """The console script."""
     _quiet()
+    keep_freed_tensors()
     app()
 
 

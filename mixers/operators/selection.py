@@ -91,6 +91,7 @@ def select_backend(name: str, call: OperatorCall) -> Backend[Any]:
     Raises:
         BackendRefusedError: The operator has no such backend, or it cannot compute the call.
     """
+    reason: str | None
     if name != "auto":
         reason = _reason_against(name, call)
         if reason is not None:
@@ -106,7 +107,7 @@ def select_backend(name: str, call: OperatorCall) -> Backend[Any]:
     preferred = preferred_backends(call.operator, str(call.device), call.causality, call.decay)
     for candidate, longest in (*preferred, (LAST_RESORT, None)):
         if longest is not None and call.length > longest:
-            reason: str | None = f"the table prefers others beyond {longest} tokens"
+            reason = f"the table prefers others beyond {longest} tokens"
         else:
             reason = _reason_against(candidate, call)
         if reason is None:

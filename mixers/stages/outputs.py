@@ -85,7 +85,7 @@ class Output(nn.Module):
     | RetNet (2307.08621) | norm_kind="head_rms", affine=False |
     | RWKV-6 (2404.05892) | norm_kind="head_group", eps=64e-5 |
     | VSSD (2407.18559), its code | norm_kind="layer", linear_gate=True |
-    | FLatten (2308.00442), MILA (2405.16605) | local_convolution, no norm |
+    | FLatten (2308.00442), MILA (2405.16605) | local_conv_size, no norm |
 
     Computed in float32 at least, but for the convolution and to_gate; given back in the dtype of y. With everything
     off it gives back y itself.
@@ -99,7 +99,7 @@ class Output(nn.Module):
         dim: d, width of the tokens x.
         head_dim: v, value channels a head.
         skip, norm, gate: which parts there are.
-        local_convolution: side of the window, odd; 0 is none. It needs the grid, and streams in raster order.
+        local_conv_size: side of the window, odd; 0 is none. It needs the grid, and streams in raster order.
         norm_kind: `head_rms`, `rms` (over the whole width, in `groups`), `head_group` or `layer` (LayerNorm over the
             whole width).
         gate_first: the gate comes before the norm.
@@ -122,7 +122,7 @@ class Output(nn.Module):
         skip: bool = False,
         norm: bool = False,
         gate: bool = False,
-        local_convolution: int = 0,
+        local_conv_size: int = 0,
         norm_kind: str = "head_rms",
         gate_first: bool = False,
         linear_gate: bool = False,
@@ -136,7 +136,7 @@ class Output(nn.Module):
         width = heads * head_dim
         self.gate_first, self.linear_gate = gate_first, linear_gate
         self.D = nn.Parameter(torch.ones((heads, head_dim) if skip_channels else (heads,))) if skip else None
-        self.local = LocalConvolution(width, local_convolution, zero_init=zero_init) if local_convolution else None
+        self.local = LocalConvolution(width, local_conv_size, zero_init=zero_init) if local_conv_size else None
         made = _norm(norm_kind, heads, head_dim, groups, affine, eps)
         self.norm = made if norm else None
         self.norm_axes = 1 if norm_kind == "head_rms" else 2

@@ -37,7 +37,7 @@ class Projections(nn.Module):
         self.to_out = nn.Linear(value_width, dim, bias=bias)
 
 
-def call_output(to_out: Any, x: Tensor) -> Tensor:
+def apply_to_out(to_out: Any, x: Tensor) -> Tensor:
     """Apply `to_out`, a module, or several in order (diffusers: a ModuleList of Linear and Dropout): (b, l, d)."""
     for part in to_out if isinstance(to_out, nn.ModuleList | list | tuple) else [to_out]:
         x = part(x)

@@ -151,6 +151,8 @@ def _cases() -> Iterator[OperatorCase]:
 
 INTERPRETED = 65  # tokens up to which kernels are tried on a CPU, at two lengths: an interpreter runs them there
 
+SHORT = 40  # tokens up to which second derivatives and function transforms are tried: more than one chunk
+
 OPERATORS: dict[str, OperatorCase] = {case.name: case for case in _cases()}
 """The library's operators, as cases for `check_operator`."""
 
@@ -161,7 +163,7 @@ def check_formulations_agree(case: OperatorCase, inputs: Inputs) -> None:
         outcomes = {backend: _outcome(case, inputs, length, backend=backend, **switches) for backend in FORMULATIONS}
         for backend in FORMULATIONS[1:]:
             for name, wanted in outcomes["dense"].items():
-                what = f"{backend} against dense, {name}, l = {length}, {_told(switches)}"
+                what = f"{backend} against dense, {name}, l = {length}, {_describe(switches)}"
                 assert_close(outcomes[backend][name], wanted, what=what)
 
 
@@ -178,7 +180,7 @@ def check_kernels_agree(case: OperatorCase, inputs: Inputs) -> None:
         except BackendRefusedError:
             continue
         for name, wanted in _outcome(case, inputs, length, backend="dense", **switches).items():
-            what = f"{backend} against dense, {name}, l = {length}, {_told(switches)}"
+            what = f"{backend} against dense, {name}, l = {length}, {_describe(switches)}"
             assert_close(outcome[name], wanted, what=what)
 
 
@@ -190,7 +192,7 @@ def check_equals_its_matrix(case: OperatorCase, inputs: Inputs) -> None:
         wanted = apply_matrix(case.matrix(tensors, **switches), values)
         if case.skip is not None:
             wanted = wanted + tensors[case.skip] * values
-        assert_close(case.run(**tensors, **switches), wanted, what=f"result at l = {length}, {_told(switches)}")
+        assert_close(case.run(**tensors, **switches), wanted, what=f"result at l = {length}, {_describe(switches)}")
 
 
 def check_streaming_equals_one_pass(case: OperatorCase, inputs: Inputs) -> None:
@@ -203,7 +205,7 @@ def check_streaming_equals_one_pass(case: OperatorCase, inputs: Inputs) -> None:
             before, after = _part(case, tensors, 0, cut), _part(case, tensors, cut, length)
             start, state = case.run(**before, **switches, backend=first, output_final_state=True)
             end, state = case.run(**after, **switches, backend=second, initial_state=state, output_final_state=True)
-            what = f"parts of {cut} ({first}) and {length - cut} ({second}) tokens, {_told(switches)}"
+            what = f"parts of {cut} ({first}) and {length - cut} ({second}) tokens, {_describe(switches)}"
             assert_close(torch.cat([start, end], dim=1), whole, what=what)
             assert_close(state.memory, last.memory, what=f"state after {what}")
             assert state.tokens == length, f"the state tells {state.tokens} tokens after {length}"
@@ -222,7 +224,7 @@ def check_never_looks_ahead(case: OperatorCase, inputs: Inputs) -> None:
         for backend in FORMULATIONS:
             before = case.run(**tensors, **switches, backend=backend)[:, :place]
             after = case.run(**changed, **switches, backend=backend)[:, :place]
-            what = f"{backend}, l = {length}, tokens from {place} on changed, {_told(switches)}"
+            what = f"{backend}, l = {length}, tokens from {place} on changed, {_describe(switches)}"
             assert_close(after, before, what=what)
 
 
@@ -235,7 +237,7 @@ def check_exact_in_float32(case: OperatorCase, inputs: Inputs) -> None:
         for backend in ("dense", "chunked"):
             y = case.run(**single, **switches, backend=backend)
             error = (y.double() - truth).abs().max() / truth.abs().max()
-            what = f"{backend}, l = {length}, {_told(switches)}"
+            what = f"{backend}, l = {length}, {_describe(switches)}"
             assert error < 1e-5, f"{what}: relative error {error:.2g} in float32"
 
 
@@ -248,7 +250,7 @@ def check_half_precision(case: OperatorCase, inputs: Inputs) -> None:
         assert y.dtype == dtype, f"the result is {y.dtype}, the tensors are {dtype}"
         truth = case.run(**{n: t.double() for n, t in half.items()}, **switches).to(dtype)
         error = (y.double() - truth.double()).abs().max() / truth.double().abs().max()
-        assert error <= 2 * torch.finfo(dtype).eps, f"{dtype}, {_told(switches)}: relative error {error:.2g}"
+        assert error <= 2 * torch.finfo(dtype).eps, f"{dtype}, {_describe(switches)}: relative error {error:.2g}"
 
 
 def check_gradients(case: OperatorCase, inputs: Inputs) -> None:
@@ -260,7 +262,51 @@ def check_gradients(case: OperatorCase, inputs: Inputs) -> None:
         def run(*leaves: Tensor, names: list[str] = names, switches: dict[str, Any] = switches) -> Tensor:
             return case.run(**dict(zip(names, leaves, strict=True)), **switches)
 
-        assert torch.autograd.gradcheck(run, leaves), f"gradcheck fails, {_told(switches)}"
+        assert torch.autograd.gradcheck(run, leaves), f"gradcheck fails, {_describe(switches)}"
+
+
+def check_second_derivatives(case: OperatorCase, inputs: Inputs) -> None:
+    """Gradients under create_graph=True can be differentiated again: chunked agrees with recurrent."""
+    length = min(max(inputs.lengths), SHORT)
+    for switches in case.switches():
+        second = {}
+        for backend in ("chunked", "recurrent"):
+            tensors = {n: t.requires_grad_() for n, t in case.inputs(inputs, length).items()}
+            y = case.run(**tensors, **switches, backend=backend)
+            first = torch.autograd.grad((y * _weighting(y)).sum(), list(tensors.values()), create_graph=True, **_UNUSED)
+            penalty = sum((gradient.square() * _weighting(gradient)).sum() for gradient in first)
+            second[backend] = torch.autograd.grad(penalty, list(tensors.values()), **_UNUSED)
+        for name, actual, expected in zip(tensors, second["chunked"], second["recurrent"], strict=True):
+            assert_close(actual, expected, what=f"second derivative of {name}, l = {length}, {_describe(switches)}")
+
+
+def check_function_transforms(case: OperatorCase, inputs: Inputs) -> None:
+    """torch.func's vmap, grad and jvp see the same function as a batched call and autograd."""
+    length = min(max(inputs.lengths), SHORT)
+    for switches in case.switches():
+        what = f"l = {length}, {_describe(switches)}"
+        tensors = case.inputs(replace(inputs, batch=3), length)
+        names = list(tensors)
+        axes = tuple(0 if tensors[name].shape[0] == 3 else None for name in names)
+
+        def run(*streams: Tensor, names: list[str] = names, switches: dict[str, Any] = switches) -> Tensor:
+            return case.run(**dict(zip(names, streams, strict=True)), **switches)
+
+        def run_item(*item: Tensor, axes: tuple[int | None, ...] = axes, run: Any = run) -> Tensor:
+            return run(*(t if axis is None else t[None] for t, axis in zip(item, axes, strict=True)))[0]
+
+        y = run(*tensors.values())
+        assert_close(torch.func.vmap(run_item, axes)(*tensors.values()), y, what=f"vmap, {what}")
+        weighting = _weighting(y)
+        loss = torch.func.grad(lambda *t, run=run, w=weighting: (run(*t) * w).sum(), tuple(range(len(names))))
+        leaves = [t.clone().requires_grad_() for t in tensors.values()]
+        expected = torch.autograd.grad((run(*leaves) * weighting).sum(), leaves, **_UNUSED)
+        for name, actual, wanted in zip(names, loss(*tensors.values()), expected, strict=True):
+            assert_close(actual, wanted, what=f"func.grad of {name}, {what}")
+        tangents = tuple(_weighting(t) for t in tensors.values())
+        _, derivative = torch.func.jvp(run, tuple(tensors.values()), tangents)
+        along = sum((gradient * tangent).sum() for gradient, tangent in zip(expected, tangents, strict=True))
+        assert_close((derivative * weighting).sum(), along, what=f"jvp, {what}")
 
 
 def check_memory_is_linear(case: OperatorCase, inputs: Inputs) -> None:
@@ -295,9 +341,7 @@ def _kept(case: OperatorCase, length: int, switches: dict[str, Any]) -> list[int
 def _outcome(case: OperatorCase, inputs: Inputs, length: int, **switches: Any) -> Tensors:
     tensors = {n: t.requires_grad_() for n, t in case.inputs(inputs, length).items()}
     y = case.run(**tensors, **switches)
-    weighting = torch.sin(torch.arange(y.numel(), dtype=y.dtype, device=y.device)).view_as(y)
-    loss, leaves = (y * weighting).sum(), list(tensors.values())
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad((y * _weighting(y)).sum(), list(tensors.values()), **_UNUSED)
     return {"y": y, **{f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}}
 
 
@@ -305,7 +349,15 @@ def _part(case: OperatorCase, tensors: Tensors, start: int, stop: int) -> Tensor
     return {n: t[:, start:stop] if n in case.over_tokens else t for n, t in tensors.items()}
 
 
-def _told(switches: dict[str, Any]) -> str:
+_UNUSED: dict[str, bool] = {"allow_unused": True, "materialize_grads": True}
+
+
+def _weighting(like: Tensor) -> Tensor:
+    """A different factor for every element."""
+    return torch.sin(torch.arange(like.numel(), dtype=like.dtype, device=like.device)).view(like.shape)
+
+
+def _describe(switches: dict[str, Any]) -> str:
     normalize = switches.get("normalize")
     return switches["causality"] + ("" if normalize is None else ", normalized" if normalize else ", not normalized")
 
@@ -318,6 +370,8 @@ OPERATOR_CHECKS: tuple[Callable[[OperatorCase, Inputs], None], ...] = (
     check_exact_in_float32,
     check_half_precision,
     check_gradients,
+    check_second_derivatives,
+    check_function_transforms,
     check_memory_is_linear,
     check_kernels_agree,
 )

@@ -82,13 +82,6 @@ def test_gradients_are_derivatives_of_the_chunked_scan(diagonal: bool) -> None:
     )
 
 
-def test_second_derivatives_of_the_chunked_scan_are_refused() -> None:
-    u, *others = inputs(5)
-    (first,) = torch.autograd.grad(scan(u, *others).square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_the_formula_is_written_out_once_more(causality: str, normalize: bool) -> None:
@@ -183,7 +176,7 @@ def test_one_rate_and_step_a_head_is_the_scalar_recurrence(backend: str) -> None
 def test_normalized_weights_keep_constants_and_ignore_repetition(backend: str) -> None:
     u, dt, A, B, C, _ = (t.detach() for t in inputs(40))
     for causality in CAUSALITIES:
-        settings: dict[str, Any] = {"causality": causality, "normalize": True, "eps": 0.0, "backend": backend}
+        settings: dict[str, Any] = {"causality": causality, "normalize": True, "eps": 1e-200, "backend": backend}
         assert_close(scan(torch.ones_like(u), dt, A, B, C, **settings), torch.ones_like(u))
     settings["eps"] = 0.1
     once = scan(u, dt, A, B, C, **settings)

@@ -75,13 +75,13 @@ class DeltaRuleBackend(Backend[DeltaRuleCall]):
     def run(self, call: DeltaRuleCall) -> tuple[Tensor, Tensor | None]:
         """Return the result (b, l, h, v) in v's dtype, and the final memory of a causal call."""
         dtype = call.v.dtype if self.takes_half_precision else call.dtype
-        streams = tuple(t.to(dtype) for t in (call.q, call.k, call.beta, call.log_decay, call.v))
+        q, k, beta, log_decay, v = (t.to(dtype) for t in (call.q, call.k, call.beta, call.log_decay, call.v))
         memory = None
         if call.causality == "causal":
-            start = call.initial_state.memory.to(dtype) if call.initial_state else empty_memory(streams[0], streams[-1])
-            y, memory = self.causal(*streams, start)
+            start = call.initial_state.memory.to(dtype) if call.initial_state else empty_memory(k, v)
+            y, memory = self.causal(q, k, beta, log_decay, v, start)
         else:
-            y = self.bidirectional(*streams)
+            y = self.bidirectional(q, k, beta, log_decay, v)
         return (y * call.scale).to(call.v.dtype), memory
 
 

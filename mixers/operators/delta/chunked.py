@@ -64,8 +64,8 @@ def _read_causally(
     blocks_per_group = max(1, GROUP_ELEMENTS // max(1, b * h * chunk * chunk))
     results = []
     memory = memory.flatten(0, 1)
-    for group in zip(*(t.split(blocks_per_group) for t in streams), strict=True):
-        result, memory = _read_group(*group, memory, diagonal)
+    for q, k, beta, g, v in zip(*(t.split(blocks_per_group) for t in streams), strict=True):
+        result, memory = _read_group(q, k, beta, g, v, memory, diagonal)
         results.append(result)
     y = rearrange(torch.cat(results), "n (b h) c v -> b (n c) h v", h=h)
     return y[:, :length], memory.unflatten(0, (b, h))

@@ -78,8 +78,8 @@ class _BlockSteps:
         self, q: Tensor, k: Tensor, per_token: Tensor, forward_sums: Tensor, v: Tensor, memory: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the result from the sums of the forward pass; the memory is that of the tokens after the block."""
-        reversed_streams = (t.flip(1) for t in (q, k, per_token, v))
-        sums, memory = self.sums(*reversed_streams, memory, diagonal=False)
+        q, k, v = q.flip(1), k.flip(1), v.flip(1)
+        sums, memory = self.sums(q, k, per_token.flip(1), v, memory, diagonal=False)
         return self._finish(forward_sums + sums.flip(1), per_token).to(v.dtype), memory
 
     def sums(

@@ -77,26 +77,23 @@ class SelectiveScanBackend(Backend[SelectiveScanCall]):
     def run(self, call: SelectiveScanCall) -> tuple[Tensor, Tensor | None]:
         """Return the result (b, l, h, v) in the dtype of the sums, and the final memory of a causal call."""
         dtype = call.u.dtype if self.takes_half_precision else call.dtype
-        streams = tuple(t.to(dtype) for t in (call.dt, call.A, call.B, call.C, call.u))
-        streams = _append_ones(*streams) if call.normalize else streams
-        _, A, _, _, u = streams
+        dt, A, B, C, u = (t.to(dtype) for t in (call.dt, call.A, call.B, call.C, call.u))
+        if call.normalize:  # a channel of ones for every value channel, which decays as the value does
+            dt = torch.cat([dt, dt], dim=-1)
+            A = torch.cat([A, A], dim=1)
+            u = torch.cat([u, torch.ones_like(u)], dim=-1)
         check_initial_state(call.initial_state, (u.shape[0], *A.shape), "(b, h, v or normalized 2·v, n)")
         memory = None
         if call.causality == "causal":
             start = call.initial_state.memory.to(dtype) if call.initial_state else u.new_zeros(u.shape[0], *A.shape)
-            y, memory = self.causal(*streams, start)
+            y, memory = self.causal(dt, A, B, C, u, start)
         elif call.causality == "bidirectional":
-            y = self.bidirectional(*streams)
+            y = self.bidirectional(dt, A, B, C, u)
         else:
-            y = self.noncausal(*streams)
+            y = self.noncausal(dt, A, B, C, u)
         if call.normalize:
             return _divide_by_ones(y, call.eps), memory
         return y * (u.shape[1] if call.causality == "noncausal" else 1) * call.scale, memory
-
-
-def _append_ones(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-    """Append a channel of ones for every value channel, which decays as the value does."""
-    return torch.cat([dt, dt], dim=-1), torch.cat([A, A], dim=1), B, C, torch.cat([u, torch.ones_like(u)], dim=-1)
 
 
 def _divide_by_ones(y: Tensor, eps: float) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixers.mixer import upcast
+from mixers.precision import accumulation_dtype
 from mixers.structure import mixing_matrix
 from mixers.suggest import hint
 from unet_adapters import MixerAdapter
@@ -202,7 +202,7 @@ class Local(Objective):
 
     def __call__(self, seen: Seen) -> Tensor:
         def unexplained(name: str, call: SiteCall) -> Tensor:
-            wanted = call.output.to(upcast(call.output.dtype))
+            wanted = call.output.to(accumulation_dtype(call.output))
             error = (replay(seen.adapter.unet, name, call) - wanted).square().mean((1, 2))
             return (error / wanted.var((1, 2), correction=0)).mean()
 
@@ -259,7 +259,7 @@ def teacher_rows(attention: nn.Module, x: Tensor, picked: Tensor) -> Tensor:
     layer: Any = attention
     heads, (samples, rows) = (layer.heads, -1), places(picked, x.shape[1])
     q, k = layer.to_q(x[samples, rows]).unflatten(-1, heads), layer.to_k(x).unflatten(-1, heads)
-    scores = torch.einsum("brhk,blhk->brhl", q.to(upcast(q.dtype)), k.to(upcast(k.dtype)))
+    scores = torch.einsum("brhk,blhk->brhl", q.to(accumulation_dtype(q)), k.to(accumulation_dtype(k)))
     return (scores * layer.scale).softmax(-1)
 
 
@@ -271,7 +271,7 @@ def places(picked: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
     """The mean squared difference, in float32 at least."""
-    return (a.to(upcast(a.dtype)) - b.to(upcast(b.dtype))).square().mean()
+    return (a.to(accumulation_dtype(a)) - b.to(accumulation_dtype(b))).square().mean()
 
 
 @cache

@@ -18,7 +18,7 @@ from experiments.ablation.on_ray import on_ray
 from experiments.ablation.spread import Record, Work, attempt, in_turn, threads
 from experiments.cli import app
 from experiments.config import Grid, Variant
-from mixers import list_mixers, registry
+from mixers import entries, list_mixers
 from mixers.registry import load_plugin
 from tests.experiments.test_ablation import quiet
 
@@ -170,7 +170,7 @@ class Always(Mortal):
 def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plug-in of mixers that kill their process in training, registered for one test."""
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     plugin = tmp_path / "mortal.py"
     plugin.write_text(MORTAL, encoding="utf-8")
     load_plugin(plugin)

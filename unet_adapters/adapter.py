@@ -248,9 +248,7 @@ class MixerAdapter:
         return cls._restore(host, read_adapter(source, host))
 
     @classmethod
-    def from_mounted(
-        cls, folder: str | PathLike[str], *, variant: str | None = None, **settings: Any
-    ) -> MixerAdapter:
+    def from_mounted(cls, folder: str | PathLike[str], *, variant: str | None = None, **settings: Any) -> MixerAdapter:
         """Read a UNet or transformer that was saved while mounted, and mount it again; it is the adapter's `model`.
 
         diffusers alone reads such a folder as softmax attention and drops the mixers' weights with a warning. The
@@ -368,7 +366,7 @@ class MixerAdapter:
         check_weights(self.model, self._layers, verb)
         if self.train_projections:
             for mount in self._mounts:
-                check_not_fused(mount.site, mount.layer, verb)
+                check_not_fused(mount.site, mount.layer, mount.mounted_class, verb)
 
     @property
     def _layers(self) -> dict[str, nn.Module]:

@@ -88,6 +88,7 @@ class MixerAttention(MountedLayer, Attention):
     stock_class = Attention
     dispatcher = MixerDispatch()
     supported_processors = PLAIN_PROCESSORS | PERTURBED_PARTS.keys()
+    fused_processors = frozenset({stock.FusedAttnProcessor2_0})
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
         """The stock processor: the one that runs when no mixer is mounted."""

@@ -1,8 +1,8 @@
 """Adapters on disk: `adapter.json` (what it is, and for which model) and `adapter.safetensors` (its weights only).
 
-Nothing is ever unpickled. The JSON holds the format's version, the library's version, the fingerprint of the host (name,
-dim and heads of every site), the mixer and its config for each site of the adapter, and the SHA-256 of the weights, so
-that two files that do not belong together are noticed. Both are written atomically, weights first.
+Nothing is ever unpickled. The JSON holds the format's version, the library's version, the fingerprint of the host
+(name, dim and heads of every site), the mixer and its config for each site of the adapter, and the SHA-256 of the
+weights, so that two files that do not belong together are noticed. Both are written atomically, weights first.
 """
 
 from __future__ import annotations

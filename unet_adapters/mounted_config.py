@@ -55,7 +55,7 @@ def read_mounted_model(
     if not entries:
         raise ValueError(f"{folder} was saved without mixers: read it with {class_name}.from_pretrained")
     model_class: Any = getattr(diffusers, str(class_name), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+    if not _is_model(model_class):
         raise ValueError(f"{folder} holds a {class_name}, which is not a diffusers model")
     find_weight_files(folder, WEIGHTS_NAME, variant)
     model = model_class.from_pretrained(folder, variant=variant, use_safetensors=True, **settings)
@@ -79,6 +79,10 @@ def read_mixer_weights(folder: Path, variant: str | None, names: Iterable[str]) 
     if missing:
         raise ValueError(f"{folder} lacks weights of its mixers, {missing[0]} among {len(missing)}")
     return tensors
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
 
 
 def _read(model: nn.Module) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class MountedLayer(nn.Module):
         dispatcher: called in place of a processor; stateless.
         supported_processors: classes of stock processors that compute plain attention with the layer's own weights. Any
             other has an effect of its own, which a mixer would silently ignore.
+        fused_processors: those of them that read a fused copy of the projections.
         mixer_from: with fewer tokens than this, the layer is the teacher's softmax attention.
         teacher: the teacher's Parameters of the projections, by projection name, where the student has its own.
     """
@@ -37,6 +38,7 @@ class MountedLayer(nn.Module):
     projection_names: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     dispatcher: ClassVar[Any]
     supported_processors: ClassVar[frozenset[type]]
+    fused_processors: ClassVar[frozenset[type]] = frozenset()
 
     mixer_from: int = 0
     teacher: Mapping[str, Mapping[str, nn.Parameter]] = MappingProxyType({})
@@ -131,4 +133,5 @@ def _set_processors(model: nn.Module, processor: Any, *args: Any, **kwargs: Any)
             replacement = processor.get(f"{name}.processor") if isinstance(processor, dict) else processor
             if replacement is not None:
                 module.require_supported(replacement)
-    type(model).set_attn_processor(model, processor, *args, **kwargs)  # type: ignore[operator]
+    stock: Any = type(model)
+    stock.set_attn_processor(model, processor, *args, **kwargs)

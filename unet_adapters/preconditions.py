@@ -74,11 +74,11 @@ def check_site(host: Host, site: Site, layer: nn.Module) -> None:
     mounted_class.require_supported(stock_processor(layer))
 
 
-def check_not_fused(site: Site, layer: nn.Module, verb: str) -> None:
+def check_not_fused(site: Site, layer: nn.Module, mounted_class: type[MountedLayer], verb: str) -> None:
     """Refuse to exchange projections while the layer runs on a fused copy of them.
 
     Raises:
         RuntimeError: `fuse_qkv_projections` is in force.
     """
-    if getattr(layer, "fused_projections", False):
+    if type(stock_processor(layer)) in mounted_class.fused_processors:
         raise RuntimeError(f"cannot {verb}: the projections of {site.name} are fused; call unfuse_qkv_projections()")

@@ -64,5 +64,4 @@ class SiteMount:
         self.layer._modules.pop(MIXER, None)
         for name in ("mixer_from", "teacher"):
             vars(self.layer).pop(name, None)
-        if isinstance(self.layer, MountedLayer):
-            self.layer.__class__ = self.layer.stock_class
+        self.layer.__class__ = self.mounted_class.stock_class

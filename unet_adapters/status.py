@@ -37,8 +37,8 @@ class StatusTable(list[SiteStatus]):
             groups.setdefault(tuple(values.values()), []).append(row)
         header = ("group", "sites", *(field.name.replace("_", " ") for field in fields(SiteStatus)[2:]))
         table = [header]
-        for (group_name, *values), rows in groups.items():
-            cells = ("–" if v is None else f"{v:,}" if type(v) is int else str(v) for v in values)
+        for (group_name, *rest), rows in groups.items():
+            cells = ("–" if v is None else f"{v:,}" if type(v) is int else str(v) for v in rest)
             table.append((str(group_name), str(len(rows)), *cells))
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table)

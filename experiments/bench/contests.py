@@ -179,7 +179,7 @@ def growth_contests(setup: Setup, dim: int = 320, heads: int = 8) -> Iterator[Co
     def maker(name: str) -> Make:
         def make(length: int) -> Callable[[], object]:
             torch.manual_seed(0)
-            options = registry.entry(name).mixer.plain
+            options = registry.get_mixer_entry(name).mixer.drop_in_options
             mixer = create_mixer(name, dim, heads, **options).to(setup.device, setup.dtype).eval()
             side = math.isqrt(length)
             return baselines.forward(partial(mixer, grid=(side, side)), setup.normal(1, side * side, dim))
@@ -210,7 +210,7 @@ def unet_contests(setup: Setup, profile: str, mixer: str, min_tokens: int, sizes
 
     if profile not in (EMBEDDED, *PROFILES):
         raise ValueError(f"No profile {profile!r}: expected one of {', '.join((EMBEDDED, *PROFILES))}.")
-    registry.entry(mixer)  # an unknown name fails here, before any work
+    registry.get_mixer_entry(mixer)  # an unknown name fails here, before any work
 
     def maker(**options: Any) -> Make:
         def make(side: int) -> Callable[[], object]:
@@ -233,12 +233,12 @@ def unet_contests(setup: Setup, profile: str, mixer: str, min_tokens: int, sizes
 def _unet(profile: str, setup: Setup) -> tuple[UNet2DConditionModel, int]:
     """A UNet and the pixels of a latent place."""
     from experiments.teacher.load import load_teacher
-    from unet_adapters import profiles
+    from unet_adapters import PROFILES as UNET_PROFILES
 
     if profile == EMBEDDED:
         return load_teacher().unet.to(setup.device, setup.dtype), 4
     known = {"sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
-    found = next(p for p in profiles.PROFILES if p.name == known[profile])
+    found = next(p for p in UNET_PROFILES if p.name == known[profile])
     return found.unet(setup.device).to(setup.dtype).requires_grad_(False), 8
 
 

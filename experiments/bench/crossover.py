@@ -31,7 +31,7 @@ from experiments.core.timing import Quartiles
 from experiments.report import style
 from experiments.teacher import load
 from mixers import list_mixers
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 FIRST = 64  # tokens; the ladder doubles from here
 
@@ -138,7 +138,7 @@ def ladder(max_tokens: int) -> list[int]:
 
 def kinds_of(unet: nn.Module) -> tuple[Kind, ...]:
     """The kinds of sites of a UNet, narrow ones first."""
-    return tuple(sorted({Kind(site.dim, site.heads) for site in all_sites(unet)}))
+    return tuple(sorted({Kind(site.dim, site.heads) for site in find_host(unet).sites()}))
 
 
 def choose_kinds(profile: str = EMBEDDED, dim: int | None = None, heads: int | None = None) -> tuple[Kind, ...]:

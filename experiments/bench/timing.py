@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from diffusers import Transformer2DModel
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.core.timing import time_interleaved
 from unet_adapters import MixerAdapter
-from unet_adapters.grid import PLACE
+from unet_adapters.mounted_layer import call_layer
 
 BATCH = 2  # one image under classifier-free guidance
 STOCK = "stock attention"
@@ -61,7 +61,7 @@ class Bench:
         x = torch.randn(BATCH, tokens, kind.dim, device=self.device).to(self.dtype)
         height = 1 << (int(math.log2(tokens)) // 2)
         grid = (height, tokens // height)
-        runs = {name: partial(_call, self.layer(kind, name), x, grid) for name in (STOCK, *names)}
+        runs = {name: partial(call_layer, self.layer(kind, name), x, grid) for name in (STOCK, *names)}
         for name in names:
             try:
                 runs[name]()
@@ -70,7 +70,7 @@ class Bench:
         return time_interleaved(runs, self.repeats, warmup=1, max_seconds=10 * len(runs), device=self.device)
 
     def layer(self, kind: Kind, name: str) -> nn.Module:
-        """The layer with this mixer in it, host projections and plain form; for STOCK, as diffusers makes it."""
+        """The layer with this mixer in it, host projections and drop-in form; for STOCK, as diffusers makes it."""
         if (kind, STOCK) not in self._layers:
             self._layers.clear()  # of the kind before
             self._layers[kind, STOCK] = _host(kind).to(self.device, self.dtype)
@@ -97,11 +97,6 @@ def _host(kind: Kind) -> nn.Module:
     block = transformer.transformer_blocks[0]
     block.attn2, block.ff = None, nn.Identity()  # nobody calls them
     return nn.ModuleDict({"transformer": transformer}).requires_grad_(False).eval()
-
-
-def _call(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    setattr(layer, PLACE, grid)  # as the UNet's hooks tell it; a stock layer does not look
-    return layer(x)
 
 
 def machine(device: str) -> dict[str, Any]:

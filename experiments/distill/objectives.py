@@ -56,7 +56,7 @@ class Seen:
     """A step, as objectives see it. The student is mounted.
 
     Attributes:
-        adapter: of the student, in the UNet `adapter.unet`.
+        adapter: of the student, in the model `adapter.model`.
         target: what a perfect model predicts.
         picked: (b, r) in [0, 1): which rows of the matrices are compared, as shares of the tokens.
         teacher, student: their forwards.
@@ -86,7 +86,7 @@ class Seen:
                 f"no mixer runs at this size: the sites see {most} tokens at most, and mixers run from "
                 f"min_tokens={self.adapter.min_tokens} on. Train at larger pictures, or lower min_tokens."
             )
-        run = partial(checkpoint, error, use_reentrant=False) if self.adapter.unet.is_gradient_checkpointing else error
+        run = partial(checkpoint, error, use_reentrant=False) if self.adapter.model.is_gradient_checkpointing else error
         return torch.stack([run(name, call) for name, call in calls.items()]).mean()
 
 
@@ -203,7 +203,7 @@ class Local(Objective):
     def __call__(self, seen: Seen) -> Tensor:
         def unexplained(name: str, call: SiteCall) -> Tensor:
             wanted = call.output.to(upcast(call.output.dtype))
-            error = (replay(seen.adapter.unet, name, call) - wanted).square().mean((1, 2))
+            error = (replay(seen.adapter.model, name, call) - wanted).square().mean((1, 2))
             return (error / wanted.var((1, 2), correction=0)).mean()
 
         return seen.mean_over_sites(unexplained)
@@ -241,7 +241,7 @@ class Matrix(Objective):
         return kept.mean_over_sites(partial(self._distance, seen))
 
     def _distance(self, seen: Seen, name: str, call: SiteCall) -> Tensor:
-        layer, wanted = seen.adapter.unet.get_submodule(name), seen.rows[name]
+        layer, wanted = seen.adapter.model.get_submodule(name), seen.rows[name]
         matrix = mixing_matrix(seen.adapter.mixers[name], call.input, layer, call.grid)
         samples, rows = places(seen.picked, call.input.shape[1])
         found = matrix[samples, ..., rows, :]  # (b, r, h, [v,] l)

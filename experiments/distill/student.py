@@ -16,7 +16,7 @@ from experiments.distill.objective import DistillationLoss
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig, fit
 from unet_adapters import MixerAdapter
-from unet_adapters.student import MIXER
+from unet_adapters.student_weights import MIXER
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 Draw = Callable[[int, FitConfig, tuple[int, ...], float], Batch]

@@ -15,7 +15,7 @@ from experiments.teacher.load import load_teacher
 from mixers.suggest import hint
 from unet_adapters import MixerAdapter
 from unet_adapters.hosts import find_host
-from unet_adapters.profiles import PROFILES, Profile
+from unet_adapters.hosts.unet_profiles import PROFILES, UNetProfile
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -39,7 +39,7 @@ class Architecture:
 
     vae_scale_factor = 8
 
-    def __init__(self, profile: Profile, dtype: torch.dtype, device: str | torch.device, filled: bool) -> None:
+    def __init__(self, profile: UNetProfile, dtype: torch.dtype, device: str | torch.device, filled: bool) -> None:
         """With `filled`, random weights; without, memory that nobody has touched, which costs none, for plans."""
         self.profile, self.dtype, self.device = profile, dtype, torch.device(device)
         self.unet = _network(lambda: profile.unet("meta"), dtype, self.device, filled)

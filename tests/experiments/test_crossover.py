@@ -32,7 +32,7 @@ from experiments.cli import app
 from experiments.core.timing import Quartiles, time_calls, time_interleaved
 from experiments.teacher.load import EMBEDDED
 from unet_adapters import MixerAdapter
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 ROOT = Path(__file__).resolve().parents[2]
 NARROW, WIDE = Kind(48, 4), Kind(96, 4)
@@ -202,7 +202,7 @@ def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer() -> None:
 def _count_self_attention(unet: nn.Module) -> list[int]:
     """Lists every call of the stock processor of a site."""
     calls: list[int] = []
-    for site in all_sites(unet):
+    for site in find_host(unet).sites():
         attn = unet.get_submodule(site.name)
         kind = type(attn.processor)
         counting = type(kind.__name__, (kind,), {"__module__": kind.__module__})

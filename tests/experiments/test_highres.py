@@ -15,7 +15,7 @@ from experiments.cli import app
 from experiments.highres import commands
 from experiments.highres.models import Architecture
 from experiments.highres.rate import measure_rate
-from unet_adapters.profiles import PROFILES
+from unet_adapters.hosts.unet_profiles import PROFILES
 
 SMALL = ("--steps", "2", "--mixer", "linfusion")
 

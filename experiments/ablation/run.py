@@ -12,9 +12,9 @@ from experiments.ablation import store
 from experiments.ablation.budget import note
 from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import Spread, Work, in_turn
-from experiments.config import CellConfig, Evaluation, Grid
+from experiments.config import CellConfig, EvaluationConfig, Grid
 from experiments.data.emoji import LICENSE
-from experiments.distill import Setting
+from experiments.distill import DistillationContext
 from experiments.evaluate.pictures import save_samples
 from experiments.evaluate.protocol import FILE, freeze, protocol_of
 from mixers import registry
@@ -132,7 +132,7 @@ def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, A
     }
 
 
-def show_teacher(setting: Setting, plan: Evaluation, directory: Path, again: bool = False) -> None:
+def show_teacher(setting: DistillationContext, plan: EvaluationConfig, directory: Path, again: bool = False) -> None:
     """The teacher's own samples, once; `again` where those there are of another protocol."""
     if not plan.sample_sizes or not plan.prompts:
         return

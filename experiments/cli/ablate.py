@@ -74,10 +74,10 @@ def ablate(
 
 def _plan(name: str, settings: list[str], seeds: int | None, teacher: str | None, size: int | None) -> Grid:
     from experiments.ablation import load_grid
-    from experiments.config import override_grid, resized
+    from experiments.config import apply_grid_overrides, resize_grid
 
     plan = load_grid(name)
-    plan = override_grid(resized(plan, size) if size else plan, settings)
+    plan = apply_grid_overrides(resize_grid(plan, size) if size else plan, settings)
     changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
     return plan.model_copy(update=changes)
 

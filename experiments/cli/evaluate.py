@@ -22,13 +22,13 @@ def evaluate(
     """Measure a student and its teacher: agreement, distances of pictures, time, memory, operations, state."""
     import json
 
-    from experiments.config import Evaluation, override
+    from experiments.config import EvaluationConfig, apply_overrides
     from experiments.evaluate.measure import evaluate as run
     from experiments.evaluate.tables import fidelity_table, sweep_table
 
     load(plugins)
     with clean_errors():
-        plan = override(Evaluation(), settings)
+        plan = apply_overrides(EvaluationConfig(), settings)
         with progress() as bars:
             task = bars.add_task("starting", total=5)
             path = run(

@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from experiments.config import Evaluation
-from experiments.distill.setting import Setting, open_setting
+from experiments.config import EvaluationConfig
+from experiments.distill.context import DistillationContext, open_context
 from experiments.evaluate.fidelity import agreement
 from experiments.evaluate.inside import look_inside
 from experiments.evaluate.metrics import image_metrics
@@ -22,9 +22,9 @@ Report = Callable[[str, int, int], None]
 
 
 def measure(
-    setting: Setting,
+    setting: DistillationContext,
     adapter: MixerAdapter,
-    plan: Evaluation,
+    plan: EvaluationConfig,
     data: str,
     size: int,
     directory: Path,
@@ -58,7 +58,7 @@ def measure(
     return record
 
 
-def evaluate(source: Path, teacher: str, data: str, plan: Evaluation, directory: Path, report: Report) -> Path:
+def evaluate(source: Path, teacher: str, data: str, plan: EvaluationConfig, directory: Path, report: Report) -> Path:
     """Measure a saved adapter and its teacher; returns the path of `evaluation.json`, beside the protocol and samples.
 
     Args:
@@ -75,7 +75,7 @@ def evaluate(source: Path, teacher: str, data: str, plan: Evaluation, directory:
 
     report("load", 0, 5)
     size = min(min(extent) for extent in plan.extents)
-    setting = open_setting(teacher, data, size, images=1)
+    setting = open_context(teacher, data, size, images=1)
     protocol = protocol_of(setting, plan, data)
     adapter = MixerAdapter.from_pretrained(source, setting.pipe).unmount()
     freeze(protocol, directory)  # not before: what cannot be opened leaves the folder as it was

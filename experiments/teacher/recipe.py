@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
-
-from experiments.training import FitConfig
+from experiments.config import FitConfig
 
 
 class TeacherRecipe(BaseModel):

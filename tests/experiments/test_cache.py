@@ -21,10 +21,10 @@ from torch import Tensor
 
 from experiments.data import BadRecord, DataError, EmojiSet, Example, Record, Size, batch, extent
 from experiments.distill.cache import Cache, CacheError, build_cache, open_cache
-from experiments.distill.draw import draw
+from experiments.distill.batches import draw_batch
 from experiments.teacher.load import open_teacher
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig
+from experiments.config import FitConfig
 from tests.unet_adapters import pipelines
 
 Killed = KeyboardInterrupt  # no Exception, as a kill is none
@@ -151,7 +151,7 @@ def test_a_batch_is_what_the_teacher_encodes(family: str, dtype: torch.dtype, tm
 def test_a_stage_draws_from_it(tmp_path: Path) -> None:
     cache = build(tmp_path, sizes=[8, 16])
     fit = FitConfig(steps=3, batch_size=5, learning_rate=1e-3)
-    drawn = draw(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
+    drawn = draw_batch(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
     assert drawn["latents"].shape == (5, 3, 4, 4) and not drawn["text"].any() and not drawn["pooled"].any()
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.cli.distill import told_losses
-from experiments.distill.recipe import Recipe, list_recipes, load_recipe
+from experiments.distill.recipe import DistillationRecipe, list_recipes, load_recipe
 from experiments.distill.run import run_recipe
 from experiments.distill.student import build_student
 from experiments.teacher.load import open_teacher
@@ -141,11 +141,11 @@ def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     assert [stage["stage"] for stage in card["stages"]] == ["local", "distill"]
     assert all(stage["seconds"] > 0 and stage["log"][-1]["step"] == 4 for stage in card["stages"])
     assert card["environment"]["torch"] == torch.__version__
-    assert Recipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
+    assert DistillationRecipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
     text = (out / "card.md").read_text()
     assert "| local | 1 local, 0.5 matrix |" in text and "CC-BY 4.0" in text
     shown = text.partition("```yaml\n")[2].partition("```")[0]
-    assert Recipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), "the card's recipe is the run's"
+    assert DistillationRecipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), "the card's recipe is the run's"
     assert Image.open(out / "samples.png").size == (128, 128)
     assert Image.open(out / "curves.png").size[0] > 100
     drawn = {path.name for path in (out / "samples").iterdir()}

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.studies.crash_test.study import crash_test
-from experiments.training import FitConfig, Interrupted, checkpoints, elapsed, fit, forget, processes
+from experiments.config import FitConfig
+from experiments.core.signals import Interrupted
+from experiments.training import checkpoints, training_seconds, fit, delete_checkpoints, processes
 from experiments.training.guard import first_broken
 from experiments.training.processes import shares
 
@@ -75,7 +77,7 @@ def files(directory: Path) -> list[Path]:
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
     trained(tmp_path, CONFIG.model_copy(update={"keep": 3}))
     assert [path.stem for path in files(tmp_path)] == [f"step-{n:08d}" for n in (6, 9, 12)]
-    forget(tmp_path)
+    delete_checkpoints(tmp_path)
     assert not files(tmp_path)
 
 
@@ -204,11 +206,11 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_seconds_add_up_over_stops(tmp_path: Path) -> None:
-    assert elapsed(tmp_path) == 0
+    assert training_seconds(tmp_path) == 0
     trained(tmp_path, CONFIG.model_copy(update={"steps": 6}))
-    first = elapsed(tmp_path)
+    first = training_seconds(tmp_path)
     trained(tmp_path)
-    assert elapsed(tmp_path) > first > 0
+    assert training_seconds(tmp_path) > first > 0
 
 
 def test_an_average_that_was_switched_is_one_clear_sentence(tmp_path: Path) -> None:

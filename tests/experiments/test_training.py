@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-
-from experiments.training import FitConfig, fit
-from experiments.training.plan import learning_rate_factor
+from experiments.config import FitConfig
+from experiments.training import fit
+from experiments.training.schedule import learning_rate_factor
 
 CONFIG = FitConfig(steps=9, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
 

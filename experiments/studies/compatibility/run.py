@@ -22,9 +22,9 @@ from transformers import CLIPModel
 
 from experiments.ablation import load_grid, store
 from experiments.ablation.cell import distill
-from experiments.config import Frozen, Grid
+from experiments.config import FrozenModel, Grid
 from experiments.data import open_dataset
-from experiments.distill import Setting, build_student, open_setting
+from experiments.distill import DistillationContext, build_student, open_context
 from experiments.studies.compatibility import controlnet as control
 from experiments.studies.compatibility import ip_adapter as ip
 from experiments.studies.compatibility.measure import (
@@ -43,14 +43,15 @@ from experiments.studies.compatibility.measure import (
     scene,
 )
 from experiments.teacher.load import EMBEDDED
-from experiments.training import FitConfig, fit
+from experiments.config import FitConfig
+from experiments.training import fit
 from unet_adapters import MixerAdapter
 
 Report = Callable[[str, int, int], None]
 ARMS = ("teacher+", "student+", "teacher", "student")  # +: with the ControlNet or the IP-Adapter
 
 
-class Plan(Frozen):
+class Plan(FrozenModel):
     """Everything the numbers depend on."""
 
     grid: Grid = Field(description="its first cell is the student")
@@ -78,10 +79,10 @@ def default_plan(share: float = 1.0) -> Plan:
     return Plan(grid=load_grid("compatibility")).scaled(share)
 
 
-def open_plan(plan: Plan) -> tuple[Setting, CLIPModel]:
+def open_plan(plan: Plan) -> tuple[DistillationContext, CLIPModel]:
     """The teacher with its training pictures, and the CLIP that judges."""
     grid, fitted = plan.grid, plan.grid.distillation
-    setting = open_setting(grid.teacher, grid.data, fitted.image_size, fitted.images, fitted.all_sizes[1:])
+    setting = open_context(grid.teacher, grid.data, fitted.image_size, fitted.images, fitted.all_sizes[1:])
     folder = (EMBEDDED if grid.teacher == "embedded" else Path(grid.teacher)) / "evaluator"
     if not folder.is_dir():
         raise ValueError(
@@ -91,7 +92,7 @@ def open_plan(plan: Plan) -> tuple[Setting, CLIPModel]:
     return setting, judge.to(setting.pipe.device)
 
 
-def train_student(plan: Plan, setting: Setting, directory: Path, report: Report) -> MixerAdapter:
+def train_student(plan: Plan, setting: DistillationContext, directory: Path, report: Report) -> MixerAdapter:
     """The student, by the plain text-conditional objective of the ablations; read back where it is finished."""
     folder = directory / "student"
     if not folder.is_dir():
@@ -102,7 +103,7 @@ def train_student(plan: Plan, setting: Setting, directory: Path, report: Report)
     return MixerAdapter.from_pretrained(folder, setting.pipe)
 
 
-def train_controlnet(plan: Plan, setting: Setting, directory: Path, report: Report) -> ControlNetModel:
+def train_controlnet(plan: Plan, setting: DistillationContext, directory: Path, report: Report) -> ControlNetModel:
     """The ControlNet, against the softmax UNet; read back where it is finished."""
     folder, pipe = directory / "controlnet", setting.pipe
     if not folder.is_dir():
@@ -125,7 +126,7 @@ def train_controlnet(plan: Plan, setting: Setting, directory: Path, report: Repo
 
 
 def train_ip_adapter(
-    plan: Plan, setting: Setting, judge: CLIPModel, directory: Path, report: Report
+    plan: Plan, setting: DistillationContext, judge: CLIPModel, directory: Path, report: Report
 ) -> dict[str, dict[str, Tensor]]:
     """The IP-Adapter's weights, trained against the softmax UNet; read back where they are finished."""
     file, pipe = directory / "ip_adapter.safetensors", setting.pipe
@@ -190,7 +191,7 @@ def run_compatibility(directory: Path, plan: Plan, report: Report) -> dict[str, 
 
 def control_row(
     plan: Plan,
-    setting: Setting,
+    setting: DistillationContext,
     adapter: MixerAdapter,
     model: ControlNetModel,
     real: Scene,
@@ -215,7 +216,7 @@ def control_row(
 
 def picture_row(
     plan: Plan,
-    setting: Setting,
+    setting: DistillationContext,
     judge: CLIPModel,
     adapter: MixerAdapter,
     weights: ip.StateDict,
@@ -299,7 +300,7 @@ def _pictures(plan: Plan) -> list[Tensor]:
     return control.pictures_of(data, plan.grid.distillation.image_size, plan.grid.distillation.images)
 
 
-def _blank(setting: Setting) -> Tensor:
+def _blank(setting: DistillationContext) -> Tensor:
     """The empty caption's states (t, d)."""
     with torch.no_grad():
         states, _ = setting.pipe.encode_prompt([""], setting.pipe.device, 1, do_classifier_free_guidance=False)

@@ -59,7 +59,7 @@ def run_grid(
     if there != grid.name:
         raise ValueError(f"{directory} holds a run of the grid {there}, not of {grid.name}: give another --out.")
     for variant in grid.variants:
-        registry.entry(variant.mixer)  # an unknown name fails here, before any work
+        registry.get_mixer_entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
     work, setting = Work(directory.absolute(), since, tuple(path.absolute() for path in plugins)), setting_of(grid)
     before = store.read_json(directory / FILE).get("hash")
@@ -104,7 +104,7 @@ def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, A
     evaluation = grid.evaluation
     variants = []
     for variant in grid.variants:
-        entry, row = registry.entry(variant.mixer), variant.model_dump(mode="json")
+        entry, row = registry.get_mixer_entry(variant.mixer), variant.model_dump(mode="json")
         row["causality"] = variant.causality or entry.default_causality
         row["normalize"] = entry.default_normalize if variant.normalize is None else variant.normalize
         variants.append(row)

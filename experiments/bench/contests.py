@@ -179,7 +179,7 @@ def growth_contests(setup: Setup, dim: int = 320, heads: int = 8) -> Iterator[Co
     def maker(name: str) -> Make:
         def make(length: int) -> Callable[[], object]:
             torch.manual_seed(0)
-            options = registry.entry(name).mixer.plain
+            options = registry.get_mixer_entry(name).mixer.drop_in_options
             mixer = create_mixer(name, dim, heads, **options).to(setup.device, setup.dtype).eval()
             side = math.isqrt(length)
             return baselines.forward(partial(mixer, grid=(side, side)), setup.normal(1, side * side, dim))
@@ -206,10 +206,11 @@ def unet_contests(setup: Setup, profile: str, mixer: str, min_tokens: int, sizes
         ValueError: no such profile or mixer.
     """
     from unet_adapters import MixerAdapter
+    from unet_adapters.hosts import find_host
 
     if profile not in (EMBEDDED, *PROFILES):
         raise ValueError(f"No profile {profile!r}: expected one of {', '.join((EMBEDDED, *PROFILES))}.")
-    registry.entry(mixer)  # an unknown name fails here, before any work
+    registry.get_mixer_entry(mixer)  # an unknown name fails here, before any work
 
     def maker(**options: Any) -> Make:
         def make(side: int) -> Callable[[], object]:
@@ -217,24 +218,16 @@ def unet_contests(setup: Setup, profile: str, mixer: str, min_tokens: int, sizes
             if options:
                 MixerAdapter.build(unet, mixer, train_projections=False, **options).mount()
             noisy = setup.normal(setup.batch, unet.config.in_channels, side // scale, side // scale)
-            text = setup.normal(setup.batch, 77, unet.config.cross_attention_dim)
-            added = _added(unet, setup)
-            return baselines.forward(lambda: unet(noisy, 500, text, return_dict=False, **added)[0])
+            host = find_host(unet)
+            shapes = host.condition_shapes(setup.batch)
+            conditions = host.forward_arguments({name: setup.normal(*shape) for name, shape in shapes.items()})
+            return baselines.forward(lambda: unet(noisy, 500, return_dict=False, **conditions)[0])
 
         return make
 
     makers = {f"{mixer}": maker(select="all"), "stock": maker()}
     makers[f"{mixer} from {min_tokens} tokens"] = maker(min_tokens=min_tokens)
     yield Contest(f"UNet {profile}: forward", makers, sizes, frozenset({"stock"}), axis="px")
-
-
-def _added(unet: Any, setup: Setup) -> dict[str, Any]:
-    """What SDXL's UNet is told besides the text."""
-    if unet.config.addition_embed_type != "text_time":
-        return {}
-    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    told = {"text_embeds": setup.normal(setup.batch, width), "time_ids": setup.normal(setup.batch, 6)}
-    return {"added_cond_kwargs": told}
 
 
 def _unet(profile: str, setup: Setup) -> tuple[UNet2DConditionModel, int]:

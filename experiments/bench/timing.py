@@ -70,7 +70,7 @@ class Bench:
         return time_interleaved(runs, self.repeats, warmup=1, max_seconds=10 * len(runs), device=self.device)
 
     def layer(self, kind: Kind, name: str) -> nn.Module:
-        """The layer with this mixer in it, host projections and plain form; for STOCK, as diffusers makes it."""
+        """The layer with this mixer in it, host projections and drop-in form; for STOCK, as diffusers makes it."""
         if (kind, STOCK) not in self._layers:
             self._layers.clear()  # of the kind before
             self._layers[kind, STOCK] = _host(kind).to(self.device, self.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from experiments.teacher.load import load_teacher
 from mixers.suggest import hint
 from unet_adapters import MixerAdapter
+from unet_adapters.hosts import find_host
 from unet_adapters.profiles import PROFILES, Profile
 
 VAE = {
@@ -60,12 +61,10 @@ class Architecture:
 
     def encode_prompt(self, prompt: str, **settings: Any) -> tuple[Tensor, ...]:
         """Normal numbers in the shapes of what text encoders give."""
-        config = self.unet.config
-        shapes: list[tuple[int, ...]] = [(1, 77, config.cross_attention_dim)] * 2
-        if config.addition_embed_type == "text_time":
-            shapes += [(1, config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)] * 2
+        shapes = find_host(self.unet).condition_shapes()
+        names = [name for name in ("text", "pooled") if name in shapes for _ in ("positive", "negative")]
         with seeded():
-            return tuple(torch.randn(shape).to(self.device, self.dtype) for shape in shapes)
+            return tuple(torch.randn(shapes[name]).to(self.device, self.dtype) for name in names)
 
 
 def _network(make: Any, dtype: torch.dtype, device: torch.device, filled: bool) -> Any:

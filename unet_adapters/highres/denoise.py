@@ -12,6 +12,8 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
+from unet_adapters.hosts.unet import unet_arguments
+
 Report = Callable[[int, int], None]
 """(steps done, steps)."""
 
@@ -54,18 +56,21 @@ class Guide:
             against, towards = self._run(unet, latents.expand(2, -1, -1, -1), timestep, both).chunk(2)
         return torch.lerp(against, towards, self.scale)
 
-    def _run(self, unet: Any, latents: Tensor, timestep: Tensor, told: Mapping[str, Tensor]) -> Tensor:
-        added = {}
-        if "pooled" in told:
-            added["added_cond_kwargs"] = {"text_embeds": told["pooled"], "time_ids": told["time_ids"]}
+    def _run(self, unet: Any, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        arguments = unet_arguments(conditions)
         residuals = {}
         if self.control is not None:
             image = self.control.image.to(latents).expand(len(latents), -1, -1, -1)
             down, middle = self.control.network(
-                latents, timestep, told["text"], image, self.control.scale, return_dict=False, **added
+                latents,
+                timestep,
+                controlnet_cond=image,
+                conditioning_scale=self.control.scale,
+                return_dict=False,
+                **arguments,
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return unet(latents, timestep, told["text"], return_dict=False, **added, **residuals)[0]
+        return unet(latents, timestep, return_dict=False, **arguments, **residuals)[0]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder, shown
 from unet_adapters.highres.memory import Allocations, foresee
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
 from unet_adapters.highres.vae import Tiling
+from unet_adapters.hosts import find_host
 
 LOOKED_AT = 8192
 """Latent places of an image up to which a UNet's call is gone through one operation after the other."""
@@ -215,23 +216,16 @@ class Foreseen(NamedTuple):
 def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float, on_cpu: bool) -> Allocations:
     unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
     height, width = (side // pixels_a_place(pipe) for side in size)
-    shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
-    shapes["text"] = (batch, 77, unet.config.cross_attention_dim)
-    pooled = getattr(unet.config, "projection_class_embeddings_input_dim", None)
-    if unet.config.addition_embed_type == "text_time":
-        ids = 6 * unet.config.addition_time_embed_dim
-        shapes |= {"pooled": (batch, pooled - ids), "time_ids": (batch, 6)}
+    host = find_host(pipe)
+    shapes = host.condition_shapes(batch)
 
-    def run(*tensors: Tensor) -> Tensor:
-        told = dict(zip(shapes, tensors, strict=True))
-        added = {}
-        if "pooled" in told:
-            added = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": told["time_ids"]}}
-        result: Tensor = unet(told["latents"], torch.tensor(500), told["text"], return_dict=False, **added)[0]
+    def run(latents: Tensor, *tensors: Tensor) -> Tensor:
+        conditions = host.forward_arguments(dict(zip(shapes, tensors, strict=True)))
+        result: Tensor = unet(latents, torch.tensor(500), return_dict=False, **conditions)[0]
         return result
 
     with save_memory(unet, savings, chunk, pretend=True):
-        inputs = [(shape, unet.dtype) for shape in shapes.values()]
+        inputs = [(shape, unet.dtype) for shape in (host.latent_shape((height, width), batch), *shapes.values())]
         return foresee(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)
 
 

@@ -22,10 +22,10 @@ from rich.table import Table
 from experiments.core.memory import measure_peak_bytes, return_freed_memory
 from experiments.highres.commands import parse_size
 from experiments.highres.models import mount, open_model
-from experiments.highres.rate import conditions
 from unet_adapters.highres import SAVINGS, Tiling, decode, save_memory
 from unet_adapters.highres.denoise import Guide
 from unet_adapters.highres.plan import foresee_decoding, foresee_step, latent_unit, pixels_a_place, told
+from unet_adapters.hosts import find_host
 
 SIZES = ("512x512", "768x768", "1024x1024", "1536x1024", "2048x2048")
 WAYS = {"plain": (), "saving": tuple(name for name in SAVINGS if name != "skips"), "pixels": ()}
@@ -49,7 +49,8 @@ def measure(model: str, mixer: str, size: str, way: str) -> dict[str, Any]:
 @torch.no_grad()
 def _step(pipe: Any, size: tuple[int, int], savings: tuple[str, ...]) -> None:
     unet, places = pipe.unet, [side // pixels_a_place(pipe) for side in size]
-    guidance = Guide(conditions(unet), conditions(unet), 7.5, "guidance" in savings)
+    conditions = find_host(unet).dummy_conditions()
+    guidance = Guide(conditions, conditions, 7.5, "guidance" in savings)
     with save_memory(unet, savings):
         guidance.predict(unet, torch.randn(1, unet.config.in_channels, *places), torch.tensor(500))
 

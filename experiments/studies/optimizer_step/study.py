@@ -24,20 +24,17 @@ from experiments.distill.student import build_student, run_stages
 from experiments.highres.models import open_model
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.config import FitConfig
+from unet_adapters.hosts import find_host
 
 
 class MadeUp:
     """Latents and conditions of normal numbers, in the shapes of a teacher's."""
 
     def __init__(self, teacher: Teacher, size: int) -> None:
-        config, side = teacher.unet.config, size // 8
-        self.one: Batch = {
-            "latents": torch.randn(1, 4, side, side),
-            "text": torch.randn(1, 77, config.cross_attention_dim),
-        }
-        if config.addition_embed_type == "text_time":
-            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            self.one |= {"pooled": torch.randn(1, width), "time_ids": torch.zeros(1, 6)}
+        host = find_host(teacher.unet)
+        side = size // 8
+        shapes = {"latents": host.latent_shape((side, side)), **host.condition_shapes()}
+        self.one: Batch = {name: torch.randn(shape) for name, shape in shapes.items()}
         conditions = ("text", "pooled")
         self.unconditional: Mapping[str, Tensor] = {n: t[0] for n, t in self.one.items() if n in conditions}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from mixers.feature_maps import FEATURE_MAPS
+from mixers.normalization import count_visible_tokens
 from mixers.operators.choice import Problem, choose
-from mixers.operators.common import check_causality, check_state, full_precision
+from mixers.operators.common import check_causality, check_state
 from mixers.operators.linear import blocked, chunked, dense, fla, ordered, recurrent, triton
-from mixers.operators.linear.call import Backend, Call, visible
+from mixers.operators.linear.call import Backend, Call
 from mixers.operators.state import State
+from mixers.precision import no_autocast
 from mixers.suggest import hint
 from mixers.traits import Causality
 
@@ -98,13 +100,13 @@ def linear_weights(
     """The matrix (b, h, l, l) that `linear_attention` applies to v, from the formula. O(l²·k) memory with decay."""
     _check(q, k, None, log_decay, feature_map)
     call = Call(q, k, q, _gates(q, log_decay), feature_map, causality, normalize, eps, scale)
-    with full_precision(q):
+    with no_autocast(q):
         call = call.mapped()
         weights = dense.weights(call.q, call.k, call.log_decay, causality)
     if not normalize:
         return weights * scale
     if call.log_decay is None:
-        weights = weights / visible(call.q, causality, 0)[:, None]
+        weights = weights / count_visible_tokens(call.q, causality, 0)[:, None]
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
 

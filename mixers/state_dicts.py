@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Published:
+class ConvertedStateDict:
     """What a peer's state dict says: how to build our mixer, and its parameters under our names."""
 
     dim: int
@@ -20,7 +20,7 @@ class Published:
     state: dict[str, Tensor]
 
 
-def require(state: Mapping[str, Tensor], names: str) -> None:
+def require_tensors(state: Mapping[str, Tensor], names: str) -> None:
     """Refuse a state dict that lacks one of these tensors.
 
     Raises:
@@ -52,7 +52,9 @@ FLA = {
 """Names that the layers of `fla` have in common -> ours."""
 
 
-def read_fla(state: Mapping[str, Tensor], options: Mapping[str, Any], names: Mapping[str, str]) -> Published:
+def convert_fla_state_dict(
+    state: Mapping[str, Tensor], options: Mapping[str, Any], names: Mapping[str, str]
+) -> ConvertedStateDict:
     """Read the state dict of an `fla` layer: projections, short convolutions, gate and norm per head.
 
     Heads are told by the width of the norm; where it has no weight, `options` must have `heads`.
@@ -63,7 +65,7 @@ def read_fla(state: Mapping[str, Tensor], options: Mapping[str, Any], names: Map
     Raises:
         ValueError: a tensor is missing, or nothing tells the heads.
     """
-    require(state, " ".join(["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", *names]))
+    require_tensors(state, " ".join(["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", *names]))
     known = {**FLA, **names}
     convolved = [n for n in ("v_conv1d", "k_conv1d", "q_conv1d") if f"{n}.weight" in state]
     found = {known.get(n, n): t for n, t in state.items() if not n.startswith(tuple(f"{c}." for c in convolved))}
@@ -78,8 +80,8 @@ def read_fla(state: Mapping[str, Tensor], options: Mapping[str, Any], names: Map
     if convolved:
         weights = [state[f"{n}.weight"] for n in convolved]
         biases = [state.get(f"{n}.bias", w.new_zeros(len(w))) for n, w in zip(convolved, weights, strict=True)]
-        found["short_convolution.conv.weight"] = torch.cat(weights)
-        found["short_convolution.conv.bias"] = torch.cat(biases)
-    derived = {"expand": inner / dim, "short_convolution": size, "gate": "g_proj.weight" in state}
+        found["short_conv.conv.weight"] = torch.cat(weights)
+        found["short_conv.conv.bias"] = torch.cat(biases)
+    derived = {"expand": inner / dim, "conv_size": size, "gate": "g_proj.weight" in state}
     given = {name: value for name, value in options.items() if name != "heads"}
-    return Published(dim, heads, {**derived, **given}, found)
+    return ConvertedStateDict(dim, heads, {**derived, **given}, found)

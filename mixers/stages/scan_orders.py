@@ -110,8 +110,8 @@ def scan_orders(
     return [None if name == "raster" else _scan_order(name, *grid, where) for name in SCANS[scan]]
 
 
-def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes one: x[:, order][:, inverse(order)] is x. (l,) -> (l,), O(l)."""
+def inverse_permutation(order: Tensor) -> Tensor:
+    """The permutation that undoes one: x[:, order][:, inverse_permutation(order)] is x. (l,) -> (l,), O(l)."""
     return torch.zeros_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
 
 

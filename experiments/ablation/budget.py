@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from experiments.ablation import store
 from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import threads
 from experiments.config import CellConfig, DistillationConfig, Grid, TrainingStage
+from experiments.core.files import read_json
 from experiments.distill import build_student, run_stages
 from experiments.evaluate.measure import measure
 
@@ -65,7 +65,7 @@ def fit_budget(
         ValueError: the budget is too short for one step of training a cell.
     """
     plan = _hash(grid)
-    known = store.read_json(directory / "grid.json").get("budget") or {}
+    known = read_json(directory / "grid.json").get("budget") or {}
     if known.get("plan") == plan and known.get("seconds") == seconds:
         return scaled(grid, known["factor"]), known
     began = perf_counter()

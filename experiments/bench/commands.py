@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.ablation.store import write_json
 from experiments.bench import calibrate as calibration
 from experiments.bench.contest import Contest, Limits, as_json, measure_rates, run_contest
 from experiments.bench.contests import (
@@ -31,7 +29,9 @@ from experiments.bench.contests import (
 from experiments.bench.crossover import DTYPES
 from experiments.bench.results import show, write
 from experiments.bench.timing import machine
+from experiments.core.files import write_json
 from experiments.core.memory import keep_freed_memory
+from experiments.core.progress import ProgressDisplay
 
 LADDER = calibration.LADDER
 __all__ = ["LADDER", "MOUNTED", "SIZES", "VERBS", "bench", "calibrate", "make_setup"]
@@ -40,7 +40,7 @@ QUICK = Setup(batch=1, heads=((2, 8),), lengths=(64, 128))
 DEFAULT = Setup()
 SIZES = (64, 128, 256, 512)
 
-Progress = Callable[[], AbstractContextManager[Any]]
+Progress = Callable[[], AbstractContextManager[ProgressDisplay]]
 
 
 def make_setup(
@@ -105,13 +105,17 @@ def bench(
     rates = measure_rates(setup.device, setup.dtype)
     told = {**machine(setup.device), **versions(), "dtype": str(setup.dtype).removeprefix("torch.")}
     rows, command = [], shlex.join(["mixlab", *sys.argv[1:]])
-    with bars() as shown, keep_freed_memory() if verb == "growth" else nullcontext():
-        task = shown.add_task(verb, total=len(found))
-        for contest in found:
-            tell = partial(shown.update, task)
+    with bars() as display, keep_freed_memory() if verb == "growth" else nullcontext():
+        for number, contest in enumerate(found):
             share = replace(limits, budget=limits.budget / len(found))
-            rows += run_contest(contest, rates, share, setup.device, partial(_describe, tell))
-            tell(advance=1)
+            rows += run_contest(
+                contest,
+                rates,
+                share,
+                setup.device,
+                lambda what, number=number: display.update(verb, number, len(found), what[:48]),  # type: ignore[misc]
+            )
+            display.update(verb, number + 1, len(found), contest.name[:48])
             write_json(out / f"{verb}.json", as_json(rows, rates, told, command))  # a stop loses one contest
     write(rows, rates, told, command, out, verb)
     show(rows, console)
@@ -129,15 +133,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _describe(tell: Callable[..., None], what: str) -> None:
-    tell(description=what[:48])
-
-
 def calibrate(setup: Setup, path: Path | None, console: Console, bars: Progress, ladder: tuple[int, ...]) -> None:
     """Measure the table of backends and print it."""
-    with bars() as shown:
-        task = shown.add_task("backends", total=None)
-        where, rows = calibration.calibrate(setup, path, ladder, lambda what: shown.update(task, description=what))
+    with bars() as display:
+        where, rows = calibration.calibrate(setup, path, ladder, lambda what: display.update("backends", 0, 1, what))
     table = Table("operator", "causality", "decay", "backends, up to how many tokens")
     for row in rows:
         order = ", then ".join(f"{name}{'' if bound is None else f' ≤ {bound:,}'}" for name, bound in row.order)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from experiments.ablation.store import write_json
 from experiments.bench.timing import BATCH, STOCK, Bench, CannotRun, Kind, machine
+from experiments.core.files import write_json
 from experiments.core.timing import Quartiles
 from experiments.report import style
 from experiments.teacher import load

@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.console import Console
 from rich.table import Table
 
-from experiments.ablation.store import write_json
 from experiments.bench.contest import Rates, Row, as_json, exponents
+from experiments.core.files import write_json
 from experiments.report import style
 
 COLUMNS = ("contender", "size", "ms", "quartiles", "peak MiB", "× floor", "faster than")

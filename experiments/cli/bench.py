@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 
 @app.command()
@@ -26,11 +26,10 @@ def crossover(
     """Measure from how many tokens on each mixer is as fast as softmax attention here: the `min_tokens` to use."""
     from experiments.bench import crossover as bench
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         kinds = bench.choose_kinds(profile, dim, heads)
-        with progress() as bars:
-            task = bars.add_task("starting", total=1)
+        with progress() as display:
             result = bench.measure_crossovers(
                 pattern,
                 kinds,
@@ -38,7 +37,7 @@ def crossover(
                 dtype=dtype,
                 device=device,
                 repeats=repeats,
-                report=lambda n, of, what: bars.update(task, completed=n, total=of, description=what),
+                report=lambda n, of, what: display.update("crossover", n, of, what),
             )
         record = bench.save(result, out)
         bench.draw(result, out / "crossover.png")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.cli.app import Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Plugins, app, clean_errors, console, load_plugins, progress
 
 SizeOption = Annotated[str, typer.Option("--size", help="width x height in pixels, as in 16384x8192")]
 ModelOption = Annotated[str, typer.Option("--model", help="embedded, a folder, a Hub id, or random:SD-1.5")]
@@ -42,7 +42,7 @@ def plan(
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Tell what a large image needs, stage by stage, before any work; a GPU need not be there to plan for it."""
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         from experiments.highres import commands
         from unet_adapters.highres import Request
@@ -82,7 +82,7 @@ def generate(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Make a large image in stages; stopped or killed, the same command goes on after the last finished stage."""
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         from experiments.highres import commands
         from unet_adapters.highres import Request

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 if TYPE_CHECKING:
     from mixers.registry import MixerEntry
@@ -24,7 +24,7 @@ def list_(
     from mixers import list_mixers, registry
     from mixers.traits import CAUSALITIES
 
-    load(plugins)
+    load_plugins(plugins)
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
     for name in names:
@@ -49,13 +49,10 @@ def check(
     """Prove that mixers keep their promises: the conformance suite on every configuration, as a table."""
     from experiments.check import check_mixers, show
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
-        with progress() as bars:
-            task = bars.add_task("checking", total=1)
-            results = check_mixers(
-                pattern, deep, lambda n, of, what: bars.update(task, completed=n, total=of, description=what)
-            )
+        with progress() as display:
+            results = check_mixers(pattern, deep, lambda n, of, what: display.update("check", n, of, what))
         show(results, console)
     if any(result.failed for result in results):
         raise typer.Exit(1)
@@ -71,10 +68,9 @@ def structure_(
     """Look at mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
     from experiments.studies.structure import decaying, draw, records
 
-    load(plugins)
-    with clean_errors(), progress() as bars:
-        task = bars.add_task("matrices", total=1)
-        found = records(pattern, lambda n, of, what: bars.update(task, completed=n, total=of, description=what))
+    load_plugins(plugins)
+    with clean_errors(), progress() as display:
+        found = records(pattern, lambda n, of, what: display.update("matrices", n, of, what))
         paths = draw(found, out, scanned or decaying(found))
     columns = ("mixer", "causality", "rank", "below", "above", "row sums", "radius")
     table = Table(*(Column(name, no_wrap=True) for name in columns), pad_edge=False, padding=(0, 0))

@@ -16,7 +16,7 @@ class MixerSpec(FrozenModel):
 
     causality: Literal["causal", "bidirectional", "noncausal"] | None = None
     normalize: bool | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({}, description="fields of the mixer's configuration")
     select: str | tuple[str, ...] = Field("all", description="the sites, as `find_sites` takes them")
     min_tokens: int = Field(0, ge=0, description="sites with fewer tokens stay softmax")
 
@@ -66,11 +66,9 @@ class DistillationConfig(TrainingStage):
     """
 
     name: str = Field("distill", pattern=CONFIG_NAME)
-    objectives: dict[str, LossTerm] = {
-        "noise": LossTerm(),
-        "output": LossTerm(weight=0.5),
-        "features": LossTerm(weight=0.5),
-    }
+    objectives: dict[str, LossTerm] = Field(
+        {"noise": LossTerm(), "output": LossTerm(weight=0.5), "features": LossTerm(weight=0.5)}
+    )
     before: tuple[TrainingStage, ...] = Field((), description="stages that come first, such as matrix and local")
     train: Literal["new", "new+projections"] = Field(
         "new+projections", description="what is trained: what the mixers add, and the q, k, v and output projections"

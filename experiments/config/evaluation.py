@@ -17,7 +17,9 @@ class ImageMetricsConfig(FrozenModel):
 
     images: int = Field(32, ge=0, description="captions to sample; 0: no metric is measured")
     sizes: tuple[ImageSide, ...] = Field((64,), description="sizes to sample")
-    resize: int | None = Field(None, gt=0, description="side of all images, true ones too, before a network; None: as is")
+    resize: int | None = Field(
+        None, gt=0, description="side of all images, true ones too, before a network; None: as is"
+    )
     features: tuple[str, ...] = Field(("embedded",), description="networks: embedded, clip:WHERE, inception[:FILE]")
     data: str | None = Field(None, description="true images and captions, or coco:FOLDER; None: the training split")
     batch_size: int = Field(16, gt=0)

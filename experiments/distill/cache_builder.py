@@ -16,7 +16,15 @@ from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.data import BadRecord, DataError, Example, Record, Records, Size, extent
 from experiments.data.example import Skipped
 from experiments.distill.cache import LatentCache
-from experiments.distill.cache_index import BLANK, BUILDING, FORMAT, INDEX, CacheError, CacheIndex, require_same_contents
+from experiments.distill.cache_index import (
+    BLANK,
+    BUILDING,
+    FORMAT,
+    INDEX,
+    CacheError,
+    CacheIndex,
+    require_same_contents,
+)
 from experiments.teacher.teacher import Batch, Teacher
 
 SHARD = 1024

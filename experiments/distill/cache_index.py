@@ -100,7 +100,7 @@ def require_same_contents(directory: Path, existing: dict[str, Any], requested: 
     names = [name for name in requested if existing.get(name) != requested[name]]
     if names:
         differences = "; ".join(
-            f"{name}: has {_abbreviate(existing.get(name))}, asked {_abbreviate(requested[name])}" for name in names
+            f"{name}: has {_abbreviate(existing.get(name))}, requested {_abbreviate(requested[name])}" for name in names
         )
         raise CacheError(
             f"The cache {directory} has other contents: {differences}. Give another directory, or delete it."

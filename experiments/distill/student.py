@@ -22,9 +22,7 @@ BatchSource = Callable[[int, FitConfig, tuple[int, ...], float], Batch]
 """Called as (step, fit, sizes, caption dropout) -> the batch; `DistillationContext.batch` is one."""
 
 
-def build_student(
-    teacher: Teacher, mixer: str, spec: MixerSpec, config: DistillationConfig, seed: int
-) -> MixerAdapter:
+def build_student(teacher: Teacher, mixer: str, spec: MixerSpec, config: DistillationConfig, seed: int) -> MixerAdapter:
     """Build an adapter for the teacher's UNet, not mounted; its random initial values depend on `seed` alone.
 
     Raises:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiments.config import EvaluationConfig
 from experiments.data import batch
-from experiments.distill.loss import autocast
 from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.teacher.teacher import Batch
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import capture_outputs

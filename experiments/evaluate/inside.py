@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from experiments.config import EvaluationConfig
-from experiments.distill.loss import autocast
 from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.evaluate.fidelity import teacher_views
 from mixers import structure
 from unet_adapters import MixerAdapter

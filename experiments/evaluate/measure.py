@@ -9,6 +9,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from experiments.config import EvaluationConfig
+from experiments.core.environment import describe_environment
+from experiments.core.files import write_json
 from experiments.distill.context import DistillationContext, open_context
 from experiments.evaluate.fidelity import agreement
 from experiments.evaluate.inside import look_inside
@@ -71,7 +73,6 @@ def evaluate(source: Path, teacher: str, data: str, plan: EvaluationConfig, dire
         ValueError: the adapter does not fit the teacher, something is not at hand, or `directory` holds results of
             another protocol.
     """
-    from experiments.ablation import store  # which imports this module
 
     report("load", 0, 5)
     size = min(min(extent) for extent in plan.extents)
@@ -82,5 +83,5 @@ def evaluate(source: Path, teacher: str, data: str, plan: EvaluationConfig, dire
     save_samples(setting.pipe, plan, directory / "teacher" / "samples")
     record = measure(setting, adapter, plan, data, size, directory, report)
     path = directory / "evaluation.json"
-    store.write_json(path, {"adapter": str(source), "environment": store.environment(), **record})
+    write_json(path, {"adapter": str(source), "environment": describe_environment(), **record})
     return path

@@ -134,7 +134,9 @@ def _judge(setting: DistillationContext, plan: EvaluationConfig, pictures: Itera
     return dict(zip(names, judge(pictures, [_network(setting, name) for name in names]), strict=True))
 
 
-def _drawn(setting: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float) -> Iterator[Pictures]:
+def _drawn(
+    setting: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
+) -> Iterator[Pictures]:
     """Pictures by the UNet as it is mounted now; noise k for caption k."""
     first, shown = plan.seed, plan.metrics.resize or size
     for _, captions in open_reference(data, plan).batches(shown, plan.metrics.batch_size):
@@ -156,5 +158,7 @@ def _true(setting: DistillationContext, plan: EvaluationConfig, data: str, size:
 
 
 @lru_cache(maxsize=16)
-def _taught(setting: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float) -> dict[str, Judged]:
+def _taught(
+    setting: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
+) -> dict[str, Judged]:
     return _judge(setting, plan, _drawn(setting, plan, data, size, guidance))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import EvaluationConfig, FrozenModel
+from experiments.core.files import write_json
 from experiments.distill.context import DistillationContext
 from experiments.evaluate.features import open_network, weights_digest
 from experiments.evaluate.reference import open_reference
@@ -96,11 +97,10 @@ def freeze(protocol: Protocol, directory: Path, measured: Collection[str] | None
     Raises:
         ValueError: it is another, or damaged; the message says what differs.
     """
-    from experiments.ablation import store  # which imports this module
 
     path, wanted = directory / FILE, protocol.model_dump(mode="json")
     if not path.is_file() or (measured is not None and set(measured) <= {protocol.hash}):
-        store.write_json(path, {**wanted, "hash": protocol.hash})
+        write_json(path, {**wanted, "hash": protocol.hash})
         return protocol.hash
     try:
         there = json.loads(path.read_text(encoding="utf-8"))

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from experiments.config import EvaluationConfig
 from experiments.core.memory import measure_peak_bytes
 from experiments.core.timing import time_interleaved
-from experiments.distill.loss import autocast
 from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from unet_adapters import MixerAdapter
 
 Row = dict[str, float | int | None]

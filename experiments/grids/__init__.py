@@ -5,8 +5,7 @@ The defaults are for the embedded teacher: about 40 seconds of training a cell o
 
 from __future__ import annotations
 
-from experiments.config import Claim, DistillationConfig, EvaluationConfig, TrainingStage, LossTerm, Variant
-from experiments.config import FitConfig
+from experiments.config import Claim, DistillationConfig, EvaluationConfig, FitConfig, LossTerm, TrainingStage, Variant
 
 SEEDS = (0, 1, 2)
 SOFTMAX = Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False)
@@ -52,7 +51,9 @@ PAPER = (
         beyond=True,
     ),
     Claim(statement="Non-causal mixers beat causal ones", factor="causality", value="causal", worse=True),
-    Claim(statement="LinFusion's learned maps beat plain linear attention", factor="mixer", value="linfusion", worse=False),
+    Claim(
+        statement="LinFusion's learned maps beat plain linear attention", factor="mixer", value="linfusion", worse=False
+    ),
 )
 """What LinFusion's paper (2409.02097) found; the third for grids whose reference row is plain linear attention."""
 

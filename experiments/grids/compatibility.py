@@ -1,7 +1,6 @@
 """Does a student keep a ControlNet and an IP-Adapter that never saw it? The student of `mixlab compatibility`."""
 
-from experiments.config import DistillationConfig, Grid, Variant
-from experiments.config import FitConfig
+from experiments.config import DistillationConfig, FitConfig, Grid, Variant
 
 GRID = Grid(
     name="compatibility",

@@ -1,8 +1,7 @@
 """Which features of a linear mixer matter for images? Normalization × causality, within ten minutes on two cores."""
 
-from experiments.config import DistillationConfig, EvaluationConfig, Grid, ImageMetricsConfig, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, Grid, ImageMetricsConfig, Variant
 from experiments.grids import PAPER, SOFTMAX
-from experiments.config import FitConfig
 
 _LINEAR = [
     Variant(

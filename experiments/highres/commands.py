@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.core.memory import return_freed_memory
+from experiments.core.progress import ProgressDisplay
 from experiments.highres.models import mount, open_model
 from experiments.highres.rate import measure_rate
 from unet_adapters.highres import Control, Plan, Request, Result, generate, make_plan
@@ -23,7 +24,7 @@ from unet_adapters.highres.ladder import Size, shown
 from unet_adapters.highres.plan import told
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Bars = Callable[[], AbstractContextManager[Any]]
+Bars = Callable[[], AbstractContextManager[ProgressDisplay]]
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def make(
     if budget is not None:
         return_freed_memory()  # or what a CPU holds is more than what tensors do
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _memory_told(), model.opened() as (pipe, _), bars() as shown_bars:
+    with _memory_told(), model.opened() as (pipe, _), bars() as display:
         found = make_plan(pipe, request.size, **_asked(request), budget=budget)
         show_plan(found, console)
         result = generate(
@@ -217,7 +218,7 @@ def make(
             strength=strength,
             control=None if control is None else _control(pipe, *control),
             keep=keep or out.with_suffix(".stages"),
-            report=_Bars(shown_bars),
+            report=display.update,
         )
     made_with = {"model": model.model, "adapter": model.adapter, "mixer": model.mixer}
     aside = out.with_suffix(".partial")
@@ -226,19 +227,6 @@ def make(
     if result.resumed:
         console.print(f"Went on after {result.resumed} of {len(result.stages)} stages, which were there already.")
     return result
-
-
-class _Bars:
-    """A bar for every part of the work, made when it begins."""
-
-    def __init__(self, bars: Any) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.bars.add_task(what, total=total)
-        self.bars.update(self.tasks[what], completed=done)
 
 
 def _control(pipe: Any, source: str, picture: Path, scale: float) -> Control:

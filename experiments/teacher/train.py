@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from experiments.config import FitConfig
 from experiments.data import EmojiSet
 from experiments.data.emoji import BACKGROUNDS, catalogue
 from experiments.teacher import networks
 from experiments.teacher.objectives import Contrastive, Denoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.config import FitConfig
-from experiments.training import fit, batch_indices
+from experiments.training import batch_indices, fit
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 

@@ -3,7 +3,7 @@
     checkpoints/step-00000120.safetensors        parameters, optimizer moments, EMA, gradient scale
     checkpoints/step-00000120.safetensors.sha256
 
-A checkpoint is written to a temporary file and moved into place after its checksum, so a reader only sees complete ones.
+A checkpoint is written to a temporary file and moved into place after its checksum, so readers see complete ones only.
 Everything random in a step is drawn from (seed, step), so the number of completed steps is the whole state of samplers
 and random generators.
 """

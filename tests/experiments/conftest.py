@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import DistillationConfig, EvaluationConfig, Grid, ImageMetricsConfig, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, Grid, ImageMetricsConfig, Variant
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import train_teacher
-from experiments.config import FitConfig
 
 TINY = TeacherRecipe(
     clip_width=16,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.config import FitConfig
 from experiments.distill.batches import draw_batch
 from experiments.distill.context import EncodedImages
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.config import FitConfig
 from tests.unet_adapters.pipelines import make
 from unet_adapters import MixerAdapter
 

@@ -149,7 +149,9 @@ def test_what_is_trained_is_evaluated_anew_without_training_again(grid: Grid, tm
     assert second["fidelity"][0]["error_to_teacher"] == first["fidelity"][0]["error_to_teacher"]
     logs = [(tmp_path / "cells" / record["cell"] / "metrics.jsonl").read_text() for record in (first, second)]
     assert logs[0] == logs[1] != ""
-    assert run_grid(apply_overrides(again, ["seeds=[1]"]), tmp_path, quiet)[0]["train_seconds"] != first["train_seconds"]
+    assert (
+        run_grid(apply_overrides(again, ["seeds=[1]"]), tmp_path, quiet)[0]["train_seconds"] != first["train_seconds"]
+    )
 
 
 def test_a_training_is_known_by_all_that_its_weights_depend_on(grid: Grid) -> None:

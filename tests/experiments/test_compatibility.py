@@ -13,12 +13,11 @@ from typer.testing import CliRunner
 
 from experiments import compatibility
 from experiments.cli import app
-from experiments.config import Grid
+from experiments.config import FitConfig, Grid
 from experiments.data import open_dataset
 from experiments.distill import open_context
 from experiments.distill.context import DistillationContext, encode
 from experiments.studies.compatibility import Plan, controlnet, ip_adapter, measure, run
-from experiments.config import FitConfig
 from experiments.training import fit
 
 ONE = FitConfig(steps=2, batch_size=2, learning_rate=1e-2, warmup=0)
@@ -101,7 +100,7 @@ def test_training_a_controlnet_changes_nothing_else(setting: DistillationContext
     model = controlnet.from_teacher(pipe.unet, pipe.vae_scale_factor)
     start = {n: v.clone() for n, v in model.state_dict().items()}
     maps = torch.ones(len(setting.latents), 1, 64, 64, dtype=torch.bool)
-    batch = controlnet.batches(setting, maps, setting.states[0], ONE, 0.5)
+    batch = controlnet.batches(setting, maps, setting.text_states[0], ONE, 0.5)
     objective = controlnet.objective(pipe.unet, model, pipe.scheduler)
     assert {n.split(".")[1] for n, _ in objective.named_parameters()} == {"controlnet"}
     fit(objective, batch, ONE, tmp_path)
@@ -114,7 +113,7 @@ def test_the_published_format_and_the_public_loader(setting: DistillationContext
     pipe = setting.pipe
     before, processors = snapshot(pipe), {n: type(p) for n, p in pipe.unet.attn_processors.items()}
     embeddings = torch.randn(len(setting.latents), 16)
-    weights = ip_adapter.fresh(pipe, embeddings, setting.states)
+    weights = ip_adapter.fresh(pipe, embeddings, setting.text_states)
     sites = len(ip_adapter.cross_attentions(pipe.unet))
     names = {f"{2 * k + 1}.to_{kv}_ip.weight" for k in range(sites) for kv in "kv"}
     assert set(weights["ip_adapter"]) == names and set(weights) == {"image_proj", "ip_adapter"}
@@ -123,7 +122,7 @@ def test_the_published_format_and_the_public_loader(setting: DistillationContext
         objective = ip_adapter.objective(pipe.unet, pipe.scheduler)
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         assert trained == sum(v.numel() for v in ip_adapter.flat(weights).values())
-        fit(objective, ip_adapter.batches(setting, embeddings, setting.states[0], ONE, 0.5, 0.5), ONE, tmp_path)
+        fit(objective, ip_adapter.batches(setting, embeddings, setting.text_states[0], ONE, 0.5, 0.5), ONE, tmp_path)
         after = ip_adapter.flat(ip_adapter.loaded_weights(pipe.unet))
     assert not any(after[k].equal(v) for k, v in ip_adapter.flat(weights).items()), "all of it learns"
     assert same(ip_adapter.flat(ip_adapter.nested(after)), after)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from experiments.config import LossTerm
 from experiments.distill import DistillationLoss, list_objectives
-from experiments.distill.objectives import DistillationStep, create_objective, row_indices, register_objective, softmax_rows
+from experiments.distill.objectives import DistillationStep, create_objective, register_objective
+from experiments.distill.objectives.matrix import row_indices, softmax_rows
 from experiments.teacher.teacher import Batch, Teacher
 from mixers import create_mixer
 from mixers.structure import mixing_matrix
@@ -271,7 +272,7 @@ def test_sites_below_min_tokens_are_no_business_of_local(teacher: Teacher, batch
         n for n, t in sizes.items() if t == some.min_tokens
     }
     some.unmount()
-    with pytest.raises(ValueError, match="no mixer runs at this size"):
+    with pytest.raises(ValueError, match="No mixer runs at this size"):
         DistillationLoss(teacher, student(teacher, min_tokens=10_000), one("local"))(batch)
 
 
@@ -291,5 +292,5 @@ def test_objectives_of_others_and_their_mistakes(teacher: Teacher, batch: Batch)
 
     objective = DistillationLoss(teacher, student(teacher), one("noise"))
     objective._terms["noise"] = (LossTerm(), Greedy())
-    with pytest.raises(ValueError, match="without 'teacher' among its `needs`"):
+    with pytest.raises(ValueError, match="without 'teacher' in `needs`"):
         objective(batch)

@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.config import DistillationConfig, MixerSpec, TrainingStage, LossTerm
+from experiments.config import DistillationConfig, FitConfig, LossTerm, MixerSpec, TrainingStage
 from experiments.distill import build_student, run_stages
 from experiments.distill.batches import draw_batch
 from experiments.distill.student import randomize_projections, seed_stages
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.config import FitConfig
 from tests.experiments.students import FIT, encoded, open_teacher
 from unet_adapters import MixerAdapter
 from unet_adapters.student import PROJECTIONS
@@ -30,9 +29,9 @@ def test_stages_are_checked() -> None:
         TrainingStage(name="a", objectives={"feature": 1}, fit=FIT)
     with pytest.raises(ValueError, match="step 0"):
         TrainingStage(name="a", objectives={"noise": {"start": 5}}, fit=FIT)
-    with pytest.raises(ValueError, match="trains none"):
+    with pytest.raises(ValueError, match="trains no projections"):
         DistillationConfig(fit=FIT, train="new", start="random")
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="different names"):
         DistillationConfig(fit=FIT, before=(TrainingStage(name="distill", objectives={"local": 1}, fit=FIT),))
     short = TrainingStage(name="a", objectives={"noise": 0.5, "output": {"weight": 2, "ramp": 3}}, fit=FIT)
     assert short.objectives == {"noise": LossTerm(weight=0.5), "output": LossTerm(weight=2, ramp=3)}
@@ -73,7 +72,9 @@ def plan(**changes: Any) -> DistillationConfig:
     return DistillationConfig(**{"fit": FIT, "before": before, "image_size": 16, "images": 4, **changes})
 
 
-def distill(teacher: Teacher, plan: DistillationConfig, directory: Path, stop: tuple[str, int] | None = None) -> MixerAdapter:
+def distill(
+    teacher: Teacher, plan: DistillationConfig, directory: Path, stop: tuple[str, int] | None = None
+) -> MixerAdapter:
     latents = encoded(teacher, plan.all_sizes)
 
     def tell(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:

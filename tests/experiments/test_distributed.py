@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
 from experiments.config import FitConfig
 from experiments.core.signals import Interrupted
 from experiments.training import fit

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
-from experiments.ablation.store import write_json
+from experiments.core.files import write_json
 from experiments.highres import reach
 from experiments.studies.large_images.page import NAMES, count_areas, write_page
 from experiments.studies.large_images.study import cases

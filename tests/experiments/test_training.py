@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
 from experiments.config import FitConfig
 from experiments.training import fit
 from experiments.training.schedule import learning_rate_factor

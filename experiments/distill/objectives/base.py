@@ -45,7 +45,7 @@ class UnavailableForward:
 
     def __getattr__(self, name: str) -> Any:
         raise ValueError(
-            f"An objective reads {self.requirement}.{name} without {self.requirement!r} among its `needs`. Add it there."
+            f"An objective reads {self.requirement}.{name} without {self.requirement!r} in `needs`. Add it there."
         )
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from experiments.config import FitConfig
 from experiments.data import CaptionedImages, batch
 from experiments.distill import DistillationContext
 from experiments.teacher.objectives import Denoising
-from experiments.config import FitConfig
 from experiments.training import batch_indices
 
 THRESHOLD = 0.4  # of a range of 2: an edge is a step of at least a fifth of it in some color channel
@@ -79,7 +79,7 @@ def batches(
     def make(step: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         picked = batch_indices(step, config, len(setting.latents))
         dropped = torch.rand(len(picked)) < caption_dropout
-        states = torch.where(dropped[:, None, None].to(blank.device), blank, setting.states[picked])
+        states = torch.where(dropped[:, None, None].to(blank.device), blank, setting.text_states[picked])
         return setting.latents[picked], (states, truth[picked].float().to(blank.device))
 
     return make

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from experiments.ablation import load_grid, store
+from experiments.ablation import load_grid
 from experiments.ablation.cell import distill
-from experiments.config import FrozenModel, Grid
+from experiments.config import FitConfig, FrozenModel, Grid
+from experiments.core.environment import describe_environment
+from experiments.core.files import write_json
 from experiments.data import open_dataset
 from experiments.distill import DistillationContext, build_student, open_context
 from experiments.studies.compatibility import controlnet as control
@@ -43,7 +45,6 @@ from experiments.studies.compatibility.measure import (
     scene,
 )
 from experiments.teacher.load import EMBEDDED
-from experiments.config import FitConfig
 from experiments.training import fit
 from unet_adapters import MixerAdapter
 
@@ -132,7 +133,7 @@ def train_ip_adapter(
     file, pipe = directory / "ip_adapter.safetensors", setting.pipe
     if not file.is_file():
         embeddings = torch.cat([ip.embed(judge, part) for part in _pictures(plan)])
-        with ip.loaded(pipe, ip.fresh(pipe, embeddings, setting.states)):
+        with ip.loaded(pipe, ip.fresh(pipe, embeddings, setting.text_states)):
             dropouts = (plan.ip_caption_dropout, plan.ip_image_dropout)
             batch = ip.batches(setting, embeddings, _blank(setting), plan.ip_adapter, *dropouts)
             objective = ip.objective(pipe.unet, pipe.scheduler)
@@ -175,7 +176,7 @@ def run_compatibility(directory: Path, plan: Plan, report: Report) -> dict[str, 
     trace = leaves_no_trace(setting.pipe, adapter, model, weights, judge, scenes[0])
     record = {
         "plan": plan.model_dump(mode="json"),
-        "environment": store.environment(),
+        "environment": describe_environment(),
         "trace": trace,
         "controlnet": [control_row(plan, setting, adapter, model, s, directory, report) for s in scenes],
         "ip_adapter": [picture_row(plan, setting, judge, adapter, weights, s, directory, report) for s in scenes[:2]],
@@ -185,7 +186,7 @@ def run_compatibility(directory: Path, plan: Plan, report: Report) -> dict[str, 
             "IP-Adapter": sum(p.numel() for p in ip.flat(weights).values()),
         },
     }
-    store.write_json(directory / "result.json", record)
+    write_json(directory / "result.json", record)
     return record
 
 
@@ -290,7 +291,7 @@ def _row(real: Scene, values: dict[str, list[float]]) -> dict[str, Any]:
 def _check_plan(file: Path, plan: Plan) -> None:
     asked = plan.model_dump(mode="json")
     if not file.is_file():
-        store.write_json(file, asked)
+        write_json(file, asked)
     elif json.loads(file.read_text(encoding="utf-8")) != asked:
         raise ValueError(f"{file.parent} holds a run with other settings ({file.name} says which): give another --out.")
 

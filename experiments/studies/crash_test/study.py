@@ -73,6 +73,7 @@ def train(folder: Path, steps: int, pause: float, distill: bool) -> None:
     """One process: train from the last checkpoint on, and write the weights at the end."""
     import torch
     from safetensors.torch import save_file
+
     from experiments.config import FitConfig
     from experiments.training import fit
 

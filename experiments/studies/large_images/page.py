@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from experiments.ablation.store import read_json
+from experiments.core.files import read_json
 from experiments.report import style
 from experiments.report.curves import exponent
 

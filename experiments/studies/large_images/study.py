@@ -20,7 +20,7 @@ from PIL import Image
 from rich.progress import track
 from safetensors import safe_open
 
-from experiments.ablation.store import write_json
+from experiments.core.files import write_json
 from experiments.core.memory import keep_freed_memory
 from experiments.highres.models import mount, open_model
 from experiments.highres.rate import measure_rate

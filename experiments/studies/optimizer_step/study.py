@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.config import DistillationConfig, MixerSpec, LossTerm
+from experiments.config import DistillationConfig, FitConfig, LossTerm, MixerSpec
 from experiments.core.memory import measure_peak_bytes
 from experiments.distill.batches import draw_batch
 from experiments.distill.student import build_student, run_stages
 from experiments.highres.models import open_model
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.config import FitConfig
 from unet_adapters.hosts import find_host
 
 

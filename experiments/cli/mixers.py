@@ -46,15 +46,16 @@ def check(
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
     deep: Annotated[bool, typer.Option(help="also run the slow checks on every configuration")] = False,
 ) -> None:
-    """Prove that mixers keep their promises: the conformance suite on every configuration, as a table."""
-    from experiments.check import check_mixers, show
+    """Run the conformance suite on every configuration of the mixers, and print a table of the outcomes."""
+    from experiments.cli.conformance import check_mixers, print_results
+    from experiments.core.progress import show_progress
 
     load_plugins(plugins)
     with clean_errors():
-        with progress() as display:
-            results = check_mixers(pattern, deep, lambda n, of, what: display.update("check", n, of, what))
-        show(results, console)
-    if any(result.failed for result in results):
+        with show_progress(console) as display:
+            results = check_mixers(pattern, deep, display.callback("checks"))
+        print_results(results, console)
+    if any(result.failures for result in results):
         raise typer.Exit(1)
 
 

@@ -48,8 +48,7 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train the parameters of `model` that require gradients, in place and on their device.
 
-    SIGINT and SIGTERM end the training after the step that is running, whose state is saved; a second SIGINT ends it
-    at once.
+    SIGINT and SIGTERM end the training after the running step, whose state is saved; a second SIGINT ends it at once.
 
     Args:
         model: `model(batch) -> {"loss": scalar, …}`; the other entries are logged beside the loss.
@@ -89,17 +88,13 @@ def fit(
             stop = requested_signal()
             if completed % config.log_every == 0 or completed == config.steps:
                 history.append(log.write(completed, losses, optimizer.param_groups[0]["lr"], config.batch_size))
-            saved = True
-            if completed % config.checkpoint_every == 0 or completed == config.steps or stop is not None:
-                saved = save(directory, completed, state, config.keep)
+            is_due = completed % config.checkpoint_every == 0 or completed == config.steps or stop is not None
+            saved = is_due and save(directory, completed, state, config.keep)
             if callback:
                 callback(completed, losses)
             if stop is not None:
                 raise Interrupted(_stop_message(completed, config.steps, saved), stop)
-    with torch.no_grad():
-        parameters = trainable_parameters(model)
-        for name, value in state.ema.items():
-            parameters[name].copy_(value)
+    _apply_average(state.ema, model)
     return history
 
 
@@ -148,6 +143,13 @@ def _update_average(ema: dict[str, Tensor], model: nn.Module, decay: float, step
     parameters = trainable_parameters(model)
     for name, value in ema.items():
         value.lerp_(parameters[name], weight)
+
+
+@torch.no_grad()
+def _apply_average(ema: dict[str, Tensor], model: nn.Module) -> None:
+    parameters = trainable_parameters(model)
+    for name, value in ema.items():
+        parameters[name].copy_(value)
 
 
 def _stop_message(completed: int, steps: int, saved: bool) -> str:

@@ -163,7 +163,7 @@ def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
         assert file.get_tensor("text").shape == (1, 2, 3), "records 0 and 1, two variations each: one caption"
         header = json.loads(file.metadata()["cache"])
     wanted = {"format": 1, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
-    assert wanted.items() <= header.items() and header["records"] == cache.plan["records"]
+    assert wanted.items() <= header.items() and header["records"] == cache.contents["records"]
 
 
 def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:

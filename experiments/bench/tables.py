@@ -33,7 +33,9 @@ class BenchmarkConditions:
     roofline: Roofline | None = None
 
 
-def write_results(measurements: Sequence[Measurement], conditions: BenchmarkConditions, directory: Path, name: str) -> Path:
+def write_results(
+    measurements: Sequence[Measurement], conditions: BenchmarkConditions, directory: Path, name: str
+) -> Path:
     """Write `<name>.json` and `<name>.md` into a folder, replacing those of an earlier call.
 
     The page embeds the plots `<name>-<number>.png`, one per benchmark; see `plot_path`.

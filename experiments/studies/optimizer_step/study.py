@@ -21,7 +21,7 @@ from experiments.config import Distillation, MixerChoice, Term
 from experiments.core.memory import measure_peak_bytes
 from experiments.distill.draw import draw
 from experiments.distill.student import build_student, run_stages
-from experiments.highres.models import open_model
+from experiments.highres.pipelines import open_pipeline
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
 from unet_adapters.hosts import find_host
@@ -50,7 +50,7 @@ def one_step(
     architecture: str, size: int, dtype: torch.dtype, objectives: tuple[str, ...], train: str
 ) -> tuple[int | None, float]:
     """Peak bytes above the teacher's and the student's weights, and seconds, of one step with one sample."""
-    teacher = Teacher(open_model(f"random:{architecture}", dtype, "cpu"))
+    teacher = Teacher(open_pipeline(f"random:{architecture}", dtype, "cpu"))
     plan = Distillation(
         objectives={name: Term() for name in objectives},
         fit=FitConfig(steps=1, batch_size=1, learning_rate=1e-4, warmup=0),

@@ -36,7 +36,10 @@ OPTIONAL_IMPORTS = {
 
 # Files outside zoo/ and grids/ that may name a mixer: {path: (names, reason)}.
 NAMES_ALLOWED: dict[str, tuple[set[str], str]] = {
-    "experiments/bench/contests.py": ({"mamba", "mamba2", "linfusion", "softmax"}, "blocks that transformers has too"),
+    "experiments/bench/model_benchmarks.py": (
+        {"mamba", "mamba2", "linfusion", "softmax"},
+        "blocks that transformers has too",
+    ),
     "unet_adapters/linfusion.py": (
         {"linfusion", "linear_attention"},
         "the published file format belongs to this one mixer, and without MLPs to the other",

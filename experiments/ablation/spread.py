@@ -19,8 +19,10 @@ import torch
 from experiments.ablation import store
 from experiments.ablation.cell import run_cell, setting_of
 from experiments.config import CellConfig
-from mixers.allocator import keep_freed_tensors
-from mixers.registry import load_plugin
+from experiments.core.files import write_json
+from experiments.core.locks import try_lock
+from experiments.core.plugins import load_plugin
+from experiments.core.progress import ProgressCallback
 
 Record = dict[str, Any]
 Tell = Callable[[CellConfig, str, int, int], None]
@@ -54,14 +56,14 @@ class Died(RuntimeError):
     """A process came to its end over a cell."""
 
 
-def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
+def attempt(cell: CellConfig, work: Work, tell: ProgressCallback) -> Record | None:
     """Do a cell unless another process has it or has done it; whatever is wrong with the cell is in its record.
 
     Returns:
         The record, or None where there was nothing to do here.
     """
     folder = work.folder(cell)
-    with store.claim(folder) as ours:
+    with try_lock(folder) as ours:
         if not ours or store.settled(folder, work.since):
             return None
         try:
@@ -77,7 +79,7 @@ def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
 def record_failure(cell: CellConfig, folder: Path, error: BaseException) -> Record:
     """Write the record of a cell that failed."""
     record = store.failure(cell.id, cell.variant.name, cell.seed, error)
-    store.write_json(folder / store.RESULT, record)
+    write_json(folder / store.RESULT, record)
     return record
 
 
@@ -179,7 +181,6 @@ def _serve(pipe: Connection, work: Work, number: int, count: int) -> None:
     """A worker's life: cells in, progress and records out, until the other end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's processes: the first decides
     torch.set_num_threads(threads(count))
-    keep_freed_tensors()
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(number % torch.cuda.device_count())
     for plugin in work.plugins:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -273,9 +273,9 @@ def check_second_derivatives(case: OperatorCase, inputs: Inputs) -> None:
         for backend in ("chunked", "recurrent"):
             tensors = {n: t.requires_grad_() for n, t in case.inputs(inputs, length).items()}
             y = case.run(**tensors, **switches, backend=backend)
-            first = torch.autograd.grad((y * _weighting(y)).sum(), list(tensors.values()), create_graph=True, **_UNUSED)
-            penalty = sum((gradient.square() * _weighting(gradient)).sum() for gradient in first)
-            second[backend] = torch.autograd.grad(penalty, list(tensors.values()), **_UNUSED)
+            first = _gradients((y * _weighting(y)).sum(), tensors.values(), create_graph=True)
+            penalty = torch.stack([(gradient.square() * _weighting(gradient)).sum() for gradient in first]).sum()
+            second[backend] = _gradients(penalty, tensors.values())
         for name, actual, expected in zip(tensors, second["chunked"], second["recurrent"], strict=True):
             assert_close(actual, expected, what=f"second derivative of {name}, l = {length}, {_describe(switches)}")
 
@@ -300,12 +300,14 @@ def check_function_transforms(case: OperatorCase, inputs: Inputs) -> None:
         weighting = _weighting(y)
         loss = torch.func.grad(lambda *t, run=run, w=weighting: (run(*t) * w).sum(), tuple(range(len(names))))
         leaves = [t.clone().requires_grad_() for t in tensors.values()]
-        expected = torch.autograd.grad((run(*leaves) * weighting).sum(), leaves, **_UNUSED)
+        expected = _gradients((run(*leaves) * weighting).sum(), leaves)
         for name, actual, wanted in zip(names, loss(*tensors.values()), expected, strict=True):
             assert_close(actual, wanted, what=f"func.grad of {name}, {what}")
         tangents = tuple(_weighting(t) for t in tensors.values())
-        _, derivative = torch.func.jvp(run, tuple(tensors.values()), tangents)
-        along = sum((gradient * tangent).sum() for gradient, tangent in zip(expected, tangents, strict=True))
+        derivative = torch.func.jvp(run, tuple(tensors.values()), tangents)[1]
+        along = torch.stack(
+            [(gradient * tangent).sum() for gradient, tangent in zip(expected, tangents, strict=True)]
+        ).sum()
         assert_close((derivative * weighting).sum(), along, what=f"jvp, {what}")
 
 
@@ -341,7 +343,7 @@ def _kept(case: OperatorCase, length: int, switches: dict[str, Any]) -> list[int
 def _outcome(case: OperatorCase, inputs: Inputs, length: int, **switches: Any) -> Tensors:
     tensors = {n: t.requires_grad_() for n, t in case.inputs(inputs, length).items()}
     y = case.run(**tensors, **switches)
-    gradients = torch.autograd.grad((y * _weighting(y)).sum(), list(tensors.values()), **_UNUSED)
+    gradients = _gradients((y * _weighting(y)).sum(), tensors.values())
     return {"y": y, **{f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}}
 
 
@@ -349,7 +351,9 @@ def _part(case: OperatorCase, tensors: Tensors, start: int, stop: int) -> Tensor
     return {n: t[:, start:stop] if n in case.over_tokens else t for n, t in tensors.items()}
 
 
-_UNUSED: dict[str, bool] = {"allow_unused": True, "materialize_grads": True}
+def _gradients(loss: Tensor, leaves: Iterable[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """The gradients of a loss; zeros for tensors that it does not depend on."""
+    return torch.autograd.grad(loss, list(leaves), create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 
 def _weighting(like: Tensor) -> Tensor:

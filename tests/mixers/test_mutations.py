@@ -112,9 +112,7 @@ MUTATIONS = [
         "d_memory[block[0]] = queries.mT @ errors",
     ),
     Mutation("linear", "ordered_blocks", "eps on the sum, not the mean", "self.eps * per_token", "self.eps"),
-    Mutation(
-        "linear", "ordered_blocks", "reverse pass starts again", "v, memory, diagonal=F", "v, 0 * memory, diagonal=F"
-    ),
+    Mutation("linear", "ordered_blocks", "reverse pass restarts", "v, memory, diagonal=F", "v, 0 * memory, diagonal=F"),
     Mutation("linear", "ordered_blocks", "diagonal counted twice", "memory, diagonal=False)", "memory, diagonal=True)"),
     Mutation("linear", "ordered_blocks", "first block first", "backwards=True", "backwards=False"),
     Mutation("scan", "dense", "decay a step early", "rows.tril(-1).cumsum(-2)", "rows.tril().cumsum(-2)"),

@@ -11,6 +11,9 @@ from mixers.function_transforms import needs_plain_operations
 from mixers.operators.differentiation import differentiable_gradients, recomputed_gradients
 from mixers.precision import no_autocast
 
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of the largest tensor of a block, in float32 the size of a core's level-two cache; measured."""
+
 BlockStep = Callable[..., tuple[Tensor, Tensor]]
 
 

@@ -11,10 +11,8 @@ from types import CodeType, FunctionType, ModuleType
 
 import pytest
 
-from mixers.operators.linear import chunks, noncausal_blocks
-from mixers.testing import Inputs
-from mixers.testing import operators as checks
-from mixers.testing.operators import OPERATOR_CHECKS, OPERATORS
+from mixers.operators import blockwise
+from mixers.testing import OPERATOR_CHECKS, OPERATORS, CheckInputs, operator_checks
 
 OPERATOR_FUNCTIONS = {"linear": "linear_attention", "scan": "selective_scan", "delta": "delta_rule"}
 
@@ -186,7 +184,7 @@ def first_failure(function: str) -> str:
     for check in OPERATOR_CHECKS:  # those that catch most come first
         for case in cases:
             try:
-                check(case, Inputs((2, 37), batch=1))
+                check(case, CheckInputs((2, 37), batch=1))
             except (AssertionError, RuntimeError) as error:
                 return f"{check.__name__}, {case.name}: {error}"
     return ""
@@ -195,9 +193,8 @@ def first_failure(function: str) -> str:
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in short sequences; and no kernels, which are not mutated and are slow to interpret."""
-    monkeypatch.setattr(chunks, "BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(noncausal_blocks, "BLOCK_ELEMENTS", 64)
-    monkeypatch.setattr(checks, "kernel_names", tuple)
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(operator_checks, "kernel_names", tuple)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from mixers import operators
 from mixers.operators.backend import FORMULATIONS, kernel_names
 from mixers.operators.linear.chunks import CHUNK
-from mixers.testing import Inputs, strategies
-from mixers.testing.operators import OPERATORS, check_operator
+from mixers.testing import OPERATORS, CheckInputs, check_operator, strategies
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
@@ -220,7 +219,7 @@ def test_a_state_of_another_kind_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", OPERATORS)
 def test_the_contract_holds_on_a_gpu(case: str) -> None:
-    check_operator(case, Inputs(device="cuda"))
+    check_operator(case, CheckInputs(device="cuda"))
 
 
 @pytest.mark.parametrize(

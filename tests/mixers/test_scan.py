@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixers.operators.scan import chunked, selective_scan, selective_scan_matrix
+from mixers.testing import inputs as inputs_module
 from mixers.testing import strategies
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
@@ -54,9 +56,10 @@ def outcome(backend: str, length: int, **settings: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 tokens, so that short sequences have several."""
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)
+def small_blocks() -> Iterator[None]:
+    """Blocks of 16 tokens, so that short sequences have several."""
+    with inputs_module.small_blocks():
+        yield
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -24,13 +24,13 @@ from einops import rearrange
 from torch import Tensor
 
 from mixers.function_transforms import needs_plain_operations
+from mixers.operators import blockwise
 from mixers.operators.blockwise import scan_blocks
 from mixers.operators.compilation import as_graph_node
 from mixers.operators.directions import segment_sums
 
 CHUNK = 32  # tokens
 WIDE = 64  # channels beyond which chunks are twice as long: a state costs more than the scores of a chunk
-BLOCK_ELEMENTS = 1 << 18  # of the queries of a block, or of its values; measured
 
 
 def chunk_size(k: int, v: int) -> int:
@@ -39,9 +39,9 @@ def chunk_size(k: int, v: int) -> int:
 
 
 def block_length(q: Tensor, v: Tensor) -> int:
-    """Return the tokens per block, whole chunks: on a CPU about BLOCK_ELEMENTS features, elsewhere all tokens."""
+    """Return the tokens per block, whole chunks: on a CPU as many as stay in the cache, elsewhere all."""
     chunk = chunk_size(q.shape[3], v.shape[3])
-    tokens = BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3]))
+    tokens = blockwise.BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3]))
     return max(chunk, tokens // chunk * chunk) if q.device.type == "cpu" else q.shape[1]
 
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mixers.feature_maps import FEATURE_MAPS, FeatureMap
+from mixers.operators import blockwise
 from mixers.operators.differentiation import differentiable_gradients
 from mixers.operators.linear.backend import LinearAttentionCall
 from mixers.precision import accumulation_dtype, no_autocast
 
-BLOCK_ELEMENTS = 1 << 18  # of the features of a block, so that they stay in the cache; measured
 BatchAndTokens = tuple[slice, slice]
 
 
@@ -163,7 +163,7 @@ def _heads_first(x: Tensor, block: BatchAndTokens, dtype: torch.dtype | None = N
 def _blocks(k: Tensor, v: Tensor) -> list[BatchAndTokens]:
     """Return the images and tokens of each block: equal parts of one image, or several whole images."""
     images, length = k.shape[:2]
-    most = max(1, BLOCK_ELEMENTS // max(1, k.shape[2] * max(k.shape[3], v.shape[3])))
+    most = max(1, blockwise.BLOCK_ELEMENTS // max(1, k.shape[2] * max(k.shape[3], v.shape[3])))
     tokens = ceil(length / ceil(length / most))
     images_per_block = max(1, most // length)
     return [

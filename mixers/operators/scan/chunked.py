@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.function_transforms import needs_plain_operations
+from mixers.operators import blockwise
 from mixers.operators.backend import register_backend
 from mixers.operators.blockwise import scan_blocks
 from mixers.operators.compilation import as_graph_node
@@ -32,7 +33,6 @@ from mixers.operators.scan.backend import SelectiveScanBackend
 from mixers.precision import no_autocast
 
 CHUNK = 16
-BLOCK_ELEMENTS = 1 << 18  # of the states of a block, so that they stay in the cache of one core; measured
 
 
 @register_backend("chunked")
@@ -214,5 +214,5 @@ def _weigh_block(dt: Tensor, A: Tensor, B: Tensor, u: Tensor) -> Tensor:
 
 
 def _block_length(memory: Tensor) -> int:
-    """Return the tokens per block, whole chunks, whose states have about BLOCK_ELEMENTS elements."""
-    return CHUNK * max(1, BLOCK_ELEMENTS // CHUNK // max(1, memory.numel()))
+    """Return the tokens per block, whole chunks, whose states stay in the cache."""
+    return CHUNK * max(1, blockwise.BLOCK_ELEMENTS // CHUNK // max(1, memory.numel()))

@@ -11,7 +11,6 @@ from types import CodeType, FunctionType, ModuleType
 
 import pytest
 
-from mixers.operators import blockwise
 from mixers.testing import OPERATOR_CHECKS, OPERATORS, CheckInputs, operator_checks
 
 OPERATOR_FUNCTIONS = {"linear": "linear_attention", "scan": "selective_scan", "delta": "delta_rule"}
@@ -191,9 +190,8 @@ def first_failure(function: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks in short sequences; and no kernels, which are not mutated and are slow to interpret."""
-    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 64)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are not mutated, and slow to interpret."""
     monkeypatch.setattr(operator_checks, "kernel_names", tuple)
 
 

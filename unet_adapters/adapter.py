@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mixers import TokenMixer
 from unet_adapters import hub
 from unet_adapters.attention import register_for_layer_skip
-from unet_adapters.checkpoint import MixerSpec, SavedAdapter, load_weights, read_adapter, save_adapter
+from unet_adapters.checkpoint import SavedAdapter, SiteMixer, load_weights, read_adapter, save_adapter
 from unet_adapters.hosts import Host, find_host
 from unet_adapters.linfusion import read_linfusion, write_linfusion
 from unet_adapters.mounted_config import erase_mixers, read_mixer_weights, read_mounted_model, record_mixers
@@ -54,17 +54,17 @@ class MixerAdapter:
         self,
         host: Host,
         sites: list[Site],
-        specs: dict[str, MixerSpec],
+        site_mixers: dict[str, SiteMixer],
         train_projections: bool,
         min_tokens: int = 0,
     ):
         self.host = host
         self.sites = sites
         self.min_tokens = min_tokens
-        self.mixers: dict[str, TokenMixer] = {site.name: specs[site.name].create(site) for site in sites}
+        self.mixers: dict[str, TokenMixer] = {site.name: site_mixers[site.name].create(site) for site in sites}
         self.train_projections = train_projections
         self.student = StudentWeights()
-        self._mixer_names = {site.name: specs[site.name].mixer for site in sites}
+        self._mixer_names = {site.name: site_mixers[site.name].mixer for site in sites}
         self._mounts = [self._prepare(site) for site in sites]
         self._hooks: list[RemovableHandle] = []
         self._dtype = host.dtype
@@ -109,8 +109,8 @@ class MixerAdapter:
         _check_sites(host, sites, "build")
         if min_tokens < 0:
             raise ValueError(f"min_tokens={min_tokens}: expected the number of tokens from which mixers run, 0 or more")
-        spec = MixerSpec(mixer_name, {"causality": causality, "normalize": normalize, **options})
-        return cls(host, sites, {site.name: spec for site in sites}, train_projections, min_tokens)
+        site_mixer = SiteMixer(mixer_name, {"causality": causality, "normalize": normalize, **options})
+        return cls(host, sites, {site.name: site_mixer for site in sites}, train_projections, min_tokens)
 
     def _prepare(self, site: Site) -> SiteMount:
         layer = self.host.model.get_submodule(site.name)
@@ -159,7 +159,7 @@ class MixerAdapter:
             )
             undo.pop_all()
         guard_processors(self.model)
-        record_mixers(self.model, self.specs, self.min_tokens)
+        record_mixers(self.model, self.site_mixers, self.min_tokens)
         return self
 
     def unmount(self) -> MixerAdapter:
@@ -193,9 +193,9 @@ class MixerAdapter:
             yield self
 
     @property
-    def specs(self) -> dict[str, MixerSpec]:
+    def site_mixers(self) -> dict[str, SiteMixer]:
         """How to make the mixer of each site again, by site name."""
-        return {name: MixerSpec(self._mixer_names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
+        return {name: SiteMixer(self._mixer_names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, named as in the mounted model: `<site>.mixer.*`, `<site>.to_q.weight`, ..."""
@@ -233,7 +233,7 @@ class MixerAdapter:
         check_no_lora(self.student, "save")
         if self.is_mounted:
             check_weights(self.model, self._layers, "save")
-        save_adapter(directory, self.host, self.specs, self.train_projections, self.min_tokens, self.student)
+        save_adapter(directory, self.host, self.site_mixers, self.train_projections, self.min_tokens, self.student)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], pipe_or_model: Any) -> MixerAdapter:
@@ -267,13 +267,13 @@ class MixerAdapter:
             FileNotFoundError: no config.json, or no safetensors weights of this variant.
         """
         folder = Path(folder)
-        model, specs, min_tokens = read_mounted_model(folder, variant, settings)
+        model, site_mixers, min_tokens = read_mounted_model(folder, variant, settings)
         host = find_host(model)
-        sites = [site for site in host.sites() if site.name in specs]
-        unknown = sorted(set(specs) - {site.name for site in sites})
+        sites = [site for site in host.sites() if site.name in site_mixers]
+        unknown = sorted(set(site_mixers) - {site.name for site in sites})
         if unknown:
             raise ValueError(f"{folder} names sites that its model does not have: {', '.join(unknown)}")
-        adapter = cls(host, sites, specs, False, min_tokens)
+        adapter = cls(host, sites, site_mixers, False, min_tokens)
         weights = read_mixer_weights(folder, variant, adapter.student.state_dict())
         adapter.student.load_state_dict(weights)
         return adapter.mount()
@@ -311,7 +311,7 @@ class MixerAdapter:
             RuntimeError: as `save_pretrained`.
         """
         check_no_lora(self.student, "save")
-        write_linfusion(directory, self.host, self.sites, self.specs, self.min_tokens, self.student)
+        write_linfusion(directory, self.host, self.sites, self.site_mixers, self.min_tokens, self.student)
 
     @classmethod
     def from_linfusion(
@@ -336,7 +336,7 @@ class MixerAdapter:
     @classmethod
     def _restore(cls, host: Host, saved: SavedAdapter) -> MixerAdapter:
         _check_sites(host, saved.sites, "load an adapter")
-        adapter = cls(host, saved.sites, saved.specs, saved.train_projections, saved.min_tokens)
+        adapter = cls(host, saved.sites, saved.site_mixers, saved.train_projections, saved.min_tokens)
         load_weights(adapter.student, saved)
         return adapter
 

@@ -106,7 +106,7 @@ def call_layer(layer: nn.Module, tokens: Tensor, grid: GridSize | None = None) -
         grid: of the tokens; only a mounted layer takes it.
     """
     if isinstance(layer, MountedLayer) and grid is not None:
-        result: Tensor = layer(tokens, **{GRID_ARGUMENT: grid})
+        result: Tensor = layer(tokens, mixer_grid=grid)
         return result
     result = layer(tokens)
     return result

@@ -56,7 +56,8 @@ def mounted_layers(unet: Any) -> list[str]:
 def test_pipelines(name, mixer) -> None:
     """The mixers are in force; what they do is exactly undone; only the UNet's own self-attention is touched."""
     pipe = make(name)
-    then, base = fingerprint(pipe.unet), run(pipe, name)
+    then = fingerprint(pipe.unet)
+    base = run(pipe, name)
     adapter = mixer(pipe).mount()
     mounted = run(pipe, name)
     assert mounted.isfinite().all() and not close(mounted, base, 1e-2)
@@ -79,7 +80,8 @@ GUIDES = {
 
 @pytest.mark.parametrize(("name", "off"), GUIDES.items())
 def test_guides_act_on_a_mounted_unet(name, off) -> None:
-    pipe, plain = make(name), make()
+    pipe = make(name)
+    plain = make()
     for host in (pipe, plain):
         linfusion(host).mount()
     assert close(run(pipe, name, **off), run(plain))
@@ -104,7 +106,8 @@ def test_from_pipe_shares_the_mounted_unet(mixer) -> None:
     base = run(pipe)
     adapter = mixer(pipe).mount()
     for kind, name in ((StableDiffusionImg2ImgPipeline, "img2img"), (StableDiffusionPAGPipeline, "PAG")):
-        other, fresh = kind.from_pipe(pipe), make(name)
+        other = kind.from_pipe(pipe)
+        fresh = make(name)
         assert other.unet is pipe.unet
         with mixer(fresh).mounted():
             assert torch.equal(run(other, name), run(fresh, name))
@@ -119,7 +122,8 @@ CASES += [("SDXL", "linfusion", change) for change in ("LoRA", "IP-Adapter with 
 @pytest.mark.parametrize(("name", "mixer", "change"), CASES)
 def test_before_and_after_mounting_is_the_same(name, mixer, change) -> None:
     pipe, change = make(name), CHANGES[change]
-    then, base = fingerprint(pipe.unet), run(pipe, name)
+    then = fingerprint(pipe.unet)
+    base = run(pipe, name)
     adapter = MIXERS[mixer](pipe).mount()
     plain = run(pipe, name)
 
@@ -182,7 +186,8 @@ def test_a_lora_that_is_fused_and_unloaded_before_mounting_is_part_of_the_teache
 
 @every_mixer
 def test_a_dtype_before_and_after_mounting(mixer) -> None:
-    first, second = make(), make()
+    first = make()
+    second = make()
     adapters = mixer(first).mount(), mixer(second)
     plain = run(first)
     for pipe in (first, second):
@@ -279,8 +284,10 @@ def test_layerwise_casting() -> None:
 @torch.no_grad()
 def test_compiled_before_mounting() -> None:
     """What was compiled sees mounting and unmounting, and the hooks that tell the grid."""
-    unet, inputs = component("unet"), (noise(1, 4, 8, 12), 7, noise(1, 3, 8))
-    adapter, base = column_scan(unet), unet(*inputs).sample
+    unet = component("unet")
+    inputs = (noise(1, 4, 8, 12), 7, noise(1, 3, 8))
+    adapter = column_scan(unet)
+    base = unet(*inputs).sample
     with adapter.mounted():
         mounted = unet(*inputs).sample
     unet.mid_block.attentions[0].compile(backend="eager", fullgraph=True)
@@ -385,7 +392,9 @@ def test_a_lora_on_a_mixer_is_not_saved(tmp_path) -> None:
 @every_mixer
 @torch.no_grad()
 def test_a_mask_that_hides_tokens_is_refused(mixer) -> None:
-    unet, inputs, mask = component("unet"), (noise(1, 4, 8, 12), 7, noise(1, 3, 8)), torch.ones(1, 96)
+    unet = component("unet")
+    inputs = (noise(1, 4, 8, 12), 7, noise(1, 3, 8))
+    mask = torch.ones(1, 96)
     with mixer(unet).mounted(), pytest.raises(ValueError, match="hides tokens"):
         unet(*inputs, attention_mask=mask.index_fill(1, torch.tensor([3]), 0))
 

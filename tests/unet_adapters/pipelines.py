@@ -92,19 +92,18 @@ def _vae() -> AutoencoderKL:
 
 
 def _unet(words: int, **settings: Any) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 2,
-            "cross_attention_dim": words,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **settings,
-        }
-    )
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": words,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        **settings,
+    }
+    unet = UNet2DConditionModel(**config)
     for name, parameter in unet.named_parameters():  # sharper attention: a mixer must change the output visibly
         if ".attn1.to_" in name:
             parameter.data.mul_(4)

@@ -151,7 +151,9 @@ PLAIN = {"mixer_name": "linear_attention", "eps": 1e-4}  # the published form wi
     ids=str,
 )
 def test_ours_published_ours_is_bitwise(unet, run, train, tmp_path, options) -> None:
-    adapter = MixerAdapter.build(unet, **{"mixer_name": "linfusion", **options})
+    adapter = MixerAdapter.build(
+        unet, options.get("mixer_name", "linfusion"), **{k: v for k, v in options.items() if k != "mixer_name"}
+    )
     if list(adapter.student.parameters()):
         train(adapter)
     with torch.no_grad(), adapter.mounted():

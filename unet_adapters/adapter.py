@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixers import TokenMixer
@@ -57,6 +57,7 @@ class MixerAdapter:
         site_mixers: dict[str, SiteMixer],
         train_projections: bool,
         min_tokens: int = 0,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         self.host = host
         self.sites = sites
@@ -65,7 +66,7 @@ class MixerAdapter:
         self.train_projections = train_projections
         self.student = StudentWeights()
         self._mixer_names = {site.name: site_mixers[site.name].mixer for site in sites}
-        self._mounts = [self._prepare(site) for site in sites]
+        self._mounts = [self._prepare(site, weights) for site in sites]
         self._hooks: list[RemovableHandle] = []
         self._dtype = host.dtype
         self.student.to(device=host.device, dtype=self._dtype).requires_grad_(True)
@@ -112,13 +113,15 @@ class MixerAdapter:
         site_mixer = SiteMixer(mixer_name, {"causality": causality, "normalize": normalize, **options})
         return cls(host, sites, {site.name: site_mixer for site in sites}, train_projections, min_tokens)
 
-    def _prepare(self, site: Site) -> SiteMount:
+    def _prepare(self, site: Site, weights: Mapping[str, Tensor] | None) -> SiteMount:
         layer = self.host.model.get_submodule(site.name)
         mixer = self.mixers[site.name]
         mounted_class = self.host.mounted_class(layer)
         assert mounted_class is not None
         self.student.add_at(f"{site.name}.{MIXER}", mixer)
-        holders = copy_projections(layer, site, mounted_class.projection_names) if self.train_projections else {}
+        holders = {}
+        if self.train_projections:
+            holders = copy_projections(layer, site, mounted_class.projection_names, weights)
         for name, holder in holders.items():
             self.student.add_at(f"{site.name}.{name}", holder)
         return SiteMount(site, layer, mixer, mounted_class, holders)
@@ -336,7 +339,7 @@ class MixerAdapter:
     @classmethod
     def _restore(cls, host: Host, saved: SavedAdapter) -> MixerAdapter:
         _check_sites(host, saved.sites, "load an adapter")
-        adapter = cls(host, saved.sites, saved.site_mixers, saved.train_projections, saved.min_tokens)
+        adapter = cls(host, saved.sites, saved.site_mixers, saved.train_projections, saved.min_tokens, saved.weights)
         load_weights(adapter.student, saved)
         return adapter
 

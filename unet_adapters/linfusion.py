@@ -27,7 +27,7 @@ from unet_adapters.hosts import Host
 from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
 from unet_adapters.preconditions import check_weights
-from unet_adapters.projections import base_layer
+from unet_adapters.projections import base_layer, why_not_trainable
 from unet_adapters.sites import Site
 from unet_adapters.weight_files import find_weight_files, list_variants
 
@@ -157,8 +157,12 @@ def write_linfusion(
 
 
 def _host_tensor(model: nn.Module, name: str) -> Tensor:
-    layer, _, key = name.rpartition(".")
-    return base_layer(model.get_submodule(layer)).get_parameter(key)
+    layer_name, _, key = name.rpartition(".")
+    layer = base_layer(model.get_submodule(layer_name))
+    reason = why_not_trainable(layer)
+    if reason is not None:
+        raise ValueError(f"{layer_name}: {reason}, so it cannot be written in the LinFusion format")
+    return layer.get_parameter(key)
 
 
 def _describe(site: Site, site_mixer: SiteMixer) -> LinFusionModule:

@@ -157,9 +157,8 @@ class MixerAdapter:
             for mount in self._mounts:
                 undo.callback(mount.unmount)
                 mount.mount(self.min_tokens)
-            self._hooks = self.host.attach_grid(
-                site.name for site in self.sites if self.mixers[site.name].traits.needs_grid
-            )
+            needing_grid = [mount.layer for mount in self._mounts if mount.mixer.traits.needs_grid]
+            self._hooks = self.host.attach_grid(needing_grid)
             undo.pop_all()
         guard_processors(self.model)
         record_mixers(self.model, self.site_mixers, self.min_tokens)

@@ -71,14 +71,14 @@ class UNetHost(Host):
                 "leave it out with `select`"
             )
 
-    def attach_grid(self, site_names: Iterable[str]) -> list[RemovableHandle]:
-        """Each `Transformer2DModel` with a site adds the grid to its `cross_attention_kwargs`."""
-        names = list(site_names)
+    def attach_grid(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Each `Transformer2DModel` around a layer adds the grid to its `cross_attention_kwargs`."""
+        receivers = {id(layer) for layer in layers}
         handles = []
-        for name, transformer in self._transformers():
-            if any(site.startswith(f"{name}.") for site in names):
-                layers = [module for module in transformer.modules() if isinstance(module, Attention)]
-                handles += pass_grid(transformer, measure_image, "cross_attention_kwargs", layers)
+        for _, transformer in self._transformers():
+            attentions = [module for module in transformer.modules() if isinstance(module, Attention)]
+            if any(id(attention) in receivers for attention in attentions):
+                handles += pass_grid(transformer, measure_image, "cross_attention_kwargs", attentions)
         return handles
 
     def grid_source(self, site_name: str) -> GridSource | None:

@@ -91,7 +91,7 @@ def generate(
     steps: StepsOption = 50,
     guidance: GuidanceOption = 7.5,
     seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
-    negative: Annotated[str, typer.Option(help="what the image does not show")] = "",
+    negative: Annotated[str | None, typer.Option(help="what the image does not show")] = None,
     mode: ModeOption = "progressive",
     upscale: Annotated[str, typer.Option(help="upscale between stages as pixels or as latents")] = "pixels",
     skip_residual: SkipResidualOption = None,

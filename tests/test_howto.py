@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from experiments.ablation.grid import list_grids, load_grid
 from experiments.cli import app
 from experiments.cli.conformance import ConformanceResult, print_results
-from experiments.config import Evaluation, override
+from experiments.config import EvaluationConfig, apply_overrides
 from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
-from mixers import list_mixers, registry
+from mixers import entries, list_mixers, registry
 from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS
 
@@ -193,7 +193,7 @@ class Broken(TokenMixer):
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A plug-in, registered for one test, whose mixer has nothing of what a mixer must have, no docstring either."""
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
     return str(tmp_path / "broken.py")
 
@@ -314,7 +314,7 @@ def test_the_page_of_evaluation_asks_for_what_there_is() -> None:
         shlex.split(line) for block in blocks(EVALUATE, "bash") for line in block.replace("\\\n", "").splitlines()
     ]
     settings = [[word for before, word in pairwise(c) if before == "--set"] for c in commands]
-    plans = [override(Evaluation(), asked) for asked in settings]
+    plans = [apply_overrides(EvaluationConfig(), asked) for asked in settings]
     assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].metrics.images == 30000
 
 
@@ -335,7 +335,7 @@ def test_the_table_of_grids_is_true() -> None:
 @pytest.mark.slow  # two runs of a few steps
 def test_the_page_of_ablations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     monkeypatch.chdir(tmp_path)
     files = {"my_mixer.py": blocks(ADD, "python")[0]}
     files |= dict(zip(("my_grid.py", "against.py"), blocks(ABLATE, "python"), strict=True))

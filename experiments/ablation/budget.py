@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from experiments.ablation import store
 from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import threads
-from experiments.config import CellConfig, Distillation, Grid, Stage
+from experiments.config import CellConfig, DistillationConfig, Grid, TrainingStage
+from experiments.core.files import read_json
 from experiments.distill import build_student, run_stages
 from experiments.evaluate.measure import measure
 
@@ -65,7 +65,7 @@ def fit_budget(
         ValueError: the budget is too short for one step of training a cell.
     """
     plan = _hash(grid)
-    known = store.read_json(directory / "grid.json").get("budget") or {}
+    known = read_json(directory / "grid.json").get("budget") or {}
     if known.get("plan") == plan and known.get("seconds") == seconds:
         return scaled(grid, known["factor"]), known
     began = perf_counter()
@@ -100,12 +100,12 @@ def scaled(grid: Grid, factor: float) -> Grid:
     return grid.model_copy(update={"variants": variants, "distillation": _plan(grid.distillation, factor)})
 
 
-def _plan(plan: Distillation, factor: float) -> Distillation:
+def _plan(plan: DistillationConfig, factor: float) -> DistillationConfig:
     before = tuple(stage.model_copy(update=_stage(stage, factor)) for stage in plan.before)
     return plan.model_copy(update={**_stage(plan, factor), "before": before})
 
 
-def _stage(stage: Stage, factor: float) -> dict[str, Any]:
+def _stage(stage: TrainingStage, factor: float) -> dict[str, Any]:
     """The fields of a stage that are counted in steps."""
 
     def times(steps: int) -> int:

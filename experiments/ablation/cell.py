@@ -8,24 +8,24 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from experiments.ablation import store
 from experiments.config import CellConfig, Grid
-from experiments.distill import Setting, build_student, open_setting, run_stages
-from experiments.distill.student import seeded, stage_folders
+from experiments.core.files import read_json, write_json
+from experiments.distill import DistillationContext, build_student, open_context, run_stages
+from experiments.distill.student import seed_stages, stage_folders
 from experiments.evaluate.measure import Report, measure
-from experiments.training import elapsed, forget
+from experiments.training import delete_checkpoints, training_seconds
 from unet_adapters import MixerAdapter
 
 METRICS, TRAINED = "metrics.jsonl", "trained.json"
 
 
-def setting_of(config: CellConfig | Grid) -> Setting:
+def setting_of(config: CellConfig | Grid) -> DistillationContext:
     """The teacher and the pictures of a cell, or of a grid, whose cells share them."""
     plan = config.distillation
-    return open_setting(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
+    return open_context(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
 
 
-def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Report) -> dict[str, Any]:
+def run_cell(config: CellConfig, setting: DistillationContext, directory: Path, report: Report) -> dict[str, Any]:
     """Distill and measure one variant; the record is also written to `directory/result.json`, last.
 
     Args:
@@ -34,7 +34,7 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         directory: of this cell; an unfinished training there is taken up where it stopped.
         report: called as (phase, done, total).
     """
-    store.write_json(directory / "config.json", config.model_dump(mode="json"))
+    write_json(directory / "config.json", config.model_dump(mode="json"))
     began, variant, plan = perf_counter(), config.variant, config.distillation
     adapter, seconds = student(config, setting, directory, report)
     try:
@@ -55,37 +55,41 @@ def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Repo
         "steps": steps,
         **record,
     }
-    store.write_json(directory / "result.json", result)
+    write_json(directory / "result.json", result)
     for folder in stage_folders(config.distillation, directory):
-        forget(folder)
+        delete_checkpoints(folder)
     return result
 
 
-def student(config: CellConfig, setting: Setting, directory: Path, report: Report) -> tuple[MixerAdapter, float]:
+def student(
+    config: CellConfig, setting: DistillationContext, directory: Path, report: Report
+) -> tuple[MixerAdapter, float]:
     """The trained adapter, not mounted, and the seconds of its training.
 
     Where this cell or one beside it, which differs in nothing but the evaluation, is trained, that is read back.
     """
     beside = directory.parent.glob(f"*/{TRAINED}")
-    known = next((path for path in beside if store.read_json(path).get("training") == config.training), None)
+    known = next((path for path in beside if read_json(path).get("training") == config.training), None)
     if known is not None:
         adapter = MixerAdapter.from_pretrained(known.with_name("adapter"), setting.pipe)
         if known.parent != directory:
             shutil.copy(known.with_name(METRICS), directory / METRICS)
-        return adapter, float(store.read_json(known)["seconds"])
+        return adapter, float(read_json(known)["seconds"])
     adapter = build_student(setting.teacher, config.variant.mixer, config.variant, config.distillation, config.seed)
     seconds = distill(config, setting, adapter, directory, report)
     adapter.save_pretrained(directory / "adapter")
     if config.variant.trained:
-        store.write_json(directory / TRAINED, {"training": config.training, "seconds": seconds})
+        write_json(directory / TRAINED, {"training": config.training, "seconds": seconds})
     return adapter, seconds
 
 
-def distill(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> float:
+def distill(
+    config: CellConfig, setting: DistillationContext, adapter: MixerAdapter, directory: Path, report: Report
+) -> float:
     """Train the adapter in place; returns the seconds spent, those before a stop included."""
     if not config.variant.trained:
         return 0.0
-    plan = seeded(config.distillation, config.seed)
+    plan = seed_stages(config.distillation, config.seed)
     records = run_stages(
         setting.teacher,
         adapter,
@@ -96,7 +100,7 @@ def distill(config: CellConfig, setting: Setting, adapter: MixerAdapter, directo
     )
     if len(records) > 1:
         _join_logs([(record["log"], record["steps"]) for record in records], directory / METRICS)
-    return sum(elapsed(folder) for folder in stage_folders(plan, directory))
+    return sum(training_seconds(folder) for folder in stage_folders(plan, directory))
 
 
 def _join_logs(stages: list[tuple[list[dict[str, float]], int]], path: Path) -> None:

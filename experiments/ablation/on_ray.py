@@ -11,7 +11,8 @@ from typing import Any
 from experiments.ablation import store
 from experiments.ablation.spread import TRIES, Died, Record, Tell, Work, attempt, record_failure
 from experiments.config import CellConfig
-from mixers.registry import load_plugin
+from experiments.core.files import read_json
+from experiments.core.plugins import load_plugin
 
 
 def on_ray(
@@ -45,7 +46,7 @@ def on_ray(
                 cell = running.pop(reference)
                 yield _result(ray, reference, cell, work)
             for cell in running.values():
-                progress = store.read_json(work.folder(cell) / store.PROGRESS)
+                progress = read_json(work.folder(cell) / store.PROGRESS)
                 if progress:
                     tell(cell, progress["phase"], progress["done"], progress["total"])
     finally:

@@ -12,9 +12,11 @@ from experiments.ablation import store
 from experiments.ablation.budget import note
 from experiments.ablation.cell import setting_of
 from experiments.ablation.spread import Spread, Work, in_turn
-from experiments.config import CellConfig, Evaluation, Grid
+from experiments.config import CellConfig, EvaluationConfig, Grid
+from experiments.core.environment import describe_environment
+from experiments.core.files import read_json, write_json
 from experiments.data.emoji import LICENSE
-from experiments.distill import Setting
+from experiments.distill import DistillationContext
 from experiments.evaluate.pictures import save_samples
 from experiments.evaluate.protocol import FILE, freeze, protocol_of
 from mixers import registry
@@ -55,16 +57,16 @@ def run_grid(
             weights have changed.
     """
     cells, since = chosen(grid, only), time()
-    there = store.read_json(directory / "grid.json").get("name", grid.name)
+    there = read_json(directory / "grid.json").get("name", grid.name)
     if there != grid.name:
         raise ValueError(f"{directory} holds a run of the grid {there}, not of {grid.name}: give another --out.")
     for variant in grid.variants:
         registry.get_mixer_entry(variant.mixer)  # an unknown name fails here, before any work
     report(0, len(cells), "teacher", "load", 0, 1)
     work, setting = Work(directory.absolute(), since, tuple(path.absolute() for path in plugins)), setting_of(grid)
-    before = store.read_json(directory / FILE).get("hash")
+    before = read_json(directory / FILE).get("hash")
     now = freeze(protocol_of(setting, grid.evaluation, grid.data), directory, protocols(grid, work))
-    store.write_json(directory / "grid.json", describe(grid, budget))
+    write_json(directory / "grid.json", describe(grid, budget))
     show_teacher(setting, grid.evaluation, directory / "teacher", again=before != now)
     waiting = [cell for cell in cells if not store.finished(work.folder(cell))]
     done, records = len(cells) - len(waiting), []
@@ -95,7 +97,7 @@ def chosen(grid: Grid, only: str = "*") -> list[CellConfig]:
 def protocols(grid: Grid, work: Work) -> set[str]:
     """By which protocols, as hashes, the finished cells were measured; older records tell none."""
     folders = [work.folder(cell) for cell in grid.cells()]
-    records = [store.read_json(folder / "result.json") for folder in folders if store.finished(folder)]
+    records = [read_json(folder / "result.json") for folder in folders if store.finished(folder)]
     return {record["protocol"] for record in records if "protocol" in record}
 
 
@@ -126,13 +128,13 @@ def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, A
             "distillation": grid.distillation.model_dump(mode="json"),
             "evaluation": evaluation.model_dump(mode="json"),
         },
-        "environment": store.environment(),
+        "environment": describe_environment(),
         "notes": [*([LICENSE] if grid.data == "emoji" else []), *([note(budget)] if budget else [])],
         "budget": dict(budget) if budget else None,
     }
 
 
-def show_teacher(setting: Setting, plan: Evaluation, directory: Path, again: bool = False) -> None:
+def show_teacher(setting: DistillationContext, plan: EvaluationConfig, directory: Path, again: bool = False) -> None:
     """The teacher's own samples, once; `again` where those there are of another protocol."""
     if not plan.sample_sizes or not plan.prompts:
         return

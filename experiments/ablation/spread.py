@@ -19,7 +19,10 @@ import torch
 from experiments.ablation import store
 from experiments.ablation.cell import run_cell, setting_of
 from experiments.config import CellConfig
-from mixers.registry import load_plugin
+from experiments.core.files import write_json
+from experiments.core.locks import try_lock
+from experiments.core.plugins import load_plugin
+from experiments.core.progress import ProgressCallback
 
 Record = dict[str, Any]
 Tell = Callable[[CellConfig, str, int, int], None]
@@ -53,14 +56,14 @@ class Died(RuntimeError):
     """A process came to its end over a cell."""
 
 
-def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
+def attempt(cell: CellConfig, work: Work, tell: ProgressCallback) -> Record | None:
     """Do a cell unless another process has it or has done it; whatever is wrong with the cell is in its record.
 
     Returns:
         The record, or None where there was nothing to do here.
     """
     folder = work.folder(cell)
-    with store.claim(folder) as ours:
+    with try_lock(folder) as ours:
         if not ours or store.settled(folder, work.since):
             return None
         try:
@@ -76,7 +79,7 @@ def attempt(cell: CellConfig, work: Work, tell: store.Tell) -> Record | None:
 def record_failure(cell: CellConfig, folder: Path, error: BaseException) -> Record:
     """Write the record of a cell that failed."""
     record = store.failure(cell.id, cell.variant.name, cell.seed, error)
-    store.write_json(folder / store.RESULT, record)
+    write_json(folder / store.RESULT, record)
     return record
 
 

@@ -12,6 +12,8 @@ from time import time
 from typing import Any
 
 from experiments.ablation import store
+from experiments.core.files import read_json
+from experiments.core.locks import is_locked
 
 STATES = ("done", "running", "failed", "waiting")
 
@@ -65,7 +67,7 @@ def read_status(directory: Path) -> RunStatus:
     Raises:
         ValueError: there is no grid.json, or one without cells.
     """
-    grid = store.read_json(directory / "grid.json")
+    grid = read_json(directory / "grid.json")
     try:
         cells = [{key: row[key] for key in ("id", "variant", "seed")} for row in grid["cells"]]
         labels = {str(v["name"]): str(v["label"]) for v in grid["variants"]}
@@ -94,9 +96,9 @@ def read_status(directory: Path) -> RunStatus:
 
 def _look(folder: Path) -> tuple[str, dict[str, Any]]:
     """The state of a cell's folder, and its record or progress."""
-    if store.claimed(folder):
-        return "running", store.read_json(folder / store.PROGRESS)
-    record = store.read_json(folder / store.RESULT)
+    if is_locked(folder):
+        return "running", read_json(folder / store.PROGRESS)
+    record = read_json(folder / store.RESULT)
     return (record["status"] if record.get("status") in STATES else "waiting"), record
 
 

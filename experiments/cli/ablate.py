@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load, progress
+from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load_plugins, progress
+from experiments.core.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from experiments.ablation.spread import Spread
@@ -45,7 +45,7 @@ def ablate(
     from experiments.ablation import chosen, fit_budget, parse_duration, read_status, run_grid
     from experiments.report import build_report
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         seconds = None if budget is None else parse_duration(budget)
         plan = _plan(grid, settings, seeds, teacher, size)
@@ -53,8 +53,8 @@ def ablate(
         console.print(f"[bold]{plan.name}[/]: {plan.question}")
         spread = _spread(workers, ray, budget)
         kept = None
-        with progress() as bars:
-            show = _bars(bars)
+        with progress() as display:
+            show = _show_cells(display)
             if seconds is not None:
                 plan, kept = fit_budget(
                     plan, chosen(plan, only), seconds, workers or 1, out, partial(show, 0, 1, "budget")
@@ -74,10 +74,10 @@ def ablate(
 
 def _plan(name: str, settings: list[str], seeds: int | None, teacher: str | None, size: int | None) -> Grid:
     from experiments.ablation import load_grid
-    from experiments.config import override_grid, resized
+    from experiments.config import apply_grid_overrides, resize_grid
 
     plan = load_grid(name)
-    plan = override_grid(resized(plan, size) if size else plan, settings)
+    plan = apply_grid_overrides(resize_grid(plan, size) if size else plan, settings)
     changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
     return plan.model_copy(update=changes)
 
@@ -93,19 +93,21 @@ def _spread(workers: int | None, ray: str | None, budget: str | None) -> Spread:
     return partial(in_processes, count=workers) if workers and workers > 1 else in_turn
 
 
-def _bars(bars: Progress) -> Callable[[int, int, str, str, int, int], None]:
-    """A bar of all cells, and one for each cell that runs."""
-    cells, running = bars.add_task("cells", total=1), dict[str, TaskID]()
+def _show_cells(display: ProgressDisplay) -> Callable[[int, int, str, str, int, int], None]:
+    """Show one task for all cells, and one for each cell that runs."""
+    running: set[str] = set()
+    completed = 0
 
     def show(done: int, total: int, label: str, phase: str, step: int, steps: int) -> None:
-        if done > bars.tasks[cells].completed:  # whichever it was; those that still run tell so again
-            for task in running.values():
-                bars.remove_task(task)
+        nonlocal completed
+        if done > completed:  # whichever cell it was: those that still run report again
+            for cell in running:
+                display.remove(cell)
             running.clear()
-        bars.update(cells, completed=done, total=total)
-        if label not in running:
-            running[label] = bars.add_task(label, total=1)
-        bars.update(running[label], description=f"{label}: {phase}", completed=step, total=steps)
+            completed = done
+        display.update("cells", done, total)
+        running.add(label)
+        display.update(label, step, steps, f"{label}: {phase}")
 
     return show
 
@@ -152,13 +154,8 @@ def compatibility(
     from experiments.studies.compatibility import default_plan, run_compatibility, show, write_page
 
     with clean_errors():
-        with progress() as bars:
-            task = bars.add_task("starting", total=1)
-            record = run_compatibility(
-                out,
-                default_plan(share),
-                lambda what, n, of: bars.update(task, description=what, completed=n, total=of),
-            )
+        with progress() as display:
+            record = run_compatibility(out, default_plan(share), display.callback("compatibility"))
         page = write_page(out, out / "compatibility.md")
     show(record, console)
     console.print(f"Page: {page.resolve()}", soft_wrap=True)

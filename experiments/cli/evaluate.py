@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load, progress
+from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load_plugins, progress
 
 
 @app.command()
@@ -22,24 +22,22 @@ def evaluate(
     """Measure a student and its teacher: agreement, distances of pictures, time, memory, operations, state."""
     import json
 
-    from experiments.config import Evaluation, override
+    from experiments.config import EvaluationConfig, apply_overrides
     from experiments.evaluate.measure import evaluate as run
     from experiments.evaluate.tables import fidelity_table, sweep_table
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
-        plan = override(Evaluation(), settings)
-        with progress() as bars:
-            task = bars.add_task("starting", total=5)
+        plan = apply_overrides(EvaluationConfig(), settings)
+        with progress() as display:
             path = run(
                 adapter,
                 teacher,
                 data,
                 plan,
                 out,
-                lambda what, n, of: bars.update(task, description=what, completed=n, total=of),
+                display.callback("evaluate"),
             )
-            bars.update(task, description="done", completed=5)
     record = json.loads(path.read_text(encoding="utf-8"))
     console.print(fidelity_table(record["fidelity"]))
     if record["images"]:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.config import Evaluation
+from experiments.config import EvaluationConfig
 from experiments.data import batch
-from experiments.distill.objective import autocast
-from experiments.distill.setting import Setting
+from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.teacher.teacher import Batch
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import capture_outputs
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 Row = dict[str, Any]
 
@@ -42,7 +42,7 @@ class View:
 
 
 @torch.no_grad()
-def agreement(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> dict[str, list[Row]]:
+def agreement(setting: DistillationContext, adapter: MixerAdapter, config: EvaluationConfig) -> dict[str, list[Row]]:
     """Errors of the student on held-out pictures rendered at each size and shape; the same noise for every variant.
 
     All are means over pictures and elements:
@@ -102,13 +102,13 @@ def _whole(errors: list[Tensor], images: int, place: Row) -> Row:
 
 @lru_cache(maxsize=16)
 @torch.no_grad()
-def teacher_views(setting: Setting, height: int, width: int, config: Evaluation) -> tuple[View, ...]:
+def teacher_views(setting: DistillationContext, height: int, width: int, config: EvaluationConfig) -> tuple[View, ...]:
     """A view for each timestep; kept for the next variant. The UNet must be as the teacher has it: nothing mounted."""
     count, teacher = config.images_at(height, width), setting.teacher
     indices = torch.linspace(0, len(setting.held_out) - 1, count).long().tolist()
     encoded = teacher.encode(*batch(setting.held_out, indices, (height, width), [0] * count))
     latents, draw = encoded["latents"], torch.Generator().manual_seed(config.seed)
-    names = [site.name for site in all_sites(teacher.unet)] if height == width in config.site_sizes else []
+    names = [site.name for site in find_host(teacher.unet).sites()] if height == width in config.site_sizes else []
     views = []
     for time in config.timesteps:
         noise = torch.randn(latents.shape, generator=draw).to(latents)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.config import Evaluation
-from experiments.distill.objective import autocast
-from experiments.distill.setting import Setting
+from experiments.config import EvaluationConfig
+from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.evaluate.fidelity import teacher_views
 from mixers import structure
 from unet_adapters import MixerAdapter
@@ -15,13 +15,13 @@ from unet_adapters.capture import capture_sites
 
 
 @torch.no_grad()
-def look_inside(setting: Setting, adapter: MixerAdapter, size: int) -> dict[str, Tensor]:
+def look_inside(setting: DistillationContext, adapter: MixerAdapter, size: int) -> dict[str, Tensor]:
     """How the first site's first head mixes tokens, at timestep 500 of one held-out picture of `size` px.
 
     mixing_matrix: weights (l, l). receptive_field (2h − 1, 2w − 1), of a site of h × w tokens: the share of weight by
     offset from the query, which is in the middle; the mean over queries. Costs l² memory, a few times.
     """
-    view = teacher_views(setting, size, size, Evaluation(sizes=(size,), shapes=(), images=1, timesteps=(500,)))[0]
+    view = teacher_views(setting, size, size, EvaluationConfig(sizes=(size,), shapes=(), images=1, timesteps=(500,)))[0]
     site = adapter.sites[0].name
     attention = setting.pipe.unet.get_submodule(site)
     with adapter.mounted(), autocast(setting.teacher):

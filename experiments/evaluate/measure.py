@@ -8,8 +8,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from experiments.config import Evaluation
-from experiments.distill.setting import Setting, open_setting
+from experiments.config import EvaluationConfig
+from experiments.core.environment import describe_environment
+from experiments.core.files import write_json
+from experiments.distill.context import DistillationContext, open_context
 from experiments.evaluate.fidelity import agreement
 from experiments.evaluate.inside import look_inside
 from experiments.evaluate.metrics import image_metrics
@@ -22,9 +24,9 @@ Report = Callable[[str, int, int], None]
 
 
 def measure(
-    setting: Setting,
+    setting: DistillationContext,
     adapter: MixerAdapter,
-    plan: Evaluation,
+    plan: EvaluationConfig,
     data: str,
     size: int,
     directory: Path,
@@ -58,7 +60,7 @@ def measure(
     return record
 
 
-def evaluate(source: Path, teacher: str, data: str, plan: Evaluation, directory: Path, report: Report) -> Path:
+def evaluate(source: Path, teacher: str, data: str, plan: EvaluationConfig, directory: Path, report: Report) -> Path:
     """Measure a saved adapter and its teacher; returns the path of `evaluation.json`, beside the protocol and samples.
 
     Args:
@@ -71,16 +73,15 @@ def evaluate(source: Path, teacher: str, data: str, plan: Evaluation, directory:
         ValueError: the adapter does not fit the teacher, something is not at hand, or `directory` holds results of
             another protocol.
     """
-    from experiments.ablation import store  # which imports this module
 
     report("load", 0, 5)
     size = min(min(extent) for extent in plan.extents)
-    setting = open_setting(teacher, data, size, images=1)
+    setting = open_context(teacher, data, size, images=1)
     protocol = protocol_of(setting, plan, data)
     adapter = MixerAdapter.from_pretrained(source, setting.pipe).unmount()
     freeze(protocol, directory)  # not before: what cannot be opened leaves the folder as it was
     save_samples(setting.pipe, plan, directory / "teacher" / "samples")
     record = measure(setting, adapter, plan, data, size, directory, report)
     path = directory / "evaluation.json"
-    store.write_json(path, {"adapter": str(source), "environment": store.environment(), **record})
+    write_json(path, {"adapter": str(source), "environment": describe_environment(), **record})
     return path

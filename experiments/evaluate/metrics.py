@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.config import Evaluation
-from experiments.distill.setting import Setting
+from experiments.config import EvaluationConfig
+from experiments.distill.context import DistillationContext
 from experiments.evaluate.features import Clip, Network, open_network
 from experiments.evaluate.pictures import draw
 from experiments.evaluate.reference import open_reference
@@ -33,7 +33,7 @@ class Judged:
 
 
 @torch.no_grad()
-def image_metrics(setting: Setting, adapter: MixerAdapter, plan: Evaluation, data: str) -> list[Row]:
+def image_metrics(setting: DistillationContext, adapter: MixerAdapter, plan: EvaluationConfig, data: str) -> list[Row]:
     """A row a size, guidance, network and metric: the values of the student's, the teacher's and the true pictures.
 
     frechet_distance, kernel_distance: of drawn pictures to the true ones; biased upwards by few pictures, the first.
@@ -125,16 +125,18 @@ def _rows(network: Network, true: Judged, drawn: dict[str, Judged]) -> Iterator[
         yield {"metric": "text_image_score", "features": network.name, **scores, "truth": true.score}
 
 
-def _network(setting: Setting, name: str) -> Network:
+def _network(setting: DistillationContext, name: str) -> Network:
     return open_network(name, str(setting.teacher.device))
 
 
-def _judge(setting: Setting, plan: Evaluation, pictures: Iterable[Pictures]) -> dict[str, Judged]:
+def _judge(setting: DistillationContext, plan: EvaluationConfig, pictures: Iterable[Pictures]) -> dict[str, Judged]:
     names = plan.metrics.features
     return dict(zip(names, judge(pictures, [_network(setting, name) for name in names]), strict=True))
 
 
-def _drawn(setting: Setting, plan: Evaluation, data: str, size: int, guidance: float) -> Iterator[Pictures]:
+def _drawn(
+    setting: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
+) -> Iterator[Pictures]:
     """Pictures by the UNet as it is mounted now; noise k for caption k."""
     first, shown = plan.seed, plan.metrics.resize or size
     for _, captions in open_reference(data, plan).batches(shown, plan.metrics.batch_size):
@@ -150,11 +152,13 @@ def _resized(image: Any, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _true(setting: Setting, plan: Evaluation, data: str, size: int) -> dict[str, Judged]:
+def _true(setting: DistillationContext, plan: EvaluationConfig, data: str, size: int) -> dict[str, Judged]:
     pictures = open_reference(data, plan).batches(plan.metrics.resize or size, plan.metrics.batch_size)
     return _judge(setting, plan, pictures)
 
 
 @lru_cache(maxsize=16)
-def _taught(setting: Setting, plan: Evaluation, data: str, size: int, guidance: float) -> dict[str, Judged]:
+def _taught(
+    setting: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
+) -> dict[str, Judged]:
     return _judge(setting, plan, _drawn(setting, plan, data, size, guidance))

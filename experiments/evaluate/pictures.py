@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from experiments.config import Evaluation
-from experiments.distill.objective import autocast
+from experiments.config import EvaluationConfig
+from experiments.distill.loss import autocast
 from experiments.teacher.teacher import Teacher
 
 
 @torch.no_grad()
-def save_samples(pipe: Any, config: Evaluation, directory: Path) -> None:
+def save_samples(pipe: Any, config: EvaluationConfig, directory: Path) -> None:
     """Write `directory/<size>/<k>.png`: prompt k at each sample size, the same starting noise for all variants.
 
     Those of a sweep's other guidances are in `directory/guidance-<value>/<size>/`.
@@ -30,7 +30,7 @@ def save_samples(pipe: Any, config: Evaluation, directory: Path) -> None:
 
 
 def draw(
-    pipe: Any, prompts: Sequence[str], extent: tuple[int, int], config: Evaluation, guidance: float, seed: int
+    pipe: Any, prompts: Sequence[str], extent: tuple[int, int], config: EvaluationConfig, guidance: float, seed: int
 ) -> list[Image.Image]:
     """A picture a prompt, all at once, by the UNet as it is mounted now; noise seed + k for prompt k, from the CPU."""
     with autocast(Teacher(pipe)):

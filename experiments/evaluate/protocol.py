@@ -9,15 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Evaluation, Frozen
-from experiments.distill.setting import Setting
+from experiments.config import EvaluationConfig, FrozenModel
+from experiments.core.files import write_json
+from experiments.distill.context import DistillationContext
 from experiments.evaluate.features import open_network, weights_digest
 from experiments.evaluate.reference import open_reference
 
 FILE = "protocol.json"
 
 
-class Protocol(Frozen):
+class Protocol(FrozenModel):
     """All that decides an evaluation's numbers but the student and the machine.
 
     Attributes:
@@ -51,7 +52,7 @@ class Protocol(Frozen):
 
 
 @lru_cache(maxsize=4)
-def protocol_of(setting: Setting, plan: Evaluation, data: str) -> Protocol:
+def protocol_of(setting: DistillationContext, plan: EvaluationConfig, data: str) -> Protocol:
     """The protocol of an evaluation; the UNet must be as the teacher has it: nothing mounted.
 
     Costs about a second per GB of weights, once.
@@ -96,11 +97,10 @@ def freeze(protocol: Protocol, directory: Path, measured: Collection[str] | None
     Raises:
         ValueError: it is another, or damaged; the message says what differs.
     """
-    from experiments.ablation import store  # which imports this module
 
     path, wanted = directory / FILE, protocol.model_dump(mode="json")
     if not path.is_file() or (measured is not None and set(measured) <= {protocol.hash}):
-        store.write_json(path, {**wanted, "hash": protocol.hash})
+        write_json(path, {**wanted, "hash": protocol.hash})
         return protocol.hash
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return [f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}" for key in telling]
 
 
-def teacher_fingerprint(setting: Setting) -> str:
+def teacher_fingerprint(setting: DistillationContext) -> str:
     """The SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
     return _sha256(f"{setting.teacher.fingerprint} {weights_digest(setting.teacher.unet)}")
 

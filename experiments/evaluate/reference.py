@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.config import Evaluation
+from experiments.config import EvaluationConfig
 from experiments.data import batch, open_dataset
 from experiments.evaluate.coco import CocoCaptions
 
@@ -49,7 +49,7 @@ class Reference:
 
 
 @lru_cache(maxsize=2)
-def open_reference(data: str, plan: Evaluation) -> Reference:
+def open_reference(data: str, plan: EvaluationConfig) -> Reference:
     """The true pictures of an evaluation whose grid uses `data`.
 
     Raises:

@@ -9,18 +9,18 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from experiments.config import Evaluation
+from experiments.config import EvaluationConfig
 from experiments.core.memory import measure_peak_bytes
 from experiments.core.timing import time_interleaved
-from experiments.distill.objective import autocast
-from experiments.distill.setting import Setting
+from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from unet_adapters import MixerAdapter
 
 Row = dict[str, float | int | None]
 
 
 @torch.no_grad()
-def speed(setting: Setting, adapter: MixerAdapter, config: Evaluation) -> list[Row]:
+def speed(setting: DistillationContext, adapter: MixerAdapter, config: EvaluationConfig) -> list[Row]:
     """A UNet forward with the adapter mounted, batch 1, at each of `speed_sizes`.
 
     tokens: latents' pixels, which are the tokens of the largest self-attention.
@@ -60,13 +60,13 @@ def cost(adapter: MixerAdapter, size: int, run: Callable[[], object]) -> Row:
         length = tokens[site]
         if length is None:
             return {"flops": None, "state_size": None}
-        counted = counts.get(f"{type(adapter.unet).__name__}.{site}", {})
+        counted = counts.get(f"{type(adapter.model).__name__}.{site}", {})
         flops += mixer.flops(length) - sum(counted.values())
         state += mixer.state_size(length)
     return {"flops": flops, "state_size": state}
 
 
-def _forward(setting: Setting, side: int) -> Callable[[], object]:
+def _forward(setting: DistillationContext, side: int) -> Callable[[], object]:
     teacher = setting.teacher
     noisy = torch.randn(1, teacher.unet.config.in_channels, side, side, device=teacher.device)
     steps = torch.full((1,), 500, device=teacher.device)

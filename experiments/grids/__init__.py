@@ -5,8 +5,7 @@ The defaults are for the embedded teacher: about 40 seconds of training a cell o
 
 from __future__ import annotations
 
-from experiments.config import Claim, Distillation, Evaluation, Stage, Term, Variant
-from experiments.training import FitConfig
+from experiments.config import Claim, DistillationConfig, EvaluationConfig, FitConfig, LossTerm, TrainingStage, Variant
 
 SEEDS = (0, 1, 2)
 SOFTMAX = Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False)
@@ -20,24 +19,24 @@ def fit(steps: int, rate: float = 1e-3, batch_size: int = 16, warmup: int = 10) 
     )
 
 
-def terms(**weights: float) -> dict[str, Term]:
+def terms(**weights: float) -> dict[str, LossTerm]:
     """Objectives by name, with constant weights."""
-    return {name: Term(weight=weight) for name, weight in weights.items()}
+    return {name: LossTerm(weight=weight) for name, weight in weights.items()}
 
 
-def local(steps: int) -> Stage:
+def local(steps: int) -> TrainingStage:
     """Each mixer on the teacher's own tokens, every site by itself."""
-    return Stage(name="local", objectives=terms(local=1.0), fit=fit(steps, 3e-3))
+    return TrainingStage(name="local", objectives=terms(local=1.0), fit=fit(steps, 3e-3))
 
 
-def ours(local_steps: int = 60, steps: int = 50, before: tuple[Stage, ...] = ()) -> Distillation:
+def ours(local_steps: int = 60, steps: int = 50, before: tuple[TrainingStage, ...] = ()) -> DistillationConfig:
     """What `objectives` found good: site by site, then output + features/2 end to end; after `before`, if any."""
-    return Distillation(
+    return DistillationConfig(
         before=(*before, local(local_steps)), objectives=terms(output=1.0, features=0.5), fit=fit(steps), images=1024
     )
 
 
-def at_sizes(plan: Distillation, sizes: tuple[int, ...]) -> Distillation:
+def at_sizes(plan: DistillationConfig, sizes: tuple[int, ...]) -> DistillationConfig:
     """The plan with every stage training at these sizes in pixels, step by step in turn."""
     before = tuple(stage.model_copy(update={"sizes": sizes}) for stage in plan.before)
     return plan.model_copy(update={"before": before, "sizes": sizes})
@@ -45,18 +44,20 @@ def at_sizes(plan: Distillation, sizes: tuple[int, ...]) -> Distillation:
 
 PAPER = (
     Claim(
-        told="Normalization matters at resolutions not trained on",
+        statement="Normalization matters at resolutions not trained on",
         factor="normalization",
         value="not normalized",
         worse=True,
         beyond=True,
     ),
-    Claim(told="Non-causal mixers beat causal ones", factor="causality", value="causal", worse=True),
-    Claim(told="LinFusion's learned maps beat plain linear attention", factor="mixer", value="linfusion", worse=False),
+    Claim(statement="Non-causal mixers beat causal ones", factor="causality", value="causal", worse=True),
+    Claim(
+        statement="LinFusion's learned maps beat plain linear attention", factor="mixer", value="linfusion", worse=False
+    ),
 )
 """What LinFusion's paper (2409.02097) found; the third for grids whose reference row is plain linear attention."""
 
-EVALUATION = Evaluation(
+EVALUATION = EvaluationConfig(
     sample_steps=12,
     prompts=("red apple, teal background", "cat face, purple background"),
     speed_sizes=(64, 128, 256),

@@ -1,8 +1,7 @@
 """Which features of a linear mixer matter for images? Normalization × causality, within ten minutes on two cores."""
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, Grid, ImageMetricsConfig, Variant
 from experiments.grids import PAPER, SOFTMAX
-from experiments.training import FitConfig
 
 _LINEAR = [
     Variant(
@@ -28,13 +27,13 @@ GRID = Grid(
     ),
     seeds=(0,),
     claims=PAPER,
-    distillation=Distillation(
+    distillation=DistillationConfig(
         fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
     ),
-    evaluation=Evaluation(  # what ten minutes allow
+    evaluation=EvaluationConfig(  # what ten minutes allow
         sizes=(64, 128, 256),
         shapes=(),
-        metrics=Metrics(images=0),
+        metrics=ImageMetricsConfig(images=0),
         sample_steps=12,
         prompts=(
             "red apple, teal background",

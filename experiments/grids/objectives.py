@@ -5,22 +5,22 @@ of batch 16, measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's
 0.27 s (no gradient goes through the UNet); a step of batch 96 is 2.8 s.
 """
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Stage, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, Grid, ImageMetricsConfig, TrainingStage, Variant
 from experiments.grids import SEEDS, SOFTMAX, fit, ours, terms
 
 _PUBLISHED = terms(noise=1.0, output=0.5, features=0.5)
 _IMAGES = 1024
 
 
-def _row(name: str, label: str, plan: Distillation) -> Variant:
+def _row(name: str, label: str, plan: DistillationConfig) -> Variant:
     return Variant(name=name, label=label, mixer="linfusion", distillation=plan)
 
 
-def _one(steps: int, **weights: float) -> Distillation:
-    return Distillation(objectives=terms(**weights), fit=fit(steps), images=_IMAGES)
+def _one(steps: int, **weights: float) -> DistillationConfig:
+    return DistillationConfig(objectives=terms(**weights), fit=fit(steps), images=_IMAGES)
 
 
-_MATRIX = Stage(name="matrix", objectives=terms(matrix=1.0), fit=fit(30, 3e-3))
+_MATRIX = TrainingStage(name="matrix", objectives=terms(matrix=1.0), fit=fit(30, 3e-3))
 
 GRID = Grid(
     name="objectives",
@@ -30,12 +30,12 @@ GRID = Grid(
         _row(
             "published",
             "published: all three terms, random q, k, v, batch 96, rate 1e-4",
-            Distillation(start="random", objectives=_PUBLISHED, fit=fit(25, 1e-4, 96, 0), images=_IMAGES),
+            DistillationConfig(start="random", objectives=_PUBLISHED, fit=fit(25, 1e-4, 96, 0), images=_IMAGES),
         ),
         _row(
             "published_small_batches",
             "all three terms, random q, k, v",
-            Distillation(start="random", objectives=_PUBLISHED, fit=fit(146), images=_IMAGES),
+            DistillationConfig(start="random", objectives=_PUBLISHED, fit=fit(146), images=_IMAGES),
         ),
         _row("all_terms", "noise + output/2 + features/2", _one(146, noise=1.0, output=0.5, features=0.5)),
         _row("noise", "noise", _one(194, noise=1.0)),
@@ -48,11 +48,11 @@ GRID = Grid(
         _row("matrix_local", "matrix, local, then output + features/2", ours(80, 77, before=(_MATRIX,))),
     ),
     seeds=SEEDS,
-    distillation=Distillation(fit=fit(146), images=_IMAGES),
-    evaluation=Evaluation(
+    distillation=DistillationConfig(fit=fit(146), images=_IMAGES),
+    evaluation=EvaluationConfig(
         sizes=(64, 128, 256),
         shapes=(),
-        metrics=Metrics(images=0),
+        metrics=ImageMetricsConfig(images=0),
         speed_sizes=(64,),
         speed_repeats=1,
         sample_sizes=(64,),

@@ -170,7 +170,7 @@ def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict:
     judged = [e for e in known if (e.factor, e.value) == (claim.factor, claim.value)]
     judged = [e for e in judged if not claim.beyond or e.size > run.train_size]
     if not judged:
-        return Verdict(claim.told, "not asked", "No two finished rows of this grid differ in that alone.")
+        return Verdict(claim.statement, "not asked", "No two finished rows of this grid differ in that alone.")
     tests: dict[str, Callable[[Effect], bool]] = {
         "depends on the other factors": lambda e: e.ratio.seeds > 1 and e.depends is not None,
         "holds": lambda e: e.marked and (e.ratio.low > 1) is claim.worse,
@@ -191,7 +191,7 @@ def _judge(claim: Claim, known: list[Effect], run: Run) -> Verdict:
     told += [f"at {depends[-1].size} px it depends on {parts(depends[-1], run)}"] if depends else []
     of = f"error of {judged[0].above} over {judged[0].below}, {METRIC.replace('_', ' ')}"
     evidence = "; ".join(told)
-    return Verdict(claim.told, state, f"{evidence[0].upper()}{evidence[1:]} — {of}.")
+    return Verdict(claim.statement, state, f"{evidence[0].upper()}{evidence[1:]} — {of}.")
 
 
 def _state(states: list[str]) -> str:

@@ -14,29 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from experiments.core.figures import GRAY, PALETTE, RC
 from experiments.report.records import Run, Variant
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999933")
+__all__ = ["GRAY", "PALETTE", "RC"]
+
 MANY = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
-GRAY = "#555555"
 DPI = 150
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
-RC: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "lines.linewidth": 1.7,
-    "lines.markersize": 5,
-    "svg.hashsalt": "report",  # the same numbers, the same file
-}
 
 
 def groups(run: Run) -> list[tuple[str, list[Variant]]]:

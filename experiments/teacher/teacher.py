@@ -32,7 +32,18 @@ class Teacher:
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
+        """Use `pipe` as a teacher.
+
+        Raises:
+            ValueError: If its UNet takes the guidance scale as an input, which training does not choose.
+        """
         self.pipe: Any = pipe
+        width = getattr(self.unet.config, "time_cond_proj_dim", None)
+        if width is not None:
+            raise ValueError(
+                f"Cannot distill a UNet that takes the guidance scale as an input (time_cond_proj_dim={width}), such "
+                "as a full LCM model. Distill the model that it was made from, and load an LCM-LoRA on the result."
+            )
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
     @property

@@ -131,7 +131,7 @@ CHANGES: dict[str, Change] = {
     "feature map": mount(feature_map="relu"),
     "min_tokens": mount(min_tokens=16),
     "other projections": mount(train_projections=False),
-    "some sites": mount(select="up"),
+    "some sites": mount(select="*up*"),
     "other mixer": mount("linfusion"),
     "LoRA": lora(),
     "LoRA of other weights": lora(seed=80),

@@ -130,7 +130,6 @@ CHANGES: dict[str, Change] = {
     "normalization": mount(normalize=False),
     "feature map": mount(feature_map="relu"),
     "min_tokens": mount(min_tokens=16),
-    "other projections": mount(train_projections=False),
     "some sites": mount(select="*up*"),
     "other mixer": mount("linfusion"),
     "LoRA": lora(),

@@ -9,6 +9,14 @@ Needs torch and einops only. Axis letters: b batch, h heads, l tokens, d model, 
 
 from mixers import operators, structure
 from mixers.mixer import TokenMixer
-from mixers.registry import create_mixer, list_mixers, load_published, register_mixer
+from mixers.registry import create_mixer, list_mixers, mixer_from_state_dict, register_mixer
 
-__all__ = ["TokenMixer", "create_mixer", "list_mixers", "load_published", "operators", "register_mixer", "structure"]
+__all__ = [
+    "TokenMixer",
+    "create_mixer",
+    "list_mixers",
+    "mixer_from_state_dict",
+    "operators",
+    "register_mixer",
+    "structure",
+]

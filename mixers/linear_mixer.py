@@ -8,8 +8,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor
 
 from mixers import operators
+from mixers.feature_maps import FEATURE_MAPS, feature_map
 from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
-from mixers.stages.feature_maps import FEATURE_MAPS, feature_map
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,29 @@ class LinearMixer(TokenMixer):
     """W = (φ(q) φ(k)ᵀ) ⊙ L. Subclasses give the gates, if there are any, and the scale.
 
     Subclasses set:
-        published_map: the feature map of the paper.
+        default_feature_map: the feature map of the paper.
         decays: whether `gates` gives a log decay.
-        channel_gates: whether every key channel has a gate of its own.
+        per_channel_decay: whether every key channel has a gate of its own.
         divides: whether it normalizes by division, which takes a feature map that is positive.
     """
 
     Config: ClassVar[Any] = LinearConfig
-    published_map: ClassVar[str] = "identity"
-    decays: ClassVar[bool] = False
-    channel_gates: ClassVar[bool] = False
-    divides: ClassVar[bool] = True
+    default_feature_map: ClassVar[str] = "identity"
+    has_decay: ClassVar[bool] = False
+    per_channel_decay: ClassVar[bool] = False
+    normalizes_by_division: ClassVar[bool] = True
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
-        self._map = feature_map(self.map_name(config), config.normalize and self.divides)
+        self._map = feature_map(self.feature_map_name(config), config.normalize and self.normalizes_by_division)
         super().__init__(config, dim, heads, own_projections=own_projections)
 
     @classmethod
-    def map_name(cls, config: Any) -> str:
+    def feature_map_name(cls, config: Any) -> str:
         """The feature map in force: the named one, else the published one, else elu+1 where it has to be positive."""
         if config.feature_map is not None:
             return cast(str, config.feature_map)
-        fits = FEATURE_MAPS[cls.published_map].positive or not (config.normalize and cls.divides)
-        return cls.published_map if fits else "elu_plus_one"
+        fits = FEATURE_MAPS[cls.default_feature_map].positive or not (config.normalize and cls.normalizes_by_division)
+        return cls.default_feature_map if fits else "elu_plus_one"
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v); unnormalized in float32 at least."""
@@ -66,28 +66,28 @@ class LinearMixer(TokenMixer):
         settings = {**self._settings(), "feature_map": feature_map, "backend": self.config.backend}
         return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **settings))
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         q, k = self.features(streams)
         return operators.linear_weights(q, k, streams.log_decay, **self._settings())
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), the latter times `write` where there is one: (b, l, h, k) each, float32 at least."""
+        """φ(q) and φ(k), the latter times `dt` where there is one: (b, l, h, k) each, float32 at least."""
         dtype = upcast(streams.q.dtype)
         q, k = self._map.apply(streams.q.to(dtype)), self._map.apply(streams.k.to(dtype))
-        return q, k if streams.write is None else k * streams.write[..., None]
+        return q, k if streams.dt is None else k * streams.dt[..., None]
 
     def operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, str]:
         """q, k, v and the map that the operator applies to q and k: `identity` where there is more to `features`.
 
-        An operator that maps q and k as it reads them does not have to write features to memory. Unnormalized, it is
-        one to the result whether keys or values are times `write`.
+        An operator that maps q and k as it reads them does not have to dt features to memory. Unnormalized, it is
+        one to the result whether keys or values are times `dt`.
         """
-        normalize, write = self.config.normalize, streams.write
+        normalize, dt = self.config.normalize, streams.dt
         v = streams.v if normalize else streams.values
-        if type(self).features is not LinearMixer.features or (normalize and write is not None):
+        if type(self).features is not LinearMixer.features or (normalize and dt is not None):
             return (*self.features(streams), v, "identity")
-        return streams.q, streams.k, v if write is None else v * write[..., None], self.map_name(self.config)
+        return streams.q, streams.k, v if dt is None else v * dt[..., None], self.feature_map_name(self.config)
 
     @property
     def scale(self) -> float:
@@ -104,9 +104,9 @@ class LinearMixer(TokenMixer):
         }
 
     @property
-    def order_free(self) -> bool:
+    def permutation_equivariant(self) -> bool:
         """Whether permuting the tokens permutes the output: decay has an order unless the mixer is non-causal."""
-        return super().order_free and not (self.decays and self.config.causality == "bidirectional")
+        return super().permutation_equivariant and not (self.has_decay and self.config.causality == "bidirectional")
 
     @property
     def positive(self) -> bool:
@@ -119,7 +119,7 @@ class LinearMixer(TokenMixer):
         return self.key_dim
 
     @property
-    def sharing(self) -> int:
+    def heads_per_group(self) -> int:
         """Heads that have one q and one k between them."""
         return 1
 
@@ -133,7 +133,9 @@ class LinearMixer(TokenMixer):
         Where there is an order the row sums are a column of the products, and elsewhere elementwise work.
         """
         causality = self.config.causality
-        ordered = causality == "causal" or (causality == "bidirectional" and self.decays)
+        ordered = causality == "causal" or (causality == "bidirectional" and self.has_decay)
         width = self.head_dim + int(self.config.normalize and ordered)
-        decay = "none" if not self.decays else "vector" if self.channel_gates else "scalar"
-        return self.heads * operators.linear.flops(length, self.features_dim, width, causality, decay, self.sharing)
+        decay = "none" if not self.has_decay else "vector" if self.per_channel_decay else "scalar"
+        return self.heads * operators.linear.flops(
+            length, self.features_dim, width, causality, decay, self.heads_per_group
+        )

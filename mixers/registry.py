@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -27,14 +28,14 @@ _Mixer = TypeVar("_Mixer", bound="type[TokenMixer]")
 
 
 @dataclass(frozen=True)
-class Entry:
+class MixerEntry:
     """A registered mixer: its class, its published defaults, and what it can be asked for."""
 
     name: str
     mixer: type[TokenMixer]
     causalities: tuple[Causality, ...]
     normalizations: tuple[bool, ...]
-    refusals: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -57,20 +58,24 @@ class Entry:
         return (self.mixer.__doc__ or "").strip().partition("\n")[0]
 
     @property
-    def promises(self) -> str:
+    def trait_summary(self) -> str:
         """The traits of the published form that a reader looks for, as words."""
-        traits = create_mixer(self.name, 8, 2, **self.tiny).traits
-        words = {"positive": traits.positive, "order-free": traits.order_free, "quadratic": not traits.linear}
+        traits = create_mixer(self.name, 8, 2, **self.tiny_options).traits
+        words = {
+            "positive": traits.positive,
+            "permutation-equivariant": traits.permutation_equivariant,
+            "quadratic": not traits.linear,
+        }
         words |= {"needs grid": traits.needs_grid}
         return ", ".join(word for word, holds in words.items() if holds)
 
     @property
-    def tiny(self) -> dict[str, Any]:
+    def tiny_options(self) -> dict[str, Any]:
         """Options that make it small, for tests."""
-        return dict(self.mixer.tiny)
+        return dict(self.mixer.tiny_options)
 
 
-_ENTRIES: dict[str, Entry] = {}
+_ENTRIES: dict[str, MixerEntry] = {}
 
 
 def register_mixer(
@@ -78,7 +83,7 @@ def register_mixer(
     *,
     causalities: tuple[Causality, ...] = CAUSALITIES,
     normalizations: tuple[bool, ...] = (True, False),
-    refusals: Mapping[str, str] | None = None,
+    unsupported: Mapping[str, str] | None = None,
 ) -> Callable[[_Mixer], _Mixer]:
     """Class decorator that adds a `TokenMixer` to the registry under `name`.
 
@@ -86,7 +91,7 @@ def register_mixer(
         name: lower case, unique.
         causalities: those that have a meaning for it.
         normalizations: likewise for `normalize`.
-        refusals: why a value that is left out is refused, e.g. `{"bidirectional": "softmax has no order"}`.
+        unsupported: why a value that is left out is refused, e.g. `{"bidirectional": "softmax has no order"}`.
 
     Raises:
         ValueError: the name is taken, or the class is no `TokenMixer`.
@@ -100,7 +105,7 @@ def register_mixer(
         taken = _ENTRIES.get(name)
         if taken is not None and _place(taken.mixer) != _place(mixer):
             raise ValueError(f"Cannot register {mixer.__name__} as {name!r}: {_place(taken.mixer)} has that name.")
-        _ENTRIES[name] = Entry(name, mixer, causalities, normalizations, refusals or {})
+        _ENTRIES[name] = MixerEntry(name, mixer, causalities, normalizations, unsupported or {})
         return mixer
 
     return register
@@ -133,8 +138,23 @@ def load_plugin(path: str | Path) -> list[str]:
         ValueError: there is no such file, it does not run, or it registers nothing.
     """
     _discover()
-    path, before = Path(path), set(_ENTRIES)
-    # By the place of the file: json.py must not take that module's place, nor a/mine.py that of b/mine.py.
+    before = set(_ENTRIES)
+    module = import_plugin(path).__name__
+    added = sorted({*names_from(module), *(set(_ENTRIES) - before)})
+    if not added:
+        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
+    return added
+
+
+def import_plugin(path: str | Path) -> ModuleType:
+    """Run a .py file as a module, whatever it registers.
+
+    Raises:
+        ValueError: there is no such file, or it does not run.
+    """
+    _discover()
+    path = Path(path)
+    # Named by the file's full path: json.py must not replace that module, nor a/mine.py replace b/mine.py.
     name = f"mixers_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
@@ -145,13 +165,15 @@ def load_plugin(path: str | Path) -> list[str]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"Cannot load the plug-in {path}: {type(error).__name__}: {error}") from error
-    added = sorted(n for n, e in _ENTRIES.items() if e.mixer.__module__ == name or n not in before)
-    if not added:
-        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
-    return added
+    return module
 
 
-def entry(name: str) -> Entry:
+def names_from(module: str) -> list[str]:
+    """Return the names of the mixers that the named module defines."""
+    return sorted(name for name, found in _ENTRIES.items() if found.mixer.__module__ == module)
+
+
+def get_mixer_entry(name: str) -> MixerEntry:
     """Look a mixer up.
 
     Raises:
@@ -185,7 +207,7 @@ def list_mixers(pattern: str = "*", **traits: Any) -> list[str]:
 
 
 def _has(name: str, traits: Mapping[str, Any]) -> bool:
-    promised = create_mixer(name, 8, 2, **entry(name).tiny).traits
+    promised = create_mixer(name, 8, 2, **get_mixer_entry(name).tiny_options).traits
     return all(getattr(promised, key) == value for key, value in traits.items())
 
 
@@ -208,13 +230,13 @@ def create_mixer(
         causality: None for the mixer's published default.
         normalize: None for the mixer's published default.
         own_projections: give it to_q, to_k, to_v and to_out of its own; else the forward is handed a host's, and
-            options that are not given are those of the mixer's plain form, which starts from the host's weights.
+            options that are not given are those of the mixer's drop-in form, which starts from the host's weights.
         options: the other fields of the mixer's configuration.
 
     Raises:
         ValueError: unknown mixer or option, a combination that has no meaning, or heads that do not divide dim.
     """
-    found = entry(name)
+    found = get_mixer_entry(name)
     causality = found.default_causality if causality is None else causality
     normalize = found.default_normalize if normalize is None else normalize
     for what, value, allowed in (
@@ -222,7 +244,7 @@ def create_mixer(
         ("normalize", normalize, found.normalizations),
     ):
         if value not in allowed:
-            reason = found.refusals.get(str(value), "it has no meaning there")
+            reason = found.unsupported.get(str(value), "it has no meaning there")
             raise ValueError(
                 f"{name} refuses {what}={value!r}: {reason}. Expected one of {', '.join(map(str, allowed))}."
             )
@@ -235,24 +257,24 @@ def create_mixer(
             )
     if heads <= 0 or dim % heads:
         raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
-    options = options if own_projections else {**found.mixer.plain, **options}
+    options = options if own_projections else {**found.mixer.drop_in_options, **options}
     config = found.config(causality=causality, normalize=normalize, **options)
     return found.mixer(config, dim, heads, own_projections=own_projections)
 
 
-def load_published(name: str, state: Mapping[str, Tensor], **options: Any) -> TokenMixer:
+def mixer_from_state_dict(name: str, state: Mapping[str, Tensor], **options: Any) -> TokenMixer:
     """Build a mixer from the state dict of the paper's block as `transformers`, `mamba_ssm` or `fla` save it.
 
     Args:
-        name: of a mixer that has a loader (`TokenMixer.from_published`).
+        name: of a mixer that has a loader (`TokenMixer.convert_state_dict`).
         state: the block's tensors, by their published names; floating dtypes are kept.
         options: those of the configuration that shapes do not tell; also `heads` where a mixer asks for it.
 
     Raises:
         ValueError: the mixer has no loader, or a tensor is missing, left over or of another shape; each is named.
     """
-    found = entry(name)
-    read = found.mixer.from_published(state, options)
+    found = get_mixer_entry(name)
+    read = found.mixer.convert_state_dict(state, options)
     mixer = create_mixer(name, read.dim, read.heads, **read.options)
     wanted = mixer.state_dict()
     faults = [f"{n} is missing" for n in wanted if n not in read.state]

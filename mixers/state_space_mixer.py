@@ -17,42 +17,42 @@ class StateSpaceConfig(LinearConfig):
     """Options of every state-space mixer; the defaults are Mamba-2's.
 
     Attributes:
-        state_size: n, channels of B and C; None is the width of a head.
-        groups: sets of B and C, which consecutive heads share; None is one a head.
+        d_state: n, channels of B and C; None is the width of a head.
+        n_groups: sets of B and C, which consecutive heads share; None is one a head.
         bias: whether the projections have one.
     """
 
     causality: Causality = "causal"
     normalize: bool = False
     expand: float = 2
-    short_convolution: int = 4
+    conv_size: int = 4
     skip: bool = True
     norm: bool = True
     gate: bool = True
-    state_size: int | None = 128
-    groups: int | None = 1
+    d_state: int | None = 128
+    n_groups: int | None = 1
     bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(size is not None and size <= 0 for size in (self.state_size, self.groups)):
-            raise ValueError(f"Expected state_size and groups > 0, got {self.state_size} and {self.groups}.")
+        if any(size is not None and size <= 0 for size in (self.d_state, self.n_groups)):
+            raise ValueError(f"Expected d_state and n_groups > 0, got {self.d_state} and {self.n_groups}.")
 
 
 class StateSpaceMixer(LinearMixer):
     """to_q gives C, to_k gives B and to_v gives x, as in the duality: W_ij = C_i·B_j L_ij."""
 
     Config: ClassVar[Any] = StateSpaceConfig
-    plain: ClassVar[dict[str, Any]] = {
-        **{"expand": 1, "short_convolution": 0, "skip": False, "norm": False, "gate": False},
-        **{"state_size": None, "groups": None},
+    drop_in_options: ClassVar[dict[str, Any]] = {
+        **{"expand": 1, "conv_size": 0, "skip": False, "norm": False, "gate": False},
+        **{"d_state": None, "n_groups": None},
     }
-    tiny: ClassVar[dict[str, Any]] = {"state_size": 4}
+    tiny_options: ClassVar[dict[str, Any]] = {"d_state": 4}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
-        self.groups = config.groups or heads
-        if heads % self.groups:
-            raise ValueError(f"groups={self.groups} of B and C cannot be shared evenly by {heads} heads.")
+        self.n_groups = config.n_groups or heads
+        if heads % self.n_groups:
+            raise ValueError(f"n_groups={self.n_groups} of B and C cannot be shared evenly by {heads} heads.")
         super().__init__(config, dim, heads, own_projections=own_projections)
         if config.bias and config.gate:
             self.output.to_gate = nn.Linear(dim, self.value_width)
@@ -60,19 +60,19 @@ class StateSpaceMixer(LinearMixer):
     @property
     def key_dim(self) -> int:
         """n, channels of B and C."""
-        return self.config.state_size or self.head_dim
+        return self.config.d_state or self.head_dim
 
     @property
     def key_width(self) -> int:
         """B and C of every group."""
-        return self.groups * self.key_dim
+        return self.n_groups * self.key_dim
 
     @property
-    def sharing(self) -> int:
+    def heads_per_group(self) -> int:
         """All heads where there is one group; normalized, Δ is in the keys, which makes them a head's own."""
-        return self.heads if self.groups == 1 and not self.config.normalize else 1
+        return self.heads if self.n_groups == 1 and not self.config.normalize else 1
 
-    def own_projections(self) -> Projections:
+    def create_projections(self) -> Projections:
         """Projections for a mixer that is handed none."""
         return self.make_projections(("to_q", "to_k", "to_v"))
 
@@ -84,7 +84,7 @@ class StateSpaceMixer(LinearMixer):
             setattr(made, name, nn.Linear(old.in_features, old.out_features))
         return made
 
-    def split_keys(self, x: Tensor) -> Tensor:
+    def split_key_heads(self, x: Tensor) -> Tensor:
         """(b, l, groups·n) -> (b, l, h, n), each group for its heads; of one group a view, which costs nothing."""
-        shared = x.unflatten(-1, (self.groups, 1, -1)).expand(-1, -1, -1, self.heads // self.groups, -1)
+        shared = x.unflatten(-1, (self.n_groups, 1, -1)).expand(-1, -1, -1, self.heads // self.n_groups, -1)
         return shared.flatten(2, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixers.mixer import Streams, TokenMixer, with_values
-from mixers.stages.directions import inverse
+from mixers.stages.scan_orders import inverse_permutation
 
 
 def mixing_matrix(mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def mixing_matrix(mixer: TokenMixer, x: Tensor, projections: Any = None, grid: t
     rows and columns are in raster order whatever the scan. Costs O(b·h·l²) memory.
     `projections` and `grid`: as in the mixer's forward.
     """
-    return _over_orders(mixer, x, projections, grid, mixer.weights)
+    return _over_orders(mixer, x, projections, grid, mixer.mixing_matrix)
 
 
 def probed_matrix(mixer: TokenMixer, x: Tensor, projections: Any = None, grid: tuple[int, int] | None = None) -> Tensor:
@@ -43,10 +43,10 @@ def _over_orders(
     mixer: TokenMixer, x: Tensor, projections: Any, grid: tuple[int, int] | None, look: Callable[[Streams], Tensor]
 ) -> Tensor:
     """The mean over the orders of the scan of what `look` gives, rows and columns put back in raster order."""
-    host, found = mixer.host(projections), []
-    for order in mixer.orders(x, grid):
-        weights = look(mixer.streams(x if order is None else x[:, order], host, grid))
-        back = None if order is None else inverse(order)
+    host, found = mixer.resolve_projections(projections), []
+    for order in mixer.scan_orders(x, grid):
+        weights = look(mixer.compute_streams(x if order is None else x[:, order], host, grid))
+        back = None if order is None else inverse_permutation(order)
         found.append(weights if back is None else weights[..., back, :][..., back])
     return sum(found[1:], found[0]) / len(found)
 

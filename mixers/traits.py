@@ -17,16 +17,16 @@ class Traits:
         causality: which tokens a token sees, in the order of the scan.
         normalized: the weights of a row sum to one (up to `eps`).
         positive: every weight is ≥ 0.
-        order_free: permuting the tokens permutes the output.
+        permutation_equivariant: permuting the tokens permutes the output.
         linear: time and memory grow linearly in the number of tokens.
-        repetition_free: repeating every token changes nothing, so it carries over to other resolutions.
+        repetition_invariant: repeating every token changes nothing, so it carries over to other resolutions.
         needs_grid: the forward must be told (height, width).
     """
 
     causality: Causality
     normalized: bool
     positive: bool
-    order_free: bool
+    permutation_equivariant: bool
     linear: bool
-    repetition_free: bool = False
+    repetition_invariant: bool = False
     needs_grid: bool = False

@@ -18,8 +18,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from experiments.ablation.grid import list_grids, load_grid
-from experiments.check import Result, show
 from experiments.cli import app
+from experiments.cli.conformance import ConformanceResult, print_results
 from experiments.config import Evaluation, override
 from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
@@ -224,7 +224,7 @@ def test_the_table_of_checks_fits_a_terminal() -> None:
     outcomes = [Outcome("check_flops", status, "told", 0.0) for status, n in counts.items() for _ in range(n)]
     everything = configurations(list_mixers())
     console = Console(width=80, file=io.StringIO(), record=True)
-    show([Result(configuration, outcomes) for configuration in everything], console)
+    print_results([ConformanceResult(configuration, outcomes) for configuration in everything], console)
     table, _, rest = console.export_text().partition("passed checks; ")
     assert table.count("19 12✗ 1~") == len(everything)
     assert max(map(len, table.splitlines())) <= 80 and "…" not in table
@@ -239,7 +239,7 @@ def test_a_single_mixer_is_shown_check_by_check() -> None:
     ]
     console = Console(width=80, file=io.StringIO(), record=True)
     (chosen, *_) = configurations(list_mixers()[:1])
-    show([Result(chosen, outcomes)], console)
+    print_results([ConformanceResult(chosen, outcomes)], console)
     text = console.export_text()
     for check, status in zip(CHECKS, ("1 ✓", "1/1 ✗", "1/1 ~"), strict=False):
         assert f"{status} {check.name}" in text

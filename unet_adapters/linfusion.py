@@ -34,7 +34,7 @@ WITH_MLP, WITHOUT_MLP = "linfusion", "linear_attention"  # the second is the fir
 EPS = 1e-4
 NO_MLP = -1
 FLOATS = ("F16", "BF16", "F32", "F64")
-WITHOUT_MEANING = {"mid_dim", "backend", "scale_tokens"}  # compared apart, or no part of the formula
+WITHOUT_MEANING = {"mid_dim", "backend", "reference_length"}  # compared apart, or no part of the formula
 
 
 @dataclass(frozen=True)

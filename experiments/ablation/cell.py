@@ -41,7 +41,7 @@ def training_key(config: CellConfig, context: DistillationContext) -> str:
     That is its configuration, the teacher's weights, the encoded training images, and the source of a mixer that is not
     the library's own.
     """
-    mixer = registry.entry(config.variant.mixer).mixer
+    mixer = registry.get_mixer_entry(config.variant.mixer).mixer
     parts = [config.training, teacher_fingerprint(context), _encoded_digest(context), _source_digest(mixer)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 

@@ -133,7 +133,7 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
 
 
 def _describe_variant(variant: Any) -> VariantDescription:
-    entry = registry.entry(variant.mixer)
+    entry = registry.get_mixer_entry(variant.mixer)
     fields = {name: getattr(variant, name) for name in VariantDescription.model_fields}
     fields["causality"] = variant.causality or entry.default_causality
     fields["normalize"] = entry.default_normalize if variant.normalize is None else variant.normalize

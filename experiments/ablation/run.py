@@ -59,7 +59,7 @@ def run_grid(
     if existing != grid.name:
         raise ValueError(f"{directory} holds a run of the grid {existing}, not of {grid.name}: give another --out.")
     for variant in grid.variants:
-        registry.entry(variant.mixer)  # an unknown name fails here, before any work
+        registry.get_mixer_entry(variant.mixer)  # an unknown name fails here, before any work
     progress(0, len(cells), "teacher", "load", 0, 1)
     settings = RunSettings(directory.absolute(), time(), tuple(path.absolute() for path in plugins))
     context = open_cell_context(grid)

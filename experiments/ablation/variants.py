@@ -33,7 +33,7 @@ def combine_variants(
     """
     variants = []
     for (name, label), causality, normalize in product(mixers.items(), causalities, normalizations):
-        entry = registry.entry(name)
+        entry = registry.get_mixer_entry(name)
         if causality not in entry.causalities or normalize not in entry.normalizations:
             continue
         variant = Variant(
@@ -56,11 +56,11 @@ def combine_variants(
 
 def is_distinct(variant: Variant) -> bool:
     """Whether no other variant computes the same: a bidirectional mixer without an order equals its non-causal form."""
-    entry = registry.entry(variant.mixer)
+    entry = registry.get_mixer_entry(variant.mixer)
     if variant.causality != "bidirectional" or "noncausal" not in entry.causalities:
         return True
-    options = {**entry.mixer.plain, **variant.options}
+    options = {**entry.mixer.drop_in_options, **variant.options}
     mixer = create_mixer(
         variant.mixer, 8, 2, causality=variant.causality, normalize=variant.normalize, own_projections=False, **options
     )
-    return not mixer.traits.order_free
+    return not mixer.traits.permutation_equivariant

@@ -26,6 +26,6 @@ reach 30 --mixer linfusion --model "$sdxl" --size 4096x2048
 reach 30 --model "$sdxl" --size 4096x2048
 reach 60 --mixer linfusion --model "$sdxl" --size 8192x4096
 reach 110 --model "$sdxl" --size 8192x4096
-"$python" -m experiments.studies.largest_image "$out/reach.jsonl" --show | tee "$out/reach.txt"
+"$python" -m experiments.studies.largest_image "$out/reach.jsonl" --print | tee "$out/reach.txt"
 echo "Results: $out"
 [ ! -s "$out/failed.txt" ]

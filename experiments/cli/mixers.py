@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from experiments.cli.app import Out, Plugins, app, clean_errors, console, load, progress
 
 if TYPE_CHECKING:
-    from mixers.registry import Entry
+    from mixers.registry import MixerEntry
 
 
 @app.command("list")
@@ -28,7 +28,7 @@ def list_(
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
     for name in names:
-        entry = registry.entry(name)
+        entry = registry.get_mixer_entry(name)
         offered = [_offer(c, entry.causalities, entry.default_causality) for c in CAUSALITIES]
         normal = sorted(entry.normalizations, key=lambda n: n != entry.default_normalize)
         table.add_row(name, *offered, " / ".join("yes" if n else "no" for n in normal), _promises(entry))
@@ -36,7 +36,7 @@ def list_(
     console.print("● as published  ○ offered  – refused, and `create_mixer` says why", soft_wrap=True)
     if len(names) <= 3:
         for name in names:
-            console.print(f"[bold]{name}[/]: {registry.entry(name).summary}", soft_wrap=True, highlight=False)
+            console.print(f"[bold]{name}[/]: {registry.get_mixer_entry(name).summary}", soft_wrap=True, highlight=False)
     console.print(f"Grids: {', '.join(list_grids())}")
 
 
@@ -46,18 +46,16 @@ def check(
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
     deep: Annotated[bool, typer.Option(help="also run the slow checks on every configuration")] = False,
 ) -> None:
-    """Prove that mixers keep their promises: the conformance suite on every configuration, as a table."""
-    from experiments.check import check_mixers, show
+    """Run the conformance suite on every configuration of the mixers, and print a table of the outcomes."""
+    from experiments.cli.conformance import check_mixers, print_results
+    from experiments.core.progress import show_progress
 
     load(plugins)
     with clean_errors():
-        with progress() as bars:
-            task = bars.add_task("checking", total=1)
-            results = check_mixers(
-                pattern, deep, lambda n, of, what: bars.update(task, completed=n, total=of, description=what)
-            )
-        show(results, console)
-    if any(result.failed for result in results):
+        with show_progress(console) as display:
+            results = check_mixers(pattern, deep, display.callback("checks"))
+        print_results(results, console)
+    if any(result.failures for result in results):
         raise typer.Exit(1)
 
 
@@ -91,9 +89,9 @@ def _offer(value: str, offered: tuple[str, ...], default: str) -> str:
     return "–" if value not in offered else "●" if value == default else "○"
 
 
-def _promises(entry: Entry) -> str:
+def _promises(entry: MixerEntry) -> str:
     """What the published form promises; a mixer that cannot be built must not take the list away."""
     try:
-        return entry.promises
+        return entry.trait_summary
     except Exception:
         return "[red]broken[/]: see mixlab check"

@@ -88,7 +88,7 @@ def load_recipe(source: str, settings: list[str] | None = None) -> Recipe:
         raise ValueError(f"Cannot read the recipe {path}: expected keys and values, got {type(tree).__name__}.")
     try:
         recipe = override(validated(Recipe, tree), settings or [])
-        registry.entry(recipe.mixer.name)  # an unknown name fails here, before any work
+        registry.get_mixer_entry(recipe.mixer.name)  # an unknown name fails here, before any work
     except ValueError as error:
         raise ValueError(f"Cannot use the recipe {path.name}: {error}") from None
     return recipe

@@ -14,7 +14,7 @@ GRID = Grid(
             mixer="mamba2",
             causality="bidirectional",
             normalize=False,
-            options={"gate": True, "norm": True, "skip": True, "short_convolution": 4},
+            options={"gate": True, "norm": True, "skip": True, "conv_size": 4},
         ),
         Variant(
             name="mamba2",

@@ -1,7 +1,7 @@
 """Which family of linear mixers is best for images, with which causality, and normalized or not?
 
-Mixers are in their plain forms, which start from the teacher's projections. The published GLA has no constant for the
-number of tokens and tames its sums with RMSNorm, which the plain form leaves out: not normalized, its first error is
+Mixers are in their drop-in forms, which start from the teacher's projections. The published GLA has no constant for the
+number of tokens and tames its sums with RMSNorm, which the drop-in form leaves out: not normalized, its first error is
 10⁵ times the others', and after the 110 steps of the default it is still on its way.
 """
 

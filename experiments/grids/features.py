@@ -2,7 +2,7 @@
 
 from experiments.config import Grid, Variant
 from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
-from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.feature_maps import FEATURE_MAPS
 
 _MIXERS = {"linear_attention": "linear attention", "linfusion": "LinFusion"}
 

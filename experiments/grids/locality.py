@@ -18,7 +18,7 @@ def _row(mixer: str, causality: str, convolution: int = 0) -> Variant:
         mixer=mixer,
         causality=causality,
         normalize=True,
-        options={"local_convolution": convolution} if convolution else {},
+        options={"local_conv_size": convolution} if convolution else {},
     )
 
 

@@ -2,7 +2,7 @@
 
 from experiments.config import Grid, Variant
 from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
-from mixers.stages.directions import SCANS
+from mixers.stages.scan_orders import SCANS
 
 _MIXERS = {
     "mamba2": ("Mamba-2", "bidirectional"),

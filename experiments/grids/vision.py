@@ -1,8 +1,8 @@
 """Linear mixers made for images, each with its published causality.
 
-In their plain forms, which start from the teacher's projections; where the paper adds a convolution of the values over
-the image, a second row has it. VSSD and Hydra are normalized: as published they have a norm behind them, which the
-plain form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
+Mixers are in their drop-in forms, which start from the teacher's projections. Where the paper adds a convolution of the
+values over the image, a second row has it. VSSD and Hydra are normalized: as published they have a norm behind them,
+which the drop-in form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
 """
 
 from experiments.config import Grid, Variant
@@ -34,7 +34,7 @@ GRID = Grid(
                 name=f"{mixer}_convolution",
                 label=f"{_MIXERS[mixer]}, with its convolution",
                 mixer=mixer,
-                options={"local_convolution": None},
+                options={"local_conv_size": None},
             )
             for mixer in ("focused", "mila", "inline")
         ),

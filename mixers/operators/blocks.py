@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mixers.operators.common import full_precision
+from mixers.precision import no_autocast
 
 Step = Callable[..., tuple[Tensor, Tensor]]
 
@@ -77,7 +77,7 @@ class _Blocks(torch.autograd.Function):
         needed[ctx.over_tokens] = True  # the memory: what a block leaves to the next
         wanted = [place for place, need in enumerate(needed) if need]
         found = [torch.empty_like(t) for t in streams] + [d_memory] + [torch.zeros_like(t) for t in constants]
-        with full_precision(dy):
+        with no_autocast(dy):
             for i, place in reversed(list(enumerate(ctx.places))):
                 block = (*(t[:, place] for t in streams), before[i], *constants)
                 outputs = (dy[:, place], found[ctx.over_tokens])

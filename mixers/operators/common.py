@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.operators.state import State
+from mixers.precision import accumulation_dtype
 from mixers.traits import CAUSALITIES
 
 
@@ -40,52 +38,14 @@ def check_state(initial_state: State | None, expected: tuple[int, ...], axes: st
         )
 
 
-def precision(*tensors: Tensor) -> torch.dtype:
-    """The dtype of state and sums: the widest of the inputs, float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def working_dtype(backend: ModuleType, result: Tensor, *others: Tensor) -> torch.dtype:
     """What a backend is handed its tensors in: the result's dtype where it sums in float32 itself (NARROW)."""
-    return result.dtype if getattr(backend, "NARROW", False) else precision(result, *others)
-
-
-def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off for the device of a tensor: it would run the sums over tokens in half precision."""
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def with_ones(v: Tensor) -> Tensor:
-    """(…, v) -> (…, v + 1): a column of ones, which the weights turn into their row sums."""
-    return F.pad(v, (0, 1), value=1.0)
-
-
-def divide_by_ones(y: Tensor, eps: float | Tensor) -> Tensor:
-    """(…, v + 1) -> (…, v): values over what became of the column of ones, plus eps."""
-    return y[..., :-1] / (y[..., -1:] + eps)
+    return result.dtype if getattr(backend, "NARROW", False) else accumulation_dtype(result, *others)
 
 
 def one_of_equals(x: Tensor) -> Tensor:
     """(b, l, h, ·) -> (b, l, 1, ·) where `expand` made all heads of one, as Mamba-2 does with B and C; else x."""
     return x[:, :, :1] if x.stride(2) == 0 else x
-
-
-def times(fresh: Tensor, factor: Tensor) -> Tensor:
-    """The product; without gradients in the place of `fresh`, as a new large tensor costs more than the product.
-
-    Args:
-        fresh: nobody else's, in the shape and dtype of the result.
-    """
-    return fresh * factor if torch.is_grad_enabled() else fresh.mul_(factor)
-
-
-def plus_product(fresh: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """fresh + a · b, in its place as `times` is."""
-    return torch.addcmul(fresh, a, b) if torch.is_grad_enabled() else fresh.addcmul_(a, b)
 
 
 def segment_sums(g: Tensor) -> Tensor:

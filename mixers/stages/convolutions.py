@@ -64,7 +64,7 @@ class LocalConvolution(nn.Module):
         size: int,
         bias: bool = True,
         zero_init: bool = False,
-        option: str = "local_convolution=0",
+        option: str = "local_conv_size=0",
     ) -> None:
         super().__init__()
         if size < 1 or size % 2 == 0:

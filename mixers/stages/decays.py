@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import precision
+from mixers.precision import accumulation_dtype
 from mixers.stages.projections import linear_in_full_precision
 
 
@@ -32,7 +32,7 @@ class FixedDecay(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (h,); x tells the device and the dtype alone."""
-        exponents = self.first + torch.arange(self.heads, device=x.device, dtype=precision(x))
+        exponents = self.first + torch.arange(self.heads, device=x.device, dtype=accumulation_dtype(x))
         return torch.log1p(-torch.exp2(-exponents))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import precision
+from mixers.precision import accumulation_dtype
 
 
 class FocusedMap(nn.Module):
@@ -35,7 +35,7 @@ class FocusedMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, h, k) -> (b, l, h, k), same dtype, > 0 (in half precision ≥ 0)."""
-        dtype = precision(x)
+        dtype = accumulation_dtype(x)
         u = (x.flatten(-2).to(dtype).relu() + 1e-6) / F.softplus(self.scale.to(dtype))
         sharp = (u / u.amax(-1, keepdim=True).detach()) ** self.power
         y = sharp * (u.norm(dim=-1, keepdim=True) / sharp.norm(dim=-1, keepdim=True))

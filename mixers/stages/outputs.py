@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import plus_product, precision, times
+from mixers.inplace import addcmul_reusing, multiply_reusing
+from mixers.precision import accumulation_dtype
 from mixers.stages.convolutions import LocalConvolution
 from mixers.suggest import hint
 
@@ -29,10 +30,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, channels) -> (…, channels)."""
-        parts = x.to(precision(x)).unflatten(-1, (self.groups, -1))
+        parts = x.to(accumulation_dtype(x)).unflatten(-1, (self.groups, -1))
         power = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square() / parts.shape[-1]
         y = (parts * torch.rsqrt(power + self.eps)).flatten(-2)
-        return (y if self.weight is None else times(y, self.weight.to(y.dtype))).to(x.dtype)
+        return (y if self.weight is None else multiply_reusing(y, self.weight.to(y.dtype))).to(x.dtype)
 
 
 class HeadGroupNorm(nn.Module):
@@ -50,7 +51,7 @@ class HeadGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, h·v) -> (…, h·v)."""
-        parts = x.to(precision(x)).unflatten(-1, (self.heads, -1))
+        parts = x.to(accumulation_dtype(x)).unflatten(-1, (self.heads, -1))
         y = F.layer_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2)
         if self.weight is not None and self.bias is not None:
             y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
@@ -84,7 +85,7 @@ class Output(nn.Module):
     | RetNet (2307.08621) | norm_kind="head_rms", affine=False |
     | RWKV-6 (2404.05892) | norm_kind="head_group", eps=64e-5 |
     | VSSD (2407.18559), its code | norm_kind="layer", linear_gate=True |
-    | FLatten (2308.00442), MILA (2405.16605) | local_convolution, no norm |
+    | FLatten (2308.00442), MILA (2405.16605) | local_conv_size, no norm |
 
     Computed in float32 at least, but for the convolution and to_gate; given back in the dtype of y. With everything
     off it gives back y itself.
@@ -98,7 +99,7 @@ class Output(nn.Module):
         dim: d, width of the tokens x.
         head_dim: v, value channels a head.
         skip, norm, gate: which parts there are.
-        local_convolution: side of the window, odd; 0 is none. It needs the grid, and streams in raster order.
+        local_conv_size: side of the window, odd; 0 is none. It needs the grid, and streams in raster order.
         norm_kind: `head_rms`, `rms` (over the whole width, in `groups`), `head_group` or `layer` (LayerNorm over the
             whole width).
         gate_first: the gate comes before the norm.
@@ -121,7 +122,7 @@ class Output(nn.Module):
         skip: bool = False,
         norm: bool = False,
         gate: bool = False,
-        local_convolution: int = 0,
+        local_conv_size: int = 0,
         norm_kind: str = "head_rms",
         gate_first: bool = False,
         linear_gate: bool = False,
@@ -135,7 +136,7 @@ class Output(nn.Module):
         width = heads * head_dim
         self.gate_first, self.linear_gate = gate_first, linear_gate
         self.D = nn.Parameter(torch.ones((heads, head_dim) if skip_channels else (heads,))) if skip else None
-        self.local = LocalConvolution(width, local_convolution, zero_init=zero_init) if local_convolution else None
+        self.local = LocalConvolution(width, local_conv_size, zero_init=zero_init) if local_conv_size else None
         made = _norm(norm_kind, heads, head_dim, groups, affine, eps)
         self.norm = made if norm else None
         self.norm_axes = 1 if norm_kind == "head_rms" else 2
@@ -151,10 +152,10 @@ class Output(nn.Module):
         Raises:
             ValueError: there is a local convolution and no grid.
         """
-        dtype, result = precision(y), y
+        dtype, result = accumulation_dtype(y), y
         if self.D is not None:
             D = self.D.to(dtype)
-            result = plus_product(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
+            result = addcmul_reusing(result.to(dtype), D if D.ndim == 2 else D[:, None], streams.v.to(dtype))
         if self.local is not None:
             result = result.to(dtype) + self.local(streams.v.flatten(-2), streams.grid).view_as(y)
         steps = (self._gated, self._normed) if self.gate_first else (self._normed, self._gated)
@@ -165,14 +166,16 @@ class Output(nn.Module):
     def _normed(self, y: Tensor, x: Tensor) -> Tensor:
         if self.norm is None:
             return y
-        wide = y.to(precision(y))
+        wide = y.to(accumulation_dtype(y))
         return self.norm(wide) if self.norm_axes == 1 else self.norm(wide.flatten(-2)).view_as(y)
 
     def _gated(self, y: Tensor, x: Tensor) -> Tensor:
         if self.to_gate is None:
             return y
-        z = self.to_gate(x).to(precision(y)).view_as(y)
-        return times(z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled()), y.to(precision(y)))
+        dtype = accumulation_dtype(y)
+        z = self.to_gate(x).to(dtype).view_as(y)
+        gate = z if self.linear_gate else F.silu(z, inplace=not torch.is_grad_enabled())
+        return multiply_reusing(gate, y.to(dtype))
 
 
 def _norm(kind: str, heads: int, head_dim: int, groups: int, affine: bool, eps: float) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.operators.common import full_precision, precision
+from mixers.precision import accumulation_dtype, no_autocast
 
 
 class Projections(nn.Module):
@@ -37,7 +37,7 @@ class Projections(nn.Module):
         self.to_out = nn.Linear(value_width, dim, bias=bias)
 
 
-def call_output(to_out: Any, x: Tensor) -> Tensor:
+def apply_to_out(to_out: Any, x: Tensor) -> Tensor:
     """Apply `to_out`, a module, or several in order (diffusers: a ModuleList of Linear and Dropout): (b, l, d)."""
     for part in to_out if isinstance(to_out, nn.ModuleList | list | tuple) else [to_out]:
         x = part(x)
@@ -65,6 +65,6 @@ class ResidualMLP(nn.Module):
 
 def linear_in_full_precision(layer: nn.Linear, x: Tensor) -> Tensor:
     """A projection in float32 at least, whatever the parameters' dtype and autocast say: (…, in) -> (…, out)."""
-    dtype = precision(x, layer.weight)
-    with full_precision(x):
+    dtype = accumulation_dtype(x, layer.weight)
+    with no_autocast(x):
         return F.linear(x.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))

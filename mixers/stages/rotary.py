@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixers.operators.common import precision
+from mixers.precision import accumulation_dtype
 
 
 def rotary(x: Tensor, *, base: float = 10000.0, adjacent: bool = True, start: int = 0) -> Tensor:
@@ -53,7 +53,7 @@ def _turn(x: Tensor, axes: list[Tensor], base: float, adjacent: bool) -> Tensor:
     n = x.shape[-1] // (2 * len(axes))
     if n == 0:
         raise ValueError(f"Heads of {x.shape[-1]} channels are too small to turn: {2 * len(axes)} are needed.")
-    dtype, turned = precision(x), 2 * n * len(axes)
+    dtype, turned = accumulation_dtype(x), 2 * n * len(axes)
     frequencies = base ** (-torch.arange(n, device=x.device, dtype=dtype) / n)
     angles = torch.cat([places.to(dtype)[:, None] * frequencies for places in axes], dim=-1)[:, None]  # (l, 1, pairs)
     cos, sin = angles.cos(), angles.sin()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mixers.mixer import Streams, TokenMixer
-from mixers.stages.directions import inverse
-from mixers.stages.projections import call_output
+from mixers.stages.projections import apply_to_out
+from mixers.stages.scan_orders import inverse_permutation
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Inputs:
     def streams(self, mixer: TokenMixer, length: int) -> Streams:
         """What the mixer's operator gets for such tokens, in the first of its scan orders."""
         x, grid = self.tokens(mixer, length), grid_of(mixer, length)
-        order = mixer.orders(x, grid)[0]
-        return mixer.streams(x if order is None else x[:, order], mixer.host(None), grid)
+        order = mixer.scan_orders(x, grid)[0]
+        return mixer.compute_streams(x if order is None else x[:, order], mixer.resolve_projections(None), grid)
 
 
 def grid_of(mixer: TokenMixer, length: int) -> tuple[int, int] | None:
@@ -63,13 +63,13 @@ def run(mixer: TokenMixer, x: Tensor, projections: Any = None) -> Tensor:
 
 def through_its_matrix(mixer: TokenMixer, x: Tensor) -> Tensor:
     """mixer(x) by another road: the matrix from the formula, written out, applied to the values. O(l²)."""
-    host, results, grid = mixer.host(None), [], grid_of(mixer, x.shape[1])
-    for order in mixer.orders(x, grid):
-        streams = mixer.streams(x if order is None else x[:, order], host, grid)
-        y = mixer.output(apply_matrix(mixer.weights(streams), streams.v), streams)
-        results.append(y if order is None else y[:, inverse(order)])
+    host, results, grid = mixer.resolve_projections(None), [], grid_of(mixer, x.shape[1])
+    for order in mixer.scan_orders(x, grid):
+        streams = mixer.compute_streams(x if order is None else x[:, order], host, grid)
+        y = mixer.output(apply_matrix(mixer.mixing_matrix(streams), streams.v), streams)
+        results.append(y if order is None else y[:, inverse_permutation(order)])
     y = torch.stack(results).mean(0)
-    return call_output(host.to_out, y.flatten(2))
+    return apply_to_out(host.to_out, y.flatten(2))
 
 
 def apply_matrix(weights: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from mixers.mixer import TokenMixer
-from mixers.registry import create_mixer, entry
+from mixers.registry import create_mixer, get_mixer_entry
 from mixers.testing.checks import CHECKS, Check, checks_for
 from mixers.traits import Causality
 
@@ -22,20 +22,20 @@ class Configuration:
     """A legal way to build a registered mixer; calling it gives a small float64 one that is not at its start.
 
     Attributes:
-        form: `published`, or `plain`: the form that starts from a host's projections.
+        form: `published`, or `drop-in`: the form that starts from a host's projections.
     """
 
     name: str
     causality: Causality
     normalize: bool
-    form: Literal["published", "plain"] = "published"
+    form: Literal["published", "drop-in"] = "published"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __call__(self) -> TokenMixer:
         torch.manual_seed(0)
-        found = entry(self.name)
-        form = found.mixer.plain if self.form == "plain" else {}
-        settings = {**found.tiny, **form, **self.options}
+        found = get_mixer_entry(self.name)
+        form = found.mixer.drop_in_options if self.form == "drop-in" else {}
+        settings = {**found.tiny_options, **form, **self.options}
         mixer = create_mixer(self.name, 12, 2, causality=self.causality, normalize=self.normalize, **settings).double()
         with torch.no_grad():  # layers that start at zero would hide what they do
             for parameter in mixer.parameters():
@@ -49,20 +49,20 @@ class Configuration:
     @property
     def is_default(self) -> bool:
         """Whether it is what `create_mixer` gives by default."""
-        found = entry(self.name)
+        found = get_mixer_entry(self.name)
         switches = (self.causality, self.normalize) == (found.default_causality, found.default_normalize)
         return switches and self.form == "published" and not self.options
 
 
 def configurations(names: Iterable[str]) -> list[Configuration]:
-    """Every causality × normalization that each mixer does not refuse, in its published and in its plain form."""
-    forms: tuple[Literal["published", "plain"], ...] = ("published", "plain")
+    """Every causality × normalization that each mixer does not refuse, in its published and in its drop-in form."""
+    forms: tuple[Literal["published", "drop-in"], ...] = ("published", "drop-in")
     return [
         Configuration(name, causality, normalize, form)
         for name in names
-        for form in forms[: 2 if entry(name).mixer.plain else 1]
-        for causality in entry(name).causalities
-        for normalize in entry(name).normalizations
+        for form in forms[: 2 if get_mixer_entry(name).mixer.drop_in_options else 1]
+        for causality in get_mixer_entry(name).causalities
+        for normalize in get_mixer_entry(name).normalizations
     ]
 
 
@@ -128,7 +128,7 @@ def check_mixer(
         ValueError: an exception names no check, or options are given with a function.
     """
     if isinstance(name_or_factory, str):
-        found = entry(name_or_factory)
+        found = get_mixer_entry(name_or_factory)
         causality = options.pop("causality", found.default_causality)
         normalize = options.pop("normalize", found.default_normalize)
         name_or_factory = Configuration(name_or_factory, causality, normalize, options=options)

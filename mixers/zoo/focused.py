@@ -21,7 +21,7 @@ class FocusedConfig(LinearAttentionConfig):
         power: p of the map; 1 leaves directions as they are.
     """
 
-    published_local_convolution: ClassVar[int] = 5
+    default_local_conv_size: ClassVar[int] = 5
 
     power: float = 3.0
 
@@ -30,7 +30,7 @@ class FocusedConfig(LinearAttentionConfig):
         if self.feature_map is not None:
             raise ValueError(
                 f"feature_map={self.feature_map!r} would replace what makes this mixer focused: leave it out, or use "
-                f"linear_attention with local_convolution={self.local_convolution}."
+                f"linear_attention with local_conv_size={self.local_conv_size}."
             )
 
 
@@ -44,8 +44,8 @@ class Focused(LinearAttention):
     """
 
     Config: ClassVar[Any] = FocusedConfig
-    plain: ClassVar[dict[str, Any]] = {"local_convolution": 0}
-    published_map: ClassVar[str] = "relu"  # what `focus` sharpens
+    drop_in_options: ClassVar[dict[str, Any]] = {"local_conv_size": 0}
+    default_feature_map: ClassVar[str] = "relu"  # what `focus` sharpens
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)

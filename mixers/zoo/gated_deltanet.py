@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
 from mixers.operators import delta, delta_rule, delta_rule_weights
-from mixers.operators.common import full_precision, precision
-from mixers.published import Published, read_fla, require
+from mixers.precision import accumulation_dtype, no_autocast
 from mixers.registry import register_mixer
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import Projections
+from mixers.state_dicts import ConvertedStateDict, convert_fla_state_dict, require_tensors
 from mixers.traits import Causality
 
 
@@ -24,9 +24,9 @@ class GatedDeltaNetConfig(MixerConfig):
     """Options of `gated_deltanet`.
 
     Attributes:
-        expand_keys: width of queries and keys over the model width, rounded to whole channels a head. Published are
+        expand_k: width of queries and keys over the model width, rounded to whole channels a head. Published are
             0.75 with values twice as wide, 1.5; without a gate 1 and 2, which costs as much.
-        negative_eigenvalues: β is up to 2, so that a token can turn what it finds around (2411.12537).
+        allow_neg_eigval: β is up to 2, so that a token can turn what it finds around (2411.12537).
         decay: forget by a gate a token and head; without it the mixer is DeltaNet (2406.06484).
         backend: of the operator.
     """
@@ -34,25 +34,25 @@ class GatedDeltaNetConfig(MixerConfig):
     causality: Causality = "causal"
     normalize: bool = False
     expand: float = 1.5
-    short_convolution: int = 4
+    conv_size: int = 4
     norm: bool = True
     gate: bool = True
-    expand_keys: float = 0.75
-    negative_eigenvalues: bool = False
+    expand_k: float = 0.75
+    allow_neg_eigval: bool = False
     decay: bool = True
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.expand_keys <= 0:
-            raise ValueError(f"Expected expand_keys > 0, got {self.expand_keys}.")
+        if self.expand_k <= 0:
+            raise ValueError(f"Expected expand_k > 0, got {self.expand_k}.")
 
 
 @register_mixer(
     "gated_deltanet",
     causalities=("causal", "bidirectional"),
     normalizations=(False,),
-    refusals={
+    unsupported={
         "noncausal": "a token erases what came before it, and without an order there is no before",
         "True": "erasing makes weights negative, so their sum is nothing to divide by",
     },
@@ -66,8 +66,8 @@ class GatedDeltaNet(TokenMixer):
     """
 
     Config: ClassVar[Any] = GatedDeltaNetConfig
-    plain: ClassVar[dict[str, Any]] = {
-        **{"expand": 1, "expand_keys": 1, "short_convolution": 0, "norm": False, "gate": False},
+    drop_in_options: ClassVar[dict[str, Any]] = {
+        **{"expand": 1, "expand_k": 1, "conv_size": 0, "norm": False, "gate": False},
     }
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
@@ -77,21 +77,21 @@ class GatedDeltaNet(TokenMixer):
 
     @property
     def key_width(self) -> int:
-        """expand_keys · d, in whole channels a head."""
-        return self.heads * max(1, round(self.dim * self.config.expand_keys / self.heads))
+        """expand_k · d, in whole channels a head."""
+        return self.heads * max(1, round(self.dim * self.config.expand_k / self.heads))
 
-    def own_projections(self) -> Projections:
+    def create_projections(self) -> Projections:
         """Projections without a bias."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add β and log α, (b, l, h) each."""
         x = streams.x
-        dtype = precision(x, self.to_beta.weight)
-        with full_precision(x):
+        dtype = accumulation_dtype(x, self.to_beta.weight)
+        with no_autocast(x):
             beta = F.linear(x.to(dtype), self.to_beta.weight.to(dtype)).sigmoid()
         log_decay = None if self.decay is None else self.decay(x)[1]
-        return replace(streams, write=(2 if self.config.negative_eigenvalues else 1) * beta, log_decay=log_decay)
+        return replace(streams, beta=(2 if self.config.allow_neg_eigval else 1) * beta, log_decay=log_decay)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """q and k over their lengths, (b, l, h, k) each, float32 at least; zero stays zero."""
@@ -100,18 +100,18 @@ class GatedDeltaNet(TokenMixer):
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v), float32 at least."""
-        assert streams.write is not None
+        assert streams.beta is not None
         (q, k), v = self.features(streams), streams.values
         settings: dict[str, Any] = {"causality": self.config.causality, "scale": self.scale}
-        mixed = delta_rule(q, k, v, streams.write, streams.log_decay, backend=self.config.backend, **settings)
+        mixed = delta_rule(q, k, v, streams.beta, streams.log_decay, backend=self.config.backend, **settings)
         return cast(Tensor, mixed)
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
-        assert streams.write is not None
+        assert streams.beta is not None
         q, k = self.features(streams)
         settings: dict[str, Any] = {"causality": self.config.causality, "scale": self.scale}
-        return delta_rule_weights(q, k, streams.write, streams.log_decay, **settings)
+        return delta_rule_weights(q, k, streams.beta, streams.log_decay, **settings)
 
     @property
     def scale(self) -> float:
@@ -119,7 +119,7 @@ class GatedDeltaNet(TokenMixer):
         return self.key_dim**-0.5
 
     @property
-    def order_free(self) -> bool:
+    def permutation_equivariant(self) -> bool:
         """Never: what a token erases came before it."""
         return False
 
@@ -142,15 +142,15 @@ class GatedDeltaNet(TokenMixer):
         return self.heads * delta.flops(length, self.key_dim, self.head_dim, self.config.causality)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
-        """Of `fla`'s GatedDeltaNet with short convolutions; say negative_eigenvalues where allow_neg_eigval is set.
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
+        """Of `fla`'s GatedDeltaNet with short convolutions; say allow_neg_eigval where allow_neg_eigval is set.
 
         Not read: more heads of values than of keys, a gate other than SiLU.
         """
         names = {"a_proj.weight": "decay.to_dt.weight", "A_log": "decay.A_log", "dt_bias": "decay.dt_bias"}
-        require(state, "q_conv1d.weight k_conv1d.weight v_conv1d.weight")
-        read = read_fla(state, options, {**names, "b_proj.weight": "to_beta.weight"})
-        return replace(read, options={"expand_keys": len(state["q_proj.weight"]) / read.dim, **read.options})
+        require_tensors(state, "q_conv1d.weight k_conv1d.weight v_conv1d.weight")
+        read = convert_fla_state_dict(state, options, {**names, "b_proj.weight": "to_beta.weight"})
+        return replace(read, options={"expand_k": len(state["q_proj.weight"]) / read.dim, **read.options})
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.mixer import Streams
-from mixers.published import Published, read_fla
 from mixers.registry import register_mixer
 from mixers.stages.decays import LowRankDecay
 from mixers.stages.projections import Projections
+from mixers.state_dicts import ConvertedStateDict, convert_fla_state_dict
 from mixers.traits import Causality
 
 
@@ -22,7 +22,7 @@ class GLAConfig(LinearConfig):
     """Options of `gla`.
 
     Attributes:
-        expand_keys: width of queries and keys over the model width, rounded to whole channels a head; other than 1
+        expand_k: width of queries and keys over the model width, rounded to whole channels a head; other than 1
             it needs projections of its own.
         gate_low_rank_dim: rank of the decay's projection.
         gate_logit_normalizer: τ, the logarithms of the gates are divided by it; a larger one forgets less.
@@ -32,16 +32,15 @@ class GLAConfig(LinearConfig):
     normalize: bool = False
     norm: bool = True
     gate: bool = True
-    expand_keys: float = 0.5
+    expand_k: float = 0.5
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: float = 16.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.expand_keys <= 0 or self.gate_low_rank_dim <= 0:
+        if self.expand_k <= 0 or self.gate_low_rank_dim <= 0:
             raise ValueError(
-                f"Expected expand_keys > 0 and gate_low_rank_dim > 0, got {self.expand_keys} and "
-                f"{self.gate_low_rank_dim}."
+                f"Expected expand_k > 0 and gate_low_rank_dim > 0, got {self.expand_k} and {self.gate_low_rank_dim}."
             )
 
 
@@ -54,10 +53,10 @@ class GLA(LinearMixer):
     """
 
     Config: ClassVar[Any] = GLAConfig
-    decays: ClassVar[bool] = True
-    channel_gates: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {"expand_keys": 1, "norm": False, "gate": False}
-    tiny: ClassVar[dict[str, Any]] = {"gate_low_rank_dim": 4}
+    has_decay: ClassVar[bool] = True
+    per_channel_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[dict[str, Any]] = {"expand_k": 1, "norm": False, "gate": False}
+    tiny_options: ClassVar[dict[str, Any]] = {"gate_low_rank_dim": 4}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
@@ -66,16 +65,16 @@ class GLA(LinearMixer):
 
     @property
     def key_width(self) -> int:
-        """expand_keys · d, in whole channels a head."""
-        return self.heads * max(1, round(self.dim * self.config.expand_keys / self.heads))
+        """expand_k · d, in whole channels a head."""
+        return self.heads * max(1, round(self.dim * self.config.expand_k / self.heads))
 
-    def own_projections(self) -> Projections:
+    def create_projections(self) -> Projections:
         """Projections without a bias."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add log α, (b, l, h, k)."""
-        return replace(streams, log_decay=self.split(self.decay(streams.x)))
+        return replace(streams, log_decay=self.split_heads(self.decay(streams.x)))
 
     @property
     def scale(self) -> float:
@@ -87,16 +86,16 @@ class GLA(LinearMixer):
         return super().mixing_flops(length) + 2 * length * self.config.gate_low_rank_dim * (self.dim + self.key_width)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
         """Of `fla`'s GatedLinearAttention; say gate_logit_normalizer where it is not 16, heads where the norm is plain.
 
         Not read: keys and values that heads share, a feature map, `clamp_min`, a gate other than SiLU.
         """
         names = {"gk_proj.0.weight": "decay.down.weight"}
         names |= {"gk_proj.1.weight": "decay.up.weight", "gk_proj.1.bias": "decay.up.bias"}
-        read = read_fla(state, options, names)
+        read = convert_fla_state_dict(state, options, names)
         derived = {
-            "expand_keys": len(state["q_proj.weight"]) / read.dim,
+            "expand_k": len(state["q_proj.weight"]) / read.dim,
             "gate_low_rank_dim": len(state["gk_proj.0.weight"]),
         }
         return replace(read, options={**derived, **read.options})

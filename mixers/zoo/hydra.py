@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixers import operators
 from mixers.mixer import Streams, upcast
-from mixers.operators.common import divide_by_ones, with_ones
+from mixers.normalization import append_ones, divide_by_last
 from mixers.registry import register_mixer
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import linear_in_full_precision
@@ -31,9 +31,9 @@ class HydraConfig(StateSpaceConfig):
     """
 
     causality: Causality = "bidirectional"
-    short_convolution: int = 7
+    conv_size: int = 7
     skip: bool = False
-    state_size: int | None = 64
+    d_state: int | None = 64
     shared_keys: bool = False
     own_query: bool = False
 
@@ -48,7 +48,7 @@ class HydraStreams(Streams):
 @register_mixer(
     "hydra",
     causalities=("causal", "bidirectional"),
-    refusals={"noncausal": "past and future are all that it tells apart; without an order use vssd with a skip"},
+    unsupported={"noncausal": "past and future are all that it tells apart; without an order use vssd with a skip"},
 )
 class Hydra(StateSpaceMixer):
     """Hydra (2407.09941): SSD over the past, SSD over the future, and a diagonal δ: a quasiseparable matrix.
@@ -61,9 +61,13 @@ class Hydra(StateSpaceMixer):
     """
 
     Config: ClassVar[Any] = HydraConfig
-    decays: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {**StateSpaceMixer.plain, "shared_keys": True, "own_query": True}
-    output_style: ClassVar[dict[str, Any]] = {"norm_kind": "rms"}
+    has_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[dict[str, Any]] = {
+        **StateSpaceMixer.drop_in_options,
+        "shared_keys": True,
+        "own_query": True,
+    }
+    output_options: ClassVar[dict[str, Any]] = {"norm_kind": "rms"}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         self.directions = 1 if config.causality == "causal" else 2
@@ -78,31 +82,33 @@ class Hydra(StateSpaceMixer):
         """B and C of every direction and group."""
         return self.key_sets * super().key_width
 
-    def split_keys(self, x: Tensor) -> Tensor:
+    def split_key_heads(self, x: Tensor) -> Tensor:
         """(b, l, sets·groups·n) -> (b, l, h, sets·n)."""
-        sizes = {"s": self.key_sets, "g": self.groups, "r": self.heads // self.groups}
+        sizes = {"s": self.key_sets, "g": self.n_groups, "r": self.heads // self.n_groups}
         return repeat(x, "b l (s g n) -> b l (g r) (s n)", **sizes)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add Δ and Δ·A of every direction, and the diagonal."""
-        write, log_decay = self.decay(streams.x)
+        dt, log_decay = self.decay(streams.x)
         diagonal = linear_in_full_precision(self.diagonal, streams.v.flatten(2))
         diagonal = F.softplus(diagonal) if self.config.normalize else diagonal
-        return HydraStreams(streams.x, streams.q, streams.k, streams.v, log_decay, write, streams.grid, diagonal)
+        return HydraStreams(
+            streams.x, streams.q, streams.k, streams.v, log_decay=log_decay, dt=dt, grid=streams.grid, diagonal=diagonal
+        )
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v), float32 at least: the directions' sums, moved by one, and the diagonal."""
         assert isinstance(streams, HydraStreams) and streams.diagonal is not None
         v = streams.values
-        v = with_ones(v) if self.config.normalize else v
+        v = append_ones(v) if self.config.normalize else v
         y = streams.diagonal[..., None] * v
         for direction, (q, k, log_decay) in enumerate(self._directions(streams)):
             turned = (q, k, v, log_decay) if direction == 0 else (t.flip(1) for t in (q, k, v, log_decay))
             part = self._before(*turned)
             y = y + (part if direction == 0 else part.flip(1))
-        return divide_by_ones(y, self.config.eps) if self.config.normalize else y
+        return divide_by_last(y, self.config.eps) if self.config.normalize else y
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         assert isinstance(streams, HydraStreams) and streams.diagonal is not None
         total = torch.diag_embed(streams.diagonal.transpose(1, 2))
@@ -116,10 +122,10 @@ class Hydra(StateSpaceMixer):
 
     def _directions(self, streams: Streams) -> list[tuple[Tensor, Tensor, Tensor]]:
         """φ(C), φ(B)·Δ and Δ·A of every direction."""
-        assert streams.write is not None and streams.log_decay is not None
+        assert streams.dt is not None and streams.log_decay is not None
         dtype = upcast(streams.q.dtype)
         q, k = (self._map.apply(t.to(dtype)).split(self.key_dim, dim=-1) for t in (streams.q, streams.k))
-        steps, decays = (t.split(self.heads, dim=-1) for t in (streams.write, streams.log_decay))
+        steps, decays = (t.split(self.heads, dim=-1) for t in (streams.dt, streams.log_decay))
         sets = [min(n, self.key_sets - 1) for n in range(self.directions)]
         return [(q[s], k[s] * steps[n][..., None], decays[n]) for n, s in enumerate(sets)]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.linear_mixer import LinearMixer
 from mixers.mixer import MixerConfig, Streams
-from mixers.operators.common import precision
-from mixers.operators.linear import visible
+from mixers.normalization import count_visible_tokens
+from mixers.precision import accumulation_dtype
 from mixers.registry import register_mixer
 from mixers.stages.outputs import Output
 
@@ -26,21 +26,21 @@ class InLineConfig(MixerConfig):
     Attributes:
         feature_map: φ; any will do, signed ones too.
         dynamic_convolution: the weights of the local convolution are computed from the mean token, else learned.
-        scale_tokens: unnormalized weights are divided by this many tokens, a constant whatever the real number is.
+        reference_length: unnormalized weights are divided by this many tokens, a constant whatever the real number is.
         backend: of the operator.
     """
 
-    published_local_convolution: ClassVar[int] = 3
+    default_local_conv_size: ClassVar[int] = 3
 
     feature_map: str | None = None
     dynamic_convolution: bool = True
-    scale_tokens: int = 256
+    reference_length: int = 256
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale_tokens <= 0:
-            raise ValueError(f"Expected scale_tokens > 0, got {self.scale_tokens}.")
+        if self.reference_length <= 0:
+            raise ValueError(f"Expected reference_length > 0, got {self.reference_length}.")
 
 
 class DynamicConvolution(nn.Module):
@@ -62,14 +62,14 @@ class DynamicConvolution(nn.Module):
         if streams.grid is None:
             raise ValueError(
                 "A local convolution sees neighbors in the image and has to know its size: "
-                "pass grid=(height, width), or do without it by local_convolution=0."
+                "pass grid=(height, width), or do without it by local_conv_size=0."
             )
         chosen = self.residual(streams.x.mean(1)[..., None])
         kernel = chosen.reshape(-1, 1, self.size, self.size)  # (b·h·v, 1, size, size)
         v = rearrange(streams.v, "b (i j) h v -> 1 (b h v) i j", i=streams.grid[0])
         local = F.conv2d(v, kernel, padding=self.size // 2, groups=kernel.shape[0])
         local = rearrange(local, "1 (b h v) i j -> b (i j) h v", b=y.shape[0], h=y.shape[2])
-        return self.output(y.to(precision(y)) + local, streams).to(y.dtype)
+        return self.output(y.to(accumulation_dtype(y)) + local, streams).to(y.dtype)
 
 
 @register_mixer("inline")
@@ -78,26 +78,26 @@ class InLine(LinearMixer):
 
     Normalized by subtraction: rows sum to one with no division, so that different queries keep different weights;
     weights may be negative. φ is the identity as published. Means are over the visible tokens: all, or 0 … i where
-    causal. normalize=False takes the correction away: W_ij = φ(q_i)·φ(k_j) / (√k · scale_tokens).
+    causal. normalize=False takes the correction away: W_ij = φ(q_i)·φ(k_j) / (√k · reference_length).
 
     conv is a 3 × 3 depthwise convolution whose weights come from the mean token (which in the published DeiT counts
     the class token, that there is none of here).
     """
 
     Config: ClassVar[Any] = InLineConfig
-    plain: ClassVar[dict[str, Any]] = {"local_convolution": 0}
-    divides: ClassVar[bool] = False
+    drop_in_options: ClassVar[dict[str, Any]] = {"local_conv_size": 0}
+    normalizes_by_division: ClassVar[bool] = False
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
-        if config.local_convolution and config.dynamic_convolution:
-            size = config.local_convolution
+        if config.local_conv_size and config.dynamic_convolution:
+            size = config.local_conv_size
             self.output: Any = DynamicConvolution(self.output, dim, heads, self.value_width, size)
 
     @property
     def scale(self) -> float:
-        """1 / √k, unnormalized also over scale_tokens."""
-        return 1 / (self.key_dim**0.5 * (1 if self.config.normalize else self.config.scale_tokens))
+        """1 / √k, unnormalized also over reference_length."""
+        return 1 / (self.key_dim**0.5 * (1 if self.config.normalize else self.config.reference_length))
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v), float32 at least: linear attention with one feature more, which holds the correction."""
@@ -113,7 +113,7 @@ class InLine(LinearMixer):
         assert isinstance(y, Tensor)
         return y / self._visible(v)[:, None, None] if self.config.normalize else y
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         q, k = self.features(streams)
         scores = operators.linear_weights(
@@ -126,7 +126,7 @@ class InLine(LinearMixer):
         return (scores + seen * (1 - scores.sum(-1, keepdim=True) / counts)) / counts
 
     def _visible(self, like: Tensor) -> Tensor:
-        return visible(like, self.config.causality, 0)
+        return count_visible_tokens(like, self.config.causality, 0)
 
     def _visible_means(self, k: Tensor) -> Tensor:
         """(b, l, h, k), or (b, 1, h, k) where all see the same."""
@@ -147,7 +147,7 @@ class InLine(LinearMixer):
     def mixing_flops(self, length: int) -> int:
         """Those of the operator, of the parts around it, and of choosing the weights of the convolution."""
         config, width = self.config, self.value_width
-        chosen = config.local_convolution**2 if config.dynamic_convolution else 0
+        chosen = config.local_conv_size**2 if config.dynamic_convolution else 0
         choosing = 2 * width * (self.dim + chosen * width) // self.heads if chosen else 0
         return super().mixing_flops(length) + choosing
 

@@ -29,7 +29,7 @@ class LinFusion(LinearAttention):
     """LinFusion: linear attention whose q and k see x + MLP(x); W/(q·mean k + 1e-4)."""
 
     Config: ClassVar[Any] = LinFusionConfig
-    tiny: ClassVar[dict[str, Any]] = {"mid_dim": 4}
+    tiny_options: ClassVar[dict[str, Any]] = {"mid_dim": 4}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
@@ -39,7 +39,7 @@ class LinFusion(LinearAttention):
         self.mid_dim = mid
         self.for_q, self.for_k = ResidualMLP(dim, mid), ResidualMLP(dim, mid)
 
-    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def projection_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What to_q and to_k see: x + MLP(x), one MLP each."""
         return self.for_q(x), self.for_k(x)
 

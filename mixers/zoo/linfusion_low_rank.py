@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.mixer import Streams
 from mixers.registry import register_mixer
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.stages.projections import linear_in_full_precision
 from mixers.zoo.linfusion import LinFusion, LinFusionConfig
 
@@ -43,7 +43,7 @@ class LinFusionLowRank(LinFusion):
     """
 
     Config: ClassVar[Any] = LinFusionLowRankConfig
-    tiny: ClassVar[dict[str, Any]] = {"mid_dim": 4, "rank": 3}
+    tiny_options: ClassVar[dict[str, Any]] = {"mid_dim": 4, "rank": 3}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
@@ -53,7 +53,7 @@ class LinFusionLowRank(LinFusion):
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """F and G of tokens (b, l, d): (b, l, h, r) each, ≥ 0, float32 at least."""
-        f, g = (self.split(linear_in_full_precision(layer, x)) for layer in (self.to_f, self.to_g))
+        f, g = (self.split_heads(linear_in_full_precision(layer, x)) for layer in (self.to_f, self.to_g))
         return FEATURE_MAPS["elu_plus_one"].apply(f), g.softmax(-1)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:

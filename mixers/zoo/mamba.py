@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers.mixer import Streams
-from mixers.operators.common import precision
 from mixers.operators.scan import selective_scan, selective_scan_weights
-from mixers.published import Published, require, split_rows
+from mixers.precision import accumulation_dtype
 from mixers.registry import register_mixer
 from mixers.stages.projections import Projections, linear_in_full_precision
+from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
 from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
 from mixers.suggest import hint
 
@@ -34,7 +34,7 @@ class MambaConfig(StateSpaceConfig):
     """
 
     norm: bool = False
-    state_size: int | None = 16
+    d_state: int | None = 16
     selection: str = "inner"
     dt_rank: int | None = None
 
@@ -74,15 +74,15 @@ class Mamba(StateSpaceMixer):
     """Mamba (2312.00752): W_ij = Σ_n C_i[n] B_j[n] Δ_j ∏ exp(Δ_t A[n]) for every channel, then (W u + D u)·SiLU(z).
 
     u = SiLU(convolution(to_v(x))). One Δ a channel, one A a channel and state; heads are splits of the channels. As
-    published B, C and Δ come from u, and B and C are the same for all channels. The plain form takes them from x: B
+    published B, C and Δ come from u, and B and C are the same for all channels. The drop-in form takes them from x: B
     and C with the width of a head, one of each a head, and Δ at low rank for every channel. Of the scan `flops` has
     the reading of the states alone: the rest, about 5·l·channels·n operations and exponentials, is elementwise.
     """
 
     Config: ClassVar[Any] = MambaConfig
-    decays: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {**StateSpaceMixer.plain, "selection": "input"}
-    output_style: ClassVar[dict[str, Any]] = {"skip_channels": True}
+    has_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[dict[str, Any]] = {**StateSpaceMixer.drop_in_options, "selection": "input"}
+    output_options: ClassVar[dict[str, Any]] = {"skip_channels": True}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
@@ -104,37 +104,37 @@ class Mamba(StateSpaceMixer):
     @property
     def A(self) -> Tensor:
         """(h, v, n), < 0."""
-        log = self.A_log.to(precision(self.A_log)).unflatten(0, (self.heads, -1))
+        log = self.A_log.to(accumulation_dtype(self.A_log)).unflatten(0, (self.heads, -1))
         return -log.exp()
 
-    def own_projections(self) -> Projections:
+    def create_projections(self) -> Projections:
         """Projections whose to_q and to_k see what `selection` says."""
         return self.make_projections(("to_v",), self.selection_width)
 
-    def streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
         """The inner activation, and B, C and Δ of it or of the tokens."""
         u = host.to_v(x)
-        u = u if self.short_convolution is None else self.short_convolution(u)
+        u = u if self.short_conv is None else self.short_conv(u)
         source = u if self.config.selection == "inner" else x
-        q, k = self.split_keys(host.to_q(source)), self.split_keys(host.to_k(source))
-        return Streams(x, q, k, self.split(u), write=self.split(self.step(source)), grid=grid)
+        q, k = self.split_key_heads(host.to_q(source)), self.split_key_heads(host.to_k(source))
+        return Streams(x, q, k, self.split_heads(u), dt=self.split_heads(self.step(source)), grid=grid)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """φ(C) and φ(B), (b, l, h, n) each, float32 at least; Δ is the operator's own."""
-        return super().features(replace(streams, write=None))
+        return super().features(replace(streams, dt=None))
 
     def mix(self, streams: Streams) -> Tensor:
         """W u, (b, l, h, v)."""
-        assert streams.write is not None
+        assert streams.dt is not None
         C, B = self.features(streams)
         settings = self._settings() | {"backend": self.config.backend}
-        return cast(Tensor, selective_scan(streams.v, streams.write, self.A, B, C, **settings))
+        return cast(Tensor, selective_scan(streams.v, streams.dt, self.A, B, C, **settings))
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, v, l, l), from the formula."""
-        assert streams.write is not None
+        assert streams.dt is not None
         C, B = self.features(streams)
-        return selective_scan_weights(streams.write, self.A, B, C, **self._settings())
+        return selective_scan_weights(streams.dt, self.A, B, C, **self._settings())
 
     def state_size(self, length: int) -> int:
         """channels·n, twice that normalized: every channel has weights of its own, and so their sum."""
@@ -153,18 +153,20 @@ class Mamba(StateSpaceMixer):
         return 2 * length * self.state_size(length) * (2 if self.config.causality == "bidirectional" else 1)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
         """Of `transformers`' MambaMixer or `mamba_ssm`'s Mamba; `heads` (default 1) splits the channels, no more."""
-        require(state, "in_proj.weight conv1d.weight x_proj.weight dt_proj.weight dt_proj.bias A_log D out_proj.weight")
+        require_tensors(
+            state, "in_proj.weight conv1d.weight x_proj.weight dt_proj.weight dt_proj.bias A_log D out_proj.weight"
+        )
         (dim, inner), states = state["out_proj.weight"].shape, state["A_log"].shape[-1]
         rank, size = state["dt_proj.weight"].shape[-1], state["conv1d.weight"].shape[-1]
         heads = options.get("heads", 1)
         derived = {
-            **{"expand": inner / dim, "short_convolution": size, "bias": "in_proj.bias" in state},
-            **{"state_size": states, "dt_rank": rank},
+            **{"expand": inner / dim, "conv_size": size, "bias": "in_proj.bias" in state},
+            **{"d_state": states, "dt_rank": rank},
             **{name: value for name, value in options.items() if name != "heads"},
         }
-        names = {"conv1d.weight": "short_convolution.conv.weight", "conv1d.bias": "short_convolution.conv.bias"}
+        names = {"conv1d.weight": "short_conv.conv.weight", "conv1d.bias": "short_conv.conv.bias"}
         names |= {"out_proj.weight": "projections.to_out.weight", "out_proj.bias": "projections.to_out.bias"}
         names |= {"dt_proj.weight": "step.up.weight", "dt_proj.bias": "step.up.bias"}
         found = {names.get(n, n): t for n, t in state.items() if not n.startswith(("in_proj.", "x_proj."))}
@@ -177,4 +179,4 @@ class Mamba(StateSpaceMixer):
             if name in state:
                 rows = split_rows(state, name, [rank, states, states] if name == "x_proj.weight" else [inner, inner])
                 found |= dict(zip(parts, rows, strict=True))
-        return Published(dim, heads, derived, found)
+        return ConvertedStateDict(dim, heads, derived, found)

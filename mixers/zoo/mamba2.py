@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mixers.mixer import Streams
-from mixers.published import Published, require, split_rows
 from mixers.registry import register_mixer
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.outputs import RMSNorm
+from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
 from mixers.state_space_mixer import StateSpaceMixer
 
 
@@ -25,42 +25,42 @@ class Mamba2(StateSpaceMixer):
     through the short convolution. The norm is over the whole inner width, in as many groups as B and C.
     """
 
-    decays: ClassVar[bool] = True
-    output_style: ClassVar[dict[str, Any]] = {"norm_kind": "rms", "gate_first": True}
+    has_decay: ClassVar[bool] = True
+    output_options: ClassVar[dict[str, Any]] = {"norm_kind": "rms", "gate_first": True}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.decay = ScalarDecay(dim, heads)
         if config.norm:
-            self.output.norm = RMSNorm(self.value_width, groups=self.groups)
+            self.output.norm = RMSNorm(self.value_width, groups=self.n_groups)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add Δ and Δ·A."""
-        write, log_decay = self.decay(streams.x)
-        return replace(streams, write=write, log_decay=log_decay)
+        dt, log_decay = self.decay(streams.x)
+        return replace(streams, dt=dt, log_decay=log_decay)
 
     def mixing_flops(self, length: int) -> int:
         """Those of linear attention, and Δ's."""
         return super().mixing_flops(length) + 2 * length * self.dim * self.heads
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
         """Of `transformers`' Mamba2Mixer or `mamba_ssm`'s Mamba2; say `groups` where it is not 1 (n_groups, ngroups).
 
         Not read: limits of Δ other than none, an MLP beside the mixer, and a D for every channel.
         """
-        require(state, "in_proj.weight conv1d.weight dt_bias A_log D out_proj.weight")
+        require_tensors(state, "in_proj.weight conv1d.weight dt_bias A_log D out_proj.weight")
         heads, (dim, inner) = len(state["dt_bias"]), state["out_proj.weight"].shape
         both, size = state["conv1d.weight"].shape[0] - inner, state["conv1d.weight"].shape[-1]
         derived = {
             "expand": inner / dim,
-            "short_convolution": size,
+            "conv_size": size,
             "norm": "norm.weight" in state,
             "bias": "in_proj.bias" in state,
-            "state_size": both // 2 // (options.get("groups", cls.Config().groups) or heads),
+            "d_state": both // 2 // (options.get("n_groups", cls.Config().n_groups) or heads),
         }
-        names = {"conv1d.weight": "short_convolution.conv.weight", "A_log": "decay.A_log", "D": "output.D"}
-        names |= {"conv1d.bias": "short_convolution.conv.bias", "dt_bias": "decay.dt_bias"}
+        names = {"conv1d.weight": "short_conv.conv.weight", "A_log": "decay.A_log", "D": "output.D"}
+        names |= {"conv1d.bias": "short_conv.conv.bias", "dt_bias": "decay.dt_bias"}
         names |= {"norm.weight": "output.norm.weight", "out_proj.weight": "projections.to_out.weight"}
         names |= {"out_proj.bias": "projections.to_out.bias"}
         found = {names.get(name, name): t for name, t in state.items() if not name.startswith("in_proj.")}
@@ -71,4 +71,4 @@ class Mamba2(StateSpaceMixer):
             found |= {f"{part}.{kind}": r for part, r in zip(parts, rows, strict=True)}
         if "decay.to_dt.bias" in found:
             found["decay.dt_bias"] = found["decay.dt_bias"] + found.pop("decay.to_dt.bias")
-        return Published(dim, heads, {**derived, **options}, found)
+        return ConvertedStateDict(dim, heads, {**derived, **options}, found)

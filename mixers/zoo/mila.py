@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.mixer import Streams
-from mixers.operators.linear import visible
+from mixers.normalization import count_visible_tokens
 from mixers.registry import register_mixer
 from mixers.stages.rotary import rotary_2d
 from mixers.traits import Traits
@@ -24,7 +24,7 @@ class MILAConfig(LinearAttentionConfig):
         rotary: turn the features of q and k by the row and the column of their token.
     """
 
-    published_local_convolution: ClassVar[int] = 3
+    default_local_conv_size: ClassVar[int] = 3
 
     gate: bool = True
     rotary: bool = True
@@ -45,14 +45,14 @@ class MILA(LinearAttention):
     φ = elu + 1, R turns half of the channels by the row and half by the column (over the full width, so that heads
     have frequencies of their own), LePE is a 3 × 3 depthwise convolution. What W is divided by has no R: rows sum to
     one, and weights are ≥ 0, only with rotary=False, and `traits` says so. Unnormalized it is the turned product.
-    The published form needs the grid; a causal one has no LePE, and the plain form neither LePE nor gate.
+    The published form needs the grid; a causal one has no LePE, and the drop-in form neither LePE nor gate.
 
     Of the published block, a linear layer, 3 × 3 depthwise convolution and SiLU before q, k and v are left out, and v
     is to_v(x) where the block takes what comes out of these as it is; the gate's layer has no bias.
     """
 
     Config: ClassVar[Any] = MILAConfig
-    plain: ClassVar[dict[str, Any]] = {"local_convolution": 0, "gate": False}
+    drop_in_options: ClassVar[dict[str, Any]] = {"local_conv_size": 0, "gate": False}
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Rφ(q) and Rφ(k): (b, l, h, k) each, float32 at least."""
@@ -77,21 +77,21 @@ class MILA(LinearAttention):
         y = operators.linear_attention(*self.features(streams), v, **settings)
         sums = operators.linear_attention(*plain, v.new_ones(*v.shape[:3], 1), **settings)
         assert isinstance(y, Tensor) and isinstance(sums, Tensor)
-        return y / (sums + self.config.eps * visible(v, self.config.causality, 0)[:, None, None])
+        return y / (sums + self.config.eps * count_visible_tokens(v, self.config.causality, 0)[:, None, None])
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         if not self._apart:
-            return super().weights(streams)
+            return super().mixing_matrix(streams)
         settings = {**self._settings(), "normalize": False, "scale": 1.0}
         turned = operators.linear_weights(*self.features(streams), **settings)
         sums = operators.linear_weights(*super().features(streams), **settings).sum(-1, keepdim=True)
-        return turned / (sums + self.config.eps * visible(streams.q, self.config.causality, 0)[:, None])
+        return turned / (sums + self.config.eps * count_visible_tokens(streams.q, self.config.causality, 0)[:, None])
 
     @property
-    def order_free(self) -> bool:
+    def permutation_equivariant(self) -> bool:
         """Not with rotation."""
-        return super().order_free and not self.config.rotary
+        return super().permutation_equivariant and not self.config.rotary
 
     @property
     def positive(self) -> bool:

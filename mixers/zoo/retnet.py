@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.mixer import Streams
-from mixers.published import Published, read_fla
 from mixers.registry import register_mixer
 from mixers.stages.decays import FixedDecay
 from mixers.stages.projections import Projections
 from mixers.stages.rotary import rotary
+from mixers.state_dicts import ConvertedStateDict, convert_fla_state_dict
 from mixers.traits import Causality
 
 
@@ -61,19 +61,19 @@ class RetNet(LinearMixer):
     """
 
     Config: ClassVar[Any] = RetNetConfig
-    decays: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {"expand": 1, "rotary": False, "norm": False, "gate": False}
-    output_style: ClassVar[dict[str, Any]] = {"affine": False}
+    has_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[dict[str, Any]] = {"expand": 1, "rotary": False, "norm": False, "gate": False}
+    output_options: ClassVar[dict[str, Any]] = {"affine": False}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.decay = FixedDecay(heads, config.first_exponent)
 
-    def own_projections(self) -> Projections:
+    def create_projections(self) -> Projections:
         """Projections without a bias."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add log γ, (h,)."""
         return replace(streams, log_decay=self.decay(streams.x))
 
@@ -88,9 +88,9 @@ class RetNet(LinearMixer):
         return self.key_dim**-0.5
 
     @property
-    def order_free(self) -> bool:
+    def permutation_equivariant(self) -> bool:
         """Whether permuting the tokens permutes the output: not where places turn them."""
-        return super().order_free and not self.config.turns
+        return super().permutation_equivariant and not self.config.turns
 
     @property
     def positive(self) -> bool:
@@ -98,19 +98,19 @@ class RetNet(LinearMixer):
         return super().positive and not self.config.turns
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
         """Of `fla`'s MultiScaleRetention; say heads where its norm has no weight. Queries as wide as the model.
 
         The norm's weight goes into to_out, and channels into the order in which ours are turned: the same map.
         Not read: keys and values that heads share, a feature map, a gate other than SiLU.
         """
-        read = read_fla(state, options, {})
+        read = convert_fla_state_dict(state, options, {})
         found = {name: t for name, t in read.state.items() if name != "rotary.inv_freq"}
         norm, out = found.pop("output.norm.weight"), "projections.to_out.weight"
         found[out] = found[out] * norm.repeat(read.heads)
         for name in ("projections.to_q.weight", "projections.to_k.weight"):
             found[name] = _pairs_side_by_side(found[name], read.heads)
-        for name in ("short_convolution.conv.weight", "short_convolution.conv.bias"):
+        for name in ("short_conv.conv.weight", "short_conv.conv.bias"):
             if name in found:
                 v, k, q = found[name].split([len(state["v_proj.weight"]), read.dim, read.dim])
                 found[name] = torch.cat([v, *(_pairs_side_by_side(t, read.heads) for t in (k, q))])

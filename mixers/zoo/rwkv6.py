@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.mixer import Streams
-from mixers.operators.common import divide_by_ones, with_ones
-from mixers.published import Published, require
+from mixers.normalization import append_ones, divide_by_last
 from mixers.registry import register_mixer
 from mixers.stages.decays import DoubleExponentialDecay
 from mixers.stages.projections import Projections
 from mixers.stages.token_shift import TokenShift
+from mixers.state_dicts import ConvertedStateDict, require_tensors
 from mixers.traits import Causality, Traits
 
 STREAMS = ("w", "k", "v", "r", "g")
@@ -32,7 +32,7 @@ class RWKV6Config(LinearConfig):
         bonus: how strongly a token sees itself is learned, one u a key channel; else u = 1 where there is an order,
             and without one the mixer is that of every other family: gates weigh tokens, and nothing is added.
         token_shift: what the projections, decay and gate see is mixed with the token before, in the order of the
-            scan; then the mixer is never order-free.
+            scan; then the mixer is never permutation-equivariant.
         shift_rank, decay_rank: of the projections of the two.
     """
 
@@ -64,11 +64,11 @@ class RWKV6(LinearMixer):
     """
 
     Config: ClassVar[Any] = RWKV6Config
-    decays: ClassVar[bool] = True
-    channel_gates: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
-    tiny: ClassVar[dict[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
-    output_style: ClassVar[dict[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}
+    has_decay: ClassVar[bool] = True
+    per_channel_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[dict[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
+    tiny_options: ClassVar[dict[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
+    output_options: ClassVar[dict[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
@@ -78,21 +78,21 @@ class RWKV6(LinearMixer):
         start = (1 - channels / max(self.key_width - 1, 1)) / 2 + ((channels + 1) % 3 - 1) * 0.1
         self.bonus = nn.Parameter(start.view(heads, -1)) if config.bonus else None
 
-    def own_projections(self) -> Projections:
+    def create_projections(self) -> Projections:
         """Projections without a bias."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
         """Projections and decay, each of its own mixture of tokens; `x` is the one that the output's gate sees."""
         w, k, v, r, g = (x,) * len(STREAMS) if self.token_shift is None else self.token_shift(x)
-        return Streams(g, *self.project(host, r, k, v), log_decay=self.split(self.decay(w)), grid=grid)
+        return Streams(g, *self.project(host, r, k, v), log_decay=self.split_heads(self.decay(w)), grid=grid)
 
     def mix(self, streams: Streams) -> Tensor:
         """W v, (b, l, h, v), float32 at least."""
         assert streams.log_decay is not None
         q, k = self.features(streams)
         v = streams.values
-        v = with_ones(v) if self.config.normalize else v
+        v = append_ones(v) if self.config.normalize else v
         y = self._diagonal(q, k)[..., None] * v
         order = self.config.causality
         if order == "noncausal":
@@ -101,9 +101,9 @@ class RWKV6(LinearMixer):
             y = y + self._past(q, k, v, streams.log_decay)
         if order == "bidirectional":
             y = y + self._past(*(t.flip(1) for t in (q, k, v, streams.log_decay))).flip(1)
-        return divide_by_ones(y, self._eps(v.shape[1])) if self.config.normalize else y
+        return divide_by_last(y, self._eps(v.shape[1])) if self.config.normalize else y
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula. O(l²·k) memory."""
         assert streams.log_decay is not None
         q, k = self.features(streams)
@@ -146,9 +146,9 @@ class RWKV6(LinearMixer):
         return self.config.eps * (length if self.config.causality == "noncausal" else 1)
 
     @property
-    def order_free(self) -> bool:
+    def permutation_equivariant(self) -> bool:
         """Whether permuting the tokens permutes the output: not where each is mixed with the one before."""
-        return super().order_free and not self.config.token_shift
+        return super().permutation_equivariant and not self.config.token_shift
 
     @property
     def positive(self) -> bool:
@@ -159,7 +159,7 @@ class RWKV6(LinearMixer):
     def traits(self) -> Traits:
         """What this mixer, as configured, promises; repeated tokens have a bonus each."""
         promised = super().traits
-        return replace(promised, repetition_free=promised.repetition_free and not self.config.bonus)
+        return replace(promised, repetition_invariant=promised.repetition_invariant and not self.config.bonus)
 
     def state_size(self, length: int) -> int:
         """That of linear attention, and the last token where the next one is mixed with it."""
@@ -171,7 +171,7 @@ class RWKV6(LinearMixer):
         return super().mixing_flops(length) + shift + 2 * length * self.config.decay_rank * (self.dim + self.key_width)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
         """Of `fla`'s RWKV6Attention with keys as wide as the model (expand_k 1) and norm_eps 64e-5, as in RWKV-LM."""
         names = {"x_proj.0.mu": "token_shift.mu", "bonus": "bonus", "o_proj.weight": "projections.to_out.weight"}
         names |= {"w_proj.linear.lora.0.weight": "decay.down.weight"}
@@ -180,7 +180,7 @@ class RWKV6(LinearMixer):
         parts = {"r": "projections.to_q", "k": "projections.to_k", "v": "projections.to_v", "g": "output.to_gate"}
         names |= {f"{part}_proj.linear.weight": f"{ours}.weight" for part, ours in parts.items()}
         shift = ("x_proj.0.linear.weight", "x_proj.2.weight", "x_bias")
-        require(state, " ".join([*names, *shift]))
+        require_tensors(state, " ".join([*names, *shift]))
         found = {names.get(n, n): t for n, t in state.items() if n not in shift}
         order = ["rwkvg".index(stream) for stream in STREAMS]
         down, up, offsets = (state[name] for name in shift)
@@ -189,7 +189,7 @@ class RWKV6(LinearMixer):
         found |= {"token_shift.offsets": offsets[order]}
         inner, dim = state["v_proj.linear.weight"].shape
         ranks = {"shift_rank": up.shape[1], "decay_rank": len(state["w_proj.linear.lora.0.weight"])}
-        return Published(dim, len(state["bonus"]), {"expand": inner / dim, **ranks, **options}, found)
+        return ConvertedStateDict(dim, len(state["bonus"]), {"expand": inner / dim, **ranks, **options}, found)
 
 
 def _past_weights(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:

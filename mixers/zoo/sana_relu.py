@@ -26,4 +26,4 @@ class SanaReLU(LinearAttention):
     """
 
     Config: ClassVar[Any] = SanaReLUConfig
-    published_map: ClassVar[str] = "relu"
+    default_feature_map: ClassVar[str] = "relu"

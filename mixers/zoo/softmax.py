@@ -19,7 +19,7 @@ from mixers.traits import Traits
     "softmax",
     causalities=("causal", "noncausal"),
     normalizations=(True,),
-    refusals={
+    unsupported={
         "bidirectional": "two passes over an unordered kernel are the non-causal form",
         "False": "exp(q·k) is unbounded, so its sums overflow without the division",
     },
@@ -35,7 +35,7 @@ class Softmax(TokenMixer):
         q, k, v = (t.transpose(1, 2) for t in (streams.q, streams.k, streams.v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causality == "causal").transpose(1, 2)
 
-    def weights(self, streams: Streams) -> Tensor:
+    def mixing_matrix(self, streams: Streams) -> Tensor:
         """(b, h, l, l), from the formula."""
         dtype = upcast(streams.q.dtype)
         scores = torch.einsum("bihk,bjhk->bhij", streams.q.to(dtype), streams.k.to(dtype))

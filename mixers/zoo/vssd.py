@@ -17,8 +17,8 @@ class VSSDConfig(StateSpaceConfig):
     """Options of `vssd`."""
 
     causality: Causality = "noncausal"
-    short_convolution: int = 0
-    state_size: int | None = 64
+    conv_size: int = 0
+    d_state: int | None = 64
 
 
 @register_mixer("vssd")
@@ -27,20 +27,20 @@ class VSSD(StateSpaceMixer):
 
     A causal one sees earlier tokens, with the same weights. After it LayerNorm(W x + D x)·z, as in the published code,
     whose gate z has no SiLU and whose weight is Δ·A < 0 (the sign is one of B's). Of the published block the 3 × 3
-    depthwise convolution and SiLU on the image of x, B and C is left out; `short_convolution` is the nearest part
+    depthwise convolution and SiLU on the image of x, B and C is left out; `conv_size` is the nearest part
     there is. What the whole block adds around the mixer is left out as well.
     """
 
     Config: ClassVar[Any] = VSSDConfig
-    output_style: ClassVar[dict[str, Any]] = {"norm_kind": "layer", "linear_gate": True}
+    output_options: ClassVar[dict[str, Any]] = {"norm_kind": "layer", "linear_gate": True}
 
     def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.decay = ScalarDecay(dim, heads)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add Δ|A|, as the weight of a token."""
-        return replace(streams, write=-self.decay(streams.x)[1])
+        return replace(streams, dt=-self.decay(streams.x)[1])
 
     def mixing_flops(self, length: int) -> int:
         """Those of linear attention, and Δ's."""

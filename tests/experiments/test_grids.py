@@ -35,7 +35,7 @@ def test_every_row_of_a_ready_made_grid_can_be_built(name: str, unet: UNet2DCond
 
 def test_a_product_has_what_every_mixer_offers_and_nothing_else() -> None:
     for name in list_mixers():
-        entry = registry.entry(name)
+        entry = registry.get_mixer_entry(name)
         rows = product({name: name})
         assert {(v.causality, v.normalize) for v in rows} == {
             (c, n) for c in entry.causalities for n in entry.normalizations

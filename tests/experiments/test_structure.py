@@ -12,7 +12,7 @@ from experiments.cli import app
 from experiments.studies.structure import examine, records
 from experiments.studies.structure.figures import gallery, multiples, scans, shares
 from mixers import structure
-from mixers.stages.directions import SCANS
+from mixers.stages.scan_orders import SCANS
 
 
 def test_a_record_tells_what_the_matrix_has() -> None:

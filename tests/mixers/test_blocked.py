@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers import create_mixer
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention, selective_scan
 from mixers.operators.linear import blocked, chunked
 from mixers.operators.scan import chunked as scan
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
@@ -163,18 +163,18 @@ def test_second_derivatives_are_refused(causality: str) -> None:
 @pytest.mark.parametrize("name", ["linear_attention", "linfusion", "sana_relu", "gla", "mamba2"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_mixers_that_only_map_leave_it_to_the_operator(name: str, normalize: bool) -> None:
-    mixer = create_mixer(name, 12, 2, normalize=normalize, **({"groups": 1} if name == "mamba2" else {})).double()
+    mixer = create_mixer(name, 12, 2, normalize=normalize, **({"n_groups": 1} if name == "mamba2" else {})).double()
     x = torch.randn(2, 19, 12, dtype=torch.float64)
-    streams = mixer.streams(x, mixer.projections)
+    streams = mixer.compute_streams(x, mixer.projections)
     *_, feature_map = mixer.operands(streams)
     q, k = mixer.features(streams)
     settings = {"causality": mixer.config.causality, "normalize": normalize, "eps": mixer.config.eps}
     truth = linear_attention(q, k, streams.v, streams.log_decay, **settings, scale=mixer.scale, backend="dense")
     assert_close(mixer.mix(streams), truth)
-    assert feature_map == ("identity" if normalize and name == "mamba2" else mixer.map_name(mixer.config))
+    assert feature_map == ("identity" if normalize and name == "mamba2" else mixer.feature_map_name(mixer.config))
 
 
 def test_a_mixer_with_features_of_its_own_keeps_them() -> None:
     mixer = create_mixer("linfusion_low_rank", 12, 2)
-    q, k, _, feature_map = mixer.operands(mixer.streams(torch.randn(1, 5, 12), mixer.projections))
+    q, k, _, feature_map = mixer.operands(mixer.compute_streams(torch.randn(1, 5, 12), mixer.projections))
     assert feature_map == "identity" and q.shape[-1] == k.shape[-1] == mixer.features_dim

@@ -27,7 +27,7 @@ def float64(*shape: int) -> Tensor:
 
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **{**_class(name).tiny, **options}).double()
+    mixer = create_mixer(name, 12, 2, **{**_class(name).tiny_options, **options}).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -35,8 +35,8 @@ def built(name: str, **options: Any) -> TokenMixer:
 
 
 def plain(name: str, **options: Any) -> TokenMixer:
-    """The plain form, with projections of its own."""
-    return built(name, **{**_class(name).plain, **options})
+    """The drop-in form, with projections of its own."""
+    return built(name, **{**_class(name).drop_in_options, **options})
 
 
 def _class(name: str) -> type[TokenMixer]:
@@ -44,14 +44,14 @@ def _class(name: str) -> type[TokenMixer]:
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:
-    return mixer.streams(x, mixer.host(None))
+    return mixer.compute_streams(x, mixer.resolve_projections(None))
 
 
 def linear_like(mixer: TokenMixer, **options: Any) -> TokenMixer:
     """Linear attention with the projections, map and scale 1/√k of a mixer of this family."""
     settings = {"causality": mixer.config.causality, "normalize": mixer.config.normalize, "eps": mixer.config.eps}
     settings["feature_map"] = "elu_plus_one" if mixer.config.normalize else "identity"
-    peer = create_mixer("linear_attention", 12, 2, scale_tokens=1, **{**settings, **options}).double()
+    peer = create_mixer("linear_attention", 12, 2, reference_length=1, **{**settings, **options}).double()
     peer.projections.load_state_dict({"to_out.bias": torch.zeros(12)} | mixer.projections.state_dict())
     return peer
 
@@ -112,7 +112,7 @@ def test_rwkv6_without_order_and_bonus_is_gla_without_order(normalize: bool) -> 
     mixer, peer = plain("rwkv6", bonus=False, **settings), plain("gla", **settings)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     assert_close(mixer.mix(s) * (1 if normalize else peer.scale), peer.mix(s))
-    assert mixer.traits.order_free and mixer.traits.repetition_free == normalize
+    assert mixer.traits.permutation_equivariant and mixer.traits.repetition_invariant == normalize
 
 
 def test_rwkv6_weights_have_the_gates_between_two_tokens() -> None:
@@ -173,8 +173,8 @@ def test_retnets_turned_weights_depend_on_differences_of_places() -> None:
     x = float64(1, 1, 12).expand(1, LENGTH, 12)
     matrix = structure.mixing_matrix(built("retnet", causality="bidirectional"), x)
     assert_close(matrix[..., 1:, 1:], matrix[..., :-1, :-1])
-    assert not built("retnet", causality="noncausal").traits.order_free
-    assert built("retnet", causality="noncausal", normalize=True).traits.order_free
+    assert not built("retnet", causality="noncausal").traits.permutation_equivariant
+    assert built("retnet", causality="noncausal", normalize=True).traits.permutation_equivariant
 
 
 def test_gla_is_its_published_formula() -> None:
@@ -216,8 +216,8 @@ def test_rwkv6_is_its_published_formula() -> None:
 @pytest.mark.parametrize("negative", [True, False])
 def test_gated_deltanet_is_its_published_formula(decay: bool, negative: bool) -> None:
     """Plain loops on the module's own parts: erase under the key, write, read."""
-    mixer = built("gated_deltanet", decay=decay, negative_eigenvalues=negative)
-    x, own, conv = float64(2, LENGTH, 12), mixer.projections, mixer.short_convolution.conv
+    mixer = built("gated_deltanet", decay=decay, allow_neg_eigval=negative)
+    x, own, conv = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv.conv
     streams = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).mT
     streams = F.silu(F.conv1d(F.pad(streams, (3, 0)), conv.weight, conv.bias, groups=34)).mT
     v, k, q = (t.unflatten(-1, (2, -1)) for t in streams.split([18, 8, 8], dim=-1))
@@ -241,8 +241,8 @@ def test_gated_deltanet_recalls_what_it_wrote_under_a_key() -> None:
     mixer = plain("gated_deltanet", decay=False)
     s = streams_of(mixer, float64(1, 3, 12))
     keys = torch.eye(6, dtype=torch.float64)[[0, 1, 0]][None, :, None].expand(1, 3, 2, 6)
-    seen = type(s)(s.x, keys * 6**0.5, keys, s.v, write=torch.ones(1, 3, 2, dtype=torch.float64))
-    matrix = mixer.weights(seen)
+    seen = type(s)(s.x, keys * 6**0.5, keys, s.v, beta=torch.ones(1, 3, 2, dtype=torch.float64))
+    matrix = mixer.mixing_matrix(seen)
     assert (matrix - torch.eye(3, dtype=torch.float64)).abs().max() < 1  # W_20 = 0: erased
     assert matrix[..., 2, 0].abs().max() < 1e-5
 
@@ -267,25 +267,25 @@ def test_token_shift_sees_itself_and_the_token_before() -> None:
 def test_every_part_is_a_switch(name: str) -> None:
     """Each of the published parts can be taken away alone, and makes a difference."""
     x, full = float64(1, LENGTH, 12), built(name)
-    parts = [p for p in ("short_convolution", "norm", "gate", "bonus", "token_shift") if getattr(full.config, p, 0)]
+    parts = [p for p in ("conv_size", "norm", "gate", "bonus", "token_shift") if getattr(full.config, p, 0)]
     assert parts
     for part in parts:
         less = built(name, **{part: type(getattr(full.config, part))(0)})
         missing = less.load_state_dict(full.state_dict(), strict=False)
         assert not missing.missing_keys
         assert (less(x) - full(x)).abs().max() > 1e-6, part
-    more = built(name, skip=True, short_convolution=3)
+    more = built(name, skip=True, conv_size=3)
     assert more.output.D is not None and more(x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_plain_form_starts_from_a_hosts_projections(name: str) -> None:
-    mounted = create_mixer(name, 12, 2, own_projections=False, **_class(name).tiny).double()
+    mounted = create_mixer(name, 12, 2, own_projections=False, **_class(name).tiny_options).double()
     own = plain(name)
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, LENGTH, 12)
     assert torch.equal(mounted(x, projections=own.projections), own(x))
-    with pytest.raises(ValueError, match="plain form"):
+    with pytest.raises(ValueError, match="drop-in form"):
         create_mixer(name, 12, 2, own_projections=False, expand=2)
 
 
@@ -303,9 +303,9 @@ def test_refusals_give_the_reason() -> None:
     with pytest.raises(ValueError, match="erasing makes weights negative"):
         create_mixer("gated_deltanet", 12, 2, normalize=True)
     for name, options in (
-        ("gla", {"expand_keys": 0}),
+        ("gla", {"expand_k": 0}),
         ("gla", {"gate_low_rank_dim": 0}),
-        ("gated_deltanet", {"expand_keys": -1}),
+        ("gated_deltanet", {"expand_k": -1}),
         ("rwkv6", {"shift_rank": 0}),
         ("rwkv6", {"decay_rank": 0}),
     ):

@@ -40,12 +40,12 @@ def built(name: str, **options: Any) -> TokenMixer:
 
 
 def plain(name: str, **options: Any) -> TokenMixer:
-    """The plain form, with projections of its own."""
-    return built(name, **{**registry.entry(name).mixer.plain, **options})
+    """The drop-in form, with projections of its own."""
+    return built(name, **{**registry.get_mixer_entry(name).mixer.drop_in_options, **options})
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:
-    return mixer.streams(x, mixer.host(None), GRID)
+    return mixer.compute_streams(x, mixer.resolve_projections(None), GRID)
 
 
 def copy_shared(to: TokenMixer, source: TokenMixer) -> None:
@@ -70,7 +70,7 @@ def test_the_matrix_is_a_product_of_two_of_low_rank(rank: int) -> None:
     """W = (C Bᵀ) ⊙ (F Gᵀ), whose rank is k·r and, where there are tokens enough, no less."""
     mixer = built("linfusion_low_rank", normalize=False, rank=rank)
     x = 2 * float64(1, 40, 12)
-    s = mixer.streams(x, mixer.host(None))
+    s = mixer.compute_streams(x, mixer.resolve_projections(None))
     C, B, (f, g) = F.elu(s.q) + 1, F.elu(s.k) + 1, mixer.factors(x)
     dense, mask = (torch.einsum("bihk,bjhk->bhij", *pair) for pair in ((C, B), (f, g)))
     matrix = structure.mixing_matrix(mixer, x)
@@ -266,7 +266,7 @@ def test_inline_does_not_see_what_all_weights_of_a_row_share() -> None:
     mixer = plain("inline")
     s = streams_of(mixer, float64(2, LENGTH, 12))
     moved = dataclasses.replace(s, k=s.k + float64(1, 1, 2, 6))
-    assert_close(mixer.weights(moved), mixer.weights(s))
+    assert_close(mixer.mixing_matrix(moved), mixer.mixing_matrix(s))
     assert_close(mixer.mix(moved), mixer.mix(s))
 
 
@@ -275,8 +275,8 @@ def test_inline_is_injective_where_division_is_not() -> None:
     for name, same, options in (("inline", False, {}), ("linear_attention", True, {"eps": 1e-200})):
         mixer = plain(name, feature_map="relu", **options)
         s = streams_of(mixer, float64(1, LENGTH, 12))
-        longer = mixer.weights(dataclasses.replace(s, q=2 * s.q))
-        assert ((longer - mixer.weights(s)).abs().max() < 1e-10) == same
+        longer = mixer.mixing_matrix(dataclasses.replace(s, q=2 * s.q))
+        assert ((longer - mixer.mixing_matrix(s)).abs().max() < 1e-10) == same
 
 
 def test_inline_chooses_the_weights_of_its_convolution_from_the_mean_token() -> None:
@@ -303,7 +303,7 @@ def test_the_local_convolution_is_added_to_the_result(name: str) -> None:
     off = {"gate": False} if name == "mila" else {}
     extra = {"dynamic_convolution": False} if name == "inline" else {}
     full = built(name, **off, **extra)
-    less = built(name, local_convolution=0, **off, **extra)
+    less = built(name, local_conv_size=0, **off, **extra)
     copy_shared(less, full)
     x = float64(2, LENGTH, 12)
     v = full.projections.to_v(x)
@@ -313,19 +313,19 @@ def test_the_local_convolution_is_added_to_the_result(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("focused", 5), ("mila", 3), ("inline", 3)])
 def test_the_local_convolution_is_published_where_it_can_be(name: str, size: int) -> None:
-    assert {c: create_mixer(name, 12, 2, causality=c).config.local_convolution for c in CAUSALITIES} == {
+    assert {c: create_mixer(name, 12, 2, causality=c).config.local_conv_size for c in CAUSALITIES} == {
         "causal": 0,
         "bidirectional": size,
         "noncausal": size,
     }
-    assert create_mixer(name, 12, 2).traits.needs_grid and not create_mixer(name, 12, 2).traits.order_free
-    assert not create_mixer(name, 12, 2, own_projections=False).config.local_convolution
+    assert create_mixer(name, 12, 2).traits.needs_grid and not create_mixer(name, 12, 2).traits.permutation_equivariant
+    assert not create_mixer(name, 12, 2, own_projections=False).config.local_conv_size
     with pytest.raises(ValueError, match="neighbors on all sides"):
-        create_mixer(name, 12, 2, causality="causal", local_convolution=size)
+        create_mixer(name, 12, 2, causality="causal", local_conv_size=size)
     with pytest.raises(ValueError, match="pass grid"):
         create_mixer(name, 12, 2)(torch.randn(1, LENGTH, 12))
     with pytest.raises(ValueError, match="odd size"):
-        create_mixer(name, 12, 2, local_convolution=4)
+        create_mixer(name, 12, 2, local_conv_size=4)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -346,7 +346,7 @@ def test_refusals_give_the_reason() -> None:
         create_mixer("linfusion_low_rank", 12, 2, rank=0)
     with pytest.raises(ValueError, match="signed"):
         create_mixer("sana_relu", 12, 2, feature_map="identity")
-    with pytest.raises(ValueError, match="scale_tokens > 0"):
-        create_mixer("inline", 12, 2, scale_tokens=0)
+    with pytest.raises(ValueError, match="reference_length > 0"):
+        create_mixer("inline", 12, 2, reference_length=0)
     with pytest.raises(ValueError, match="no option 'eps'"):
         create_mixer("inline", 12, 2, eps=1e-6)

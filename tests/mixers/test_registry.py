@@ -25,7 +25,7 @@ from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
         ("linear_attention", {"feature_map": "identity"}, "signed.*elu_plus_one.*normalize=False"),
         ("linear_attention", {"feature_map": "elu"}, "Did you mean"),
         ("linear_attention", {"eps": -1.0}, "eps ≥ 0"),
-        ("linear_attention", {"scale_tokens": 0}, "scale_tokens > 0"),
+        ("linear_attention", {"reference_length": 0}, "reference_length > 0"),
     ],
 )
 def test_what_has_no_meaning_is_refused(name: str, options: dict, message: str) -> None:
@@ -50,12 +50,12 @@ def test_listing_by_pattern_and_trait() -> None:
     assert list_mixers(linear=False) == ["softmax"]
     assert list_mixers("none*") == []
     with pytest.raises(ValueError, match="Did you mean 'normalized'"):
-        list_mixers(normalized=True)
+        list_mixers(normalize=True)
 
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_an_entry_tells_what_it_can_be_asked_for(name: str) -> None:
-    entry = registry.entry(name)
+    entry = registry.get_mixer_entry(name)
     assert entry.default_causality in entry.causalities
     assert entry.default_normalize in entry.normalizations
     assert entry.summary
@@ -105,9 +105,9 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_the_page_of_the_family_tells_what_the_registry_tells(name: str) -> None:
-    entry = registry.entry(name)
+    entry = registry.get_mixer_entry(name)
     page = (Path(__file__).parents[2] / "docs" / "mixers.md").read_text(encoding="utf-8").replace("\\|", "|")
     default = entry.default_causality + (", normalized" if entry.default_normalize else "")
-    plain = ", ".join(f"{key}={value}" for key, value in entry.mixer.plain.items()) or "the same"
+    plain = ", ".join(f"{key}={value}" for key, value in entry.mixer.drop_in_options.items()) or "the same"
     assert f"| `{name}` | {entry.summary} | {default} | {plain} |" in page
-    assert all(reason in page for reason in entry.refusals.values())
+    assert all(reason in page for reason in entry.unsupported.values())

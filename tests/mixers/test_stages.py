@@ -16,10 +16,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixers.stages.convolutions import LocalConvolution, ShortConvolution
 from mixers.stages.decays import DoubleExponentialDecay, FixedDecay, LowRankDecay, ScalarDecay
-from mixers.stages.directions import SCANS, inverse, scan_orders
 from mixers.stages.focused import FocusedMap
 from mixers.stages.outputs import HeadGroupNorm, Output, RMSNorm
 from mixers.stages.rotary import rotary, rotary_2d
+from mixers.stages.scan_orders import SCANS, inverse_permutation, scan_orders
 from mixers.testing.tolerances import assert_close
 
 SIDES = st.integers(1, 19)
@@ -45,8 +45,8 @@ def test_every_order_is_a_permutation_and_has_an_inverse(scan: str, height: int,
             continue
         assert order.dtype == torch.int64
         assert torch.equal(order.sort().values, torch.arange(height * width))
-        assert torch.equal(x[:, order][:, inverse(order)], x)
-        assert torch.equal(inverse(inverse(order)), order)
+        assert torch.equal(x[:, order][:, inverse_permutation(order)], x)
+        assert torch.equal(inverse_permutation(inverse_permutation(order)), order)
 
 
 @given(height=SIDES, width=SIDES)
@@ -92,7 +92,7 @@ def test_orders_compile_in_one_graph_at_any_size(scan: str) -> None:
         read = [x if order is None else x[:, order] for order in scan_orders(scan, grid, x.device)]
         last = scan_orders(scan, grid, x.device)[-1]
         assert last is not None
-        return read[-1].cumsum(1)[:, inverse(last)]
+        return read[-1].cumsum(1)[:, inverse_permutation(last)]
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -222,7 +222,7 @@ def test_rwkv6_has_a_group_norm_and_mamba_a_skip_for_every_channel() -> None:
 
 def test_the_local_convolution_of_the_values_is_added_and_nothing_on_is_the_identity() -> None:
     y, given_streams = streams()
-    output = built(local_convolution=3)
+    output = built(local_conv_size=3)
     assert output.local is not None
     assert_close(output(y, given_streams), y + output.local(given_streams.v.flatten(-2), (2, 3)).view_as(y))
     assert built()(y, given_streams) is y and not list(built().parameters())
@@ -231,7 +231,7 @@ def test_the_local_convolution_of_the_values_is_added_and_nothing_on_is_the_iden
 @pytest.mark.parametrize("dtype", HALVES)
 def test_outputs_keep_the_dtype(dtype: torch.dtype) -> None:
     y, given_streams = streams(dtype=dtype)
-    result = built(dtype, skip=True, norm=True, gate=True, local_convolution=3)(y, given_streams)
+    result = built(dtype, skip=True, norm=True, gate=True, local_conv_size=3)(y, given_streams)
     assert result.dtype == dtype and result.isfinite().all()
 
 

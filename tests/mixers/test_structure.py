@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mixers import create_mixer, structure
 from mixers.operators import linear_weights
-from mixers.stages.directions import SCANS
+from mixers.stages.scan_orders import SCANS
 from mixers.testing.tolerances import assert_close
 
 

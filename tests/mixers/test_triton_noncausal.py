@@ -15,10 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra test, on Linux)")
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention
 from mixers.operators.linear.kernels import launch, noncausal
 from mixers.operators.linear.kernels.noncausal import noncausal_attention
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixers import TokenMixer, list_mixers
-from mixers.stages.directions import SCANS
+from mixers.stages.scan_orders import SCANS
 from mixers.testing import (
     CHECKS,
     Check,
@@ -39,7 +39,7 @@ SCANNED = [
     if scan != "raster"
     for name, causality, form in (
         ("linear_attention", "causal", "published"),
-        ("gla", "bidirectional", "plain"),
+        ("gla", "bidirectional", "drop-in"),
         ("mamba", "causal", "published"),
     )
 ]
@@ -75,7 +75,7 @@ class LooksAhead(LinearAttention):
 
     @property
     def traits(self) -> Traits:
-        return Traits("causal", normalized=True, positive=True, order_free=False, linear=True)
+        return Traits("causal", normalized=True, positive=True, permutation_equivariant=False, linear=True)
 
 
 class ForgetsToNormalize(LinearAttention):
@@ -83,15 +83,15 @@ class ForgetsToNormalize(LinearAttention):
 
     @property
     def traits(self) -> Traits:
-        return Traits("noncausal", normalized=True, positive=True, order_free=True, linear=True)
+        return Traits("noncausal", normalized=True, positive=True, permutation_equivariant=True, linear=True)
 
 
 class ClaimsNoOrder(LinearAttention):
-    """Causal, but claims to be order-free."""
+    """Causal, but claims to be permutation-equivariant."""
 
     @property
     def traits(self) -> Traits:
-        return Traits("causal", normalized=True, positive=True, order_free=True, linear=True)
+        return Traits("causal", normalized=True, positive=True, permutation_equivariant=True, linear=True)
 
 
 class KeepsItsOwnValues(LinearAttention):
@@ -101,8 +101,8 @@ class KeepsItsOwnValues(LinearAttention):
         super().__init__(*args, **settings)
         self.copied = torch.nn.Linear(self.dim, self.dim, bias=False)
 
-    def host(self, projections):  # type: ignore[no-untyped-def]
-        host = super().host(projections)
+    def resolve_projections(self, projections):  # type: ignore[no-untyped-def]
+        host = super().resolve_projections(projections)
         if projections is not None:
             host.to_v = self.copied
         return host

@@ -1,6 +1,5 @@
-"""Entry point: `python -m experiments.studies.large_images`."""
+"""Images from 64 to 2048 px: `python -m experiments.studies.large_images`."""
 
 from experiments.studies.large_images.study import main
 
-if __name__ == "__main__":
-    main()
+main()

@@ -1,9 +1,9 @@
-"""From 64 to 2048 pixels with the embedded model: does the picture stay one object, what does it take?
+"""From 64 to 2048 pixels with the embedded model: does the image keep showing one object, and what does it cost?
 
-    python -m experiments.studies.large_images RUNS PAGE --normalized ADAPTER --raw ADAPTER [--size 2048]
+    python -m experiments.studies.large_images RUNS PAGE --normalized ADAPTER --unnormalized ADAPTER [--size 2048]
 
-Every picture is made in a process of its own and kept in RUNS; what is there already is not made again. PAGE gets the
-tables and the pictures.
+Every image is made in its own process and kept in RUNS; existing images are not made again. PAGE receives the tables
+and the figures.
 """
 
 from __future__ import annotations
@@ -11,41 +11,42 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from rich.progress import track
 from safetensors import safe_open
 
-from experiments.ablation.store import write_json
-from experiments.bench.memory import keep_freed_memory
-from experiments.highres.models import mount, open_model
-from experiments.highres.rate import measure_rate
-from experiments.highres.watch import Watch
+from experiments.core.files import write_json
+from experiments.core.memory import keep_freed_memory
+from experiments.highres.memory_monitor import MemoryMonitor
+from experiments.highres.pipelines import mount, open_pipeline
+from experiments.highres.throughput import measure_throughput
 from experiments.studies.large_images.page import write_page
-from unet_adapters.highres import decode, generate, make_plan
-from unet_adapters.highres.ladder import shown
+from unet_adapters.highres import GenerationRequest, decode_tiled, generate, plan_memory
+from unet_adapters.highres.stages import format_size
 
-PICTURES = (("red apple, teal background", 0), ("blue heart, yellow background", 1), ("cat face, purple background", 2))
-"""Prompts and their seeds: the first is made as large as asked for, all of them up to COMPARED."""
+PROMPTS = ("red apple, teal background", "blue heart, yellow background", "cat face, purple background")
+"""The index of a prompt is its seed. The first is made at the full size, all of them up to COMPARED_SIZE."""
 
-COMPARED = 512  # pixels: up to where softmax attention and direct generation are looked at
-STEPS, GUIDANCE = 20, 3.0
+COMPARED_SIZE = 512  # pixels: the largest size at which softmax attention and direct generation are compared
+STEPS = 20
+GUIDANCE = 3.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """One picture to make.
+class ImageCase:
+    """One image to make.
 
     Attributes:
         name: of the attention: normalized, unnormalized or teacher.
-        adapter: folder of the student; None is the teacher's softmax attention.
+        adapter: folder of the student; None: the teacher's softmax attention.
         mode: progressive or direct.
         size: side in pixels.
-        prompt, seed: of the picture.
+        prompt, seed: of the image.
     """
 
     name: str
@@ -57,67 +58,104 @@ class Case:
 
     @property
     def folder(self) -> str:
-        """Name of its folder."""
+        """Name of the image's folder."""
         return f"{self.name}-{self.mode}-{self.size}-s{self.seed}"
 
 
-def cases(normalized: str, raw: str, size: int) -> list[Case]:
-    """The pictures, the quick ones first."""
-    students: dict[str, str | None] = {"normalized": normalized, "unnormalized": raw, "teacher": None}
-    direct = [(name, "direct", side, p) for side in (256, COMPARED) for p in PICTURES for name in students]
-    direct = [
-        row for row in direct if row[0] != "teacher" or row[2] < COMPARED or row[3] is PICTURES[0]
-    ]  # minutes each
-    compared = [("teacher", "progressive", COMPARED, p) for p in PICTURES]
-    compared += [(name, "progressive", COMPARED, p) for p in PICTURES[1:] for name in ("normalized", "unnormalized")]
-    large = [(name, "progressive", size, PICTURES[0]) for name in ("normalized", "unnormalized")]
-    wanted = [*compared, *direct, *large]
-    return [Case(name, students[name], mode, side, *picture) for name, mode, side, picture in wanted]
+def list_cases(normalized: str, unnormalized: str, size: int) -> list[ImageCase]:
+    """Return the images to make, the fastest first.
+
+    Args:
+        normalized, unnormalized: folders of the students.
+        size: side of the largest image in pixels.
+    """
+    adapters: dict[str, str | None] = {"normalized": normalized, "unnormalized": unnormalized, "teacher": None}
+    largest = [(name, "progressive", size, 0) for name in ("normalized", "unnormalized")]
+    return [
+        ImageCase(name, adapters[name], mode, side, PROMPTS[seed], seed)
+        for name, mode, side, seed in [*_compared_cases(), *largest]
+    ]
 
 
-def make(case: Case, folder: Path) -> None:
-    """Make one picture, keep its stages as pictures, and write what they took."""
-    keep_freed_memory()
+def _compared_cases() -> Iterator[tuple[str, str, int, int]]:
+    """Yield (name, mode, side, seed) of the images up to COMPARED_SIZE."""
+    seeds = range(len(PROMPTS))
+    for seed in seeds:
+        yield "teacher", "progressive", COMPARED_SIZE, seed
+    for seed in seeds[1:]:  # the first prompt's large images include this size
+        yield "normalized", "progressive", COMPARED_SIZE, seed
+        yield "unnormalized", "progressive", COMPARED_SIZE, seed
+    for side in (256, COMPARED_SIZE):
+        for seed in seeds:
+            yield "normalized", "direct", side, seed
+            yield "unnormalized", "direct", side, seed
+            if side < COMPARED_SIZE or seed == 0:  # softmax attention takes minutes at the larger size
+                yield "teacher", "direct", side, seed
+
+
+def make_image(case: ImageCase, folder: Path) -> None:
+    """Make one image, write every stage as an image, and record time and memory in `record.json`."""
     torch.set_num_threads(1)
-    pipe = open_model("embedded", torch.float32, "cpu")
+    pipe = open_pipeline("embedded", torch.float32, "cpu")
     mount(pipe, case.adapter, None)
-    settings: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE}
-    size, rate = (case.size, case.size), measure_rate(pipe)
-    plan = make_plan(pipe, size, **settings, rate=rate, direct=case.mode == "direct")
-    watch, latents = Watch(), folder / "latents"
-    settings |= {"mode": case.mode, "seed": case.seed, "plan": plan, "keep": latents, "report": watch}
-    generate(pipe, case.prompt, size, **settings).save(folder / f"{case.size}.png", adapter=case.adapter)
-    for path in latents.iterdir():
+    size = (case.size, case.size)
+    request = GenerationRequest(
+        case.prompt,
+        size=size,
+        mode="direct" if case.mode == "direct" else "progressive",
+        steps=STEPS,
+        guidance=GUIDANCE,
+        seed=case.seed,
+    )
+    plan = plan_memory(
+        pipe, size, steps=STEPS, guidance=GUIDANCE, throughput=measure_throughput(pipe), direct=case.mode == "direct"
+    )
+    monitor = MemoryMonitor()
+    stage_dir = folder / "latents"
+    result = generate(pipe, **vars(request), plan=plan, stage_dir=stage_dir, progress=monitor)
+    result.save(folder / f"{case.size}.png", adapter=case.adapter)
+    for path in stage_dir.iterdir():
         side = int(path.stem.split("x")[-1])
         with safe_open(path, framework="pt") as file:
-            Image.fromarray(decode(pipe.vae, file.get_tensor("latents")).numpy()).save(folder / f"{side}.png")
-    foreseen = {shown(s.stage.size): {"side": s.stage.size[0], "foreseen": s.seconds} for s in plan.stages}
-    rows = [{**foreseen[what], **row} for what, row in watch.parts.items() if what in foreseen]
-    write_json(folder / "record.json", {**asdict(case), "adapter": bool(case.adapter), "stages": rows})
+            pixels = decode_tiled(pipe.vae, file.get_tensor("latents"))
+        Image.fromarray(pixels.numpy()).save(folder / f"{side}.png")
+    stages = [
+        {"side": estimate.stage.size[0], "estimated_seconds": estimate.seconds, **monitor.parts[part]}
+        for estimate in plan.stages
+        if (part := format_size(estimate.stage.size)) in monitor.parts
+    ]
+    write_json(folder / "record.json", {**asdict(case), "adapter": bool(case.adapter), "stages": stages})
 
 
-def main() -> None:
-    """Make every picture that is not there, then the page; `--one N` is one of the processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("page", type=Path)
-    parser.add_argument("--normalized", required=True, help="adapter")
-    parser.add_argument("--raw", required=True, help="adapter of the same mixer, not normalized")
-    parser.add_argument("--size", type=int, default=2048)
-    parser.add_argument("--one", type=int)
-    given = parser.parse_args()
-    chosen = cases(given.normalized, given.raw, given.size)
-    folders = [given.runs / case.folder for case in chosen]
-    if given.one is not None:
-        make(chosen[given.one], folders[given.one])
-        return
-    for number, folder in enumerate(track(folders, "pictures")):
+def make_missing_images(cases: list[ImageCase], runs: Path) -> None:
+    """Make every image that has no record yet, each in its own process."""
+    for number, case in enumerate(track(cases, "images")):
+        folder = runs / case.folder
         if not (folder / "record.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "experiments.studies.large_images", *sys.argv[1:], "--one", str(number)]
             subprocess.run(command, check=True)
-    write_page(given.runs, given.page)
-    print(f"Page: {given.page.resolve()}")
+
+
+def main() -> None:
+    """Make every missing image, then write the page; `--one N` is one of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="folder of the images")
+    parser.add_argument("page", type=Path, help="Markdown file to write")
+    parser.add_argument("--normalized", required=True, help="folder of the student's adapter")
+    parser.add_argument("--unnormalized", required=True, help="folder of the adapter of the same mixer, unnormalized")
+    parser.add_argument("--size", type=int, default=2048, help="side of the largest image in pixels")
+    parser.add_argument("--one", type=int, help="make the image of this number in this process")
+    arguments = parser.parse_args()
+    cases = list_cases(arguments.normalized, arguments.unnormalized, arguments.size)
+    if arguments.one is not None:
+        case = cases[arguments.one]
+        with keep_freed_memory():
+            make_image(case, arguments.runs / case.folder)
+        return
+    make_missing_images(cases, arguments.runs)
+    write_page(arguments.runs, arguments.page)
+    print(f"Page: {arguments.page.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Entry point: `python -m experiments.studies.largest_image`."""
+"""Measure the largest image of one machine: `python -m experiments.studies.largest_image`."""
 
 from experiments.studies.largest_image.study import main
 
-if __name__ == "__main__":
-    main()
+main()

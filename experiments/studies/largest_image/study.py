@@ -1,9 +1,9 @@
-"""How far one machine gets, and how fast: one large image of a model with random weights, timed part by part.
+"""Measure the largest image that one machine can make, and how fast: random weights, timed part by part.
 
     python -m experiments.studies.largest_image RESULTS.jsonl --size 16384x8192 [--memory 24GB] [--mixer linfusion]
-    python -m experiments.studies.largest_image RESULTS.jsonl --show
+    python -m experiments.studies.largest_image RESULTS.jsonl --print
 
-Every call adds a line to RESULTS, also where the memory was not enough. Time and memory do not depend on the values of
+Every call appends a line to RESULTS, even if the memory was not enough. Time and memory do not depend on the values of
 weights.
 """
 
@@ -12,80 +12,119 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.highres.commands import duration, parse_bytes, parse_size
-from experiments.highres.models import mount, open_model
-from experiments.highres.watch import Watch
-from unet_adapters.highres import generate, make_plan
-from unet_adapters.highres.plan import latent_unit, told
+from experiments.highres.memory_monitor import MemoryMonitor
+from experiments.highres.options import parse_bytes, parse_size
+from experiments.highres.pipelines import DTYPES, mount, open_pipeline
+from experiments.highres.plan_table import format_duration
+from unet_adapters.highres import generate, plan_memory
+from unet_adapters.highres.memory import format_bytes
+from unet_adapters.highres.pipeline import size_multiple
+
+PROMPT = "a city at night"
 
 
-def measure(
-    model: str, mixer: str | None, size: str, memory: str | None, steps: int, device: str, dtype: str
-) -> dict[str, Any]:
-    """Seconds in all, and of every part; the peak beside what the plan foresaw; or why there is none.
+@dataclass(frozen=True)
+class LargeImageCase:
+    """One image to measure.
 
-    A small image comes first, so that what is set up only once is set up.
+    Attributes:
+        model: as in `mixlab plan`.
+        mixer: an untrained mixer; None: the model's own softmax attention.
+        size: "WIDTHxHEIGHT" in pixels.
+        memory: the budget, such as "24GB"; None: no limit.
+        steps: scheduler steps.
+        device, dtype: where and in which precision.
     """
-    pipe = open_model(model, getattr(torch, dtype), device)
-    mount(pipe, None, mixer)
-    asked = {"model": model, "mixer": mixer, "size": size, "memory": memory, "steps": steps, "device": device}
-    budget = None if memory is None else parse_bytes(memory)
-    unit, watch = latent_unit(pipe), Watch(device)
-    settings: dict[str, Any] = {"steps": steps}
+
+    model: str
+    mixer: str | None
+    size: str
+    memory: str | None
+    steps: int
+    device: str
+    dtype: str
+
+
+def measure(case: LargeImageCase) -> dict[str, Any]:
+    """Return the seconds in total and of every part, and the peak beside the estimate; or the reason for a failure.
+
+    A small image comes first, so that initializations do not count.
+    """
+    pipe = open_pipeline(case.model, DTYPES[case.dtype], case.device)
+    mount(pipe, None, case.mixer)
+    memory_budget = None if case.memory is None else parse_bytes(case.memory)
+    size = parse_size(case.size)
+    multiple = size_multiple(pipe)
+    monitor = MemoryMonitor(case.device)
+    row: dict[str, Any] = asdict(case)
     try:
-        generate(pipe, "a picture", (2 * unit, 2 * unit), steps=2, base=unit)
-        plan = make_plan(pipe, parse_size(size), budget=budget, **settings)
-        began = time.perf_counter()
-        generate(pipe, "a picture", parse_size(size), plan=plan, report=watch, **settings)
+        generate(pipe, PROMPT, (2 * multiple, 2 * multiple), steps=2, base_size=multiple)
+        plan = plan_memory(pipe, size, memory_budget=memory_budget, steps=case.steps)
+        start = time.perf_counter()
+        generate(pipe, PROMPT, size, plan=plan, progress=monitor, steps=case.steps)
     except (RuntimeError, MemoryError, ValueError) as error:
-        return {**asked, "error": str(error).splitlines()[0], "parts": watch.parts}
-    found = {"seconds": time.perf_counter() - began, "parts": watch.parts}
-    return {**asked, **found, "foreseen_bytes": plan.peak, "savings": plan.savings}
+        return {**row, "error": str(error).splitlines()[0], "parts": monitor.parts}
+    return {
+        **row,
+        "seconds": time.perf_counter() - start,
+        "parts": monitor.parts,
+        "estimated_bytes": plan.peak_bytes,
+        "savings": plan.savings,
+    }
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print a line for each image."""
-    table = Table("model", "mixer", "pixels", "allowed", "seconds", "last stage", "pixels out", "peak", "foreseen")
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print one line per image."""
+    table = Table("model", "mixer", "pixels", "budget", "seconds", "last stage", "pixels out", "peak", "estimated")
     for row in rows:
-        parts = [part for part in row["parts"].values() if "seconds" in part]
-        cells = [row["model"], row["mixer"] or "its own", row["size"], row["memory"] or "all"]
+        cells = [row["model"], row["mixer"] or "its own", row["size"], row["memory"] or "none"]
         if "error" in row:
             table.add_row(*cells, row["error"][:60])
             continue
-        last, out = (duration(part["seconds"]) for part in parts[-2:])
+        parts = [part for part in row["parts"].values() if "seconds" in part]
+        last_stage, decoding = (format_duration(part["seconds"]) for part in parts[-2:])
         peak = max(part["bytes"] or 0 for part in parts)
-        table.add_row(*cells, duration(row["seconds"]), last, out, told(peak), told(row["foreseen_bytes"]))
+        table.add_row(
+            *cells,
+            format_duration(row["seconds"]),
+            last_stage,
+            decoding,
+            format_bytes(peak),
+            format_bytes(row["estimated_bytes"]),
+        )
     console.print(table)
 
 
 def main() -> None:
-    """Measure one image, or show all."""
+    """Measure one image and append it to the results, or print all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--show", action="store_true", help="print what is there")
-    parser.add_argument("--model", default="random:SDXL base")
-    parser.add_argument("--mixer", help="to mount, untrained; none leaves the model's own attention")
-    parser.add_argument("--size", default="16384x8192")
-    parser.add_argument("--memory")
+    parser.add_argument("results", type=Path, help="file of results, one JSON object per line")
+    parser.add_argument("--print", action="store_true", help="print the results and measure nothing")
+    parser.add_argument("--model", default="random:SDXL base", help="as in mixlab plan")
+    parser.add_argument("--mixer", help="untrained mixer to mount; default: the model's own attention")
+    parser.add_argument("--size", default="16384x8192", help="width x height in pixels")
+    parser.add_argument("--memory", help="memory budget, such as 24GB")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    given = vars(parser.parse_args())
-    results, wanted = given.pop("results"), given.pop("show")
-    if not wanted:
-        row = measure(**given)
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    show(rows if wanted else rows[-1:], Console())
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
+    arguments = vars(parser.parse_args())
+    results: Path = arguments.pop("results")
+    if arguments.pop("print"):
+        lines = results.read_text().splitlines() if results.is_file() else []
+        print_rows([json.loads(line) for line in lines], Console())
+        return
+    row = measure(LargeImageCase(**arguments))
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print_rows([row], Console())
 
 
 if __name__ == "__main__":

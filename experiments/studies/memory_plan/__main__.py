@@ -1,6 +1,5 @@
-"""Entry point: `python -m experiments.studies.memory_plan`."""
+"""Compare estimated and measured memory: `python -m experiments.studies.memory_plan`."""
 
 from experiments.studies.memory_plan.study import main
 
-if __name__ == "__main__":
-    main()
+main()

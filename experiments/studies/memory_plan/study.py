@@ -1,10 +1,10 @@
-"""Is the memory that a plan foresees what is used? Measured on this CPU.
+"""Compare the memory that a plan estimates with the memory that is used on this CPU.
 
     python -m experiments.studies.memory_plan --mixer linfusion
 
-Every row is a process of its own: one guided call of a UNet with random weights, or one decoding. Measured is the peak
-of the resident set above what was resident before the call, which is the weights and a first call at the smallest size.
-The last column compares what a plan tells and a budget is held against: the weights and what comes on top of them.
+Every row is measured in its own process: one guided call of a UNet with random weights, or one decoding. The measured
+value is the growth of the resident set's peak over what was resident before the call, after a first call at the
+smallest size. The last column compares what a budget limits: the weights plus that growth.
 """
 
 from __future__ import annotations
@@ -19,77 +19,111 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.memory import peak_bytes, return_freed_memory
-from experiments.highres.commands import parse_size
-from experiments.highres.models import mount, open_model
-from experiments.highres.rate import conditions
-from unet_adapters.highres import SAVINGS, Tiling, decode, save_memory
-from unet_adapters.highres.denoise import Guide
-from unet_adapters.highres.plan import foresee_decoding, foresee_step, latent_unit, pixels_a_place, told
+from experiments.core.memory import measure_peak_bytes, return_freed_memory
+from experiments.highres.options import parse_size
+from experiments.highres.pipelines import mount, open_pipeline
+from unet_adapters.highres import SAVINGS, Tiling, decode_tiled, save_memory
+from unet_adapters.highres.denoising import ClassifierFreeGuidance
+from unet_adapters.highres.estimates import estimate_decoding, estimate_unet_call
+from unet_adapters.highres.memory import format_bytes
+from unet_adapters.highres.pipeline import size_multiple, vae_scale_factor
+from unet_adapters.highres.stages import ImageSize
+from unet_adapters.hosts import find_host
 
 SIZES = ("512x512", "768x768", "1024x1024", "1536x1024", "2048x2048")
-WAYS = {"plain": (), "saving": tuple(name for name in SAVINGS if name != "skips"), "pixels": ()}
+CPU_SAVINGS = tuple(name for name in SAVINGS if name != "skips")
+WORKLOADS = ("plain", "saving", "pixels")
+"""A call of the UNet without savings, the same with every saving, and the decoding."""
+
+GUIDANCE = 7.5
 
 
-def measure(model: str, mixer: str, size: str, way: str) -> dict[str, Any]:
-    """Bytes foreseen and measured, in this process."""
-    return_freed_memory()  # as `mixlab generate --memory` has it
-    side, savings = parse_size(size), WAYS[way]
-    pipe = open_model(model, torch.float32, "cpu")
+def measure(model: str, mixer: str, size: str, workload: str) -> dict[str, Any]:
+    """Return the bytes that are estimated and measured for one workload, in this process."""
+    return_freed_memory()  # as in `mixlab generate --memory`
+    image_size = parse_size(size)
+    savings = CPU_SAVINGS if workload == "saving" else ()
+    pipe = open_pipeline(model, torch.float32, "cpu")
     mount(pipe, None, mixer)
-    unit = latent_unit(pipe)
-    run: Any = _decoding if way == "pixels" else _step
-    found = foresee_decoding(pipe, side, Tiling()) if way == "pixels" else foresee_step(pipe, side, savings, 7.5)
-    run(pipe, (unit, unit), savings)
-    measured = peak_bytes(lambda: run(pipe, side, savings))
+
+    def run(run_size: ImageSize) -> None:
+        if workload == "pixels":
+            _decode(pipe, run_size)
+        else:
+            _call_unet(pipe, run_size, savings)
+
+    if workload == "pixels":
+        estimated = estimate_decoding(pipe, image_size, Tiling()).peak_bytes
+    else:
+        estimated = estimate_unet_call(pipe, image_size, savings, GUIDANCE).peak_bytes
+    multiple = size_multiple(pipe)
+    run((multiple, multiple))
+    measured = measure_peak_bytes(lambda: run(image_size))
     weights = sum(p.numel() * p.element_size() for part in (pipe.unet, pipe.vae) for p in part.parameters())
-    return {"size": size, "way": way, "weights": weights, "foreseen": found.peak, "measured": measured}
+    return {"size": size, "workload": workload, "weights": weights, "estimated": estimated, "measured": measured}
 
 
 @torch.no_grad()
-def _step(pipe: Any, size: tuple[int, int], savings: tuple[str, ...]) -> None:
-    unet, places = pipe.unet, [side // pixels_a_place(pipe) for side in size]
-    guidance = Guide(conditions(unet), conditions(unet), 7.5, "guidance" in savings)
-    with save_memory(unet, savings):
-        guidance.predict(unet, torch.randn(1, unet.config.in_channels, *places), torch.tensor(500))
+def _call_unet(pipe: Any, size: ImageSize, savings: tuple[str, ...]) -> None:
+    host = find_host(pipe)
+    height, width = (side // vae_scale_factor(pipe) for side in size)
+    conditions = host.dummy_conditions()
+    guidance = ClassifierFreeGuidance(conditions, conditions, GUIDANCE, sequential="guidance" in savings)
+    with save_memory(pipe.unet, savings):
+        guidance.predict(pipe.unet, torch.randn(host.latent_shape((height, width))), torch.tensor(500))
 
 
-def _decoding(pipe: Any, size: tuple[int, int], savings: tuple[str, ...]) -> None:
-    decode(pipe.vae, torch.randn(1, 4, *(side // pixels_a_place(pipe) for side in size)))
+def _decode(pipe: Any, size: ImageSize) -> None:
+    height, width = (side // vae_scale_factor(pipe) for side in size)
+    decode_tiled(pipe.vae, torch.randn(1, 4, height, width))
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print foreseen beside measured."""
-    table = Table("pixels", "what", "weights", "foreseen", "measured", "ratio", "ratio with the weights")
+def measure_in_process(model: str, mixer: str, size: str, workload: str) -> dict[str, Any]:
+    """Run `measure` in a new process, so that no earlier peak hides its own."""
+    command = [sys.executable, "-m", "experiments.studies.memory_plan", "--model", model, "--mixer", mixer]
+    command += ["--one", size, workload]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return row
+
+
+def print_comparison(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print the estimates beside the measurements."""
+    table = Table("pixels", "what", "weights", "estimated", "measured", "ratio", "ratio with the weights")
     for row in rows:
-        weights, foreseen, measured = (row[key] for key in ("weights", "foreseen", "measured"))
-        ratios = (f"{foreseen / measured:.3f}", f"{(weights + foreseen) / (weights + measured):.3f}")
-        table.add_row(row["size"], row["way"], told(weights), told(foreseen), told(measured), *ratios)
+        weights = row["weights"]
+        estimated = row["estimated"]
+        measured = row["measured"]
+        table.add_row(
+            row["size"],
+            row["workload"],
+            format_bytes(weights),
+            format_bytes(estimated),
+            format_bytes(measured),
+            f"{estimated / measured:.3f}",
+            f"{(weights + estimated) / (weights + measured):.3f}",
+        )
     console.print(table)
 
 
 def main() -> None:
-    """Measure every size and way, and print a table; `--one SIZE WAY` is one of its processes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="random:SD-1.5")
-    parser.add_argument("--mixer", required=True, help="to mount, untrained")
-    parser.add_argument("--sizes", nargs="+", default=SIZES)
-    parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
-    parser.add_argument("--one", nargs=2, metavar=("SIZE", "WAY"))
-    given = parser.parse_args()
-    if given.one:
-        print(json.dumps(measure(given.model, given.mixer, *given.one)))
+    """Measure every size and workload, and print a table; `--one SIZE WORKLOAD` is one of the processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:SD-1.5", help="as in mixlab plan")
+    parser.add_argument("--mixer", required=True, help="untrained mixer to mount")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="width x height in pixels")
+    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
+    parser.add_argument("--one", nargs=2, metavar=("SIZE", "WORKLOAD"), help="measure one workload in this process")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.model, arguments.mixer, *arguments.one)))
         return
     rows = []
-    for size in given.sizes:
-        for way in given.ways:
-            command = [sys.executable, "-m", "experiments.studies.memory_plan", "--model", given.model]
-            done = subprocess.run(
-                [*command, "--mixer", given.mixer, "--one", size, way], stdout=subprocess.PIPE, text=True, check=True
-            )
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    for size in arguments.sizes:
+        for workload in arguments.workloads:
+            rows.append(measure_in_process(arguments.model, arguments.mixer, size, workload))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    show(rows, Console())
+    print_comparison(rows, Console())
 
 
 if __name__ == "__main__":

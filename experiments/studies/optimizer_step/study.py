@@ -17,27 +17,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.bench.memory import peak_bytes
 from experiments.config import Distillation, MixerChoice, Term
+from experiments.core.memory import measure_peak_bytes
 from experiments.distill.draw import draw
 from experiments.distill.student import build_student, run_stages
-from experiments.highres.models import open_model
+from experiments.highres.pipelines import open_pipeline
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import FitConfig
+from unet_adapters.hosts import find_host
 
 
 class MadeUp:
     """Latents and conditions of normal numbers, in the shapes of a teacher's."""
 
     def __init__(self, teacher: Teacher, size: int) -> None:
-        config, side = teacher.unet.config, size // 8
-        self.one: Batch = {
-            "latents": torch.randn(1, 4, side, side),
-            "text": torch.randn(1, 77, config.cross_attention_dim),
-        }
-        if config.addition_embed_type == "text_time":
-            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            self.one |= {"pooled": torch.randn(1, width), "time_ids": torch.zeros(1, 6)}
+        host = find_host(teacher.unet)
+        side = size // 8
+        shapes = {"latents": host.latent_shape((side, side)), **host.condition_shapes()}
+        self.one: Batch = {name: torch.randn(shape) for name, shape in shapes.items()}
         conditions = ("text", "pooled")
         self.unconditional: Mapping[str, Tensor] = {n: t[0] for n, t in self.one.items() if n in conditions}
 
@@ -53,7 +50,7 @@ def one_step(
     architecture: str, size: int, dtype: torch.dtype, objectives: tuple[str, ...], train: str
 ) -> tuple[int | None, float]:
     """Peak bytes above the teacher's and the student's weights, and seconds, of one step with one sample."""
-    teacher = Teacher(open_model(f"random:{architecture}", dtype, "cpu"))
+    teacher = Teacher(open_pipeline(f"random:{architecture}", dtype, "cpu"))
     plan = Distillation(
         objectives={name: Term() for name in objectives},
         fit=FitConfig(steps=1, batch_size=1, learning_rate=1e-4, warmup=0),
@@ -71,7 +68,7 @@ def one_step(
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        peak = peak_bytes(lambda: run_stages(teacher, adapter, plan, batch, Path(folder), lambda *_: None))
+        peak = measure_peak_bytes(lambda: run_stages(teacher, adapter, plan, batch, Path(folder), lambda *_: None))
     return peak, time.perf_counter() - start
 
 

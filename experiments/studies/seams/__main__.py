@@ -1,6 +1,5 @@
-"""Entry point: `python -m experiments.studies.seams`."""
+"""Measure the seams of tiled decoding: `python -m experiments.studies.seams`."""
 
 from experiments.studies.seams.study import main
 
-if __name__ == "__main__":
-    main()
+main()

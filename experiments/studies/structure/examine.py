@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers import TokenMixer, create_mixer, list_mixers, registry, structure
-from mixers.stages.directions import SCANS
+from mixers.stages.scan_orders import SCANS
 from mixers.traits import CAUSALITIES, Causality
 
 DIM, HEADS, GRID = 32, 2, (8, 8)
@@ -48,9 +48,9 @@ def picture(dim: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
 
 
 def build(name: str, **options: Any) -> TokenMixer:
-    """A mixer in its plain form, in float64, with every parameter moved a little from where it starts."""
+    """A mixer in its drop-in form, in float64, with every parameter moved a little from where it starts."""
     torch.manual_seed(0)
-    settings = {**registry.entry(name).mixer.plain, **options}
+    settings = {**registry.get_mixer_entry(name).mixer.drop_in_options, **options}
     mixer = create_mixer(name, DIM, HEADS, **settings).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -89,7 +89,12 @@ def records(pattern: str = "*", report: Callable[[int, int, str], None] | None =
     Raises:
         ValueError: no mixer matches.
     """
-    wanted = [(name, c) for name in list_mixers(pattern) for c in CAUSALITIES if c in registry.entry(name).causalities]
+    wanted = [
+        (name, c)
+        for name in list_mixers(pattern)
+        for c in CAUSALITIES
+        if c in registry.get_mixer_entry(name).causalities
+    ]
     if not wanted:
         raise ValueError(f"No mixer matches {pattern!r}: expected one of {', '.join(list_mixers())}.")
     found = []

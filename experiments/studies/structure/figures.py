@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from experiments.report import style
 from experiments.studies.structure.examine import GRID, Record, examine
 from mixers import structure
-from mixers.stages.directions import SCANS, scan_orders
+from mixers.stages.scan_orders import SCANS, scan_orders
 from mixers.traits import CAUSALITIES
 
 COLORS = dict(zip(CAUSALITIES, style.PALETTE, strict=False))

@@ -11,9 +11,10 @@ from types import ModuleType
 from torch import Tensor
 
 from mixers.operators.choice import Problem, choose
-from mixers.operators.common import check_causality, check_state, full_precision, precision, working_dtype
+from mixers.operators.common import check_causality, check_state, working_dtype
 from mixers.operators.delta import chunked, dense, fla, recurrent
 from mixers.operators.state import State
+from mixers.precision import accumulation_dtype, no_autocast
 from mixers.traits import Causality
 
 _BACKENDS: dict[str, ModuleType] = {"dense": dense, "recurrent": recurrent, "chunked": chunked, "fla": fla}
@@ -70,7 +71,7 @@ def delta_rule(
     tensors = {"q": q, "k": k, "beta": beta, "log_decay": log_decay, "v": v}
     formulation = choose(_BACKENDS, backend, Problem("delta", tensors, causality, False, return_state, initial_state))
     dtype = working_dtype(formulation, v, q, k, beta, gates)
-    with full_precision(q):
+    with no_autocast(q):
         streams = tuple(t.to(dtype) for t in (q, k, beta, gates, v))
         memory = initial_state.memory.to(dtype) if initial_state else streams[0].new_zeros(memory_shape)
         causal = causality == "causal"
@@ -100,8 +101,8 @@ def delta_rule_weights(
     _check(q, k, beta, log_decay)
     _check_order(causality, None, False)
     gates = _gates(q, log_decay)
-    dtype = precision(q, k, beta, gates)
-    with full_precision(q):
+    dtype = accumulation_dtype(q, k, beta, gates)
+    with no_autocast(q):
         q, k, beta, gates = (t.to(dtype) for t in (q, k, beta, gates))
         return dense.weights(q, k, beta, gates, causality) * scale
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mixers.feature_maps import FEATURE_MAPS
+from mixers.normalization import count_visible_tokens
 from mixers.operators.choice import Problem, choose
-from mixers.operators.common import check_causality, check_state, full_precision
+from mixers.operators.common import check_causality, check_state
 from mixers.operators.linear import blocked, chunked, dense, fla, ordered, recurrent, triton
-from mixers.operators.linear.call import Backend, Call, visible
+from mixers.operators.linear.call import Backend, Call
 from mixers.operators.state import State
-from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.precision import no_autocast
 from mixers.suggest import hint
 from mixers.traits import Causality
 
@@ -50,7 +52,7 @@ def linear_attention(
         q, k: (b, l, h, k).
         v: (b, l, h, v).
         log_decay: ≤ 0: None, (h,), (b, l, h) or (b, l, h, k).
-        feature_map: φ, a name in `mixers.stages.feature_maps`; backends that can apply it as they read q and k.
+        feature_map: φ, a name in `mixers.feature_maps`; backends that can apply it as they read q and k.
             With `identity` these are features already, and have to be ≥ 0 where `normalize`.
         causality: `causal`: token i sees 0 … i. `bidirectional`: a causal and a strictly anti-causal pass, which
             without decay is `noncausal`. `noncausal`: all tokens, with no order to decay over: gates become weights
@@ -98,13 +100,13 @@ def linear_weights(
     """The matrix (b, h, l, l) that `linear_attention` applies to v, from the formula. O(l²·k) memory with decay."""
     _check(q, k, None, log_decay, feature_map)
     call = Call(q, k, q, _gates(q, log_decay), feature_map, causality, normalize, eps, scale)
-    with full_precision(q):
+    with no_autocast(q):
         call = call.mapped()
         weights = dense.weights(call.q, call.k, call.log_decay, causality)
     if not normalize:
         return weights * scale
     if call.log_decay is None:
-        weights = weights / visible(call.q, causality, 0)[:, None]
+        weights = weights / count_visible_tokens(call.q, causality, 0)[:, None]
     return weights / (weights.sum(-1, keepdim=True) + eps)
 
 

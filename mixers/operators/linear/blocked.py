@@ -18,10 +18,10 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from mixers.operators.common import full_precision, precision
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators.linear import chunked
 from mixers.operators.linear.call import Backend, Call
-from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.precision import accumulation_dtype, no_autocast
 
 BLOCK_ELEMENTS = 1 << 18  # of the features of a block: they stay in the cache
 Place = tuple[slice, slice]
@@ -51,7 +51,7 @@ class _Unordered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, feature_map, normalize, eps, factor):  # type: ignore[no-untyped-def]
-        dtype, places = precision(q, k, v), _blocks(k, v)
+        dtype, places = accumulation_dtype(q, k, v), _blocks(k, v)
         memory = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1], dtype=dtype)
         weight = k.new_zeros(k.shape[0], k.shape[2], 1, k.shape[3], dtype=dtype)
         for place in places:
@@ -74,7 +74,7 @@ class _Unordered(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         q, k, v, log_decay, memory, weight = ctx.saved_tensors
-        with full_precision(q):
+        with no_autocast(q):
             dq, d_memory, d_weight = _through_queries(ctx, q, dy, memory, weight)
             gradients = _through_keys(ctx, k, v, log_decay, d_memory / k.shape[1], d_weight / k.shape[1])
         return dq, *gradients, None, None, None, None

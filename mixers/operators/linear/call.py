@@ -9,10 +9,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mixers.feature_maps import FEATURE_MAPS
+from mixers.normalization import append_ones, count_visible_tokens, divide_by_last
 from mixers.operators.choice import Problem
-from mixers.operators.common import divide_by_ones, full_precision, precision, with_ones, working_dtype
+from mixers.operators.common import working_dtype
 from mixers.operators.state import State
-from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.precision import accumulation_dtype, no_autocast
 from mixers.traits import Causality
 
 
@@ -43,7 +45,7 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """Of features and sums."""
-        return precision(self.q, self.k, self.v)
+        return accumulation_dtype(self.q, self.k, self.v)
 
     @property
     def seen(self) -> int:
@@ -78,7 +80,7 @@ class Backend:
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """The result (b, l, h, v) in v's dtype, and of a causal pass the memory after the last token."""
-        with full_precision(call.q):
+        with no_autocast(call.q):
             if call.causality in self.whole:
                 return self.whole[call.causality](call)
             assert self.sums is not None, "a backend refuses what it has no function for"
@@ -88,7 +90,7 @@ class Backend:
         dtype = working_dtype(sums, call.v, call.q, call.k)
         q, k, v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
         gates, normalize = call.log_decay, call.normalize
-        v = with_ones(v) if normalize else v
+        v = append_ones(v) if normalize else v
         memory = None
         if call.causality == "causal":
             start = call.initial_state.memory if call.initial_state else new_memory(k, v)
@@ -98,23 +100,15 @@ class Backend:
         else:
             mixed = sums.noncausal(q, k, v)
         mixed = mixed.to(call.dtype)
-        counts = visible(q, call.causality, call.seen)[:, None, None]
+        counts = count_visible_tokens(q, call.causality, call.seen)[:, None, None]
         if call.causality != "noncausal" and normalize and gates is None:
             mixed = mixed / counts
         elif call.causality == "noncausal" and not normalize:
             mixed = mixed * counts
-        y = divide_by_ones(mixed, call.eps) if normalize else mixed * call.scale
+        y = divide_by_last(mixed, call.eps) if normalize else mixed * call.scale
         return y.to(call.v.dtype), memory
 
 
 def new_memory(k: Tensor, v: Tensor) -> Tensor:
     """The memory of no tokens, (b, h, k, v)."""
     return k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1])
-
-
-def visible(q: Tensor, causality: Causality, past: int) -> Tensor:
-    """n_i, how many tokens each token sees: (l,)."""
-    length = q.shape[1]
-    if causality != "causal":
-        return torch.full((length,), float(length), device=q.device, dtype=q.dtype)
-    return torch.arange(past + 1, past + length + 1, device=q.device, dtype=q.dtype)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixers.feature_maps import FEATURE_MAPS
+from mixers.normalization import append_ones, count_visible_tokens, divide_by_last
 from mixers.operators.blocks import block_after_block
-from mixers.operators.common import divide_by_ones, one_of_equals, with_ones
+from mixers.operators.common import one_of_equals
 from mixers.operators.linear import blocked, chunked
-from mixers.operators.linear.call import Backend, Call, visible
-from mixers.stages.feature_maps import FEATURE_MAPS
+from mixers.operators.linear.call import Backend, Call
 
 
 def causal(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +52,7 @@ def _tokens(call: Call) -> int:
 
 def _streams(call: Call) -> tuple[Tensor, ...]:
     """What goes by blocks: q, k, the log decays or, where there are none, how many tokens each token sees, and v."""
-    counts = visible(call.q[:1, :, :1, :1].to(call.dtype), call.causality, call.seen)[None, :, None, None]
+    counts = count_visible_tokens(call.q[:1, :, :1, :1].to(call.dtype), call.causality, call.seen)[None, :, None, None]
     return (*map(one_of_equals, (call.q, call.k)), counts if call.log_decay is None else call.log_decay, call.v)
 
 
@@ -95,11 +96,11 @@ class _Steps:
         """Decayed sums of the values and, normalized, of the weights: (b, l, h, v [+ 1]); and the memory after them."""
         apply = FEATURE_MAPS[self.feature_map].apply
         q, k, v, told = apply(q.to(self.dtype)), apply(k.to(self.dtype)), v.to(self.dtype), told.to(self.dtype)
-        v = with_ones(v) if self.normalize else v
+        v = append_ones(v) if self.normalize else v
         return chunked.block(q, k, told if self.decays else None, v, memory, diagonal)
 
     def _result(self, sums: Tensor, told: Tensor) -> Tensor:
         """eps is on the mean visible weight: on the sum it is eps times the number of visible tokens."""
         if not self.normalize:
             return sums * self.scale
-        return divide_by_ones(sums, self.eps) if self.decays else divide_by_ones(sums, self.eps * told)
+        return divide_by_last(sums, self.eps) if self.decays else divide_by_last(sums, self.eps * told)

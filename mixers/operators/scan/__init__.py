@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mixers.operators.choice import Problem, choose
-from mixers.operators.common import check_causality, check_state, full_precision, precision, working_dtype
+from mixers.operators.common import check_causality, check_state, working_dtype
 from mixers.operators.scan import chunked, dense, mamba_ssm, recurrent
 from mixers.operators.state import State
+from mixers.precision import accumulation_dtype, no_autocast
 from mixers.traits import Causality
 
 _BACKENDS: dict[str, ModuleType] = {
@@ -76,7 +77,7 @@ def selective_scan(
     problem = Problem("scan", tensors, causality, normalize, return_state, initial_state)
     formulation = choose(_BACKENDS, backend, problem)
     dtype = working_dtype(formulation, u, dt, A, B, C)
-    with full_precision(u):
+    with no_autocast(u):
         streams = tuple(t.to(dtype) for t in (dt, A, B, C, u))
         streams = _with_ones(*streams) if normalize else streams
         y, memory = _sums(formulation, streams, initial_state, causality)
@@ -106,8 +107,8 @@ def selective_scan_weights(
     """
     _check(dt, A, B, C)
     check_causality(causality, None, False)
-    dtype = precision(dt, A, B, C)
-    with full_precision(dt):
+    dtype = accumulation_dtype(dt, A, B, C)
+    with no_autocast(dt):
         weights = dense.weights(dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), causality)
     if not normalize:
         return weights * scale

@@ -24,7 +24,7 @@ def fits_a_host(mixer: TokenMixer) -> bool:
 
 def check_projections_are_called(mixer: TokenMixer, inputs: Inputs) -> None:
     """Handed a host's projections, each part of each is called once; nothing of them is kept."""
-    x, host = inputs.tokens(mixer, max(inputs.lengths)), mixer.host(None)
+    x, host = inputs.tokens(mixer, max(inputs.lengths)), mixer.resolve_projections(None)
     calls: Counter[str] = Counter()
 
     def counted(name: str, module: torch.nn.Module) -> Callable[[Tensor], Tensor]:

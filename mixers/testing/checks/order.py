@@ -50,7 +50,7 @@ def check_permutation_equivariance(mixer: TokenMixer, inputs: Inputs) -> None:
             assert_close(run(mixer, x[:, order]), run(mixer, x)[:, order], what="the output of permuted tokens")
         except AssertionError as error:
             raise AssertionError(
-                f"claims to be order-free, but with {length} tokens in the order {order.tolist()}: {error}"
+                f"claims to be permutation-equivariant, but with {length} tokens in the order {order.tolist()}: {error}"
                 f"{_shown(mixer, x)}"
             ) from None
 

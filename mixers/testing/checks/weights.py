@@ -77,7 +77,7 @@ def check_constant_values_are_kept(mixer: TokenMixer, inputs: Inputs) -> None:
         streams = inputs.streams(exact, length)
         constant = streams.v[:, :1].expand_as(streams.v)
         y = exact.mix(with_values(streams, constant))
-        seen = (exact.weights(streams) != 0).any(-1)
+        seen = (exact.mixing_matrix(streams) != 0).any(-1)
         seen = (seen if seen.ndim == 3 else seen.any(2)).transpose(1, 2)[..., None]
         assert_close(y, constant * seen, what=f"output for constant values at l = {length}")
 

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.operators.common import precision
 from mixers.operators.linear.kernels.launch import alignment, precisions, product, tile
+from mixers.precision import accumulation_dtype
 
 LEVELS = 6  # of halves: chunks of 64 tokens
 FEW_LEVELS = 5  # chunks of 32: with a gate a channel every level is a product, and float64 takes twice the room
@@ -290,7 +290,7 @@ def bidirectional_attention(
 
 @torch.library.custom_op("mixers::bidirectional_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, normalize: bool, eps: float, scale: float) -> Tensor:
-    common: dict[str, Any] = {"g": log_decay, "dtype": precision(q, k, v), "PRECISION": precisions(q, k, v)[0]}
+    common: dict[str, Any] = {"g": log_decay, "dtype": accumulation_dtype(q, k, v), "PRECISION": precisions(q, k, v)[0]}
     y = v.new_empty(v.shape)
     with torch.cuda.device_of(q):
         states, sums, _ = chunk_states(k, v, normalize, **common)

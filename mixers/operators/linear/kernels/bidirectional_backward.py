@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.operators.common import precision
 from mixers.operators.linear.kernels.bidirectional import (
     UNSPECIALIZED,
     chunk_states,
@@ -36,6 +35,7 @@ from mixers.operators.linear.kernels.bidirectional import (
     strides,
 )
 from mixers.operators.linear.kernels.launch import precisions, product, tile
+from mixers.precision import accumulation_dtype
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, normalize: bool, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dg of `bidirectional_attention`, from its inputs and dy (b, l, h, v)."""
-    dtype = precision(q, k, v)
+    dtype = accumulation_dtype(q, k, v)
     plain, differences = precisions(q, k, v)
     exact: dict[str, Any] = {"g": g, "dtype": dtype, "PRECISION": differences}
     key_states, key_sums, kept = chunk_states(k, v, normalize, **exact)

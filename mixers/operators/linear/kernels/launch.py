@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.operators.common import precision
+from mixers.precision import accumulation_dtype
 
 PROGRAMS_PER_PROCESSOR = 4
 LONGEST_SPLIT = 2**15  # tokens: beyond it, the rounding of one running float32 sum begins to show
@@ -53,7 +53,7 @@ FEATURES: dict[str, tuple[Any, Any]] = {
 }
 """φ, and φ′ from the values of φ, as device functions that kernels take as constexpr; NaN stays NaN.
 
-The names are those of `mixers.stages.feature_maps.FEATURE_MAPS`.
+The names are those of `mixers.feature_maps.FEATURE_MAPS`.
 """
 
 
@@ -84,7 +84,7 @@ def precisions(*tensors: Tensor) -> tuple[str, str]:
     of large sums; they, and all products of float32 inputs, are three products in TF32, of the operands' upper and
     lower halves, which leave a relative error of about 2⁻²¹. Sums are float32. float64 stays float64.
     """
-    if precision(*tensors) == torch.float64 or torch.version.hip:
+    if accumulation_dtype(*tensors) == torch.float64 or torch.version.hip:
         return "ieee", "ieee"
     half = all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
     return ("tf32" if half else "tf32x3"), "tf32x3"

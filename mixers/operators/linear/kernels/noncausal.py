@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.operators.common import precision
 from mixers.operators.linear.kernels.launch import (
     FEATURES,
     alignment,
@@ -30,6 +29,7 @@ from mixers.operators.linear.kernels.launch import (
     split,
     tile,
 )
+from mixers.precision import accumulation_dtype
 
 BLOCK = 64  # tokens of a matrix product
 
@@ -236,7 +236,7 @@ def noncausal_attention(
     Args:
         q, k: (b, l, h, k), before φ, of any floating dtype; any strides, of which a last one other than 1 costs a copy.
         v: (b, l, h, v), likewise.
-        feature_map: a name in `mixers.stages.feature_maps`.
+        feature_map: a name in `mixers.feature_maps`.
         normalize, eps, scale: as of `linear_attention`.
 
     Returns:
@@ -261,7 +261,7 @@ def _attention(
     plain, _ = precisions(q, k, v)
     y = v.new_empty(v.shape)
     with torch.cuda.device_of(q):
-        memory = _memory(k, v, feature, normalize, scale, plain, precision(q, k, v))
+        memory = _memory(k, v, feature, normalize, scale, plain, accumulation_dtype(q, k, v))
         grid, sizes = _blocks(q, v, memory, plain)
         strides = _strides(x=q, y=y)
         _read[grid](q, memory, y, **strides, **sizes, FEATURE=feature, PRECISION=plain, NORMALIZE=normalize, EPS=eps)
@@ -343,7 +343,7 @@ def _with_rows(x: Tensor) -> Tensor:
 def _(q: Tensor, k: Tensor, v: Tensor, feature_map: str, normalize: bool, eps: float, scale: float):  # type: ignore[no-untyped-def]
     (batch, _, heads, key), value = q.shape, v.shape[-1]
     width = key * value + (key if normalize else 0)
-    return v.new_empty(v.shape), v.new_empty(batch, heads, width, dtype=precision(q, k, v))
+    return v.new_empty(v.shape), v.new_empty(batch, heads, width, dtype=accumulation_dtype(q, k, v))
 
 
 @_gradients.register_fake

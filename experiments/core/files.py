@@ -1,0 +1,69 @@
+"""JSON and safetensors files that are replaced as a whole; built on `mixers.files.atomic_path`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experiments.core.errors import first_line
+from mixers.files import atomic_path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it survives a power failure whole, or stays as it was before.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    with atomic_path(path, durable=True) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically: a reader sees the old file or the new one."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; returns an empty one if the file is missing, damaged or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: the disk is full or fails; safetensors itself raises `SafetensorError`, which is no OSError.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as partial:
+        try:
+            save_file(contiguous, partial, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"Cannot write {path}: {first_line(error)}.") from error
+
+
+def sha256_of_file(path: Path) -> str | None:
+    """Return a file's SHA-256 as hexadecimal digits, or None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,173 @@
+"""The `Host` protocol and its registry: what the rest of the package may know about a model's architecture."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+TEXT_TOKENS = 77  # the context length of CLIP's text encoders
+
+Conditions = Mapping[str, Tensor]
+"""What a model is conditioned on besides noise and timestep, by the names of `Host.condition_shapes`."""
+
+
+class Host(ABC):
+    """One architecture family, bound to one model.
+
+    Subclasses are registered with `@register_host("name")`, in a file of `hosts/` or in a package of your own.
+
+    Attributes:
+        model: the diffusers model.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this class knows the architecture of `model`."""
+
+    @abstractmethod
+    def condition_shapes(self, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
+        """Shapes of all conditions of the model, by name.
+
+        The names are `text` (b, t, d), `pooled` (b, p) and `time_ids` (b, 6) of SDXL, and `timestep_cond` (b, g) of
+        models with an embedded guidance scale.
+        """
+
+    @abstractmethod
+    def forward_arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Keyword arguments of the model's forward for these conditions, named as in `condition_shapes`."""
+
+    @abstractmethod
+    def latent_shape(self, size: tuple[int, int], batch: int = 1) -> tuple[int, ...]:
+        """Shape of the model's noisy input for latents of this (height, width)."""
+
+    def dummy_conditions(self, batch: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Normal numbers in the shapes of `condition_shapes`, in the model's dtype and on its device."""
+        shapes = self.condition_shapes(batch)
+        return {name: self._normal(shape, generator) for name, shape in shapes.items()}
+
+    def dummy_inputs(
+        self, size: tuple[int, int], batch: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of one forward pass on random latents, for measurements and tests.
+
+        Args:
+            size: (height, width) of the latents.
+            batch: images.
+            generator: on the CPU; None for torch's default.
+        """
+        noisy = self._normal(self.latent_shape(size, batch), generator)
+        timestep = torch.full((batch,), 500, device=noisy.device)
+        conditions = self.dummy_conditions(batch, generator)
+        return {**self._noise_arguments(noisy, timestep), **self.forward_arguments(conditions)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in; under layerwise casting not the one it is stored in."""
+        dtype = getattr(self.model, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is."""
+        return next(self.model.parameters()).device
+
+    @abstractmethod
+    def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model's forward for noisy latents and timesteps (b,)."""
+
+    def _normal(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+
+_HOSTS: dict[str, type[Host]] = {}
+_Host = TypeVar("_Host", bound=type[Host])
+
+
+def register_host(name: str) -> Any:
+    """Class decorator that adds a `Host` to the registry under `name`.
+
+    Raises:
+        ValueError: the name is taken by another class, or the class is not a `Host`.
+    """
+
+    def register(host: _Host) -> _Host:
+        if not (isinstance(host, type) and issubclass(host, Host)):
+            raise ValueError(f"cannot register {host!r} as the host {name!r}: expected a subclass of Host")
+        registered = _HOSTS.get(name)
+        if registered is not None and (registered.__module__, registered.__qualname__) != (
+            host.__module__,
+            host.__qualname__,
+        ):
+            raise ValueError(f"cannot register {host.__name__}: {registered.__name__} is already the host {name!r}")
+        host.name = name
+        _HOSTS[name] = host
+        return host
+
+    return register
+
+
+@cache
+def _discover() -> None:
+    from unet_adapters import hosts
+
+    for module in pkgutil.walk_packages(hosts.__path__, f"{hosts.__name__}."):
+        importlib.import_module(module.name)
+
+
+def list_hosts() -> list[str]:
+    """Names of the registered hosts, sorted."""
+    _discover()
+    return sorted(_HOSTS)
+
+
+def find_host(pipe_or_model: Any) -> Host:
+    """The host of a pipeline's denoising network, or of a model.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, its UNet or transformer, or such a model after `torch.compile`.
+
+    Raises:
+        TypeError: it is neither a module nor a pipeline with one, or no registered host knows its architecture.
+    """
+    model = unwrap_model(pipe_or_model)
+    _discover()
+    for host in reversed(list(_HOSTS.values())):  # what was registered last, by a user, goes first
+        if host.matches(model):
+            return host(model)
+    raise TypeError(
+        f"no registered host knows the architecture {type(model).__name__}: expected one of {', '.join(list_hosts())}; "
+        "register one with unet_adapters.hosts.register_host"
+    )
+
+
+def unwrap_model(pipe_or_model: Any) -> nn.Module:
+    """The denoising network itself: out of its pipeline and of `torch.compile`.
+
+    Raises:
+        TypeError: there is none.
+    """
+    model = next(
+        (part for name in ("unet", "transformer") if (part := getattr(pipe_or_model, name, None)) is not None),
+        pipe_or_model,
+    )
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a diffusers model or a pipeline with a `unet` or `transformer`, got {type(model).__name__}"
+        )
+    return model

@@ -100,9 +100,7 @@ def scale_grid(grid: Grid, factor: float) -> Grid:
         )
         for variant in grid.variants
     )
-    return grid.model_copy(
-        update={"variants": variants, "distillation": scale_distillation(grid.distillation, factor)}
-    )
+    return grid.model_copy(update={"variants": variants, "distillation": scale_distillation(grid.distillation, factor)})
 
 
 def scale_distillation(plan: DistillationConfig, factor: float) -> DistillationConfig:

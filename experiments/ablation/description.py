@@ -38,7 +38,7 @@ class VariantDescription(FrozenModel):
     causality: str
     normalize: bool
     trained: bool = True
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     select: Any = "all"
     min_tokens: int = 0
     distillation: DistillationConfig | None = None

@@ -102,9 +102,7 @@ def measured_protocols(grid: Grid, settings: RunSettings) -> set[str]:
     return {result.measurements.protocol for result in results if result and result.measurements}
 
 
-def sample_teacher(
-    context: DistillationContext, plan: EvaluationConfig, directory: Path, again: bool = False
-) -> None:
+def sample_teacher(context: DistillationContext, plan: EvaluationConfig, directory: Path, again: bool = False) -> None:
     """Save the teacher's own samples unless they exist; `again` replaces those of another protocol."""
     if not plan.sample_sizes or not plan.prompts:
         return

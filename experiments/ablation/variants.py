@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -18,6 +19,7 @@ def combine_variants(
     causalities: Sequence[Causality] = CAUSALITIES,
     normalizations: Sequence[bool] = (True, False),
     condition: Callable[[Variant], bool] = lambda _: True,
+    mean_scale: bool = False,
     **fields: Any,
 ) -> tuple[Variant, ...]:
     """Return one variant for every combination that its mixer offers, mixer by mixer, with a unique name and label.
@@ -26,6 +28,8 @@ def combine_variants(
         mixers: {registered name: its name in labels}.
         causalities, normalizations: the values to combine; those that a mixer does not offer are left out.
         condition: a filter of the variants, such as `is_distinct`.
+        mean_scale: whether every unnormalized variant has a companion with `scale="mean"`, whose sums are bounded but
+            whose rows are not normalized: the control that splits the effect of normalization.
         fields: the other fields of every variant, as `options={"scan": "hilbert"}`.
 
     Raises:
@@ -46,6 +50,8 @@ def combine_variants(
         )
         if condition(variant):
             variants.append(variant)
+            if mean_scale and not normalize and _offers_mean_scale(name):
+                variants.append(_with_mean_scale(variant, label))
     if not variants:
         raise ValueError(
             f"No variant is left of {', '.join(mixers)} × {', '.join(causalities)} × normalize in "
@@ -64,3 +70,18 @@ def is_distinct(variant: Variant) -> bool:
         variant.mixer, 8, 2, causality=variant.causality, normalize=variant.normalize, own_projections=False, **options
     )
     return not mixer.traits.permutation_equivariant
+
+
+def _offers_mean_scale(mixer: str) -> bool:
+    return "scale" in {field.name for field in dataclasses.fields(registry.get_mixer_entry(mixer).config)}
+
+
+def _with_mean_scale(variant: Variant, label: str) -> Variant:
+    causality = CAUSALITY_LABELS[variant.causality or "noncausal"]
+    return variant.model_copy(
+        update={
+            "name": f"{variant.mixer}_{variant.causality}_mean_scale",
+            "label": f'{label}, {causality}, scale="mean"',
+            "options": {**variant.options, "scale": "mean"},
+        }
+    )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.config import EvaluationConfig
-from experiments.core.registries import METRICS
 from experiments.core.environment import describe_environment
 from experiments.core.files import save_tensors, write_json
 from experiments.core.progress import ProgressCallback
+from experiments.core.registries import METRICS
 from experiments.distill.context import DistillationContext, open_context
 from experiments.evaluate.measurements import Measurements
 from experiments.evaluate.mixing_arrays import mixing_arrays

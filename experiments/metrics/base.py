@@ -15,8 +15,8 @@
 
         def measure(self, student): ...
 
-Everything else follows from the class: the setting `evaluation.metrics.sharpness`, the record of every cell, CSV columns,
-the tables of `mixlab evaluate`, the report's section, and `mixlab list --metrics`.
+Everything else follows from the class: the setting `evaluation.metrics.sharpness`, the record of every cell, CSV
+columns, the tables of `mixlab evaluate`, the report's section, and `mixlab list --metrics`.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def register_metric(name: str) -> Callable[[_Metric], _Metric]:
         name: lower case, unique; the key of its settings and of its rows in records.
 
     Raises:
-        ValueError: the name is taken, or the class is no metric, or its quantities or figures name no field of its rows.
+        ValueError: the name is taken, or the class is no metric, or its quantities or figures name fields that
+            its rows do not have.
     """
 
     def register(metric: _Metric) -> _Metric:
@@ -198,8 +199,8 @@ def register_metric(name: str) -> Callable[[_Metric], _Metric]:
         unknown = sorted(_named_fields(metric) - fields)
         if unknown:
             raise ValueError(
-                f"Cannot register {metric.__name__} as {name!r}: its rows have no field {', '.join(unknown)}, which its "
-                f"quantities or figures name; they have {', '.join(sorted(fields))}."
+                f"Cannot register {metric.__name__} as {name!r}: its rows have no field {', '.join(unknown)}, which "
+                f"its quantities or figures name; they have {', '.join(sorted(fields))}."
             )
         metric.name = name
         METRICS.add(name, metric)

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from experiments.config import ImageSide
 from experiments.core.memory import measure_peak_bytes
 from experiments.core.timing import time_interleaved
-from experiments.distill.loss import autocast
 from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.metrics.base import LinePlot, Metric, MetricOptions, MetricRow, Quantity, register_metric
 from experiments.metrics.inputs.student import EvaluatedStudent
 from unet_adapters import MixerAdapter

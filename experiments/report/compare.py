@@ -132,8 +132,8 @@ def summarize_comparison(comparison: Comparison) -> str:
     significant = [change for change in comparison.changes if change.significant]
     higher = sum(change.ratio.mean > 1 for change in significant)
     summary = (
-        f"Of {len(comparison.changes)} rows and sizes, {len(significant) - higher} have a lower error to the teacher in "
-        f"{second} than in {first} beyond noise, and {higher} a higher one."
+        f"Of {len(comparison.changes)} rows and sizes, {len(significant) - higher} have a lower error to the teacher "
+        f"in {second} than in {first} beyond noise, and {higher} a higher one."
     )
     if significant:
         most = max(significant, key=lambda change: abs(math.log(change.ratio.mean)) if change.ratio.mean > 0 else 0)
@@ -207,9 +207,7 @@ def _redefined(one: Run, two: Run, before: VariantDescription, after: VariantDes
         return []
     clauses = differences(*designs)
     more = f"; and {len(clauses) - 3} more" if len(clauses) > 3 else ""
-    return [
-        f"“{before.label}” is not the same in both: from the first to the second, {'; '.join(clauses[:3])}{more}."
-    ]
+    return [f"“{before.label}” is not the same in both: from the first to the second, {'; '.join(clauses[:3])}{more}."]
 
 
 def _check_protocols(first: Path, second: Path) -> None:

@@ -81,11 +81,11 @@ def control_note(run: Run, effect: Effect, controls: ControlRows) -> str:
 
 
 def identity_warnings(run: Run, controls: ControlRows) -> list[str]:
-    """Say what the controls say about the whole grid: which are missing, and at which sizes mixing nothing is as good."""
+    """List what the controls say about the whole grid: that they are missing, or where mixing nothing is as good."""
     if controls.identity is None:
         return [
-            "This grid has no `identity` row, which mixes nothing: it cannot show that the differences between its rows "
-            "come from mixing tokens."
+            "This grid has no `identity` row, which mixes nothing: it cannot show that the differences between its "
+            "rows come from mixing tokens."
         ]
     rows = [variant for variant in run.trained if variant not in controls.no_mixing and variant.mixer != "softmax"]
     warnings = []

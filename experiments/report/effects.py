@@ -49,7 +49,9 @@ class Factor:
 
 def _causality(value: str, reference: str, level: str) -> Factor:
     readable = {"causal": "causal", "bidirectional": "bidirectional", "noncausal": "non-causal"}
-    return Factor("causality", "causality", value, reference, readable[value], readable[reference], ("normalization", level))
+    return Factor(
+        "causality", "causality", value, reference, readable[value], readable[reference], ("normalization", level)
+    )
 
 
 FACTORS = (

@@ -17,7 +17,7 @@ from experiments.report.effects import Effect
 from experiments.report.run_files import Run
 from experiments.report.sections import reported_metrics
 
-LEGEND = "Dashed: not normalized; dash-dotted: scale=\"mean\"; marker: causality."
+LEGEND = 'Dashed: not normalized; dash-dotted: scale="mean"; marker: causality.'
 BAND = f"{LEGEND} Band: smallest to largest over seeds, if there are several."
 
 
@@ -72,9 +72,9 @@ def _effect_figures(run: Run, effects: list[Effect]) -> Iterator[_Plan]:
         "effects",
         partial(effect_plots.plot_effects, run, effects),
         "Ratio of errors by factor and size",
-        "Effect of each factor on the error to the teacher. Stroke: geometric mean over pairs of rows that differ in it "
-        "alone; bar: 95 % interval over seeds and images; gray: not distinguishable from noise after correction for the "
-        "number of comparisons. Markers: the pairs; if they lie on both sides of 1, the effect depends on the other "
+        "Effect of each factor on the error to the teacher. Stroke: geometric mean over pairs of rows that differ in "
+        "it alone; bar: 95 % interval over seeds and images; gray: not distinguishable from noise after correction for "
+        "the number of comparisons. Markers: the pairs; if they lie on both sides of 1, the effect depends on the other "
         "factors.",
     )
     yield _Plan(
@@ -139,8 +139,8 @@ def _image_figures(run: Run) -> Iterator[_Plan]:
         partial(image_grids.plot_mixing_matrices, run),
         "Mixing matrix of each variant",
         f"Mixing matrices of one head for one {run.train_size} px image; row: the token that is written, column: the "
-        "token that is read, in raster order. Each panel has its own scale, white at 0; red is positive, blue negative. "
-        "A causal mixer leaves the upper triangle empty. The teacher's is what a student should recover.",
+        "token that is read, in raster order. Each panel has its own scale, white at 0; red is positive, blue "
+        "negative. A causal mixer leaves the upper triangle empty. The teacher's is what a student should recover.",
     )
     yield _Plan(
         "Mixing matrices and receptive fields",

@@ -63,7 +63,7 @@ def plot_heat_map(run: Run, metric: type[Metric], spec: HeatMap, path: Path) -> 
 
 
 def shorten_site(site: str) -> str:
-    """Shorten "up_blocks.1.attentions.0.transformer_blocks.0.attn1" to "up 1.0", with the block if there are several."""
+    """Shorten "up_blocks.1.attentions.0.transformer_blocks.0.attn1" to "up 1.0"."""
     match = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.transformer_blocks\.(\d+)", site)
     if not match:
         return site

@@ -14,7 +14,9 @@ _Key = tuple[tuple[str, Any], ...]
 
 def metric_table(run: Run, metric: type[Metric], spec: ValueTable) -> ReportTable:
     """Return the table that a metric declares; no rows if it was not measured."""
-    measured = {v.name: [row for c in run.done(v.name) for row in c.rows(metric.name, metric.row)] for v in run.variants}
+    measured = {
+        v.name: [row for c in run.done(v.name) for row in c.rows(metric.name, metric.row)] for v in run.variants
+    }
     keys = list(dict.fromkeys(_key(metric, row) for rows in measured.values() for row in rows))
     quantities = spec.quantities or tuple(quantity.field for quantity in metric.quantities)
     columns = [(quantity, key) for quantity in quantities for key in keys]

@@ -45,7 +45,9 @@ def describe_rank_stability(run: Run) -> list[str]:
         return []
     spread = f"Kendall's τ between training settings (steps and learning rates) is {min(orders):.2f} at least"
     if not swaps:
-        return [f"The ranks of the rows are stable at {run.train_size} px: {spread}, and no pair of rows swaps its order."]
+        return [
+            f"The ranks of the rows are stable at {run.train_size} px: {spread}, and no pair of rows swaps its order."
+        ]
     more = f"; and {len(swaps) - MOST_SWAPS} more" if len(swaps) > MOST_SWAPS else ""
     return [
         f"The ranks of the rows are NOT stable at {run.train_size} px: {spread}, and {len(swaps)} pairs swap their "

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from experiments.config import EvaluationConfig
 from experiments.data.example import photograph
-from experiments.distill.loss import autocast
 from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.metrics.inputs.feature_networks import Clip, FeatureNetwork, open_network
 from experiments.metrics.inputs.reference_images import open_reference
 from experiments.teacher.teacher import Teacher

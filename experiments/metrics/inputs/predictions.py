@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiments.config import EvaluationConfig
 from experiments.data import batch, open_dataset
-from experiments.distill.loss import autocast
 from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
 from experiments.teacher.teacher import Batch, Teacher
 from unet_adapters import MixerAdapter
 

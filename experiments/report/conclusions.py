@@ -177,11 +177,11 @@ def _describe_best(run: Run, size: int) -> str:
 
 
 def _judge(claim: Claim, effects: list[Effect], run: Run, controls: ControlRows) -> ClaimVerdict:
-    judged = [e for e in effects if e.factor.name == claim.factor and claim.value in (e.factor.value, e.factor.above)]
+    tested = [e for e in effects if e.factor.name == claim.factor and claim.value in (e.factor.value, e.factor.above)]
     if claim.factor == "causality":
-        judged = [e for e in judged if e.factor.reference == "noncausal"]
-    judged = [e for e in judged if not claim.beyond or e.size > run.train_size]
-    if not judged:
+        tested = [e for e in tested if e.factor.reference == "noncausal"]
+    tested = [e for e in tested if not claim.beyond or e.size > run.train_size]
+    if not tested:
         return ClaimVerdict(claim.statement, "not tested", "No two finished rows of this grid differ in that alone.")
     tests: dict[str, Callable[[Effect], bool]] = {
         "incomplete": lambda e: not e.complete,
@@ -191,15 +191,15 @@ def _judge(claim: Claim, effects: list[Effect], run: Run, controls: ControlRows)
         "undecided": lambda e: True,
     }
     by_state: dict[str, list[Effect]] = {}
-    for effect in judged:
+    for effect in tested:
         by_state.setdefault(next(state for state, test in tests.items() if test(effect)), []).append(effect)
     clauses = [
         (f"{state} " if len(by_state) > 1 else "") + f"at {', '.join(map(_describe_size, group))}"
         for state, group in by_state.items()
     ]
-    single = not any(effect.ratio.has_bounds for effect in judged)
+    single = not any(effect.ratio.has_bounds for effect in tested)
     state = "undecided: one seed gives no interval" if single else _overall_state(list(by_state))
-    depending = [effect for effect in judged if effect.depends]
+    depending = [effect for effect in tested if effect.depends]
     if depending:
         clauses.append(f"at {depending[-1].size} px it depends on {_describe_parts(depending[-1], run)}")
     notes = [note for effect in by_state.get("holds", []) if (note := control_note(run, effect, controls))]
@@ -207,7 +207,7 @@ def _judge(claim: Claim, effects: list[Effect], run: Run, controls: ControlRows)
         state += ", and a control shows it too"
         clauses.append(notes[-1])
     evidence = "; ".join(clauses)
-    subject = f"error of {judged[0].factor.above} over {judged[0].factor.below}, {METRIC.replace('_', ' ')}"
+    subject = f"error of {tested[0].factor.above} over {tested[0].factor.below}, {METRIC.replace('_', ' ')}"
     return ClaimVerdict(claim.statement, state, f"{evidence[0].upper()}{evidence[1:]} — {subject}.")
 
 

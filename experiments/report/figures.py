@@ -74,8 +74,8 @@ def _effect_figures(run: Run, effects: list[Effect]) -> Iterator[_Plan]:
         "Ratio of errors by factor and size",
         "Effect of each factor on the error to the teacher. Stroke: geometric mean over pairs of rows that differ in "
         "it alone; bar: 95 % interval over seeds and images; gray: not distinguishable from noise after correction for "
-        "the number of comparisons. Markers: the pairs; if they lie on both sides of 1, the effect depends on the other "
-        "factors.",
+        "the number of comparisons. Markers: the pairs; if they lie on both sides of 1, the effect depends on the "
+        "other factors.",
     )
     yield _Plan(
         "Quality against cost",

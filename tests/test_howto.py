@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from experiments.ablation.grid import list_grids, load_grid
 from experiments.cli import app
 from experiments.cli.conformance import ConformanceResult, print_results
-from experiments.config import Evaluation, override
+from experiments.config import EvaluationConfig, apply_overrides
 from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
 from mixers import list_mixers, registry
@@ -314,7 +314,7 @@ def test_the_page_of_evaluation_asks_for_what_there_is() -> None:
         shlex.split(line) for block in blocks(EVALUATE, "bash") for line in block.replace("\\\n", "").splitlines()
     ]
     settings = [[word for before, word in pairwise(c) if before == "--set"] for c in commands]
-    plans = [override(Evaluation(), asked) for asked in settings]
+    plans = [apply_overrides(EvaluationConfig(), asked) for asked in settings]
     assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].metrics.images == 30000
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins
 
 if TYPE_CHECKING:
     from experiments.bench.config import BenchmarkConfig
@@ -32,7 +32,7 @@ def crossover(
     from experiments.bench.crossover_report import plot_crossovers, print_crossovers, save_crossovers
     from experiments.core.progress import show_progress
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         shapes = choose_site_shapes(profile, dim, heads)
         with show_progress(console) as display:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Plugins, app, clean_errors, console, load_plugins, progress
 
 SizeOption = Annotated[str, typer.Option("--size", help="width x height in pixels, such as 16384x8192")]
 ModelOption = Annotated[str, typer.Option("--model", help="embedded, a folder, a Hub id, or random:SD-1.5")]
@@ -58,7 +58,7 @@ def plan(
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Print what a large image needs, stage by stage, before any work; the GPU need not be present."""
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         from experiments.highres import commands, options, pipelines
         from unet_adapters.highres import GenerationRequest
@@ -107,7 +107,7 @@ def generate(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Generate a large image in stages; if it is stopped, the same command resumes after the last finished stage."""
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         from experiments.highres import commands, options, pipelines
         from unet_adapters.highres import GenerationRequest

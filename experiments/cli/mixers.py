@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 if TYPE_CHECKING:
     from mixers.registry import MixerEntry
@@ -24,7 +24,7 @@ def list_(
     from mixers import list_mixers, registry
     from mixers.traits import CAUSALITIES
 
-    load(plugins)
+    load_plugins(plugins)
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
     for name in names:
@@ -50,7 +50,7 @@ def check(
     from experiments.cli.conformance import check_mixers, print_results
     from experiments.core.progress import show_progress
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
         with show_progress(console) as display:
             results = check_mixers(pattern, deep, display.callback("checks"))
@@ -69,10 +69,9 @@ def structure_(
     """Look at mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
     from experiments.studies.structure import decaying, draw, records
 
-    load(plugins)
-    with clean_errors(), progress() as bars:
-        task = bars.add_task("matrices", total=1)
-        found = records(pattern, lambda n, of, what: bars.update(task, completed=n, total=of, description=what))
+    load_plugins(plugins)
+    with clean_errors(), progress() as display:
+        found = records(pattern, lambda n, of, what: display.update("matrices", n, of, what))
         paths = draw(found, out, scanned or decaying(found))
     columns = ("mixer", "causality", "rank", "below", "above", "row sums", "radius")
     table = Table(*(Column(name, no_wrap=True) for name in columns), pad_edge=False, padding=(0, 0))

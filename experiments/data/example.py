@@ -123,7 +123,7 @@ class Skipped(Counter[str]):
         if self.total() <= NAMED:
             _log.warning("Skipped %s: %s", record, reason)
 
-    def tell(self, source: str, used: int) -> None:
+    def log_summary(self, source: str, used: int) -> None:
         """Log how many there were, if any."""
         if self:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in self.most_common())

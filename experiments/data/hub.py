@@ -75,7 +75,7 @@ class TableImages(RandomAccess):
         if usable and not chosen:
             _log.warning("%s: too few rows for the split %r, using all %d", self._table.name, split, len(usable))
         self._rows = chosen or usable
-        self.skipped.tell(self.name, len(usable))
+        self.skipped.log_summary(self.name, len(usable))
         if not usable:
             raise DataError(f"No usable row in {source}: none of {len(captions)} has a caption in {columns['text']!r}.")
 

@@ -1,17 +1,17 @@
 """Distillation of a mixer into a teacher's UNet."""
 
-from experiments.distill.objective import DistillationLoss
+from experiments.distill.context import DistillationContext, open_context
+from experiments.distill.loss import DistillationLoss
 from experiments.distill.objectives import Objective, list_objectives, register_objective
-from experiments.distill.setting import Setting, open_setting
 from experiments.distill.student import build_student, run_stages
 
 __all__ = [
+    "DistillationContext",
     "DistillationLoss",
     "Objective",
-    "Setting",
     "build_student",
     "list_objectives",
-    "open_setting",
+    "open_context",
     "register_objective",
     "run_stages",
 ]

@@ -1,4 +1,4 @@
-"""A student as a distillation asks for it, and its stages one after the other."""
+"""The student of a distillation, and its training stage by stage."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.config import Distillation, MixerChoice, Stage
-from experiments.distill.objective import DistillationLoss
+from experiments.config import DistillationConfig, FitConfig, MixerSpec, TrainingStage
+from experiments.distill.loss import DistillationLoss
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig, fit
+from experiments.training import StageCallback, fit
 from unet_adapters import MixerAdapter
 from unet_adapters.student import MIXER
 
-Report = Callable[[str, int, int, dict[str, float]], None]
-Draw = Callable[[int, FitConfig, tuple[int, ...], float], Batch]
+BatchSource = Callable[[int, FitConfig, tuple[int, ...], float], Batch]
+"""Called as (step, fit, sizes, caption dropout) -> the batch; `DistillationContext.batch` is one."""
 
 
-def build_student(teacher: Teacher, mixer: str, choice: MixerChoice, plan: Distillation, seed: int) -> MixerAdapter:
-    """An adapter for the teacher's UNet, not mounted; what starts random depends on `seed` alone.
+def build_student(teacher: Teacher, mixer: str, spec: MixerSpec, config: DistillationConfig, seed: int) -> MixerAdapter:
+    """Build an adapter for the teacher's UNet, not mounted; its random initial values depend on `seed` alone.
 
     Raises:
-        ValueError: no such mixer or site, or an option that it refuses.
+        ValueError: no such mixer or site, or an option that the mixer does not have.
     """
     torch.manual_seed(seed)
     return MixerAdapter.build(
         teacher.pipe,
         mixer,
-        choice.select,
-        causality=choice.causality,
-        normalize=choice.normalize,
-        train_projections=plan.train == "new+projections",
-        min_tokens=choice.min_tokens,
-        **choice.options,
+        spec.select,
+        causality=spec.causality,
+        normalize=spec.normalize,
+        train_projections=config.train == "new+projections",
+        min_tokens=spec.min_tokens,
+        **spec.options,
     )
 
 
 @torch.no_grad()
-def randomize(adapter: MixerAdapter, seed: int) -> None:
-    """Draw the trained q, k, v and output projections as torch draws a new linear layer: U(−1/√d, 1/√d)."""
+def randomize_projections(adapter: MixerAdapter, seed: int) -> None:
+    """Draw the trained q, k, v and output projections as torch initializes a linear layer: U(−1/√d, 1/√d)."""
     torch.manual_seed(seed)
     for name, parameter in adapter.parameters_by_name().items():
         if MIXER not in name.split("."):
@@ -52,16 +52,26 @@ def randomize(adapter: MixerAdapter, seed: int) -> None:
 
 
 def run_stages(
-    teacher: Teacher, adapter: MixerAdapter, plan: Distillation, draw: Draw, directory: Path, report: Report
+    teacher: Teacher,
+    adapter: MixerAdapter,
+    config: DistillationConfig,
+    draw: BatchSource,
+    directory: Path,
+    callback: StageCallback,
 ) -> list[dict[str, Any]]:
     """Train the adapter through all stages, in place, and leave it unmounted.
 
-    Started again after a stop, finished stages are read back and the running one goes on from its last checkpoint.
+    Started again after a stop, it reads the results of finished stages back and continues the running one from its last
+    checkpoint.
 
     Args:
-        draw: (step, fit, sizes, caption dropout) -> the batch; `Setting.batch` is one.
-        directory: receives the training state and the log of the only stage; of several, each in `stage-1-<name>/` …
-        report: called after each step as (stage, step, steps, losses).
+        teacher: whose UNet the adapter is for.
+        adapter: the student.
+        config: its stages.
+        draw: the batches.
+        directory: receives the training state and the log of the only stage, or, if there are several, of each one in
+            `stage-1-<name>/` and so on.
+        callback: called after each step.
 
     Returns:
         For each stage: its name, folder, steps, the seconds that this call spent in it, and its log.
@@ -71,60 +81,70 @@ def run_stages(
     """
     if not any(True for _ in adapter.student.parameters()):
         raise ValueError("train='new' leaves nothing to train: the mixers add no parameters. Use 'new+projections'.")
-    if plan.start == "random":
-        randomize(adapter, plan.fit.seed)
+    if config.start == "random":
+        randomize_projections(adapter, config.fit.seed)
     records: list[dict[str, Any]] = []
-    with _training(teacher, adapter, plan):
-        for stage, folder in zip(plan.stages, stage_folders(plan, directory), strict=True):
-            start, config, sizes = perf_counter(), stage.fit, plan.sizes_of(stage)
+    with _prepared_for_training(teacher, adapter, config):
+        for stage, folder in zip(config.stages, stage_folders(config, directory), strict=True):
+            start = perf_counter()
+            sizes = config.sizes_of(stage)
 
-            def batch(step: int, config: FitConfig = config, sizes: tuple[int, ...] = sizes) -> Batch:
-                return draw(step, config, sizes, plan.caption_dropout)
+            def batch(step: int, fit_config: FitConfig = stage.fit, sizes: tuple[int, ...] = sizes) -> Batch:
+                return draw(step, fit_config, sizes, config.caption_dropout)
 
-            def tell(done: int, losses: dict[str, float], stage: Stage = stage) -> None:
-                report(stage.name, done, stage.fit.steps, losses)
+            def after_step(completed: int, losses: dict[str, float], stage: TrainingStage = stage) -> None:
+                callback(stage.name, completed, stage.fit.steps, losses)
 
-            objective = DistillationLoss(teacher, adapter, stage.objectives)
-            log = fit(objective, batch, config, folder, tell, watched=teacher.unet)
-            spent = {"steps": config.steps, "seconds": perf_counter() - start, "log": log}
-            records.append({"stage": stage.name, "folder": folder.name, **spent})
+            loss = DistillationLoss(teacher, adapter, stage.objectives)
+            log = fit(loss, batch, stage.fit, folder, after_step, watched=teacher.unet)
+            records.append(
+                {
+                    "stage": stage.name,
+                    "folder": folder.name,
+                    "steps": stage.fit.steps,
+                    "seconds": perf_counter() - start,
+                    "log": log,
+                }
+            )
     return records
 
 
-def stage_folders(plan: Distillation, directory: Path) -> list[Path]:
-    """Where each stage trains."""
-    if len(plan.stages) == 1:
+def stage_folders(config: DistillationConfig, directory: Path) -> list[Path]:
+    """Return the folder that each stage trains in."""
+    if len(config.stages) == 1:
         return [directory]
-    return [directory / f"stage-{number}-{stage.name}" for number, stage in enumerate(plan.stages, 1)]
+    return [directory / f"stage-{number}-{stage.name}" for number, stage in enumerate(config.stages, 1)]
 
 
-def seeded(plan: Distillation, seed: int) -> Distillation:
-    """The plan with every stage's draws seeded by `seed` and its number, so that no two stages draw the same."""
+def seed_stages(config: DistillationConfig, seed: int) -> DistillationConfig:
+    """Return the configuration with a different seed for every stage, so that no two stages draw the same batches."""
 
-    def reseed(stage: Stage, number: int) -> FitConfig:
+    def reseed(stage: TrainingStage, number: int) -> FitConfig:
         return stage.fit.model_copy(update={"seed": seed + 1000 * number})
 
-    before = tuple(s.model_copy(update={"fit": reseed(s, number)}) for number, s in enumerate(plan.before, 1))
-    return plan.model_copy(update={"before": before, "fit": reseed(plan, 0)})
+    before = tuple(s.model_copy(update={"fit": reseed(s, number)}) for number, s in enumerate(config.before, 1))
+    return config.model_copy(update={"before": before, "fit": reseed(config, 0)})
 
 
 @contextmanager
-def _training(teacher: Teacher, adapter: MixerAdapter, plan: Distillation) -> Iterator[None]:
-    """Checkpointing on where it is asked for, and a student of at least float32: small steps vanish in bfloat16.
+def _prepared_for_training(teacher: Teacher, adapter: MixerAdapter, config: DistillationConfig) -> Iterator[None]:
+    """Switch gradient checkpointing on if configured, and train in float32 at least: small steps vanish in bfloat16.
 
-    Mounted, the projections' own Parameters take the student's dtype; the last mount and unmount give theirs back.
+    While mounted, the projections' own Parameters have the student's dtype; the last mount and unmount restore theirs.
     """
-    unet, dtype = teacher.unet, teacher.unet.dtype
-    was_checkpointing, trained = unet.is_gradient_checkpointing, torch.promote_types(dtype, torch.float32)
+    unet = teacher.unet
+    was_checkpointing = unet.is_gradient_checkpointing
+    training_dtype = torch.promote_types(unet.dtype, torch.float32)
+    original_dtype = unet.dtype
     adapter.unmount()
-    adapter.student.to(trained)
-    if plan.gradient_checkpointing:
+    adapter.student.to(training_dtype)
+    if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        if plan.gradient_checkpointing and not was_checkpointing:
+        if config.gradient_checkpointing and not was_checkpointing:
             unet.disable_gradient_checkpointing()
-        if trained != dtype:
-            adapter.mount().student.to(dtype)
+        if training_dtype != original_dtype:
+            adapter.mount().student.to(original_dtype)
         adapter.unmount()

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from experiments.core.memory import return_freed_memory
+from experiments.core.progress import ProgressDisplay
 from experiments.highres.options import open_image, parse_bytes
 from experiments.highres.pipelines import PipelineOptions
 from experiments.highres.plan_table import print_plan
@@ -26,7 +27,7 @@ from unet_adapters.highres import (
 )
 from unet_adapters.highres.generation import plan_request
 
-ProgressBars = Callable[[], AbstractContextManager[Any]]
+DisplayFactory = Callable[[], AbstractContextManager[ProgressDisplay]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def generate_image(
     options: PipelineOptions,
     request: GenerationRequest,
     out: Path,
-    progress_bars: ProgressBars,
+    progress_bars: DisplayFactory,
     console: Console,
     *,
     memory: str | None = None,
@@ -128,7 +129,7 @@ def generate_image(
     if memory_budget is not None:
         return_freed_memory()  # otherwise the process holds more than its tensors on a CPU
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _explain_out_of_memory(), options.open() as (pipe, _), progress_bars() as bars:
+    with _explain_out_of_memory(), options.open() as (pipe, _), progress_bars() as display:
         plan = plan_request(pipe, request, memory_budget=memory_budget)
         print_plan(plan, console)
         result = generate(
@@ -139,7 +140,7 @@ def generate_image(
             strength=strength,
             control=None if control is None else control.open(pipe),
             stage_dir=stage_dir or out.with_suffix(".stages"),
-            progress=_PartBars(bars),
+            progress=display.update,
         )
     partial = out.with_suffix(".partial")
     result.save(partial, model=options.model, adapter=options.adapter, mixer=options.mixer)
@@ -148,19 +149,6 @@ def generate_image(
         console.print(f"Resumed after {result.restored_stages} of {len(result.stages)} stages, restored from files.")
     console.print(f"Image: {out.resolve()}", soft_wrap=True)
     return result
-
-
-class _PartBars:
-    """A progress bar for every part of the work, added when the part starts."""
-
-    def __init__(self, bars: Any) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def __call__(self, part: str, completed: int, total: int) -> None:
-        if part not in self.tasks:
-            self.tasks[part] = self.bars.add_task(part, total=total)
-        self.bars.update(self.tasks[part], completed=completed)
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from experiments.config import FitConfig
 from experiments.data import EmojiSet
 from experiments.data.emoji import BACKGROUNDS, catalogue
 from experiments.teacher import networks
 from experiments.teacher.objectives import Contrastive, Denoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.training import FitConfig, fit, pick
+from experiments.training import batch_indices, fit
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 
@@ -44,7 +45,7 @@ def train_teacher(directory: Path, recipe: TeacherRecipe, report: Report | None 
     pixels, texts = renders(recipe)
 
     def pictures(step: int, config: FitConfig) -> tuple[Tensor, Tensor]:
-        picked = pick(step, config, len(pixels))
+        picked = batch_indices(step, config, len(pixels))
         return picked, pixels[picked].float() / 127.5 - 1
 
     def pairs(step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +58,7 @@ def train_teacher(directory: Path, recipe: TeacherRecipe, report: Report | None 
     latents, states, blank = cache(coder, judge, words, pixels, texts)
 
     def noisy(step: int) -> tuple[Tensor, Tensor]:
-        picked = pick(step, recipe.unet, len(latents))
+        picked = batch_indices(step, recipe.unet, len(latents))
         dropped = torch.rand(len(picked)) < recipe.caption_dropout
         return latents[picked], torch.where(dropped[:, None, None], blank, states[picked])
 

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, Grid, ImageMetricsConfig, Variant
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import train_teacher
-from experiments.training import FitConfig
 
 TINY = TeacherRecipe(
     clip_width=16,
@@ -40,13 +39,13 @@ def grid(tiny_teacher: Path) -> Grid:
             Variant(name="linear", label="linear attention", mixer="linear_attention"),
             Variant(name="linear_raw", label="linear, not normalized", mixer="linear_attention", normalize=False),
         ),
-        distillation=Distillation(
+        distillation=DistillationConfig(
             fit=FitConfig(steps=6, batch_size=2, learning_rate=1e-3, checkpoint_every=2, log_every=2), images=8
         ),
-        evaluation=Evaluation(
+        evaluation=EvaluationConfig(
             sizes=(64, 128),
             shapes=(),
-            metrics=Metrics(images=0),
+            metrics=ImageMetricsConfig(images=0),
             images=2,
             timesteps=(500,),
             prompts=("red apple, teal background",),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from experiments.ablation import load_grid, run_grid
 from experiments.ablation.grid import list_grids
 from experiments.cli import app
-from experiments.config import Grid, override
+from experiments.config import Grid, apply_overrides
 from mixers import list_mixers
 
 
@@ -79,7 +79,7 @@ def test_cell_ids_follow_the_configuration(grid: Grid) -> None:
     ids = [cell.id for cell in grid.cells()]
     assert len(set(ids)) == 3
     assert ids == [cell.id for cell in grid.cells()]
-    changed = override(grid, ["distillation.fit.steps=7", "seeds=[0,1]"])
+    changed = apply_overrides(grid, ["distillation.fit.steps=7", "seeds=[0,1]"])
     assert len(changed.cells()) == 6
     assert not set(ids) & {cell.id for cell in changed.cells()}
 
@@ -87,7 +87,7 @@ def test_cell_ids_follow_the_configuration(grid: Grid) -> None:
 @pytest.mark.parametrize("setting", ["nonsense", "nothing.there=1", "distillation.fit.steps=-1", "seeds=[]"])
 def test_bad_settings_are_refused(grid: Grid, setting: str) -> None:
     with pytest.raises(ValueError):
-        override(grid, [setting])
+        apply_overrides(grid, [setting])
 
 
 @pytest.mark.parametrize("name", list_grids())
@@ -140,7 +140,7 @@ def test_what_is_trained_is_evaluated_anew_without_training_again(grid: Grid, tm
     only = grid.model_copy(update={"variants": grid.variants[1:2]})
     first = run_grid(only, tmp_path, quiet)[0]
     phases: list[str] = []
-    again = override(only, ["evaluation.sizes=[64]"])
+    again = apply_overrides(only, ["evaluation.sizes=[64]"])
     second = run_grid(again, tmp_path, lambda *event: phases.append(event[3]))[0]
     assert "sample" in phases and "distill" not in phases
     assert second["cell"] != first["cell"]
@@ -149,12 +149,14 @@ def test_what_is_trained_is_evaluated_anew_without_training_again(grid: Grid, tm
     assert second["fidelity"][0]["error_to_teacher"] == first["fidelity"][0]["error_to_teacher"]
     logs = [(tmp_path / "cells" / record["cell"] / "metrics.jsonl").read_text() for record in (first, second)]
     assert logs[0] == logs[1] != ""
-    assert run_grid(override(again, ["seeds=[1]"]), tmp_path, quiet)[0]["train_seconds"] != first["train_seconds"]
+    assert (
+        run_grid(apply_overrides(again, ["seeds=[1]"]), tmp_path, quiet)[0]["train_seconds"] != first["train_seconds"]
+    )
 
 
 def test_a_training_is_known_by_all_that_its_weights_depend_on(grid: Grid) -> None:
     def trainings(*settings: str) -> set[str]:
-        return {cell.training for cell in override(grid, list(settings)).cells()}
+        return {cell.training for cell in apply_overrides(grid, list(settings)).cells()}
 
     assert len(trainings()) == 3
     assert trainings("evaluation.images=3", "variants.1.name=other", "variants.1.label=other") == trainings()

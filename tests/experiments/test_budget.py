@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from experiments.ablation import budget, chosen, fit_budget, load_grid, parse_duration
 from experiments.ablation.budget import scaled
 from experiments.cli import app
-from experiments.config import Grid, Term, Variant
+from experiments.config import Grid, LossTerm, Variant
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_every_stage_of_every_row_is_scaled_alike() -> None:
 
 
 def test_what_starts_later_starts_at_the_same_share(grid: Grid) -> None:
-    objectives = {"noise": Term(), "output": Term(start=3, ramp=2)}
+    objectives = {"noise": LossTerm(), "output": LossTerm(start=3, ramp=2)}
     later = grid.distillation.model_copy(update={"objectives": objectives})
     longer = scaled(grid.model_copy(update={"distillation": later}), 10).distillation
-    assert longer.fit.steps == 60 and longer.objectives["output"] == Term(start=30, ramp=20)
+    assert longer.fit.steps == 60 and longer.objectives["output"] == LossTerm(start=30, ramp=20)
 
 
 def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

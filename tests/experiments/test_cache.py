@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from experiments.config import FitConfig
 from experiments.data import BadRecord, DataError, EmojiSet, Example, Record, Size, batch, extent
-from experiments.distill.cache import Cache, CacheError, build_cache, open_cache
-from experiments.distill.draw import draw
+from experiments.distill.batches import draw_batch
+from experiments.distill.cache import LatentCache, open_cache
+from experiments.distill.cache_builder import build_cache
+from experiments.distill.cache_index import CacheError
 from experiments.teacher.load import open_teacher
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig
 from tests.unet_adapters import pipelines
 
 Killed = KeyboardInterrupt  # no Exception, as a kill is none
@@ -85,7 +87,7 @@ class _Number:
         return Example(torch.full((3, *extent(size)), value), str(self.number // 2), self.key)
 
 
-def build(directory: Path, teacher: Any = None, data: Any = None, **more: Any) -> Cache:
+def build(directory: Path, teacher: Any = None, data: Any = None, **more: Any) -> LatentCache:
     options = {"sizes": [8], "images": 10, "shard": 4, "batch_size": 3, **more}
     return build_cache(teacher or Fake(), data or Numbers(10), directory, **options)
 
@@ -151,7 +153,7 @@ def test_a_batch_is_what_the_teacher_encodes(family: str, dtype: torch.dtype, tm
 def test_a_stage_draws_from_it(tmp_path: Path) -> None:
     cache = build(tmp_path, sizes=[8, 16])
     fit = FitConfig(steps=3, batch_size=5, learning_rate=1e-3)
-    drawn = draw(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
+    drawn = draw_batch(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
     assert drawn["latents"].shape == (5, 3, 4, 4) and not drawn["text"].any() and not drawn["pooled"].any()
 
 
@@ -161,7 +163,7 @@ def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
         assert file.get_tensor("text").shape == (1, 2, 3), "records 0 and 1, two variations each: one caption"
         header = json.loads(file.metadata()["cache"])
     wanted = {"format": 1, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
-    assert wanted.items() <= header.items() and header["records"] == cache.plan["records"]
+    assert wanted.items() <= header.items() and header["records"] == cache.contents["records"]
 
 
 def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(cache))
     assert all(torch.equal(value, first[name]) for name, value in copy.batch([3, 9]).items())
     assert len(pickle.dumps(cache)) < 10_000
-    with pytest.raises(CacheError, match="no pictures of 16x16: it has 8x8, 4x12"):
+    with pytest.raises(CacheError, match="no images of 16x16: it has 8x8, 4x12"):
         cache.batch([0], 16)
     for rows in ([10], [-1]):
         with pytest.raises(IndexError, match="from 0 to 9"):
@@ -230,16 +232,16 @@ def test_data_that_changed_further_on_is_not_mixed_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"teacher": Fake("other")}, 'teacher: has "f", asked "other"'),
-        ({"data": Numbers(10, name="others")}, 'data: has "numbers", asked "others"'),
+        ({"teacher": Fake("other")}, 'teacher: has "f", requested "other"'),
+        ({"data": Numbers(10, name="others")}, 'data: has "numbers", requested "others"'),
         ({"data": Numbers(10, shift=1)}, "records: has "),
         ({"data": Numbers(11)}, "records: has "),
-        ({"sizes": [8, 16]}, r"sizes: has \[\[8, 8\]\], asked \[\[8, 8\], \[16, 16\]\]"),
-        ({"images": 9}, "images: has 10, asked 9"),
-        ({"seed": 1}, "seed: has 0, asked 1"),
-        ({"variations": 2}, "variations: has 1, asked 2"),
-        ({"dtype": torch.bfloat16}, 'dtype: has "float32", asked "bfloat16"'),
-        ({"shard": 5}, "shard: has 4, asked 5"),
+        ({"sizes": [8, 16]}, r"sizes: has \[\[8, 8\]\], requested \[\[8, 8\], \[16, 16\]\]"),
+        ({"images": 9}, "images: has 10, requested 9"),
+        ({"seed": 1}, "seed: has 0, requested 1"),
+        ({"variations": 2}, "variations: has 1, requested 2"),
+        ({"dtype": torch.bfloat16}, 'dtype: has "float32", requested "bfloat16"'),
+        ({"shard": 5}, "shard: has 4, requested 5"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
@@ -262,7 +264,7 @@ def test_another_teacher_cannot_open_it(tmp_path: Path) -> None:
     build(tmp_path, teacher)
     assert len(open_cache(tmp_path, teacher)) == len(open_cache(tmp_path)) == 10
     other: Any = Fake("other")
-    with pytest.raises(CacheError, match='teacher: has "f", asked "other"'):
+    with pytest.raises(CacheError, match='teacher: has "f", requested "other"'):
         open_cache(tmp_path, other)
 
 
@@ -320,7 +322,11 @@ def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
         ({"images": 0}, CacheError, "at least 1, got 0"),
         ({"data": Numbers(3, frozenset(range(3)))}, DataError, "No usable record in numbers"),
         ({"data": Numbers(0)}, DataError, "No usable record in numbers"),
-        ({"teacher": Fake(scale=float("inf"))}, CacheError, "Cannot cache latents that are not finite in float32"),
+        (
+            {"teacher": Fake(scale=float("inf"))},
+            CacheError,
+            "Cannot cache latents: some values are not finite in float32",
+        ),
         ({"teacher": Fake(scale=1e9), "dtype": torch.float16}, CacheError, "not finite in float16"),
     ],
 )

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from experiments import compatibility
 from experiments.cli import app
-from experiments.config import Grid
+from experiments.config import FitConfig, Grid
 from experiments.data import open_dataset
-from experiments.distill import open_setting
-from experiments.distill.setting import Setting, encode
+from experiments.distill import open_context
+from experiments.distill.context import DistillationContext, encode
 from experiments.studies.compatibility import Plan, controlnet, ip_adapter, measure, run
-from experiments.training import FitConfig, fit
+from experiments.training import fit
 
 ONE = FitConfig(steps=2, batch_size=2, learning_rate=1e-2, warmup=0)
 
@@ -31,8 +31,8 @@ def square(side: int = 32, low: int = 8, high: int = 24) -> torch.Tensor:
 
 
 @pytest.fixture
-def setting(grid: Grid) -> Setting:
-    return open_setting(grid.teacher, grid.data, 64, grid.distillation.images)
+def setting(grid: Grid) -> DistillationContext:
+    return open_context(grid.teacher, grid.data, 64, grid.distillation.images)
 
 
 @pytest.fixture
@@ -88,19 +88,19 @@ def test_intervals() -> None:
     assert shifted["low"] == pytest.approx(0.1) and shifted["high"] == pytest.approx(0.1)
 
 
-def test_pictures_are_the_settings_pictures(setting: Setting, grid: Grid) -> None:
+def test_pictures_are_the_settings_pictures(setting: DistillationContext, grid: Grid) -> None:
     pictures = controlnet.pictures_of(open_dataset(grid.data, split="train"), 64, grid.distillation.images)
     latents, _ = encode(setting.pipe, torch.cat(pictures), [""] * len(setting.latents))
     assert torch.allclose(latents, setting.latents, atol=1e-5)
 
 
-def test_training_a_controlnet_changes_nothing_else(setting: Setting, tmp_path: Path) -> None:
+def test_training_a_controlnet_changes_nothing_else(setting: DistillationContext, tmp_path: Path) -> None:
     pipe = setting.pipe
     before = snapshot(pipe)
     model = controlnet.from_teacher(pipe.unet, pipe.vae_scale_factor)
     start = {n: v.clone() for n, v in model.state_dict().items()}
     maps = torch.ones(len(setting.latents), 1, 64, 64, dtype=torch.bool)
-    batch = controlnet.batches(setting, maps, setting.states[0], ONE, 0.5)
+    batch = controlnet.batches(setting, maps, setting.text_states[0], ONE, 0.5)
     objective = controlnet.objective(pipe.unet, model, pipe.scheduler)
     assert {n.split(".")[1] for n, _ in objective.named_parameters()} == {"controlnet"}
     fit(objective, batch, ONE, tmp_path)
@@ -109,11 +109,11 @@ def test_training_a_controlnet_changes_nothing_else(setting: Setting, tmp_path: 
     assert all(p.grad is None for p in pipe.unet.parameters())
 
 
-def test_the_published_format_and_the_public_loader(setting: Setting, tmp_path: Path) -> None:
+def test_the_published_format_and_the_public_loader(setting: DistillationContext, tmp_path: Path) -> None:
     pipe = setting.pipe
     before, processors = snapshot(pipe), {n: type(p) for n, p in pipe.unet.attn_processors.items()}
     embeddings = torch.randn(len(setting.latents), 16)
-    weights = ip_adapter.fresh(pipe, embeddings, setting.states)
+    weights = ip_adapter.fresh(pipe, embeddings, setting.text_states)
     sites = len(ip_adapter.cross_attentions(pipe.unet))
     names = {f"{2 * k + 1}.to_{kv}_ip.weight" for k in range(sites) for kv in "kv"}
     assert set(weights["ip_adapter"]) == names and set(weights) == {"image_proj", "ip_adapter"}
@@ -122,7 +122,7 @@ def test_the_published_format_and_the_public_loader(setting: Setting, tmp_path: 
         objective = ip_adapter.objective(pipe.unet, pipe.scheduler)
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         assert trained == sum(v.numel() for v in ip_adapter.flat(weights).values())
-        fit(objective, ip_adapter.batches(setting, embeddings, setting.states[0], ONE, 0.5, 0.5), ONE, tmp_path)
+        fit(objective, ip_adapter.batches(setting, embeddings, setting.text_states[0], ONE, 0.5, 0.5), ONE, tmp_path)
         after = ip_adapter.flat(ip_adapter.loaded_weights(pipe.unet))
     assert not any(after[k].equal(v) for k, v in ip_adapter.flat(weights).items()), "all of it learns"
     assert same(ip_adapter.flat(ip_adapter.nested(after)), after)
@@ -174,7 +174,7 @@ def _started_again_it_does_nothing_twice(plan: Plan, out: Path, record: dict) ->
         run.run_compatibility(out, plan.model_copy(update={"seed": 1}), lambda *_: None)
 
 
-def test_killed_training_goes_on(plan: Plan, setting: Setting, tmp_path: Path) -> None:
+def test_killed_training_goes_on(plan: Plan, setting: DistillationContext, tmp_path: Path) -> None:
     longer = plan.model_copy(update={"controlnet": ONE.model_copy(update={"steps": 3, "checkpoint_every": 1})})
 
     def stop(_what: str, done: int, _of: int) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from experiments.data import BadRecord, DataError, EmojiSet, ImageFolder, TableImages, open_dataset, open_records
 from experiments.data.example import photograph
-from experiments.distill.cache import build_cache
+from experiments.distill.cache_builder import build_cache
 from experiments.teacher.teacher import Teacher
 from tests.unet_adapters import pipelines
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from experiments.config import Term
+from experiments.config import LossTerm
 from experiments.distill import DistillationLoss, list_objectives
-from experiments.distill.objectives import Seen, create_objective, places, register_objective, teacher_rows
+from experiments.distill.objectives import DistillationStep, create_objective, register_objective
+from experiments.distill.objectives.matrix import row_indices, softmax_rows
 from experiments.teacher.teacher import Batch, Teacher
 from mixers import create_mixer
 from mixers.structure import mixing_matrix
@@ -23,11 +24,11 @@ from tests.experiments.students import batch_of, gradients, open_teacher, studen
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import capture_sites
 
-PUBLISHED = {"noise": Term(), "output": Term(weight=0.5), "features": Term(weight=0.5)}
+PUBLISHED = {"noise": LossTerm(), "output": LossTerm(weight=0.5), "features": LossTerm(weight=0.5)}
 
 
-def one(name: str, **options: Any) -> dict[str, Term]:
-    return {name: Term(options=options)}
+def one(name: str, **options: Any) -> dict[str, LossTerm]:
+    return {name: LossTerm(options=options)}
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_rows_of_the_teacher_are_those_of_its_softmax(teacher: Teacher) -> None:
     x = torch.randn(2, 20, layer.query_dim, dtype=torch.float64)
     mixer = create_mixer("softmax", layer.query_dim, layer.heads, own_projections=False)
     picked = torch.rand(2, 5, dtype=torch.float64)
-    matrix, rows = mixing_matrix(mixer, x, layer), teacher_rows(layer, x, picked)
+    matrix, rows = mixing_matrix(mixer, x, layer), softmax_rows(layer, x, picked)
     for sample in range(2):
         for r, i in enumerate((picked[sample] * 20).long().tolist()):
             torch.testing.assert_close(rows[sample, r], matrix[sample, :, i])
@@ -124,7 +125,7 @@ def test_rows_of_the_teacher_are_those_of_its_softmax(teacher: Teacher) -> None:
 
 @given(share=st.floats(0, 1, exclude_max=True, width=32), length=st.integers(1, 1 << 22))
 def test_every_row_is_one_of_the_tokens(share: float, length: int) -> None:
-    _, rows = places(torch.tensor([[share]]), length)
+    _, rows = row_indices(torch.tensor([[share]]), length)
     assert 0 <= int(rows) < length
 
 
@@ -197,7 +198,7 @@ def test_only_the_student_is_trained(teacher: Teacher, batch: Batch, name: str) 
     ],
 )
 def test_a_step_runs_no_more_than_it_needs(
-    teacher: Teacher, batch: Batch, terms: dict[str, Term], graphs: list[bool]
+    teacher: Teacher, batch: Batch, terms: dict[str, LossTerm], graphs: list[bool]
 ) -> None:
     with forwards(teacher) as seen:
         DistillationLoss(teacher, student(teacher), terms)(batch)
@@ -205,7 +206,7 @@ def test_a_step_runs_no_more_than_it_needs(
 
 
 def test_a_term_without_weight_is_not_run(teacher: Teacher, batch: Batch) -> None:
-    terms = {"noise": Term(), "output": Term(weight=0.5, start=2, ramp=2)}
+    terms = {"noise": LossTerm(), "output": LossTerm(weight=0.5, start=2, ramp=2)}
     objective = DistillationLoss(teacher, student(teacher), terms)
     losses = []
     for step, graphs in enumerate([[True], [True], [False, True], [False, True], [False, True]]):
@@ -218,8 +219,8 @@ def test_a_term_without_weight_is_not_run(teacher: Teacher, batch: Batch) -> Non
 
 @given(weight=st.floats(0, 10), start=st.integers(0, 50), ramp=st.integers(0, 50))
 def test_weights_rise_from_their_start_over_their_ramp(weight: float, start: int, ramp: int) -> None:
-    term = Term(weight=weight, start=start, ramp=ramp)
-    values = [term.at(step) for step in range(120)]
+    term = LossTerm(weight=weight, start=start, ramp=ramp)
+    values = [term.weight_at(step) for step in range(120)]
     assert values == sorted(values) and not any(values[:start])
     assert all(value == weight for value in values[start + max(0, ramp - 1) :])
     if ramp > 1 and weight > 0:
@@ -227,7 +228,7 @@ def test_weights_rise_from_their_start_over_their_ramp(weight: float, start: int
 
 
 @pytest.mark.parametrize("terms", [PUBLISHED, one("local"), one("matrix")], ids=["published", "local", "matrix"])
-def test_gradient_checkpointing_changes_no_gradient(teacher: Teacher, batch: Batch, terms: dict[str, Term]) -> None:
+def test_gradient_checkpointing_changes_no_gradient(teacher: Teacher, batch: Batch, terms: dict[str, LossTerm]) -> None:
     adapter = student(teacher, "linfusion", causality="causal", scan="column")
     teacher.unet.train()
     objective = DistillationLoss(teacher, adapter, terms)
@@ -271,7 +272,7 @@ def test_sites_below_min_tokens_are_no_business_of_local(teacher: Teacher, batch
         n for n, t in sizes.items() if t == some.min_tokens
     }
     some.unmount()
-    with pytest.raises(ValueError, match="no mixer runs at this size"):
+    with pytest.raises(ValueError, match="No mixer runs at this size"):
         DistillationLoss(teacher, student(teacher, min_tokens=10_000), one("local"))(batch)
 
 
@@ -286,10 +287,10 @@ def test_objectives_of_others_and_their_mistakes(teacher: Teacher, batch: Batch)
     class Greedy(type(create_objective("noise"))):
         needs = frozenset({"student"})
 
-        def __call__(self, seen: Seen) -> Tensor:
+        def __call__(self, seen: DistillationStep) -> Tensor:
             return seen.teacher.prediction.mean()
 
     objective = DistillationLoss(teacher, student(teacher), one("noise"))
-    objective._terms["noise"] = (Term(), Greedy())
-    with pytest.raises(ValueError, match="without 'teacher' among its `needs`"):
+    objective._terms["noise"] = (LossTerm(), Greedy())
+    with pytest.raises(ValueError, match="without 'teacher' in `needs`"):
         objective(batch)

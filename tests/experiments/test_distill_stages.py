@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.config import Distillation, MixerChoice, Stage, Term
+from experiments.config import DistillationConfig, FitConfig, LossTerm, MixerSpec, TrainingStage
 from experiments.distill import build_student, run_stages
-from experiments.distill.draw import draw
-from experiments.distill.student import randomize, seeded
+from experiments.distill.batches import draw_batch
+from experiments.distill.student import randomize_projections, seed_stages
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig
 from tests.experiments.students import FIT, encoded, open_teacher
 from unet_adapters import MixerAdapter
 from unet_adapters.student import PROJECTIONS
@@ -27,15 +26,15 @@ def teacher() -> Teacher:
 
 def test_stages_are_checked() -> None:
     with pytest.raises(ValueError, match="Did you mean 'features'"):
-        Stage(name="a", objectives={"feature": 1}, fit=FIT)
+        TrainingStage(name="a", objectives={"feature": 1}, fit=FIT)
     with pytest.raises(ValueError, match="step 0"):
-        Stage(name="a", objectives={"noise": {"start": 5}}, fit=FIT)
-    with pytest.raises(ValueError, match="trains none"):
-        Distillation(fit=FIT, train="new", start="random")
-    with pytest.raises(ValueError, match="names of their own"):
-        Distillation(fit=FIT, before=(Stage(name="distill", objectives={"local": 1}, fit=FIT),))
-    short = Stage(name="a", objectives={"noise": 0.5, "output": {"weight": 2, "ramp": 3}}, fit=FIT)
-    assert short.objectives == {"noise": Term(weight=0.5), "output": Term(weight=2, ramp=3)}
+        TrainingStage(name="a", objectives={"noise": {"start": 5}}, fit=FIT)
+    with pytest.raises(ValueError, match="trains no projections"):
+        DistillationConfig(fit=FIT, train="new", start="random")
+    with pytest.raises(ValueError, match="different names"):
+        DistillationConfig(fit=FIT, before=(TrainingStage(name="distill", objectives={"local": 1}, fit=FIT),))
+    short = TrainingStage(name="a", objectives={"noise": 0.5, "output": {"weight": 2, "ramp": 3}}, fit=FIT)
+    assert short.objectives == {"noise": LossTerm(weight=0.5), "output": LossTerm(weight=2, ramp=3)}
 
 
 def test_draws_are_a_function_of_seed_and_step(teacher: Teacher) -> None:
@@ -43,7 +42,7 @@ def test_draws_are_a_function_of_seed_and_step(teacher: Teacher) -> None:
 
     def at(step: int, seed: int = 0, dropout: float = 0.0) -> Batch:
         fit = FIT.model_copy(update={"seed": seed})
-        return draw(latents, step, fit, teacher.train_timesteps, (16, 24), dropout)
+        return draw_batch(latents, step, fit, teacher.train_timesteps, (16, 24), dropout)
 
     first = at(3)
     torch.manual_seed(7)
@@ -60,20 +59,22 @@ def test_draws_are_a_function_of_seed_and_step(teacher: Teacher) -> None:
 
 def test_dropped_captions_of_sdxl_keep_their_sizes() -> None:
     latents = encoded(open_teacher("SDXL"))
-    dropped = draw(latents, 0, FIT, 1000, (16,), 1.0)
+    dropped = draw_batch(latents, 0, FIT, 1000, (16,), 1.0)
     assert torch.equal(dropped["pooled"], latents.unconditional["pooled"].expand_as(dropped["pooled"]))
     assert torch.equal(dropped["time_ids"], latents.sizes[16]["time_ids"][:2])
 
 
-def plan(**changes: Any) -> Distillation:
+def plan(**changes: Any) -> DistillationConfig:
     before = (
-        Stage(name="matrix", objectives={"matrix": 1}, fit=FIT),
-        Stage(name="local", objectives={"local": 1}, fit=FIT, sizes=(24, 16)),
+        TrainingStage(name="matrix", objectives={"matrix": 1}, fit=FIT),
+        TrainingStage(name="local", objectives={"local": 1}, fit=FIT, sizes=(24, 16)),
     )
-    return Distillation(**{"fit": FIT, "before": before, "image_size": 16, "images": 4, **changes})
+    return DistillationConfig(**{"fit": FIT, "before": before, "image_size": 16, "images": 4, **changes})
 
 
-def distill(teacher: Teacher, plan: Distillation, directory: Path, stop: tuple[str, int] | None = None) -> MixerAdapter:
+def distill(
+    teacher: Teacher, plan: DistillationConfig, directory: Path, stop: tuple[str, int] | None = None
+) -> MixerAdapter:
     latents = encoded(teacher, plan.all_sizes)
 
     def tell(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
@@ -81,9 +82,9 @@ def distill(teacher: Teacher, plan: Distillation, directory: Path, stop: tuple[s
             raise KeyboardInterrupt
 
     def make_batch(step: int, fit: FitConfig, sizes: tuple[int, ...], dropout: float) -> Batch:
-        return draw(latents, step, fit, teacher.train_timesteps, sizes, dropout)
+        return draw_batch(latents, step, fit, teacher.train_timesteps, sizes, dropout)
 
-    adapter = build_student(teacher, "linfusion", MixerChoice(), plan, 0)
+    adapter = build_student(teacher, "linfusion", MixerSpec(), plan, 0)
     records = run_stages(teacher, adapter, plan, make_batch, directory, tell)
     assert [r["stage"] for r in records] == [s.name for s in plan.stages]
     return adapter
@@ -112,25 +113,25 @@ def test_one_stage_trains_in_the_folder_itself(tmp_path: Path) -> None:
 
 
 def test_stages_draw_apart() -> None:
-    seeds = [stage.fit.seed for stage in seeded(plan(), 7).stages]
+    seeds = [stage.fit.seed for stage in seed_stages(plan(), 7).stages]
     assert seeds[-1] == 7 and len(set(seeds)) == 3
 
 
 def test_host_start_is_the_teachers_and_random_start_is_not(teacher: Teacher) -> None:
-    host = build_student(teacher, "linfusion", MixerChoice(), plan(), 0)
+    host = build_student(teacher, "linfusion", MixerSpec(), plan(), 0)
     original = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
     names = [n for n in host.parameters_by_name() if ".mixer." not in n]
     assert len(names) == len(host.sites) * (len(PROJECTIONS) + 1)  # to_out has a bias
     assert all(torch.equal(host.parameters_by_name()[n], original[n]) for n in names)
     mixers = {n: v.clone() for n, v in host.parameters_by_name().items() if ".mixer." in n}
-    randomize(host, 0)
+    randomize_projections(host, 0)
     first = {n: host.parameters_by_name()[n].clone() for n in names}
     assert not any(torch.equal(first[n], original[n]) for n in names)
     assert all(torch.equal(host.parameters_by_name()[n], v) for n, v in mixers.items())
     assert all(
         v.abs().max() <= next(s.dim for s in host.sites if n.startswith(s.name)) ** -0.5 for n, v in first.items()
     )
-    randomize(host, 0)
+    randomize_projections(host, 0)
     assert all(torch.equal(host.parameters_by_name()[n], first[n]) for n in names)
     assert all(torch.equal(teacher.unet.state_dict()[n], v) for n, v in original.items())
 
@@ -139,7 +140,7 @@ def test_training_what_is_new_alone(tmp_path: Path) -> None:
     teacher = open_teacher(dtype=torch.float32)
     adapter = distill(teacher, plan(before=(), train="new"), tmp_path)
     assert all(".mixer." in n for n in adapter.parameters_by_name())
-    bare = build_student(teacher, "linear_attention", MixerChoice(), plan(train="new"), 0)
+    bare = build_student(teacher, "linear_attention", MixerSpec(), plan(train="new"), 0)
     with pytest.raises(ValueError, match="nothing to train"):
         run_stages(teacher, bare, plan(train="new"), lambda *_: {}, tmp_path / "bare", lambda *_: None)
 

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments.training import FitConfig, Interrupted, fit
+from experiments.config import FitConfig
+from experiments.core.signals import Interrupted
+from experiments.training import fit
 
 CONFIG = FitConfig(
     steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=4, log_every=4, weight_decay=0.1

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.config import Evaluation, Grid, Metrics
-from experiments.distill import Setting, open_setting
+from experiments.config import EvaluationConfig, Grid, ImageMetricsConfig
+from experiments.distill import DistillationContext, open_context
 from experiments.evaluate.fidelity import agreement, teacher_views
 from experiments.evaluate.inside import by_offset, look_inside
 from experiments.evaluate.speed import cost, speed
@@ -14,7 +14,7 @@ from tests.experiments.students import encoded, open_teacher, student
 from unet_adapters import MixerAdapter
 from unet_adapters.sites import all_sites
 
-PLAN = Evaluation(
+PLAN = EvaluationConfig(
     sizes=(64, 128),
     shapes=((64, 96),),
     site_sizes=(128,),
@@ -22,16 +22,16 @@ PLAN = Evaluation(
     timesteps=(100, 700),
     speed_sizes=(64,),
     speed_repeats=1,
-    metrics=Metrics(images=0),
+    metrics=ImageMetricsConfig(images=0),
 )
 
 
 @pytest.fixture
-def setting(grid: Grid) -> Setting:
-    return open_setting(grid.teacher, grid.data, 64, grid.distillation.images)
+def setting(grid: Grid) -> DistillationContext:
+    return open_context(grid.teacher, grid.data, 64, grid.distillation.images)
 
 
-def test_softmax_untouched_has_no_error_at_all(setting: Setting) -> None:
+def test_softmax_untouched_has_no_error_at_all(setting: DistillationContext) -> None:
     found = agreement(setting, MixerAdapter.build(setting.pipe, "softmax"), PLAN)
     assert [(row["height"], row["width"], row["size"]) for row in found["fidelity"]] == [
         (64, 64, 64),
@@ -43,7 +43,7 @@ def test_softmax_untouched_has_no_error_at_all(setting: Setting) -> None:
     assert {row["error_ratio"] for row in found["fidelity"]} == {1.0}
 
 
-def test_timesteps_average_to_the_whole(setting: Setting) -> None:
+def test_timesteps_average_to_the_whole(setting: DistillationContext) -> None:
     found = agreement(setting, student(setting.teacher), PLAN)
     assert len(found["timesteps"]) == len(PLAN.timesteps) * len(PLAN.extents)
     for whole in found["fidelity"]:
@@ -55,7 +55,7 @@ def test_timesteps_average_to_the_whole(setting: Setting) -> None:
         assert mean / power == pytest.approx(whole["relative_error_to_teacher"], rel=1e-9)
 
 
-def test_sites_are_exact_up_to_the_first_replaced_one(setting: Setting) -> None:
+def test_sites_are_exact_up_to_the_first_replaced_one(setting: DistillationContext) -> None:
     names = {site.name for site in all_sites(setting.pipe.unet)}
     adapter = student(setting.teacher, select="mid_block")
     errors = {row["site"]: row["relative_error"] for row in agreement(setting, adapter, PLAN)["sites"]}
@@ -65,14 +65,14 @@ def test_sites_are_exact_up_to_the_first_replaced_one(setting: Setting) -> None:
         assert (error == 0.0) == name.startswith("down_blocks"), name
 
 
-def test_a_size_and_a_shape_measure_the_same_where_they_are_the_same(setting: Setting) -> None:
+def test_a_size_and_a_shape_measure_the_same_where_they_are_the_same(setting: DistillationContext) -> None:
     adapter = student(setting.teacher)
     square = PLAN.model_copy(update={"sizes": (64,), "shapes": ()})
     shape = PLAN.model_copy(update={"sizes": (), "shapes": ((64, 64),)})
     assert agreement(setting, adapter, square)["fidelity"] == agreement(setting, adapter, shape)["fidelity"]
 
 
-def test_large_sizes_compare_one_picture(setting: Setting) -> None:
+def test_large_sizes_compare_one_picture(setting: DistillationContext) -> None:
     plan = PLAN.model_copy(update={"sizes": (16, 64, 80), "shapes": ((16, 64),), "site_sizes": ()})
     assert [plan.images_at(h, w) for h, w in plan.extents] == [2, 2, 1, 2]
     assert teacher_views(setting, 80, 80, plan)[0].noisy.shape[0] == 1
@@ -81,7 +81,7 @@ def test_large_sizes_compare_one_picture(setting: Setting) -> None:
 @pytest.mark.parametrize("kind", ["text-to-image", "SDXL"])
 def test_every_family_is_measured(kind: str) -> None:
     teacher = open_teacher(kind, torch.float32)
-    setting = Setting(teacher, _Pictures(), encoded(teacher))
+    setting = DistillationContext(teacher, _Pictures(), encoded(teacher))
     plan = PLAN.model_copy(update={"sizes": (16,), "shapes": ((16, 24),), "site_sizes": (16,), "speed_sizes": (16,)})
     exact = agreement(setting, MixerAdapter.build(teacher.pipe, "softmax"), plan)
     assert {row["error_to_teacher"] for row in exact["fidelity"]} == {0.0}
@@ -104,7 +104,7 @@ class _Pictures:
         return Example(torch.rand(3, *extent(size), generator=generator) * 2 - 1, "a b", str(index))
 
 
-def test_flops_of_the_teacher_itself_are_torch_s_own(setting: Setting) -> None:
+def test_flops_of_the_teacher_itself_are_torch_s_own(setting: DistillationContext) -> None:
     """The softmax mixer's formula stands in for torch's count of the layers: together they are the UNet's."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,7 +123,7 @@ def test_flops_of_the_teacher_itself_are_torch_s_own(setting: Setting) -> None:
     assert large["flops"] < 4.1 * small["flops"], "linear in the tokens"
 
 
-def test_the_look_inside_fits_the_matrix(setting: Setting) -> None:
+def test_the_look_inside_fits_the_matrix(setting: DistillationContext) -> None:
     found = look_inside(setting, MixerAdapter.build(setting.pipe, "softmax"), 64)
     assert found["mixing_matrix"].shape == (256, 256) and found["receptive_field"].shape == (31, 31)
     assert found["receptive_field"].sum() == pytest.approx(1, abs=1e-5)

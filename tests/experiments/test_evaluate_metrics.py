@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from experiments.config import Evaluation, Grid, Metrics
+from experiments.config import EvaluationConfig, Grid, ImageMetricsConfig
 from experiments.data import DataError
-from experiments.distill import open_setting
+from experiments.distill import open_context
 from experiments.evaluate.coco import CocoCaptions
 from experiments.evaluate.features import INCEPTION, open_network
 from experiments.evaluate.metrics import distances, image_metrics, judge
@@ -181,7 +181,7 @@ def test_coco_from_a_folder(tmp_path: Path) -> None:
     assert len({data.key(k) for k in range(5)}) == 5
     again = CocoCaptions(tmp_path / "annotations" / "captions_val2014.json")
     assert again.items == data.items, "captions are drawn once and for all"
-    plan = Evaluation(metrics=Metrics(images=3, data=f"coco:{tmp_path}"))
+    plan = EvaluationConfig(metrics=ImageMetricsConfig(images=3, data=f"coco:{tmp_path}"))
     first, second = open_reference("emoji", plan), open_reference("emoji", plan.model_copy(update={"seed": 1}))
     assert len(first) == len(set(first.indices)) == 3 and first.digest != second.digest
     shapes = [(tuple(p.shape), p.dtype, len(c)) for p, c in first.batches(16, 2)]
@@ -206,8 +206,8 @@ def test_coco_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 
 def test_a_sweep_on_coco_measures_student_teacher_and_truth(grid: Grid, tmp_path: Path) -> None:
-    setting = open_setting(grid.teacher, grid.data, 64, grid.distillation.images)
-    metrics = Metrics(images=4, batch_size=3, resize=32, data=f"coco:{coco(tmp_path / 'coco')}")
+    setting = open_context(grid.teacher, grid.data, 64, grid.distillation.images)
+    metrics = ImageMetricsConfig(images=4, batch_size=3, resize=32, data=f"coco:{coco(tmp_path / 'coco')}")
     plan = grid.evaluation.model_copy(update={"metrics": metrics, "guidances": (1.0,)})
     exact = image_metrics(setting, MixerAdapter.build(setting.pipe, "softmax"), plan, grid.data)
     kinds = ["frechet_distance", "kernel_distance", "text_image_score"]

@@ -10,17 +10,17 @@ import torch
 
 from experiments.ablation import run_grid
 from experiments.ablation.cell import setting_of
-from experiments.config import Evaluation, Grid, Metrics, override
-from experiments.distill import Setting, open_setting
+from experiments.config import EvaluationConfig, Grid, ImageMetricsConfig, apply_overrides
+from experiments.distill import DistillationContext, open_context
 from experiments.evaluate.protocol import FILE, differences, freeze, protocol_of
 
 
 @pytest.fixture
-def setting(grid: Grid) -> Setting:
-    return open_setting(grid.teacher, grid.data, 64, grid.distillation.images)
+def setting(grid: Grid) -> DistillationContext:
+    return open_context(grid.teacher, grid.data, 64, grid.distillation.images)
 
 
-def test_it_is_written_once_and_then_held_to(setting: Setting, grid: Grid, tmp_path: Path) -> None:
+def test_it_is_written_once_and_then_held_to(setting: DistillationContext, grid: Grid, tmp_path: Path) -> None:
     plan = grid.evaluation
     first = freeze(protocol_of(setting, plan, grid.data), tmp_path)
     text = (tmp_path / FILE).read_text()
@@ -48,20 +48,20 @@ def test_it_is_written_once_and_then_held_to(setting: Setting, grid: Grid, tmp_p
         {"guidances": (5.0,)},
         {"sizes": (64,)},
         {"images": 3},
-        {"metrics": Metrics(images=2)},
-        {"metrics": Metrics(images=2, resize=32)},
+        {"metrics": ImageMetricsConfig(images=2)},
+        {"metrics": ImageMetricsConfig(images=2, resize=32)},
     ],
 )
-def test_what_is_asked_for_is_in_the_hash(setting: Setting, grid: Grid, change: dict[str, object]) -> None:
+def test_what_is_asked_for_is_in_the_hash(setting: DistillationContext, grid: Grid, change: dict[str, object]) -> None:
     plan = grid.evaluation
-    changed: Evaluation = plan.model_copy(update=change)
+    changed: EvaluationConfig = plan.model_copy(update=change)
     before, after = (protocol_of(setting, p, grid.data) for p in (plan, changed))
     assert before.hash != after.hash
     assert differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
 
 
 @contextmanager
-def another_teacher(setting: Setting) -> Iterator[None]:
+def another_teacher(setting: DistillationContext) -> Iterator[None]:
     bias = setting.pipe.unet.conv_out.bias
     kept = bias.detach().clone()
     protocol_of.cache_clear()
@@ -75,7 +75,7 @@ def another_teacher(setting: Setting) -> Iterator[None]:
         protocol_of.cache_clear()
 
 
-def test_the_teacher_s_unet_is_in_the_hash(setting: Setting, grid: Grid) -> None:
+def test_the_teacher_s_unet_is_in_the_hash(setting: DistillationContext, grid: Grid) -> None:
     before = protocol_of(setting, grid.evaluation, grid.data)
     with another_teacher(setting):
         changed = protocol_of(setting, grid.evaluation, grid.data)
@@ -98,5 +98,5 @@ def test_a_run_s_cells_share_a_protocol(grid: Grid, tmp_path: Path) -> None:
     assert [r["protocol"] for r in run_grid(more, tmp_path, quiet)] == [record["protocol"]], "seeds may be added"
     with another_teacher(setting_of(only)), pytest.raises(ValueError, match="another protocol: teacher was"):
         run_grid(only, tmp_path, quiet)
-    (other,) = run_grid(override(only, ["evaluation.images=3"]), tmp_path, quiet)
+    (other,) = run_grid(apply_overrides(only, ["evaluation.images=3"]), tmp_path, quiet)
     assert other["protocol"] == written() != record["protocol"], "another evaluation makes other cells"

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from experiments.ablation import load_grid
 from experiments.ablation.grid import list_grids
 from experiments.ablation.product import distinct, product
-from experiments.config import Grid, Variant, override_grid, resized
+from experiments.config import Grid, Variant, apply_grid_overrides, resize_grid
 from experiments.teacher.load import EMBEDDED
 from mixers import list_mixers, registry
 from unet_adapters import MixerAdapter
@@ -79,19 +79,19 @@ def test_names_are_of_one_row() -> None:
 
 @pytest.mark.parametrize("name", list_grids())
 def test_what_is_set_of_the_distillation_holds_for_every_row(name: str) -> None:
-    changed = override_grid(load_grid(name), ["distillation.fit.steps=7", "distillation.images=64"])
+    changed = apply_grid_overrides(load_grid(name), ["distillation.fit.steps=7", "distillation.images=64"])
     plans = [cell.distillation for cell in changed.cells()]
     assert {(plan.fit.steps, plan.images) for plan in plans} == {(7, 64)}
     with pytest.raises(ValueError, match="Did you mean 'steps'"):
-        override_grid(changed, ["distillation.fit.step=7"])
+        apply_grid_overrides(changed, ["distillation.fit.step=7"])
 
 
 @pytest.mark.parametrize("name", list_grids())
 def test_a_grid_takes_the_size_of_another_teacher(name: str) -> None:
     grid = load_grid(name)
-    larger = resized(grid, 512)
+    larger = resize_grid(grid, 512)
     assert larger.distillation.image_size == 512
     assert larger.evaluation.sizes == tuple(8 * size for size in grid.evaluation.sizes)
     assert larger.distillation.all_sizes == tuple(8 * size for size in grid.distillation.all_sizes)
     assert [v.options for v in larger.variants] == [v.options for v in grid.variants]
-    assert resized(larger, 64) == grid
+    assert resize_grid(larger, 64) == grid

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.cli.distill import told_losses
-from experiments.distill.recipe import Recipe, list_recipes, load_recipe
+from experiments.cli.distill import describe_losses
+from experiments.distill.recipe import DistillationRecipe, list_recipes, load_recipe
 from experiments.distill.run import run_recipe
 from experiments.distill.student import build_student
 from experiments.teacher.load import open_teacher
@@ -108,7 +108,7 @@ def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, told: 
     ("arguments", "told"),
     [
         (["embeded"], "Did you mean 'embedded'"),
-        (["no/such.yaml"], "No recipe"),
+        (["no/such.yaml"], "Unknown recipe"),
         (["embedded", "--set", "distillation.fit.step=3"], "Did you mean 'steps'"),
         (["embedded", "--set", "distillation.before.1.fit.steps=3"], "distillation.before has 0"),
         (["embedded", "--set", "teacher=no/model"], "Cannot load the teacher"),
@@ -121,9 +121,11 @@ def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_pat
 
 def test_the_progress_tells_terms_and_speed_where_there_is_room() -> None:
     losses = {"loss": 0.31249, "noise": 0.1, "output": 0.25}
-    assert told_losses("distill", losses, 31.25, 200) == "distill: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
-    assert told_losses("distill", losses, 31.25, 80) == "distill: loss 0.312 · 31.2 images/s"
-    assert told_losses("local", {"loss": 0.5, "local": 0.5}, None, 200) == "local: loss 0.5"
+    assert (
+        describe_losses("distill", losses, 31.25, 200) == "distill: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
+    )
+    assert describe_losses("distill", losses, 31.25, 80) == "distill: loss 0.312 · 31.2 images/s"
+    assert describe_losses("local", {"loss": 0.5, "local": 0.5}, None, 200) == "local: loss 0.5"
 
 
 def test_a_first_mistake_leaves_the_folder_free(recipe: Path, tmp_path: Path) -> None:
@@ -141,11 +143,13 @@ def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     assert [stage["stage"] for stage in card["stages"]] == ["local", "distill"]
     assert all(stage["seconds"] > 0 and stage["log"][-1]["step"] == 4 for stage in card["stages"])
     assert card["environment"]["torch"] == torch.__version__
-    assert Recipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
+    assert DistillationRecipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
     text = (out / "card.md").read_text()
     assert "| local | 1 local, 0.5 matrix |" in text and "CC-BY 4.0" in text
     shown = text.partition("```yaml\n")[2].partition("```")[0]
-    assert Recipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), "the card's recipe is the run's"
+    assert DistillationRecipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), (
+        "the card's recipe is the run's"
+    )
     assert Image.open(out / "samples.png").size == (128, 128)
     assert Image.open(out / "curves.png").size[0] > 100
     drawn = {path.name for path in (out / "samples").iterdir()}

@@ -123,7 +123,7 @@ def test_an_effect_that_goes_both_ways_depends_on_what_splits_it() -> None:
     assert [e.ratio.mean for e in parts.values()] == pytest.approx([0.5, 8.0])
     assert all(len(e.pairs) == 1 for e in parts.values())
     assert not effect.among("causality") and not effect.among("normalize")
-    claim = Claim(told="causal is worse", factor="causality", value="causal", worse=True)
+    claim = Claim(statement="causal is worse", factor="causality", value="causal", worse=True)
     run.grid["claims"] = [claim.model_dump()]
     found = find(run)
     assert found.verdicts[0].state == "depends on the other factors"
@@ -205,7 +205,7 @@ def test_pairs_are_told_apart_where_one_factor_does_not() -> None:
 
 def test_a_claim_that_no_row_speaks_of_is_said_to_be_not_asked() -> None:
     run = made_up()
-    run.grid["claims"] = [Claim(told="order", factor="causality", value="bidirectional", worse=True).model_dump()]
+    run.grid["claims"] = [Claim(statement="order", factor="causality", value="bidirectional", worse=True).model_dump()]
     assert [v.state for v in find(run).verdicts] == ["not asked"]
 
 

@@ -18,45 +18,47 @@ from experiments.ablation.on_ray import on_ray
 from experiments.ablation.spread import Record, Work, attempt, in_turn, threads
 from experiments.cli import app
 from experiments.config import Grid, Variant
+from experiments.core.files import write_json
+from experiments.core.locks import LOCK, is_locked, try_lock
+from experiments.core.plugins import load_plugin
 from mixers import list_mixers, registry
-from mixers.registry import load_plugin
 from tests.experiments.test_ablation import quiet
 
 
 def test_a_claim_holds_while_it_is_held_and_ends_with_its_process(tmp_path: Path) -> None:
-    with store.claim(tmp_path) as ours:
-        assert ours and store.claimed(tmp_path)
-        with store.claim(tmp_path) as twice:
+    with try_lock(tmp_path) as ours:
+        assert ours and is_locked(tmp_path)
+        with try_lock(tmp_path) as twice:
             assert not twice
-        assert store.claimed(tmp_path), "a refused claim takes nothing away"
-    assert not store.claimed(tmp_path)
+        assert is_locked(tmp_path), "a refused claim takes nothing away"
+    assert not is_locked(tmp_path)
     code = (
         "import filelock as f, sys; lock = f.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / store.LOCK)],
+        [sys.executable, "-c", code, str(tmp_path / LOCK)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     assert holder.stdout is not None and holder.stdin is not None
     assert holder.stdout.readline() == b"held\n"
-    assert store.claimed(tmp_path)
-    with store.claim(tmp_path) as ours:
+    assert is_locked(tmp_path)
+    with try_lock(tmp_path) as ours:
         assert not ours
     holder.kill()
     holder.communicate()
-    with store.claim(tmp_path) as ours:
+    with try_lock(tmp_path) as ours:
         assert ours, "the claim of a dead process is nobody's"
 
 
 def test_a_cell_that_another_run_has_or_had_is_left_alone(grid: Grid, tmp_path: Path) -> None:
     cell, work = grid.cells()[0], Work(tmp_path, since=0.0)
-    with store.claim(work.folder(cell)):
+    with try_lock(work.folder(cell)):
         assert attempt(cell, work, lambda *_: None) is None
-    store.write_json(work.folder(cell) / store.RESULT, store.failure(cell.id, "softmax", 0, ValueError("of now")))
+    write_json(work.folder(cell) / store.RESULT, store.failure(cell.id, "softmax", 0, ValueError("of now")))
     assert attempt(cell, work, lambda *_: None) is None, "it failed after this run began"
     assert not (work.folder(cell) / "config.json").exists()
-    store.write_json(work.folder(cell) / store.RESULT, {"status": "done"})
+    write_json(work.folder(cell) / store.RESULT, {"status": "done"})
     assert attempt(cell, Work(tmp_path, since=float("inf")), lambda *_: None) is None
 
 
@@ -111,7 +113,7 @@ def test_a_panic_is_its_cell_s_error_alone(grid: Grid, tmp_path: Path, monkeypat
 
 
 def test_a_folder_holds_one_grid(grid: Grid, tmp_path: Path) -> None:
-    store.write_json(tmp_path / "grid.json", {"name": "another"})
+    write_json(tmp_path / "grid.json", {"name": "another"})
     with pytest.raises(ValueError, match=f"a run of the grid another, not of {grid.name}"):
         run_grid(grid, tmp_path, quiet)
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments.training import FitConfig, fit
-from experiments.training.plan import learning_rate_factor
+from experiments.config import FitConfig
+from experiments.training import fit
+from experiments.training.schedule import learning_rate_factor
 
 CONFIG = FitConfig(steps=9, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
 
@@ -92,7 +93,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(
 
     monkeypatch.setattr(Path, "open", full)
     log = fit(Noisy(), batch, CONFIG, tmp_path)
-    assert "Step 4 is not in" in caplog.text and log[-1]["step"] == CONFIG.steps
+    assert "Cannot write step 4" in caplog.text and log[-1]["step"] == CONFIG.steps
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if line.endswith("}")] == [
         record["step"] for record in log if record["step"] != 4

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from experiments.config import FitConfig
 from experiments.data import CaptionedImages, batch
-from experiments.distill import Setting
+from experiments.distill import DistillationContext
 from experiments.teacher.objectives import Denoising
-from experiments.training import FitConfig, pick
+from experiments.training import batch_indices
 
 THRESHOLD = 0.4  # of a range of 2: an edge is a step of at least a fifth of it in some color channel
 
@@ -67,7 +68,7 @@ def objective(unet: UNet2DConditionModel, controlnet: ControlNetModel, scheduler
 
 
 def batches(
-    setting: Setting, truth: Tensor, blank: Tensor, config: FitConfig, caption_dropout: float
+    setting: DistillationContext, truth: Tensor, blank: Tensor, config: FitConfig, caption_dropout: float
 ) -> Callable[[int], Any]:
     """Step -> (latents, (text states, edge maps)); a dropped caption is the empty one's states, `blank` (t, d).
 
@@ -76,9 +77,9 @@ def batches(
     """
 
     def make(step: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        picked = pick(step, config, len(setting.latents))
+        picked = batch_indices(step, config, len(setting.latents))
         dropped = torch.rand(len(picked)) < caption_dropout
-        states = torch.where(dropped[:, None, None].to(blank.device), blank, setting.states[picked])
+        states = torch.where(dropped[:, None, None].to(blank.device), blank, setting.text_states[picked])
         return setting.latents[picked], (states, truth[picked].float().to(blank.device))
 
     return make

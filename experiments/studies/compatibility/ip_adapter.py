@@ -13,9 +13,10 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from experiments.distill import Setting
+from experiments.config import FitConfig
+from experiments.distill import DistillationContext
 from experiments.teacher.objectives import Denoising
-from experiments.training import FitConfig, pick
+from experiments.training import batch_indices
 
 TOKENS = 4  # that one picture becomes
 StateDict = dict[str, dict[str, Tensor]]
@@ -145,14 +146,19 @@ def objective(unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> nn.Module
 
 
 def batches(
-    setting: Setting, embeddings: Tensor, blank: Tensor, config: FitConfig, caption_dropout: float, image_dropout: float
+    setting: DistillationContext,
+    embeddings: Tensor,
+    blank: Tensor,
+    config: FitConfig,
+    caption_dropout: float,
+    image_dropout: float,
 ) -> Callable[[int], Any]:
     """Step -> (latents, (text states, image embeddings)); a dropped picture is zeros, a caption `blank` (t, d)."""
 
     def make(step: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        picked = pick(step, config, len(setting.latents))
+        picked = batch_indices(step, config, len(setting.latents))
         no_text, no_image = (torch.rand(len(picked)) < share for share in (caption_dropout, image_dropout))
-        states = torch.where(no_text[:, None, None].to(blank.device), blank, setting.states[picked])
+        states = torch.where(no_text[:, None, None].to(blank.device), blank, setting.text_states[picked])
         return setting.latents[picked], (states, embeddings[picked] * ~no_image[:, None].to(blank.device))
 
     return make

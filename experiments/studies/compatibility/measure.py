@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel
 
-from experiments.config import Frozen
+from experiments.config import FrozenModel
 from experiments.data import batch, open_dataset
 from experiments.studies.compatibility import ip_adapter as ip
 from experiments.studies.compatibility.controlnet import edges
@@ -24,7 +24,7 @@ VARIATION = 100_000  # a background, place and scale that no training drew
 CHUNK = 16  # pictures a call
 
 
-class Sampling(Frozen):
+class Sampling(FrozenModel):
     """What is drawn and how: the same seeds and sampler for all."""
 
     pictures: int = Field(32, gt=0, description="of each split")

@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from experiments.ablation import load_grid, store
+from experiments.ablation import load_grid
 from experiments.ablation.cell import distill
-from experiments.config import Frozen, Grid
+from experiments.config import FitConfig, FrozenModel, Grid
+from experiments.core.environment import describe_environment
+from experiments.core.files import write_json
 from experiments.data import open_dataset
-from experiments.distill import Setting, build_student, open_setting
+from experiments.distill import DistillationContext, build_student, open_context
 from experiments.studies.compatibility import controlnet as control
 from experiments.studies.compatibility import ip_adapter as ip
 from experiments.studies.compatibility.measure import (
@@ -43,14 +45,14 @@ from experiments.studies.compatibility.measure import (
     scene,
 )
 from experiments.teacher.load import EMBEDDED
-from experiments.training import FitConfig, fit
+from experiments.training import fit
 from unet_adapters import MixerAdapter
 
 Report = Callable[[str, int, int], None]
 ARMS = ("teacher+", "student+", "teacher", "student")  # +: with the ControlNet or the IP-Adapter
 
 
-class Plan(Frozen):
+class Plan(FrozenModel):
     """Everything the numbers depend on."""
 
     grid: Grid = Field(description="its first cell is the student")
@@ -78,10 +80,10 @@ def default_plan(share: float = 1.0) -> Plan:
     return Plan(grid=load_grid("compatibility")).scaled(share)
 
 
-def open_plan(plan: Plan) -> tuple[Setting, CLIPModel]:
+def open_plan(plan: Plan) -> tuple[DistillationContext, CLIPModel]:
     """The teacher with its training pictures, and the CLIP that judges."""
     grid, fitted = plan.grid, plan.grid.distillation
-    setting = open_setting(grid.teacher, grid.data, fitted.image_size, fitted.images, fitted.all_sizes[1:])
+    setting = open_context(grid.teacher, grid.data, fitted.image_size, fitted.images, fitted.all_sizes[1:])
     folder = (EMBEDDED if grid.teacher == "embedded" else Path(grid.teacher)) / "evaluator"
     if not folder.is_dir():
         raise ValueError(
@@ -91,7 +93,7 @@ def open_plan(plan: Plan) -> tuple[Setting, CLIPModel]:
     return setting, judge.to(setting.pipe.device)
 
 
-def train_student(plan: Plan, setting: Setting, directory: Path, report: Report) -> MixerAdapter:
+def train_student(plan: Plan, setting: DistillationContext, directory: Path, report: Report) -> MixerAdapter:
     """The student, by the plain text-conditional objective of the ablations; read back where it is finished."""
     folder = directory / "student"
     if not folder.is_dir():
@@ -102,7 +104,7 @@ def train_student(plan: Plan, setting: Setting, directory: Path, report: Report)
     return MixerAdapter.from_pretrained(folder, setting.pipe)
 
 
-def train_controlnet(plan: Plan, setting: Setting, directory: Path, report: Report) -> ControlNetModel:
+def train_controlnet(plan: Plan, setting: DistillationContext, directory: Path, report: Report) -> ControlNetModel:
     """The ControlNet, against the softmax UNet; read back where it is finished."""
     folder, pipe = directory / "controlnet", setting.pipe
     if not folder.is_dir():
@@ -125,13 +127,13 @@ def train_controlnet(plan: Plan, setting: Setting, directory: Path, report: Repo
 
 
 def train_ip_adapter(
-    plan: Plan, setting: Setting, judge: CLIPModel, directory: Path, report: Report
+    plan: Plan, setting: DistillationContext, judge: CLIPModel, directory: Path, report: Report
 ) -> dict[str, dict[str, Tensor]]:
     """The IP-Adapter's weights, trained against the softmax UNet; read back where they are finished."""
     file, pipe = directory / "ip_adapter.safetensors", setting.pipe
     if not file.is_file():
         embeddings = torch.cat([ip.embed(judge, part) for part in _pictures(plan)])
-        with ip.loaded(pipe, ip.fresh(pipe, embeddings, setting.states)):
+        with ip.loaded(pipe, ip.fresh(pipe, embeddings, setting.text_states)):
             dropouts = (plan.ip_caption_dropout, plan.ip_image_dropout)
             batch = ip.batches(setting, embeddings, _blank(setting), plan.ip_adapter, *dropouts)
             objective = ip.objective(pipe.unet, pipe.scheduler)
@@ -174,7 +176,7 @@ def run_compatibility(directory: Path, plan: Plan, report: Report) -> dict[str, 
     trace = leaves_no_trace(setting.pipe, adapter, model, weights, judge, scenes[0])
     record = {
         "plan": plan.model_dump(mode="json"),
-        "environment": store.environment(),
+        "environment": describe_environment(),
         "trace": trace,
         "controlnet": [control_row(plan, setting, adapter, model, s, directory, report) for s in scenes],
         "ip_adapter": [picture_row(plan, setting, judge, adapter, weights, s, directory, report) for s in scenes[:2]],
@@ -184,13 +186,13 @@ def run_compatibility(directory: Path, plan: Plan, report: Report) -> dict[str, 
             "IP-Adapter": sum(p.numel() for p in ip.flat(weights).values()),
         },
     }
-    store.write_json(directory / "result.json", record)
+    write_json(directory / "result.json", record)
     return record
 
 
 def control_row(
     plan: Plan,
-    setting: Setting,
+    setting: DistillationContext,
     adapter: MixerAdapter,
     model: ControlNetModel,
     real: Scene,
@@ -215,7 +217,7 @@ def control_row(
 
 def picture_row(
     plan: Plan,
-    setting: Setting,
+    setting: DistillationContext,
     judge: CLIPModel,
     adapter: MixerAdapter,
     weights: ip.StateDict,
@@ -289,7 +291,7 @@ def _row(real: Scene, values: dict[str, list[float]]) -> dict[str, Any]:
 def _check_plan(file: Path, plan: Plan) -> None:
     asked = plan.model_dump(mode="json")
     if not file.is_file():
-        store.write_json(file, asked)
+        write_json(file, asked)
     elif json.loads(file.read_text(encoding="utf-8")) != asked:
         raise ValueError(f"{file.parent} holds a run with other settings ({file.name} says which): give another --out.")
 
@@ -299,7 +301,7 @@ def _pictures(plan: Plan) -> list[Tensor]:
     return control.pictures_of(data, plan.grid.distillation.image_size, plan.grid.distillation.images)
 
 
-def _blank(setting: Setting) -> Tensor:
+def _blank(setting: DistillationContext) -> Tensor:
     """The empty caption's states (t, d)."""
     with torch.no_grad():
         states, _ = setting.pipe.encode_prompt([""], setting.pipe.device, 1, do_classifier_free_guidance=False)

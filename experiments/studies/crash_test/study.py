@@ -20,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.training.checkpoints import ASIDE, FOLDER
+from experiments.training.checkpoints import FOLDER
+from mixers.files import PARTIAL
 
 WEIGHTS = "weights.safetensors"
 
@@ -73,7 +74,8 @@ def train(folder: Path, steps: int, pause: float, distill: bool) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from experiments.training import FitConfig, fit
+    from experiments.config import FitConfig
+    from experiments.training import fit
 
     torch.set_num_threads(1)
     config = FitConfig(
@@ -103,13 +105,13 @@ def _regression():  # type: ignore[no-untyped-def]
 
 
 def _distillation(config):  # type: ignore[no-untyped-def]
-    from experiments.config import Distillation, MixerChoice
-    from experiments.distill import DistillationLoss, build_student, open_setting
+    from experiments.config import DistillationConfig, MixerSpec
+    from experiments.distill import DistillationLoss, build_student, open_context
     from experiments.grids.demo import GRID
 
-    setting = open_setting("embedded", GRID.data, 64, 32)
-    plan = Distillation(fit=config)
-    choice = MixerChoice(select="mid_block")
+    setting = open_context("embedded", GRID.data, 64, 32)
+    plan = DistillationConfig(fit=config)
+    choice = MixerSpec(select="mid_block")
     adapter = build_student(setting.teacher, GRID.variants[1].mixer, choice, plan, 0)
     return DistillationLoss(setting.teacher, adapter, plan.objectives), lambda step: setting.batch(step, config)
 
@@ -143,7 +145,7 @@ def _logged(folder: Path, since: int) -> int:
 def _last_half(folder: Path) -> int:
     """When the last file was written that is not finished, or never will be; 0 without one."""
     times = [0]
-    for path in (folder / FOLDER).glob(f"*{ASIDE}"):
+    for path in (folder / FOLDER).glob(f"*{PARTIAL}"):
         with suppress(FileNotFoundError):  # it is finished
             times.append(path.stat().st_mtime_ns)
     return max(times)

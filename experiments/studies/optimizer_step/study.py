@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.config import Distillation, MixerChoice, Term
+from experiments.config import DistillationConfig, FitConfig, LossTerm, MixerSpec
 from experiments.core.memory import measure_peak_bytes
-from experiments.distill.draw import draw
+from experiments.distill.batches import draw_batch
 from experiments.distill.student import build_student, run_stages
 from experiments.highres.pipelines import open_pipeline
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig
 from unet_adapters.hosts import find_host
 
 
@@ -51,8 +50,8 @@ def one_step(
 ) -> tuple[int | None, float]:
     """Peak bytes above the teacher's and the student's weights, and seconds, of one step with one sample."""
     teacher = Teacher(open_pipeline(f"random:{architecture}", dtype, "cpu"))
-    plan = Distillation(
-        objectives={name: Term() for name in objectives},
+    plan = DistillationConfig(
+        objectives={name: LossTerm() for name in objectives},
         fit=FitConfig(steps=1, batch_size=1, learning_rate=1e-4, warmup=0),
         train=train,
         image_size=size,
@@ -60,11 +59,11 @@ def one_step(
         gradient_checkpointing=True,
     )
     options = {"mid_dim": 80} if "XL" in architecture else {}
-    adapter = build_student(teacher, _mixer(), MixerChoice(options=options), plan, 0)
+    adapter = build_student(teacher, _mixer(), MixerSpec(options=options), plan, 0)
     data = MadeUp(teacher, size)
 
     def batch(step: int, fit: FitConfig, sizes: tuple[int, ...], dropout: float) -> Batch:
-        return draw(data, step, fit, teacher.train_timesteps, sizes, dropout)
+        return draw_batch(data, step, fit, teacher.train_timesteps, sizes, dropout)
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

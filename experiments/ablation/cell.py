@@ -11,6 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 
+from torch import Tensor
+
 from experiments.ablation.result import CellResult, write_result
 from experiments.config import CellConfig, Grid
 from experiments.core.files import read_json, write_json, write_text
@@ -18,7 +20,7 @@ from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
 from experiments.distill.student import seed_stages, stage_folders
 from experiments.evaluate.measure import measure_student
-from experiments.evaluate.protocol import teacher_fingerprint
+from experiments.evaluate.protocol import teacher_fingerprint, tensor_versions
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.training import delete_checkpoints, training_seconds
 from mixers import registry
@@ -42,7 +44,8 @@ def training_key(config: CellConfig, context: DistillationContext) -> str:
     the library's own.
     """
     mixer = registry.get_mixer_entry(config.variant.mixer).mixer
-    parts = [config.training, teacher_fingerprint(context), _encoded_digest(context), _source_digest(mixer)]
+    encoded = _encoded_digest(context, tensor_versions(_encoded_tensors(context)))
+    parts = [config.training, teacher_fingerprint(context), encoded, _source_digest(mixer)]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -154,8 +157,12 @@ def _join_logs(stages: list[tuple[list[dict[str, float]], int]], path: Path) -> 
     write_text(path, "".join(lines))
 
 
+def _encoded_tensors(context: DistillationContext) -> list[Tensor]:
+    return [tensor for batch in context.encoded.sizes.values() for tensor in batch.values()]
+
+
 @lru_cache(maxsize=2)
-def _encoded_digest(context: DistillationContext) -> str:
+def _encoded_digest(context: DistillationContext, versions: tuple[tuple[int, int], ...]) -> str:
     digest = hashlib.sha256()
     for size, batch in context.encoded.sizes.items():
         for name, tensor in sorted(batch.items()):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from experiments.config import Claim, DistillationConfig, FrozenModel, Grid
+from experiments.config import Claim, DistillationConfig, FrozenModel, Grid, PlannedComparison
 from experiments.core.environment import describe_environment
 from experiments.data.emoji import LICENSE
 from mixers import registry
@@ -91,6 +91,7 @@ class RunDescription(FrozenModel):
     reference: str | None = None
     variants: tuple[VariantDescription, ...] = ()
     claims: tuple[Claim, ...] = ()
+    comparisons: tuple[PlannedComparison, ...] = ()
     cells: tuple[CellDescription, ...] = ()
     protocol: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
@@ -121,6 +122,7 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
         reference=grid.reference or next((v.name for v in grid.variants if v.trained), None),
         variants=tuple(_describe_variant(variant) for variant in grid.variants),
         claims=grid.claims,
+        comparisons=grid.comparisons,
         cells=tuple(CellDescription(id=c.id, variant=c.variant.name, seed=c.seed) for c in grid.cells()),
         protocol={
             "distillation": grid.distillation.model_dump(mode="json"),

@@ -60,6 +60,19 @@ class Claim(FrozenModel):
     beyond: bool = Field(False, description="True: the claim concerns only sizes that were not trained at")
 
 
+class PlannedComparison(FrozenModel):
+    """Two rows of a grid whose errors the report compares, beside the rows that differ in one factor alone.
+
+    Attributes:
+        name: what the comparison is of, such as "equal parameters".
+        above, below: names of variants; the effect is the error of the first over that of the second.
+    """
+
+    name: str
+    above: str
+    below: str
+
+
 class Grid(FrozenModel):
     """An ablation: variants × seeds over one teacher, data set, distillation and evaluation."""
 
@@ -70,9 +83,10 @@ class Grid(FrozenModel):
     variants: tuple[Variant, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     distillation: DistillationConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     reference: str | None = Field(None, description="the row that others are compared with; None: the first trained")
     claims: tuple[Claim, ...] = ()
+    comparisons: tuple[PlannedComparison, ...] = Field((), description="further pairs of rows that the report compares")
 
     @model_validator(mode="after")
     def _check_names(self) -> Grid:
@@ -81,6 +95,9 @@ class Grid(FrozenModel):
             raise ValueError(f"variants need different names: {', '.join(repeated)} is there more than once")
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"the reference {self.reference!r} is no variant: expected one of {', '.join(names)}")
+        for row in (row for comparison in self.comparisons for row in (comparison.above, comparison.below)):
+            if row not in names:
+                raise ValueError(f"a comparison names {row!r}, which is no variant: expected one of {', '.join(names)}")
         return self
 
     @model_validator(mode="after")

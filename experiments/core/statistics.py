@@ -21,6 +21,7 @@ from scipy import optimize, stats
 LEVEL = 0.95
 """Confidence level of all intervals."""
 RESAMPLES = 10_000
+_ROUNDING = 1e-12  # differences and log ratios below it are rounding errors
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def crossed_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
         for axis, n in enumerate(table.shape)
         if n > 1
     ]
-    if math.hypot(*(error for error, _ in errors)) <= np.finfo(float).eps * abs(mean) * 4:  # equal up to rounding
-        return Interval(mean, mean, mean, seeds, float(mean == 0))
+    if math.hypot(*(error for error, _ in errors)) <= max(_ROUNDING, 4 * np.finfo(float).eps * abs(mean)):
+        return Interval(mean, mean, mean, seeds, float(abs(mean) <= _ROUNDING))  # all values are equal
 
     def reach(tail: float) -> float:
         return math.hypot(*(float(stats.t.isf(tail / 2, freedom)) * error for error, freedom in errors))

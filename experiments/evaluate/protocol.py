@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.config import EvaluationConfig, FrozenModel
 from experiments.core.files import write_json
@@ -127,8 +127,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def teacher_fingerprint(context: DistillationContext) -> str:
     """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    digest = _unet_digest(context.teacher.unet, _weights_version(context.teacher.unet))
+    unet = context.teacher.unet
+    digest = _unet_digest(unet, tensor_versions((*unet.parameters(), *unet.buffers())))
     return _sha256(f"{context.teacher.fingerprint} {digest}")
+
+
+def tensor_versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Return what changes whenever a tensor is replaced or changed in place: part of the key of a cache."""
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: str) -> dict[str, str]:
@@ -147,10 +153,6 @@ def _unet_digest(unet: nn.Module, version: tuple[tuple[int, int], ...]) -> str:
     return weights_digest(unet)
 
 
-def _weights_version(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """What changes whenever a weight is replaced or changed in place."""
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -142,7 +142,7 @@ class Metric:
     section_order: ClassVar[int] = 50
 
     def __init__(self, options: Any = None) -> None:
-        self.options = options if options is not None else self.options_type()
+        self.options: Any = options if options is not None else self.options_type()
 
     def measure(self, student: EvaluatedStudent) -> list[MetricRow]:
         """Measure a student; its adapter is not mounted before and after.

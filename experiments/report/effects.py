@@ -172,7 +172,7 @@ def compute_effects(run: Run) -> list[Effect]:
     Factors are normalization and its parts, causality, the mixer, and whatever else rows differ in.
     """
     planned = [(factor, list(_pairs(run, factor))) for factor in (*FACTORS, *_mixer_factors(run))]
-    planned += list(_other_factors(run))
+    planned += [*_other_factors(run), *_planned_comparisons(run)]
     effects = [
         effect
         for factor, pairs in planned
@@ -229,6 +229,17 @@ def _mixer_factors(run: Run) -> list[Factor]:
         for mixer in order
         if mixer != first
     ]
+
+
+def _planned_comparisons(run: Run) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
+    """Pairs of rows that the grid names."""
+    rows = {variant.name: variant for variant in run.trained}
+    for planned in run.description.comparisons:
+        above = rows.get(planned.above)
+        below = rows.get(planned.below)
+        if above is not None and below is not None:
+            factor = Factor(planned.name, "name", above.name, below.name, above.label, below.label)
+            yield factor, [(above, below)]
 
 
 def _other_factors(run: Run) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:

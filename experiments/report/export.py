@@ -15,7 +15,7 @@ from experiments.metrics import Metric, MetricRow
 from experiments.report.errors import METRIC
 from experiments.report.run_files import Run
 from experiments.report.sections import reported_metrics
-from experiments.report.tables import ReportTable, best_row, summarize, summarize_fidelity
+from experiments.report.tables import ReportTable, best_row, summarize_fidelity
 
 IDENTITY = ("kind", "variant", "label", "causality", "normalization", "seed", "seeds", "metric")
 _LATEX = {"\\": r"\textbackslash{}", "×": r"$\times$", "÷": r"$\div$", "±": r"$\pm$", "–": "--", "▲": r"$\uparrow$"}
@@ -72,22 +72,6 @@ def result_rows(run: Run) -> Iterator[dict[str, Any]]:
                 **{q: None if value is None else value.mean for q, value in values.items()},
                 "best": position == best,
             }
-
-
-def summary_values(run: Run, variant: VariantDescription) -> dict[str, float]:
-    """Return the mean over seeds of every metric's first quantity with a direction, by "metric.quantity@key"."""
-    summary = {}
-    for metric in reported_metrics():
-        quantity = next(q for q in metric.quantities if q.better != "neither")
-        groups: dict[str, list[float]] = {}
-        for cell in run.done(variant.name):
-            for row in cell.rows(metric.name, metric.row):
-                key = ",".join(str(getattr(row, field)) for field in metric.key_fields())
-                value = getattr(row, quantity.field)
-                if value is not None:
-                    groups.setdefault(f"{metric.name}.{quantity.field}@{key}", []).append(float(value))
-        summary |= {key: value.mean for key, group in groups.items() if (value := summarize(group))}
-    return summary
 
 
 def latex(table: ReportTable) -> str:

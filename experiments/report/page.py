@@ -84,8 +84,8 @@ def as_markdown(run: Run, conclusions: Conclusions, table: ReportTable, figures:
         parts.append("## Claims")
         parts += [f"- **{v.statement}**: {v.state}. {v.evidence}" for v in conclusions.verdicts]
     parts += ["## Results", markdown(table), f"{TABLE_NOTE}bold. {_reference_note(run)}"]
-    for title, rows, note in extra_tables(run):
-        parts += [f"## {title}", markdown(rows), note]
+    for title, extra, note in extra_tables(run):
+        parts += [f"## {title}", markdown(extra), note]
     for title, introduction in report_sections():
         parts += _markdown_section(run, conclusions, title, introduction, figures)
     parts.append("## Exact configuration")

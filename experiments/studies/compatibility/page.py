@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor
 
-from experiments.report import style  # chooses the drawing backend
-from experiments.report.pictures import LICENSE
+from experiments.core.figures import GRAY, PALETTE, RC
+from experiments.report.image_grids import LICENSE
 from experiments.studies.compatibility import run
 from experiments.studies.compatibility.controlnet import edges
 from experiments.studies.compatibility.measure import Scene, scene
@@ -124,11 +124,11 @@ def _spread(pictures: int) -> list[int]:
 def _bars(record: dict[str, Any], plan: run.Plan, path: Path) -> None:
     """Means with 95 % intervals; a panel per part and size, a group of bars per split."""
     panels = [("controlnet", size) for size in plan.sampling.sizes] + [("ip_adapter", plan.sampling.sizes[0])]
-    colors = dict(zip(("teacher+", "student+", "teacher", "student"), style.PALETTE, strict=False))
-    colors |= {"teacher": "#9cc7e0", "student": "#f0b88a", "caption": "#b5b5b5", "ceiling": style.GRAY}
+    colors = dict(zip(("teacher+", "student+", "teacher", "student"), PALETTE, strict=False))
+    colors |= {"teacher": "#9cc7e0", "student": "#f0b88a", "caption": "#b5b5b5", "ceiling": GRAY}
     import matplotlib
 
-    with matplotlib.rc_context(style.RC):
+    with matplotlib.rc_context(RC):
         canvas = Figure(figsize=(3.5 * len(panels), 3.5), layout="constrained")
         for axes, (part, size) in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             names = labels(plan, part)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from experiments.ablation import load_grid
-from experiments.ablation.cell import distill
+from experiments.ablation.cell import distill_cell
 from experiments.config import FitConfig, FrozenModel, Grid
 from experiments.core.environment import describe_environment
 from experiments.core.files import write_json
@@ -99,7 +99,8 @@ def train_student(plan: Plan, setting: DistillationContext, directory: Path, rep
     if not folder.is_dir():
         cell, variant = plan.grid.cells()[0], plan.grid.variants[0]
         adapter = build_student(setting.teacher, variant.mixer, variant, cell.distillation, cell.seed)
-        distill(cell, setting, adapter, directory / "training" / "student", lambda _, n, of: report("student", n, of))
+        folder_of_training = directory / "training" / "student"
+        distill_cell(cell, setting, adapter, folder_of_training, lambda _, n, of: report("student", n, of))
         _finish(folder, adapter.save_pretrained)
     return MixerAdapter.from_pretrained(folder, setting.pipe)
 

@@ -13,13 +13,13 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import style
+from experiments.core.figures import GRAY, PALETTE, RC
 from experiments.studies.structure.examine import GRID, Record, examine
 from mixers import structure
 from mixers.stages.scan_orders import SCANS, scan_orders
 from mixers.traits import CAUSALITIES
 
-COLORS = dict(zip(CAUSALITIES, style.PALETTE, strict=False))
+COLORS = dict(zip(CAUSALITIES, PALETTE, strict=False))
 COLUMNS, ROWS = 4, 8  # panels side by side; mixers on one page of pictures
 
 
@@ -34,7 +34,7 @@ def draw(records: Sequence[Record], directory: Path, scanned: str | None = None)
     directory.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(record.mixer for record in records))
     figures: dict[str, Figure] = {}
-    with rc_context(style.RC):
+    with rc_context(RC):
         for page in range(math.ceil(len(names) / ROWS)):
             shown = names[page * ROWS : (page + 1) * ROWS]
             figures[f"matrices_{page + 1}"] = gallery(records, shown, _matrix)
@@ -63,7 +63,7 @@ def gallery(records: Sequence[Record], names: Sequence[str], paint: Callable[[Ax
             panel.grid(False)
             record = found.get((name, causality))
             if record is None:
-                panel.text(0.5, 0.5, "refused", ha="center", va="center", color=style.GRAY, transform=panel.transAxes)
+                panel.text(0.5, 0.5, "refused", ha="center", va="center", color=GRAY, transform=panel.transAxes)
                 panel.set_frame_on(False)
             else:
                 paint(panel, record)
@@ -106,7 +106,7 @@ def shares(records: Sequence[Record]) -> Figure:
     left = np.zeros(len(records))
     for part, color, values in zip(
         ("before the diagonal", "on it", "after it"),
-        style.PALETTE,
+        PALETTE,
         np.array([record.shares for record in records]).T,
         strict=False,
     ):
@@ -129,8 +129,8 @@ def scans(name: str) -> Figure:
         for number, order in enumerate(scan_orders(scan, GRID)):
             places = torch.arange(GRID[0] * GRID[1]) if order is None else order
             across, down = places % GRID[1] + 0.12 * number, places // GRID[1] + 0.12 * number
-            path.plot(across, down, color=style.PALETTE[number], linewidth=1.2)
-            path.plot(across[:1], down[:1], "o", color=style.PALETTE[number])
+            path.plot(across, down, color=PALETTE[number], linewidth=1.2)
+            path.plot(across[:1], down[:1], "o", color=PALETTE[number])
         path.set(title=scan, xlim=(-0.6, GRID[1] - 0.2), ylim=(GRID[0] - 0.2, -0.6))
         record = examine(name, causality="causal", scan=scan)
         _field(field, record, center)
@@ -162,7 +162,7 @@ def _spectrum(panel: Axes, record: Record, look: dict[str, Any]) -> None:
     values = (values / values[0]).clamp_min(1e-17)
     panel.semilogy(range(1, len(values) + 1), values, **look)
     panel.plot(record.rank, values[record.rank - 1], "o", color=look["color"])
-    panel.axhline(1e-6, color=style.GRAY, linewidth=0.7, linestyle=":")
+    panel.axhline(1e-6, color=GRAY, linewidth=0.7, linestyle=":")
 
 
 def _blocks(panel: Axes, record: Record, look: dict[str, Any]) -> None:

@@ -172,8 +172,8 @@ def measure_crossovers(
     """
     names = list_mixers(pattern, linear=True)
     if not names:
-        known = ", ".join(list_mixers(linear=True))
-        raise ValueError(f"No linear mixer matches {pattern!r}: expected one of {known}.")
+        available = ", ".join(list_mixers(linear=True))
+        raise ValueError(f"No linear mixer matches {pattern!r}: expected one of {available}.")
     if dtype not in DTYPES:
         raise ValueError(unknown_name("dtype", dtype, DTYPES))
     check_device(device)

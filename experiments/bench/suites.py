@@ -24,7 +24,7 @@ from experiments.bench.model_benchmarks import (
 from experiments.bench.operator_benchmarks import operator_benchmarks
 from experiments.bench.plots import plot_times
 from experiments.bench.roofline import measure_roofline
-from experiments.bench.tables import Conditions, plot_path, print_table, write_results
+from experiments.bench.tables import BenchmarkConditions, plot_path, print_table, write_results
 from experiments.core.errors import unknown_name
 from experiments.core.memory import keep_freed_memory
 from experiments.core.progress import ProgressCallback, ignore_progress
@@ -88,7 +88,7 @@ def run_suite(
     machine = {**describe_machine(config.device), **package_versions()}
     machine["dtype"] = str(config.dtype).removeprefix("torch.")
     roofline = measure_roofline(config.device, config.dtype)
-    conditions = Conditions(shlex.join(["mixlab", *sys.argv[1:]]), machine, roofline)
+    conditions = BenchmarkConditions(shlex.join(["mixlab", *sys.argv[1:]]), machine, roofline)
     measurements: list[Measurement] = []
 
     def keep(added: list[Measurement]) -> None:

@@ -19,7 +19,7 @@ COLUMNS = ("implementation", "size", "ms", "quartiles", "turns", "peak MiB", "×
 
 
 @dataclass(frozen=True)
-class Conditions:
+class BenchmarkConditions:
     """What the numbers hold for.
 
     Attributes:
@@ -33,7 +33,9 @@ class Conditions:
     roofline: Roofline | None = None
 
 
-def write_results(measurements: Sequence[Measurement], conditions: Conditions, directory: Path, name: str) -> Path:
+def write_results(
+    measurements: Sequence[Measurement], conditions: BenchmarkConditions, directory: Path, name: str
+) -> Path:
     """Write `<name>.json` and `<name>.md` into a folder, replacing those of an earlier call.
 
     The page embeds the plots `<name>-<number>.png`, one per benchmark; see `plot_path`.
@@ -47,7 +49,7 @@ def write_results(measurements: Sequence[Measurement], conditions: Conditions, d
     return page
 
 
-def as_json(measurements: Sequence[Measurement], conditions: Conditions) -> dict[str, Any]:
+def as_json(measurements: Sequence[Measurement], conditions: BenchmarkConditions) -> dict[str, Any]:
     """Return everything that was measured as plain values."""
     exponents = scaling_exponents(measurements)
     return {
@@ -95,7 +97,7 @@ def plot_path(directory: Path, name: str, number: int) -> Path:
     return directory / f"{name}-{number}.png"
 
 
-def _format_page(measurements: Sequence[Measurement], conditions: Conditions, name: str) -> str:
+def _format_page(measurements: Sequence[Measurement], conditions: BenchmarkConditions, name: str) -> str:
     machine = ", ".join(f"{key}: {value}" for key, value in conditions.machine.items())
     lines = [f"# {name}", "", f"`{conditions.command}`", "", f"{machine}.", ""]
     roofline = conditions.roofline

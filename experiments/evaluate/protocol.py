@@ -153,8 +153,6 @@ def _unet_digest(unet: nn.Module, version: tuple[tuple[int, int], ...]) -> str:
     return weights_digest(unet)
 
 
-
-
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -139,7 +139,7 @@ def count_operations(adapter: MixerAdapter, size: int, run: Callable[[], object]
         length = tokens[site]
         if length is None:
             return None, None
-        counted = counts.get(f"{type(adapter.unet).__name__}.{site}", {})
+        counted = counts.get(f"{type(adapter.model).__name__}.{site}", {})
         flops += mixer.flops(length) - sum(counted.values())
         state_size += mixer.state_size(length)
     return flops, state_size

@@ -12,7 +12,7 @@ from experiments.metrics.base import HeatMap, Metric, MetricOptions, MetricRow, 
 from experiments.metrics.inputs.predictions import NoisyImages
 from experiments.metrics.inputs.student import EvaluatedStudent
 from unet_adapters.capture import capture_outputs
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 
 class SiteRow(MetricRow):
@@ -66,7 +66,7 @@ class SiteErrors(Metric):
         return rows
 
     def _relative_errors(self, student: EvaluatedStudent, images: NoisyImages) -> dict[str, float]:
-        names = [site.name for site in all_sites(student.context.pipe.unet)]
+        names = [site.name for site in find_host(student.context.pipe.unet).sites()]
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in names}
         for timestep in student.plan.timesteps:
             for inputs in images.batches(timestep):

@@ -73,7 +73,8 @@ VARIANTS = [  # name, label, mixer, causality, normalize, growth of the error pe
     ("linear_causal_raw", "linear attention, causal, not normalized", "linear_attention", "causal", False, 6.0),
     ("mamba2", "Mamba-2, bidirectional", "mamba2", "bidirectional", False, 2.0),
 ]
-FAILED, UNFINISHED = "mamba2-s1-x", "linear_causal_raw-s1-x"
+FAILED = "mamba2-s1-x"
+UNFINISHED = "linear_causal_raw-s1-x"
 
 
 def error(growth: float, size: int, seed: int) -> float:

@@ -14,7 +14,7 @@ from experiments.cli import app
 from experiments.config import Grid, apply_overrides
 from experiments.metrics.cost import CostRow
 from experiments.metrics.fidelity import FidelityRow
-from mixers import list_mixers, registry
+from mixers import entries, list_mixers
 from mixers.registry import register_mixer
 from mixers.zoo.linear_attention import LinearAttention
 
@@ -203,7 +203,7 @@ def test_the_training_key_changes_with_the_teacher_the_data_and_the_mixer(
             tensor.add_(1)
             keys.add(training_key(cell, context))
             tensor.copy_(original)
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
 
     @register_mixer("another")
     class Another(LinearAttention):

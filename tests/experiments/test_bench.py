@@ -27,7 +27,7 @@ from experiments.bench.plots import plot_times
 from experiments.bench.roofline import Roofline, Workload
 from experiments.bench.scaling import scaling_exponent, scaling_exponents
 from experiments.bench.suites import run_suite
-from experiments.bench.tables import Conditions, plot_path, write_results
+from experiments.bench.tables import BenchmarkConditions, plot_path, write_results
 from experiments.cli import app
 from experiments.core.memory import measure_peak_bytes
 from experiments.core.timing import Quartiles
@@ -191,7 +191,7 @@ def test_results_as_json_page_and_plot(tmp_path: Path) -> None:
         Measurement("c: d", "theirs", 64, Quartiles(2.0, 1.9, 2.1)),
         Measurement("c: d", "other", 64, error="ValueError: no"),
     ]
-    conditions = Conditions("mixlab bench x", {"device": "a machine"}, Roofline(1e9, 1e9))
+    conditions = BenchmarkConditions("mixlab bench x", {"device": "a machine"}, Roofline(1e9, 1e9))
     page = write_results(measurements, conditions, tmp_path, "x").read_text()
     plot_times(measurements, plot_path(tmp_path, "x", 0))
     assert "a machine" in page
@@ -251,8 +251,8 @@ def test_freed_memory_is_returned() -> None:
 
 @needs_glibc
 def test_freed_memory_is_kept_inside_the_block_and_returned_after_it() -> None:
-    kept, returned = run_script(KEEP_AND_RETURN)
-    assert kept > 60e6 and returned < 20e6
+    during, after = run_script(KEEP_AND_RETURN)
+    assert during > 60e6 and after < 20e6
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 1), st.floats(1e-6, 1)), min_size=1, max_size=6))

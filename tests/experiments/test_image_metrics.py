@@ -49,7 +49,8 @@ def frechet(x: Tensor, y: Tensor) -> float:
         values, vectors = torch.linalg.eigh(matrix)
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
-    a, b = x.T.cov(), y.T.cov()
+    a = x.T.cov()
+    b = y.T.cov()
     middle = root(root(a) @ b @ root(a))
     return float((x.mean(0) - y.mean(0)).square().sum() + (a + b - 2 * middle).trace())
 

@@ -15,7 +15,7 @@ from experiments.metrics.sites import SiteErrors, SiteOptions
 from experiments.metrics.timesteps import TimestepErrors, TimestepRow
 from tests.experiments.students import encoded, open_teacher, student
 from unet_adapters import MixerAdapter
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 PLAN = EvaluationConfig(
     sizes=(64, 128),
@@ -75,7 +75,7 @@ def test_timesteps_and_images_average_to_the_whole(context: DistillationContext)
 
 
 def test_sites_are_exact_up_to_the_first_replaced_one(context: DistillationContext) -> None:
-    names = {site.name for site in all_sites(context.pipe.unet)}
+    names = {site.name for site in find_host(context.pipe.unet).sites()}
     adapter = student(context.teacher, select="mid_block")
     rows = SiteErrors(SiteOptions(sizes=(64,), images=2)).measure(evaluated(context, adapter))
     errors = {row.site: row.relative_error for row in rows}  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ from tests.experiments.runs import SIZES, VARIANTS, edit, make_run
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs of one grid; in the second LinFusion's error is half, and one row is new."""
     folder = tmp_path_factory.mktemp("runs")
-    first, second = make_run(folder / "first"), make_run(folder / "second")
+    first = make_run(folder / "first")
+    second = make_run(folder / "second")
     for path in second.glob("cells/linfusion-*/result.json"):
         edit(path, _halve_errors)
     edit(

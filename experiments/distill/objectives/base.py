@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixers.mixer import upcast
+from mixers.precision import accumulation_dtype
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import SiteCall
 
@@ -54,7 +54,7 @@ class DistillationStep:
     """What objectives see of one training step. The student is mounted.
 
     Attributes:
-        adapter: of the student, in the UNet `adapter.unet`.
+        adapter: of the student, in the UNet `adapter.model`.
         target: what a perfect model predicts (b, c, h, w).
         row_shares: (b, r) in [0, 1), which rows of the mixing matrices are compared, as shares of the tokens.
         teacher, student: their forward passes.
@@ -84,7 +84,7 @@ class DistillationStep:
                 f"No mixer runs at this size: the sites see {most} tokens at most, and mixers run from "
                 f"min_tokens={self.adapter.min_tokens} on. Train on larger images, or lower min_tokens."
             )
-        run = partial(checkpoint, error, use_reentrant=False) if self.adapter.unet.is_gradient_checkpointing else error
+        run = partial(checkpoint, error, use_reentrant=False) if self.adapter.model.is_gradient_checkpointing else error
         return torch.stack([run(name, call) for name, call in calls.items()]).mean()
 
 
@@ -109,4 +109,4 @@ class Objective:
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
     """Return the mean squared difference, in float32 at least."""
-    return (a.to(upcast(a.dtype)) - b.to(upcast(b.dtype))).square().mean()
+    return (a.to(accumulation_dtype(a)) - b.to(accumulation_dtype(b))).square().mean()

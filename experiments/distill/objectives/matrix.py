@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from experiments.core.registries import OBJECTIVES
 from experiments.distill.objectives.base import DistillationStep, ForwardPass, Objective
-from mixers.mixer import upcast
+from mixers.precision import accumulation_dtype
 from mixers.structure import mixing_matrix
 from unet_adapters.capture import SiteCall
 
@@ -53,7 +53,7 @@ class MatrixObjective(Objective):
         return reduced.mean_over_sites(partial(self._distance, step))
 
     def _distance(self, step: DistillationStep, name: str, call: SiteCall) -> Tensor:
-        layer = step.adapter.unet.get_submodule(name)
+        layer = step.adapter.model.get_submodule(name)
         target = step.rows[name]
         matrix = mixing_matrix(step.adapter.mixers[name], call.input, layer, call.grid)
         samples, rows = row_indices(step.row_shares, call.input.shape[1])
@@ -79,7 +79,7 @@ def softmax_rows(attention: nn.Module, x: Tensor, row_shares: Tensor) -> Tensor:
     samples, rows = row_indices(row_shares, x.shape[1])
     q = layer.to_q(x[samples, rows]).unflatten(-1, (layer.heads, -1))
     k = layer.to_k(x).unflatten(-1, (layer.heads, -1))
-    scores = torch.einsum("brhk,blhk->brhl", q.to(upcast(q.dtype)), k.to(upcast(k.dtype)))
+    scores = torch.einsum("brhk,blhk->brhl", q.to(accumulation_dtype(q)), k.to(accumulation_dtype(k)))
     return (scores * layer.scale).softmax(-1)
 
 

@@ -1,6 +1,11 @@
-"""Mixers as matrices: their numbers and their pictures."""
+"""Mixing matrices of all mixers on one small image, as numbers and figures; the command is `mixlab structure`."""
 
-from experiments.studies.structure.examine import Record, decaying, examine, records
-from experiments.studies.structure.figures import draw
+from experiments.studies.structure.analysis import (
+    MatrixAnalysis,
+    analyze_mixer,
+    analyze_mixers,
+    choose_scan_mixer,
+)
+from experiments.studies.structure.figures import draw_figures
 
-__all__ = ["Record", "decaying", "draw", "examine", "records"]
+__all__ = ["MatrixAnalysis", "analyze_mixer", "analyze_mixers", "choose_scan_mixer", "draw_figures"]

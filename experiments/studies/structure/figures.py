@@ -1,4 +1,4 @@
-"""The figures of structure: small multiples, a panel a mixer, a color a causality."""
+"""The figures of the structure study: small multiples with a panel per mixer and a color per causality."""
 
 from __future__ import annotations
 
@@ -12,128 +12,139 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments.core.figures import GRAY, PALETTE, RC
-from experiments.studies.structure.examine import GRID, Record, examine
+from experiments.studies.structure.analysis import GRID, MatrixAnalysis, analyze_mixer
 from mixers import structure
 from mixers.stages.scan_orders import SCANS, scan_orders
 from mixers.traits import CAUSALITIES
 
 COLORS = dict(zip(CAUSALITIES, PALETTE, strict=False))
-COLUMNS, ROWS = 4, 8  # panels side by side; mixers on one page of pictures
+COLUMNS = 4
+"""Panels side by side."""
+
+MIXERS_PER_PAGE = 8
+RANK_TOLERANCE = 1e-6
+"""Relative to the largest singular value; the one of `structure.numerical_rank`."""
+
+DrawPanel = Callable[[Axes, MatrixAnalysis], None]
+PlotLine = Callable[[Axes, MatrixAnalysis, dict[str, Any]], None]
+"""Plots an analysis into a panel with the given color and label."""
 
 
-def draw(records: Sequence[Record], directory: Path, scanned: str | None = None) -> list[Path]:
-    """Draw every figure as a PNG file into `directory`; returns the files.
+def draw_figures(analyses: Sequence[MatrixAnalysis], directory: Path, scan_mixer: str | None = None) -> list[Path]:
+    """Draw every figure as a PNG file.
 
     Args:
-        records: what to draw, as `records()` gives it.
-        directory: made where it is missing; files of the same names are replaced.
-        scanned: the mixer that shows the scan orders: causal, with decay. None leaves that figure out.
+        analyses: as `analyze_mixers` returns them.
+        directory: created if it is missing; files of the same names are replaced.
+        scan_mixer: the mixer that shows the scan orders; it must offer a causal form with decay. None leaves that
+            figure out.
+
+    Returns:
+        The paths of the files.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(record.mixer for record in records))
+    names = list(dict.fromkeys(analysis.mixer for analysis in analyses))
     figures: dict[str, Figure] = {}
+    paths = []
     with rc_context(RC):
-        for page in range(math.ceil(len(names) / ROWS)):
-            shown = names[page * ROWS : (page + 1) * ROWS]
-            figures[f"matrices_{page + 1}"] = gallery(records, shown, _matrix)
-            figures[f"receptive_field_{page + 1}"] = gallery(records, shown, _field)
-        figures["singular_values"] = multiples(records, names, _spectrum, "number", "singular value / largest")
-        figures["semiseparable_rank"] = multiples(records, names, _blocks, "split before token", "rank of the block")
-        figures["row_sums"] = multiples(records, names, _sums, "token", "sum of its row")
-        figures["triangularity"] = shares(records)
-        if scanned is not None:
-            figures["scan_orders"] = scans(scanned)
-        paths = []
+        for page in range(math.ceil(len(names) / MIXERS_PER_PAGE)):
+            page_names = names[page * MIXERS_PER_PAGE : (page + 1) * MIXERS_PER_PAGE]
+            figures[f"matrices_{page + 1}"] = draw_causality_grid(analyses, page_names, _draw_matrix)
+            figures[f"receptive_field_{page + 1}"] = draw_causality_grid(analyses, page_names, _draw_receptive_field)
+        figures["singular_values"] = draw_panels(
+            analyses, names, _plot_singular_values, "number", "singular value / largest"
+        )
+        figures["semiseparable_rank"] = draw_panels(
+            analyses, names, _plot_block_ranks, "split before token", "rank of the block"
+        )
+        figures["row_sums"] = draw_panels(analyses, names, _plot_row_sums, "token", "sum of its row")
+        figures["triangularity"] = draw_shares(analyses)
+        if scan_mixer is not None:
+            figures["scan_orders"] = draw_scan_orders(scan_mixer)
         for name, figure in figures.items():
             paths.append(directory / f"{name}.png")
             figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
     return paths
 
 
-def gallery(records: Sequence[Record], names: Sequence[str], paint: Callable[[Axes, Record], None]) -> Figure:
-    """Rows: mixers; columns: causalities; a panel that is refused stays empty and says so."""
+def draw_causality_grid(analyses: Sequence[MatrixAnalysis], names: Sequence[str], draw_panel: DrawPanel) -> Figure:
+    """Draw a grid of panels, mixers × causalities; an empty panel says that the mixer refuses that causality."""
     figure = Figure(figsize=(6.4, 1.75 * len(names) + 0.3))
     axes = figure.subplots(len(names), len(CAUSALITIES), squeeze=False)
-    found = {(record.mixer, record.causality): record for record in records}
+    by_case = {(analysis.mixer, analysis.causality): analysis for analysis in analyses}
     for name, row in zip(names, axes, strict=True):
         for causality, panel in zip(CAUSALITIES, row, strict=True):
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
-            record = found.get((name, causality))
-            if record is None:
+            analysis = by_case.get((name, causality))
+            if analysis is None:
                 panel.text(0.5, 0.5, "refused", ha="center", va="center", color=GRAY, transform=panel.transAxes)
                 panel.set_frame_on(False)
             else:
-                paint(panel, record)
+                draw_panel(panel, analysis)
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
     for causality, panel in zip(CAUSALITIES, axes[0], strict=True):
         panel.set_title(causality)
     return figure
 
 
-def multiples(
-    records: Sequence[Record],
-    names: Sequence[str],
-    plot: Callable[[Axes, Record, dict[str, Any]], None],
-    x: str,
-    y: str,
+def draw_panels(
+    analyses: Sequence[MatrixAnalysis], names: Sequence[str], plot_line: PlotLine, xlabel: str, ylabel: str
 ) -> Figure:
-    """A panel a mixer, a line a causality."""
+    """Draw a panel per mixer with a line per causality."""
+    columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / COLUMNS)
-    figure = Figure(figsize=(2.5 * min(COLUMNS, len(names)) + 0.4, 1.9 * rows + 0.7))
-    axes = figure.subplots(rows, min(COLUMNS, len(names)), squeeze=False)
+    figure = Figure(figsize=(2.5 * columns + 0.4, 1.9 * rows + 0.7))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for name, panel in zip(names, axes.flat, strict=False):
-        for record in (r for r in records if r.mixer == name):
-            plot(panel, record, {"color": COLORS[record.causality], "label": record.causality})
+        for analysis in analyses:
+            if analysis.mixer == name:
+                plot_line(panel, analysis, {"color": COLORS[analysis.causality], "label": analysis.causality})
         panel.set_title(name, fontsize=9)
     for panel in list(axes.flat)[len(names) :]:
         panel.set_visible(False)
     lines = {line.get_label(): line for panel in axes.flat for line in panel.get_lines()}
-    shown = {name: lines[name] for name in CAUSALITIES if name in lines}
+    labels = [causality for causality in CAUSALITIES if causality in lines]
     figure.tight_layout(rect=(0.02, 0.03, 1, 0.95))
-    figure.legend(shown.values(), shown.keys(), loc="upper center", ncols=len(shown))
-    figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
+    figure.legend([lines[label] for label in labels], labels, loc="upper center", ncols=len(labels))
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
     return figure
 
 
-def shares(records: Sequence[Record]) -> Figure:
-    """Stacked bars: how much of |W| lies before, on and after the diagonal."""
-    figure = Figure(figsize=(7, 0.22 * len(records) + 0.9))
+def draw_shares(analyses: Sequence[MatrixAnalysis]) -> Figure:
+    """Draw stacked bars of how much of |W| lies before, on and after the diagonal."""
+    figure = Figure(figsize=(7, 0.22 * len(analyses) + 0.9))
     panel = figure.subplots()
-    left = np.zeros(len(records))
-    for part, color, values in zip(
-        ("before the diagonal", "on it", "after it"),
-        PALETTE,
-        np.array([record.shares for record in records]).T,
-        strict=False,
-    ):
-        panel.barh(range(len(records)), values, left=left, color=color, label=part, height=0.8)
+    left = np.zeros(len(analyses))
+    shares = np.array([analysis.shares for analysis in analyses]).T
+    labels = ("before the diagonal", "on it", "after it")
+    for label, color, values in zip(labels, PALETTE, shares, strict=False):
+        panel.barh(range(len(analyses)), values, left=left, color=color, label=label, height=0.8)
         left += values
-    panel.set(yticks=range(len(records)), xlim=(0, 1), xlabel="share of Σ|W|")
-    panel.set_yticklabels([f"{r.mixer}, {r.causality}" for r in records], fontsize=7.5)
-    panel.set_ylim(len(records) - 0.4, -0.6)
+    panel.set(yticks=range(len(analyses)), xlim=(0, 1), xlabel="share of Σ|W|")
+    panel.set_yticklabels([f"{analysis.mixer}, {analysis.causality}" for analysis in analyses], fontsize=7.5)
+    panel.set_ylim(len(analyses) - 0.4, -0.6)
     panel.grid(False)
     panel.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
-def scans(name: str) -> Figure:
-    """The path of every scan over the image, and what the center token of a causal mixer then sees."""
+def draw_scan_orders(name: str) -> Figure:
+    """Draw the path of every scan over the image, and below it what the center token of a causal mixer sees."""
     figure = Figure(figsize=(2.0 * len(SCANS), 4.4))
     paths, fields = figure.subplots(2, len(SCANS))
-    center = GRID[0] // 2 * GRID[1] + GRID[1] // 2
+    height, width = GRID
+    center = height // 2 * width + width // 2
     for scan, path, field in zip(SCANS, paths, fields, strict=True):
         for number, order in enumerate(scan_orders(scan, GRID)):
-            places = torch.arange(GRID[0] * GRID[1]) if order is None else order
-            across, down = places % GRID[1] + 0.12 * number, places // GRID[1] + 0.12 * number
-            path.plot(across, down, color=PALETTE[number], linewidth=1.2)
-            path.plot(across[:1], down[:1], "o", color=PALETTE[number])
-        path.set(title=scan, xlim=(-0.6, GRID[1] - 0.2), ylim=(GRID[0] - 0.2, -0.6))
-        record = examine(name, causality="causal", scan=scan)
-        _field(field, record, center)
+            tokens = torch.arange(height * width) if order is None else order
+            _plot_path(path, tokens, width, number)
+        path.set(title=scan, xlim=(-0.6, width - 0.2), ylim=(height - 0.2, -0.6))
+        _draw_receptive_field(field, analyze_mixer(name, causality="causal", scan=scan), center)
         for panel in (path, field):
             panel.set(xticks=[], yticks=[], aspect="equal")
             panel.grid(False)
@@ -143,39 +154,54 @@ def scans(name: str) -> Figure:
     return figure
 
 
-def _matrix(panel: Axes, record: Record) -> None:
-    """Each row over its largest weight, so that unnormalized rows can be seen; blue is negative."""
-    size = record.matrix.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    panel.imshow((record.matrix / size).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+def _plot_path(panel: Axes, tokens: Tensor, width: int, number: int) -> None:
+    """Plot one direction of a scan, shifted by its number so that directions do not cover each other."""
+    x = tokens % width + 0.12 * number
+    y = tokens // width + 0.12 * number
+    panel.plot(x, y, color=PALETTE[number], linewidth=1.2)
+    panel.plot(x[:1], y[:1], "o", color=PALETTE[number])
 
 
-def _field(panel: Axes, record: Record, token: int | None = None) -> None:
-    height, width = record.grid
+def _draw_matrix(panel: Axes, analysis: MatrixAnalysis) -> None:
+    """Draw each row relative to its largest weight, so that unnormalized rows are visible; blue is negative."""
+    largest = analysis.matrix.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    panel.imshow((analysis.matrix / largest).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+
+
+def _draw_receptive_field(panel: Axes, analysis: MatrixAnalysis, token: int | None = None) -> None:
+    """Draw what a token sees; None: the center token."""
+    height, width = analysis.grid
     token = height // 2 * width + width // 2 if token is None else token
-    field = structure.receptive_field(record.matrix, record.grid)[token]
+    field = structure.receptive_field(analysis.matrix, analysis.grid)[token]
     panel.imshow(field.numpy(), cmap="viridis", vmin=0, interpolation="nearest")
     panel.plot(token % width, token // width, "s", color="white", markerfacecolor="none", markersize=6)
 
 
-def _spectrum(panel: Axes, record: Record, look: dict[str, Any]) -> None:
-    values = torch.linalg.svdvals(record.matrix)
+def _plot_singular_values(panel: Axes, analysis: MatrixAnalysis, line: dict[str, Any]) -> None:
+    values = torch.linalg.svdvals(analysis.matrix)
     values = (values / values[0]).clamp_min(1e-17)
-    panel.semilogy(range(1, len(values) + 1), values, **look)
-    panel.plot(record.rank, values[record.rank - 1], "o", color=look["color"])
-    panel.axhline(1e-6, color=GRAY, linewidth=0.7, linestyle=":")
+    panel.semilogy(range(1, len(values) + 1), values, **line)
+    panel.plot(analysis.rank, values[analysis.rank - 1], "o", color=line["color"])
+    panel.axhline(RANK_TOLERANCE, color=GRAY, linewidth=0.7, linestyle=":")
 
 
-def _blocks(panel: Axes, record: Record, look: dict[str, Any]) -> None:
-    matrix = record.matrix
-    least = 1e-6 * torch.linalg.matrix_norm(matrix, ord=2)
+def _plot_block_ranks(panel: Axes, analysis: MatrixAnalysis, line: dict[str, Any]) -> None:
+    """Plot the ranks of the blocks below the diagonal (solid) and above it (dotted), for every split."""
+    matrix = analysis.matrix
+    tolerance = float(RANK_TOLERANCE * torch.linalg.matrix_norm(matrix, ord=2))
     splits = range(1, matrix.shape[-1])
-    for block, line in ((lambda i: matrix[i:, :i], "-"), (lambda i: matrix[:i, i:], ":")):
-        ranks = [int((torch.linalg.svdvals(block(i)) > least).sum()) for i in splits]
-        panel.plot(splits, ranks, line, **{**look, "label": look["label"] if line == "-" else "_"})
+    below = [_rank(matrix[split:, :split], tolerance) for split in splits]
+    above = [_rank(matrix[:split, split:], tolerance) for split in splits]
+    panel.plot(splits, below, "-", **line)
+    panel.plot(splits, above, ":", color=line["color"], label="_")  # no entry of its own in the legend
 
 
-def _sums(panel: Axes, record: Record, look: dict[str, Any]) -> None:
-    sums = structure.row_sums(record.matrix)
-    panel.plot(sums.numpy(), **look)
-    if (sums - 1).abs().max() < 0.05:  # rows that sum to one, but for eps: not a matter of the sixth digit
+def _rank(block: Tensor, tolerance: float) -> int:
+    return int((torch.linalg.svdvals(block) > tolerance).sum())
+
+
+def _plot_row_sums(panel: Axes, analysis: MatrixAnalysis, line: dict[str, Any]) -> None:
+    sums = structure.row_sums(analysis.matrix)
+    panel.plot(sums.numpy(), **line)
+    if (sums - 1).abs().max() < 0.05:  # rows that sum to one up to eps: do not zoom into the sixth digit
         panel.set_ylim(0.9, 1.1)

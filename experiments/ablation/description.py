@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from experiments.config import Claim, DistillationConfig, FrozenModel, Grid, PlannedComparison
+from experiments.config import Claim, ControlRole, DistillationConfig, FrozenModel, Grid, PlannedComparison
 from experiments.core.environment import describe_environment
 from experiments.data.emoji import LICENSE
 from mixers import registry
@@ -42,6 +42,7 @@ class VariantDescription(FrozenModel):
     select: Any = "all"
     min_tokens: int = 0
     distillation: DistillationConfig | None = None
+    control: ControlRole | None = None
 
     @property
     def untouched(self) -> bool:

@@ -10,12 +10,16 @@ from experiments.config.base import CONFIG_NAME, FrozenModel, short_hash
 from experiments.config.distillation import DistillationConfig, MixerSpec
 from experiments.config.evaluation import EvaluationConfig
 
+ControlRole = Literal["teacher", "identity", "fixed mixing"]
+
 
 class Variant(MixerSpec):
     """One row of an ablation: a mixer and its options, mounted at the selected sites.
 
     `trained=False` mounts the mixer as it is: with softmax that is the sanity row, whose error must be zero.
     `distillation` replaces the grid's, for grids that compare how students are made; None is the grid's.
+    `control` marks rows that findings are held against: the teacher's own attention distilled from scratch, the identity,
+    and other mixers whose matrix does not depend on the input.
     """
 
     name: str = Field(pattern=CONFIG_NAME)
@@ -23,6 +27,7 @@ class Variant(MixerSpec):
     mixer: str
     trained: bool = True
     distillation: DistillationConfig | None = None
+    control: ControlRole | None = None
 
 
 class CellConfig(FrozenModel):
@@ -42,8 +47,10 @@ class CellConfig(FrozenModel):
 
     @property
     def training(self) -> str:
-        """The hash of what the trained weights depend on: all but the evaluation, the name and the label."""
-        return short_hash(self.model_dump(mode="json", exclude={"evaluation": True, "variant": {"name", "label"}}))
+        """The hash of what the trained weights depend on: all but the evaluation, and what the variant is called."""
+        return short_hash(
+            self.model_dump(mode="json", exclude={"evaluation": True, "variant": {"name", "label", "control"}})
+        )
 
 
 class Claim(FrozenModel):

@@ -82,14 +82,16 @@ def controls(plan: DistillationConfig) -> tuple[Variant, ...]:
             name="softmax_distilled",
             label="softmax, distilled from scratch",
             mixer="softmax",
+            control="teacher",
             distillation=plan.model_copy(update={"start": "random", "train": "new+projections"}),
         ),
-        Variant(name="identity", label="identity: no mixing", mixer="identity"),
-        Variant(name="uniform", label="uniform: the mean of all tokens", mixer="uniform"),
+        Variant(name="identity", label="identity: no mixing", mixer="identity", control="identity"),
+        Variant(name="uniform", label="uniform: the mean of all tokens", mixer="uniform", control="fixed mixing"),
         Variant(
             name="identity_convolution",
             label="identity, 3 × 3 convolution",
             mixer="identity",
+            control="fixed mixing",
             options={"local_conv_size": 3},
         ),
     )

@@ -104,10 +104,12 @@ def format_ratio(ratio: Interval) -> str:
 def describe_effect(effect: Effect, effects: list[Effect], run: Run, controls: ControlRows) -> str:
     """Describe one effect: its size, what it depends on, the training size, and the controls."""
     start = effect.factor.above[0].upper() + effect.factor.above[1:]
-    within = f" among {effect.factor.within[1]} rows" if effect.factor.within else ""
+    within = f" among {effect.factor.rows} rows" if effect.factor.within else ""
     pairs = f"{len(effect.pairs)} pair{'s' * (len(effect.pairs) > 1)} of rows"
-    if not effect.complete:
+    if len(effect.pairs) < effect.planned:
         pairs = f"incomplete: {len(effect.pairs)} of {effect.planned} pairs of rows are measured"
+    elif not effect.complete:
+        pairs = f"incomplete: {pairs}, some of which lack seeds"
     sentence = f"{start} rather than {effect.factor.below}{within}: {format_ratio(effect.ratio)} the error ({pairs})"
     if effect.depends:
         sentence += f", but it depends on {_describe_parts(effect, run)}"
@@ -142,11 +144,11 @@ def _describe_parts(effect: Effect, run: Run) -> str:
     return f"{SPLITS[effect.depends]}: {listing}"
 
 
-def _strength(effect: Effect) -> tuple[bool, bool, float]:
-    """Effects that are the same for all rows first, then significant ones, then larger ones."""
+def _strength(effect: Effect) -> tuple[bool, bool, bool, float]:
+    """Mixers before controls, effects that are the same for all rows, then significant ones, then larger ones."""
     ratio = effect.ratio.mean
     size = math.inf if not math.isfinite(ratio) or ratio <= 0 else abs(math.log(ratio))
-    return effect.depends is None, effect.significant, size
+    return not effect.factor.is_control, effect.depends is None, effect.significant, size
 
 
 def _method(effects: list[Effect]) -> str:
@@ -212,7 +214,7 @@ def _judge(claim: Claim, effects: list[Effect], run: Run, controls: ControlRows)
 
 
 def _describe_size(effect: Effect) -> str:
-    within = f", {effect.factor.within[1]} rows" if effect.factor.within else ""
+    within = f", {effect.factor.rows} rows" if effect.factor.within else ""
     return f"{effect.size} px{within} ({format_ratio(effect.ratio)})"
 
 

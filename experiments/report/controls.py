@@ -14,9 +14,6 @@ from experiments.report.effects import Effect
 from experiments.report.errors import errors_by_seed, log_ratios_of, mean_error, ratio
 from experiments.report.run_files import Run
 
-NO_MIXING = ("identity", "uniform")
-"""Mixers whose matrix does not depend on the input: W = I, and W = 1/l."""
-
 
 @dataclass(frozen=True)
 class ControlRows:
@@ -24,7 +21,7 @@ class ControlRows:
 
     Attributes:
         identity: W = I, with nothing else.
-        distilled_softmax: softmax attention, distilled from scratch with the grid's recipe.
+        distilled_softmax: the teacher's own attention, distilled from scratch with the grid's plan.
         no_mixing: every row whose matrix does not depend on the input, with or without a convolution.
     """
 
@@ -34,11 +31,11 @@ class ControlRows:
 
 
 def control_rows(run: Run) -> ControlRows:
-    """Find the controls among a run's rows by their mixers."""
-    no_mixing = tuple(variant for variant in run.trained if variant.mixer in NO_MIXING)
-    identity = next((v for v in no_mixing if v.mixer == "identity" and not v.other_options), None)
-    softmax = next((variant for variant in run.trained if variant.mixer == "softmax"), None)
-    return ControlRows(identity, softmax, no_mixing)
+    """Find the controls among a run's rows."""
+    rows = [variant for variant in run.trained if variant.control is not None]
+    identity = next((variant for variant in rows if variant.control == "identity"), None)
+    softmax = next((variant for variant in rows if variant.control == "teacher"), None)
+    return ControlRows(identity, softmax, tuple(variant for variant in rows if variant.control != "teacher"))
 
 
 def excess_error(run: Run, variant: VariantDescription, controls: ControlRows, size: int) -> Interval | None:
@@ -84,10 +81,10 @@ def identity_warnings(run: Run, controls: ControlRows) -> list[str]:
     """List what the controls say about the whole grid: that they are missing, or where mixing nothing is as good."""
     if controls.identity is None:
         return [
-            "This grid has no `identity` row, which mixes nothing: it cannot show that the differences between its "
+            "This grid has no identity row, which mixes nothing: it cannot show that the differences between its "
             "rows come from mixing tokens."
         ]
-    rows = [variant for variant in run.trained if variant not in controls.no_mixing and variant.mixer != "softmax"]
+    rows = [variant for variant in run.trained if variant.control is None]
     warnings = []
     for size in run.sizes:
         identity = mean_error(run, controls.identity, size)

@@ -22,6 +22,7 @@ from experiments.core.statistics import Interval, holm, interval_over_seeds
 from experiments.report.errors import log_ratios_of
 from experiments.report.run_files import DESIGN_FIELDS, Run
 
+CONTROL = "control"
 SIGNIFICANCE = 0.05
 """Largest p-value, after Holm's correction, of an effect that counts as distinguishable from noise."""
 
@@ -45,6 +46,16 @@ class Factor:
     above: str
     below: str
     within: tuple[str, str] | None = None
+
+    @property
+    def rows(self) -> str:
+        """Which rows both must be, for readers: "normalized", "unnormalized"; empty if any."""
+        return self.within[1].replace("not normalized", "unnormalized") if self.within else ""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it compares a control with a mixer."""
+        return self.name == CONTROL
 
 
 def _causality(value: str, reference: str, level: str) -> Factor:
@@ -104,6 +115,7 @@ class Effect:
         size: side of the images in pixels.
         pairs: all pairs of the grid that are measured.
         planned: how many pairs the grid has.
+        seeds: how many seeds the grid has.
         adjusted_p: p-value after Holm's correction for all effects of the report; NaN for a single seed.
     """
 
@@ -111,6 +123,7 @@ class Effect:
     size: int
     pairs: tuple[Pair, ...]
     planned: int
+    seeds: int = 0
     adjusted_p: float = math.nan
 
     @cached_property
@@ -127,13 +140,13 @@ class Effect:
     @property
     def name(self) -> str:
         """ "not normalized ÷ normalized", with the level of normalization if the effect is of one."""
-        within = f" ({self.factor.within[1]} rows)" if self.factor.within else ""
+        within = f" ({self.factor.rows} rows)" if self.factor.within else ""
         return f"{self.factor.above} ÷ {self.factor.below}{within}"
 
     @property
     def complete(self) -> bool:
-        """Whether every pair of the grid is measured."""
-        return len(self.pairs) == self.planned
+        """Whether every pair of the grid is measured with every seed."""
+        return len(self.pairs) == self.planned and all(len(pair.logs) >= self.seeds for pair in self.pairs)
 
     @property
     def significant(self) -> bool:
@@ -196,7 +209,7 @@ def _effect(
     measured = [pair for pair in measured if pair.logs]
     if not measured:
         return None
-    effect = Effect(factor, size, tuple(measured), len(pairs))
+    effect = Effect(factor, size, tuple(measured), len(pairs), len(run.description.seeds))
     return effect if effect.ratio.count else None
 
 
@@ -224,8 +237,16 @@ def _mixer_factors(run: Run) -> list[Factor]:
     if len(order) < 2 or run.reference is None:
         return []
     first = run.reference.mixer
+    controls = {variant.mixer for variant in run.trained if variant.control is not None}
     return [
-        Factor("mixer", "mixer", mixer, first, readable(run, mixer), readable(run, first))
+        Factor(
+            CONTROL if mixer in controls else "mixer",
+            "mixer",
+            mixer,
+            first,
+            readable(run, mixer),
+            readable(run, first),
+        )
         for mixer in order
         if mixer != first
     ]

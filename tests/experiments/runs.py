@@ -189,7 +189,11 @@ def make_run(run: Path) -> Path:
         "prompts": PROMPTS,
         "reference": "linear",
         "claims": [claim.model_dump(mode="json") for claim in PAPER_CLAIMS],
-        "variants": [dict(zip(names, v, strict=False)) | {"trained": v[-1] > 0} for v in VARIANTS],
+        "variants": [
+            dict(zip(names, v, strict=False))
+            | {"trained": v[-1] > 0, "control": "identity" if v[0] == "identity" else None}
+            for v in VARIANTS
+        ],
         "notes": ["A made-up run."],
         "protocol": {"distillation": {"steps": 100}, "evaluation": {"images": IMAGES}},
         "environment": {"torch": "2", "device": "CPU"},

@@ -44,7 +44,7 @@ def test_effects_are_the_factors_of_the_errors() -> None:
     expected = {
         "not normalized ÷ normalized": (2, 4),
         "causal ÷ non-causal (normalized rows)": (3, 2),
-        "causal ÷ non-causal (not normalized rows)": (3, 2),
+        "causal ÷ non-causal (unnormalized rows)": (3, 2),
         "mamba2 ÷ linear_attention": (5, 4),
     }
     assert effects.keys() == expected.keys(), "normalized and unnormalized rows are never pooled for causality"
@@ -196,7 +196,12 @@ def test_a_claim_without_a_pair_is_not_tested() -> None:
 
 def identity_row() -> VariantDescription:
     return VariantDescription(
-        name="identity", label="identity", mixer="identity", causality="noncausal", normalize=True
+        name="identity",
+        label="identity",
+        mixer="identity",
+        causality="noncausal",
+        normalize=True,
+        control="identity",
     )
 
 
@@ -225,7 +230,7 @@ def test_errors_beside_the_controls() -> None:
     reference = run.variants[0]
     assert excess_error(run, reference, control_rows(run), 64) is None
     add_row(run, identity_row(), 0.04)
-    softmax = identity_row().model_copy(update={"name": "softmax_distilled", "mixer": "softmax"})
+    softmax = identity_row().model_copy(update={"name": "softmax_distilled", "mixer": "softmax", "control": "teacher"})
     add_row(run, softmax, 0.004)
     controls = control_rows(run)
     share = share_of_identity(run, reference, controls, 64)

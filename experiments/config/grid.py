@@ -18,8 +18,8 @@ class Variant(MixerSpec):
 
     `trained=False` mounts the mixer as it is: with softmax that is the sanity row, whose error must be zero.
     `distillation` replaces the grid's, for grids that compare how students are made; None is the grid's.
-    `control` marks rows that findings are held against: the teacher's own attention distilled from scratch, the identity,
-    and other mixers whose matrix does not depend on the input.
+    `control` marks rows that findings are held against: the teacher's own attention distilled from scratch, the
+    identity, and other mixers whose matrix does not depend on the input.
     """
 
     name: str = Field(pattern=CONFIG_NAME)

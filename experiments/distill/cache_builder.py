@@ -13,8 +13,8 @@ import torch
 
 from experiments.core.files import save_tensors, sha256_of_file
 from experiments.core.progress import ProgressCallback, ignore_progress
-from experiments.data import BadRecord, DataError, Example, Record, Records, Size, extent
-from experiments.data.example import Skipped
+from experiments.data import BadRecord, DataError, Example, ImageRecord, RecordSource, Size, extent
+from experiments.data.example import SkipCounter
 from experiments.distill.cache import LatentCache
 from experiments.distill.cache_index import (
     BLANK,
@@ -30,13 +30,13 @@ from experiments.teacher.teacher import Batch, Teacher
 SHARD = 1024
 """Images per file."""
 KNOWN_BY = 1024
-"""Records at the start of the data whose keys distinguish it from other data."""
+"""RecordSource at the start of the data whose keys distinguish it from other data."""
 _EXACT = {"time_ids", "caption"}  # stored as they are, whatever the dtype
 
 
 def build_cache(
     teacher: Teacher,
-    data: Records,
+    data: RecordSource,
     directory: Path,
     *,
     sizes: Sequence[Size],
@@ -89,7 +89,7 @@ class _Builder:
         self._sizes = [tuple(size) for size in index.contents["sizes"]]
         self._dtype: torch.dtype = getattr(torch, index.contents["dtype"])
 
-    def build(self, images: Iterator[tuple[Record, int]], progress: ProgressCallback) -> None:
+    def build(self, images: Iterator[tuple[ImageRecord, int]], progress: ProgressCallback) -> None:
         index = self._index
         length = index.contents["shard"]
         total = index.contents["images"]
@@ -118,9 +118,9 @@ class _Builder:
         self._finish()
 
     def _build_shard(
-        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[Record, int]]
+        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[ImageRecord, int]]
     ) -> dict[str, Any]:
-        skipped = Skipped()
+        skipped = SkipCounter()
         keys: list[str] = []
 
         def usable() -> Iterator[list[Example]]:
@@ -192,7 +192,7 @@ class _Builder:
 
 def _describe(
     teacher: Teacher,
-    data: Records,
+    data: RecordSource,
     sizes: Sequence[Size],
     images: int,
     seed: int,
@@ -232,7 +232,7 @@ def _existing(directory: Path, contents: dict[str, Any]) -> CacheIndex:
     return index
 
 
-def _images(data: Records, seed: int, variations: int) -> Iterator[tuple[Record, int]]:
+def _images(data: RecordSource, seed: int, variations: int) -> Iterator[tuple[ImageRecord, int]]:
     return ((record, variation) for record in data.records(seed) for variation in range(variations))
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.config import FitConfig
-from experiments.data import BadRecord, DataError, EmojiSet, Example, Record, Size, batch, extent
+from experiments.data import BadRecord, DataError, EmojiSet, Example, ImageRecord, Size, batch, extent
 from experiments.distill.batches import draw_batch
 from experiments.distill.cache import LatentCache, open_cache
 from experiments.distill.cache_builder import build_cache
@@ -66,7 +66,7 @@ class Numbers:
     name: str = "numbers"
     shift: int = 0
 
-    def records(self, seed: int = 0) -> Iterator[Record]:
+    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
         return (_Number(n, n in self.bad, self.shift + seed) for n in range(self.count))
 
 

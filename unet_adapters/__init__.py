@@ -1,4 +1,4 @@
-"""Linear token mixers in the self-attention places of a diffusers UNet: find, mount, unmount, save, load."""
+"""Linear token mixers in place of the self-attention of a diffusers model: mount, unmount, save, load."""
 
 from importlib.util import find_spec
 
@@ -10,17 +10,21 @@ if _missing:
 
 from unet_adapters.adapter import MixerAdapter
 from unet_adapters.capture import capture_outputs
-from unet_adapters.profiles import PROFILES, Profile, profile_of
-from unet_adapters.sites import Site, find_sites
-from unet_adapters.stamp import load_unet
+from unet_adapters.hosts import Host, find_host, find_sites, register_host
+from unet_adapters.hosts.unet_profiles import PROFILES, UNetProfile, find_profile
+from unet_adapters.loading import load_adapter
+from unet_adapters.sites import Site
 
 __all__ = [
     "PROFILES",
+    "Host",
     "MixerAdapter",
-    "Profile",
     "Site",
+    "UNetProfile",
     "capture_outputs",
+    "find_host",
+    "find_profile",
     "find_sites",
-    "load_unet",
-    "profile_of",
+    "load_adapter",
+    "register_host",
 ]

@@ -10,14 +10,14 @@ from functools import partial
 
 import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.core.errors import unknown_name
 from experiments.core.timing import time_interleaved
 from experiments.teacher import load
 from unet_adapters import MixerAdapter
-from unet_adapters.grid import PLACE
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
+from unet_adapters.mounted_layer import call_layer
 
 BATCH = 2  # one image under classifier-free guidance
 STOCK = "stock attention"
@@ -58,7 +58,7 @@ SITE_SHAPES: dict[str, tuple[SiteShape, ...]] = {
 
 def site_shapes(unet: nn.Module) -> tuple[SiteShape, ...]:
     """Return the distinct shapes of a UNet's sites, narrow ones first."""
-    return tuple(sorted({SiteShape(site.dim, site.heads) for site in all_sites(unet)}))
+    return tuple(sorted({SiteShape(site.dim, site.heads) for site in find_host(unet).sites()}))
 
 
 def choose_site_shapes(
@@ -127,7 +127,7 @@ class AttentionLayerTimer:
         x = torch.randn(BATCH, tokens, shape.dim, device=self.device).to(self.dtype)
         height = 1 << (int(math.log2(tokens)) // 2)
         grid = (height, tokens // height)
-        runs = {name: partial(_call_layer, self.layer(shape, name), x, grid) for name in (STOCK, *names)}
+        runs = {name: partial(call_layer, self.layer(shape, name), x, grid) for name in (STOCK, *names)}
         for name in names:
             try:
                 runs[name]()
@@ -172,8 +172,3 @@ def _build_host(shape: SiteShape) -> nn.Module:
     block.attn2 = None  # neither is called
     block.ff = nn.Identity()
     return nn.ModuleDict({"transformer": transformer}).requires_grad_(False).eval()
-
-
-def _call_layer(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    setattr(layer, PLACE, grid)  # as the UNet's hooks pass it; a stock layer ignores it
-    return layer(x)

@@ -122,10 +122,10 @@ def _build_unet(config: BenchmarkConfig, profile: str, mixer: str | None, **opti
 def _open_unet(profile: str, config: BenchmarkConfig) -> tuple[UNet2DConditionModel, int]:
     """Return a UNet and the scale factor of its VAE."""
     from experiments.teacher.load import load_teacher
-    from unet_adapters import profiles
+    from unet_adapters.hosts import unet_profiles
 
     if profile == EMBEDDED:
         pipe = load_teacher()
         return pipe.unet.to(config.device, config.dtype), pipe.vae_scale_factor
-    published = next(p for p in profiles.PROFILES if p.name == PROFILE_NAMES[profile])
+    published = next(p for p in unet_profiles.PROFILES if p.name == PROFILE_NAMES[profile])
     return published.unet(config.device).to(config.dtype).requires_grad_(False), PUBLISHED_VAE_SCALE_FACTOR

@@ -16,7 +16,7 @@ from experiments.distill.loss import DistillationLoss
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import StageCallback, fit
 from unet_adapters import MixerAdapter
-from unet_adapters.student import MIXER
+from unet_adapters.student_weights import MIXER
 
 BatchSource = Callable[[int, FitConfig, tuple[int, ...], float], Batch]
 """Called as (step, fit, sizes, caption dropout) -> the batch; `DistillationContext.batch` is one."""

@@ -17,7 +17,7 @@ from experiments.distill.loss import autocast
 from experiments.teacher.teacher import Batch
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import capture_outputs
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 Row = dict[str, Any]
 
@@ -108,7 +108,7 @@ def teacher_views(setting: DistillationContext, height: int, width: int, config:
     indices = torch.linspace(0, len(setting.held_out) - 1, count).long().tolist()
     encoded = teacher.encode(*batch(setting.held_out, indices, (height, width), [0] * count))
     latents, draw = encoded["latents"], torch.Generator().manual_seed(config.seed)
-    names = [site.name for site in all_sites(teacher.unet)] if height == width in config.site_sizes else []
+    names = [site.name for site in find_host(teacher.unet).sites()] if height == width in config.site_sizes else []
     views = []
     for time in config.timesteps:
         noise = torch.randn(latents.shape, generator=draw).to(latents)

@@ -60,7 +60,7 @@ def cost(adapter: MixerAdapter, size: int, run: Callable[[], object]) -> Row:
         length = tokens[site]
         if length is None:
             return {"flops": None, "state_size": None}
-        counted = counts.get(f"{type(adapter.unet).__name__}.{site}", {})
+        counted = counts.get(f"{type(adapter.model).__name__}.{site}", {})
         flops += mixer.flops(length) - sum(counted.values())
         state += mixer.state_size(length)
     return {"flops": flops, "state_size": state}

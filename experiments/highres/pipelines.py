@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from experiments.highres.random_pipeline import RandomPipeline, fixed_seed
 from experiments.teacher.load import load_teacher
 from mixers.suggest import hint
-from unet_adapters import MixerAdapter
-from unet_adapters.profiles import PROFILES
+from unet_adapters import MixerAdapter, load_adapter
+from unet_adapters.hosts.unet_profiles import PROFILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,9 +105,7 @@ def mount(pipe: Any, adapter: str | None, mixer: str | None) -> MixerAdapter | N
         ValueError, FileNotFoundError: If there is no such adapter or mixer, or it does not fit the UNet.
     """
     if adapter is not None:
-        is_linfusion = Path(adapter, "config.json").is_file()
-        load = MixerAdapter.from_linfusion if is_linfusion else MixerAdapter.from_pretrained
-        return load(adapter, pipe).mount()
+        return load_adapter(adapter, pipe).mount()
     if mixer is None:
         return None
     with fixed_seed():

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 
 from unet_adapters.hosts import find_host
-from unet_adapters.profiles import Profile
+from unet_adapters.hosts.unet_profiles import UNetProfile
 
 VAE_CONFIG = {
     "block_out_channels": (128, 256, 512, 512),
@@ -34,7 +34,7 @@ class RandomPipeline:
 
     vae_scale_factor = 8
 
-    def __init__(self, profile: Profile, dtype: torch.dtype, device: str | torch.device, initialize: bool) -> None:
+    def __init__(self, profile: UNetProfile, dtype: torch.dtype, device: str | torch.device, initialize: bool) -> None:
         """Build the networks of `profile`.
 
         Args:

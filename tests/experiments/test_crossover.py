@@ -38,7 +38,7 @@ from experiments.cli import app
 from experiments.core.timing import Quartiles, time_calls, time_interleaved
 from experiments.teacher.load import EMBEDDED
 from unet_adapters import MixerAdapter
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 ROOT = Path(__file__).resolve().parents[2]
 NARROW = SiteShape(48, 4)
@@ -212,7 +212,7 @@ def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer() -> None:
 def _count_self_attention(unet: nn.Module) -> list[int]:
     """Lists every call of the stock processor of a site."""
     calls: list[int] = []
-    for site in all_sites(unet):
+    for site in find_host(unet).sites():
         attn = unet.get_submodule(site.name)
         processor_class = type(attn.processor)
         counting = type(processor_class.__name__, (processor_class,), {"__module__": processor_class.__module__})

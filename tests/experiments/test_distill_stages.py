@@ -16,7 +16,7 @@ from experiments.distill.student import randomize_projections, seed_stages
 from experiments.teacher.teacher import Batch, Teacher
 from tests.experiments.students import FIT, encoded, open_teacher
 from unet_adapters import MixerAdapter
-from unet_adapters.student import PROJECTIONS
+from unet_adapters.attention import MixerAttention
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_host_start_is_the_teachers_and_random_start_is_not(teacher: Teacher) ->
     host = build_student(teacher, "linfusion", MixerSpec(), plan(), 0)
     original = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
     names = [n for n in host.parameters_by_name() if ".mixer." not in n]
-    assert len(names) == len(host.sites) * (len(PROJECTIONS) + 1)  # to_out has a bias
+    assert len(names) == len(host.sites) * (len(MixerAttention.projection_names) + 1)  # to_out has a bias
     assert all(torch.equal(host.parameters_by_name()[n], original[n]) for n in names)
     mixers = {n: v.clone() for n, v in host.parameters_by_name().items() if ".mixer." in n}
     randomize_projections(host, 0)

@@ -12,7 +12,7 @@ from experiments.evaluate.inside import by_offset, look_inside
 from experiments.evaluate.speed import cost, speed
 from tests.experiments.students import encoded, open_teacher, student
 from unet_adapters import MixerAdapter
-from unet_adapters.sites import all_sites
+from unet_adapters.hosts import find_host
 
 PLAN = EvaluationConfig(
     sizes=(64, 128),
@@ -56,7 +56,7 @@ def test_timesteps_average_to_the_whole(setting: DistillationContext) -> None:
 
 
 def test_sites_are_exact_up_to_the_first_replaced_one(setting: DistillationContext) -> None:
-    names = {site.name for site in all_sites(setting.pipe.unet)}
+    names = {site.name for site in find_host(setting.pipe.unet).sites()}
     adapter = student(setting.teacher, select="mid_block")
     errors = {row["site"]: row["relative_error"] for row in agreement(setting, adapter, PLAN)["sites"]}
     assert set(errors) == names, "all sites, replaced or not"

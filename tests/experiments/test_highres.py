@@ -16,7 +16,7 @@ from experiments.highres import commands
 from experiments.highres.pipelines import PipelineOptions
 from experiments.highres.random_pipeline import RandomPipeline
 from experiments.highres.throughput import measure_throughput
-from unet_adapters.profiles import PROFILES
+from unet_adapters.hosts.unet_profiles import PROFILES
 
 SHORT = ("--steps", "2", "--mixer", "linfusion")
 

@@ -67,9 +67,9 @@ def train(run: Run) -> Callable[..., None]:
         for _ in range(count):
             with adapter.mounted():
                 optimizer.zero_grad()
-                run(adapter.unet).square().mean().backward()
+                run(adapter.model).square().mean().backward()
                 optimizer.step()
-        adapter.unet.zero_grad()
+        adapter.model.zero_grad()
 
     return steps
 

@@ -69,7 +69,7 @@ def test_another_unet_is_refused_and_the_sites_named(saved) -> None:
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
     blocks["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
     other = UNet2DConditionModel(block_out_channels=(16, 16), **blocks, **config)
-    with pytest.raises(ValueError, match="made for another UNet") as caught:
+    with pytest.raises(ValueError, match="made for another model") as caught:
         MixerAdapter.from_pretrained(saved, other)
     message = str(caught.value)
     assert "down_blocks.0" in message and "up_blocks.1" in message and "mid_block" not in message
@@ -119,7 +119,7 @@ def test_damaged_files_are_one_clear_error(unet, run, saved, file, damage, kind,
 def test_saving_again_replaces_both_files(unet, saved) -> None:
     MixerAdapter.build(unet, "linear_attention", train_projections=False, select="mid_block").save_pretrained(saved)
     again = MixerAdapter.from_pretrained(saved, unet)
-    assert [site.level for site in again.sites] == ["mid_block"] and not again.train_projections
+    assert [site.group for site in again.sites] == ["mid_block"] and not again.train_projections
 
 
 def test_a_source_that_is_no_directory_and_no_repository(unet, tmp_path) -> None:
@@ -163,7 +163,7 @@ def test_what_is_pushed_is_what_is_loaded(unet, run, tmp_path, monkeypatch) -> N
 @pytest.mark.parametrize(
     ("repo_id", "error", "kind", "message"),
     [
-        ("a/b/c", None, ValueError, "no id of a Hub repository"),
+        ("a/b/c", None, ValueError, "not a valid id of a Hub repository"),
         ("a/b", LocalTokenNotFoundError("no token"), ConnectionError, "not uploaded to a/b: no token"),
         ("a/b", OSError("no route"), ConnectionError, "hf auth login"),
     ],

@@ -30,7 +30,7 @@ def adapter(unet) -> MixerAdapter:
 
 
 def first(adapter: MixerAdapter) -> Attention:
-    return adapter.unet.get_submodule(adapter.sites[0].name)
+    return adapter.model.get_submodule(adapter.sites[0].name)
 
 
 CHANGES = {
@@ -44,8 +44,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_mixer_survives_a_change_of_processors(adapter, run, change) -> None:
-    unet, base = adapter.unet, run(adapter.unet)
-    mounted = run(adapter.mount().unet)
+    unet, base = adapter.model, run(adapter.model)
+    mounted = run(adapter.mount().model)
     change(unet)
     torch.testing.assert_close(run(unet), mounted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mounted, base, atol=1e-5)
@@ -56,14 +56,14 @@ def test_the_mixer_survives_a_change_of_processors(adapter, run, change) -> None
 
 
 def test_fusing_projections_is_undone_before_unmounting(adapter, run) -> None:
-    unet, base = adapter.unet, run(adapter.unet)
-    mounted = run(adapter.mount().unet)
+    unet, base = adapter.model, run(adapter.model)
+    mounted = run(adapter.mount().model)
     unet.fuse_qkv_projections()
     torch.testing.assert_close(run(unet), mounted)
     with pytest.raises(RuntimeError, match="unfuse_qkv_projections"):
         adapter.unmount()
     unet.unfuse_qkv_projections()
-    assert torch.equal(run(adapter.unmount().unet), base)
+    assert torch.equal(run(adapter.unmount().model), base)
 
 
 def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
@@ -128,7 +128,7 @@ def lora(unet, seed: int = 5) -> None:
 
 def test_lora_before_and_after_mounting_is_the_same(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
-    base, plain = run(unet), run(adapter.mount().unet)
+    base, plain = run(unet), run(adapter.mount().model)
     lora(unet)
     after = run(unet)
     assert not torch.allclose(after, plain, atol=1e-5)
@@ -164,7 +164,7 @@ def test_a_fused_lora_is_refused(unet, run) -> None:
 
 def test_weights_on_meta_are_refused(adapter) -> None:
     site = adapter.sites[-1]
-    adapter.unet.get_submodule(site.name).to("meta")
+    adapter.model.get_submodule(site.name).to("meta")
     with pytest.raises(RuntimeError, match=rf"cannot mount: weights of {site.name} are on the meta device"):
         adapter.mount()
     assert not adapter.is_mounted and type(first(adapter)) is Attention
@@ -184,13 +184,13 @@ def test_layers_that_are_not_stock_are_refused(unet) -> None:
 def test_user_hooks_on_the_layer_still_run(adapter, run) -> None:
     calls = []
     first(adapter).register_forward_hook(lambda *_: calls.append(1))
-    run(adapter.mount().unet)
-    run(adapter.unmount().unet)
+    run(adapter.mount().model)
+    run(adapter.unmount().model)
     assert len(calls) == 2
 
 
 def test_compiled_unets_see_the_mixer(adapter, run) -> None:
-    unet, base = adapter.unet, run(adapter.unet)
+    unet, base = adapter.model, run(adapter.model)
     attn = first(adapter)
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
     x = torch.randn(1, 6, 8)

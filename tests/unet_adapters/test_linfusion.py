@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mixers import list_mixers
 from unet_adapters import MixerAdapter, find_sites
-from unet_adapters.linfusion import CONFIG, WEIGHTS, Module
+from unet_adapters.linfusion import CONFIG, DOWNLOADS, WEIGHTS, LinFusionModule
 
-WEIGHTS, HALF = WEIGHTS
+HALF = "diffusion_pytorch_model.fp16.safetensors"
 
 
 def module(d: int, mid: int | None) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def test_a_hub_id(unet, published, monkeypatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(MixerAdapter.from_linfusion("Yuanshi/LinFusion-1-5", unet).sites) == 4
-    assert asked == [("Yuanshi/LinFusion-1-5", [CONFIG, WEIGHTS, HALF])]
+    assert asked == [("Yuanshi/LinFusion-1-5", DOWNLOADS)]
 
 
 def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
@@ -267,7 +267,7 @@ DAMAGE = {
     "config truncated": (cut(CONFIG, 0.5), "is not JSON"),
     "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), "is not JSON"),
     "config too deep": (lambda folder: (folder / CONFIG).write_text("[" * 200_000), "is not JSON"),
-    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"), "describes nothing of diffusers"),
+    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"), "describes no diffusers model"),
     "another class": (
         change_config(lambda c: c.update(_class_name="UNet2DConditionModel")),
         "describes UNet2DConditionModel, expected _class_name 'LinFusion'",
@@ -306,7 +306,7 @@ def test_damage_is_one_sentence_and_the_unet_is_as_before(unet, run, weights, pu
 
 def test_a_file_for_another_unet_says_for_which(unet, tmp_path) -> None:
     """Only the config is looked at before this is said: the weights need not be there."""
-    from unet_adapters.profiles import PROFILES
+    from unet_adapters.hosts.unet_profiles import PROFILES
 
     named = {profile.name: profile for profile in PROFILES}
     for name, other in (("SD-2.1", "SD-1.5 inpainting"), ("SD-1.5", "SDXL base"), ("SDXL base", "SD-1.5")):
@@ -340,7 +340,7 @@ def test_a_unet_that_is_mounted_already_is_refused(unet, published) -> None:
 def test_projections_that_the_format_has_not(unet, published, tmp_path) -> None:
     attn = unet.get_submodule(find_sites(unet)[0].name)
     attn.to_q.bias = torch.nn.Parameter(torch.zeros(8))
-    sentence = "to_q of the UNet has bias and weight; in the LinFusion format it has weight"
+    sentence = "to_q of the model has bias and weight; in the LinFusion format it has weight"
     with pytest.raises(ValueError, match=sentence):
         MixerAdapter.from_linfusion(published, unet)
     with pytest.raises(ValueError, match=sentence):
@@ -356,7 +356,7 @@ def test_projections_that_the_format_has_not(unet, published, tmp_path) -> None:
         ("linfusion", {"feature_map": "relu"}, r"feature_map='relu' \(it has 'elu_plus_one'\)"),
         ("linfusion", {"gate": True}, r"gate=True \(it has False\)"),
         ("linfusion", {"min_tokens": 9}, "min_tokens=9"),
-        ("linear_attention", {}, r"no place for eps=1e-06 \(it has 0.0001\)"),
+        ("linear_attention", {}, r"cannot express eps=1e-06 \(it has 0.0001\)"),
     ],
 )
 def test_what_the_format_has_no_place_for(unet, tmp_path, mixer, options, reason) -> None:
@@ -387,6 +387,6 @@ def test_a_fused_lora_is_refused(unet, tmp_path) -> None:
 
 def test_a_module_has_seventeen_tensors_or_five() -> None:
     for mid, count in ((None, 17), (7, 17), (-1, 5)):
-        parts = Module("x", 8, 2, mid).parts(3)
+        parts = LinFusionModule("x", 8, 2, mid).tensors(3)
         expected = {f"3.{name}": tuple(tensor.shape) for name, tensor in module(8, mid).items()}
         assert {part.published: part.shape for part in parts} == expected and len(parts) == count

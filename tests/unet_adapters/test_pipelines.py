@@ -37,7 +37,7 @@ from tests.unet_adapters.pipelines import (
     noise,
     run,
 )
-from unet_adapters import MixerAdapter, load_unet
+from unet_adapters import MixerAdapter
 from unet_adapters.attention import MixerAttention
 
 every_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
@@ -236,7 +236,7 @@ def test_sequential_offload(mixer) -> None:
             act()
     assert torch.equal(run(pipe), base) and not mounted_layers(pipe.unet)
     pipe.remove_all_hooks()
-    accelerate.cpu_offload(adapter.mount().unet, execution_device="cpu")
+    accelerate.cpu_offload(adapter.mount().model, execution_device="cpu")
     assert close(run(pipe), mounted)
 
 
@@ -336,9 +336,9 @@ def test_a_mounted_model_that_was_saved(name, mixer, tmp_path) -> None:
     mixer(model).mount()
     mounted = run(pipe, name)
     model.save_pretrained(tmp_path)
-    again = load_unet(tmp_path)
-    assert type(again.unet) is type(model)
-    setattr(pipe, part, again.unet)
+    again = MixerAdapter.from_mounted(tmp_path)
+    assert type(again.model) is type(model)
+    setattr(pipe, part, again.model)
     assert torch.equal(run(pipe, name), mounted)
     setattr(pipe, part, type(model).from_pretrained(tmp_path))
     plain = run(pipe, name)
@@ -351,8 +351,8 @@ def test_a_saved_pipeline_takes_the_unet_of_our_loader(tmp_path) -> None:
     linfusion(pipe).mount()
     mounted = run(pipe)
     pipe.save_pretrained(tmp_path)
-    adapter = load_unet(tmp_path / "unet")
-    again = DiffusionPipeline.from_pretrained(tmp_path, unet=adapter.unet, safety_checker=None)
+    adapter = MixerAdapter.from_mounted(tmp_path / "unet")
+    again = DiffusionPipeline.from_pretrained(tmp_path, unet=adapter.model, safety_checker=None)
     assert torch.equal(run(again), mounted)
 
 
@@ -374,11 +374,11 @@ def test_self_attention_guidance_is_refused(mixer) -> None:
 
 def test_a_lora_on_a_mixer_is_not_saved(tmp_path) -> None:
     adapter = MixerAdapter.build(component("unet"), "linfusion").mount()
-    adapter.unet.add_adapter(LoraConfig(r=2, target_modules="all-linear"), "style")
+    adapter.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"), "style")
     with pytest.raises(RuntimeError, match=r"cannot save: a LoRA is on .*mixer"):
         adapter.save_pretrained(tmp_path)
-    adapter.unet.delete_adapters("style")
-    adapter.unet.unload_lora()
+    adapter.model.delete_adapters("style")
+    adapter.model.unload_lora()
     adapter.save_pretrained(tmp_path)
 
 

@@ -12,10 +12,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from mixers import create_mixer, list_mixers
-from unet_adapters import PROFILES, MixerAdapter, Profile, find_sites, profile_of
-from unet_adapters.checkpoint import fingerprint
-from unet_adapters.linfusion import Module
-from unet_adapters.profiles import profile_with
+from unet_adapters import PROFILES, MixerAdapter, UNetProfile, find_host, find_profile, find_sites
+from unet_adapters.hosts.unet_profiles import profile_with_sites
+from unet_adapters.linfusion import LinFusionModule
 
 NAMED = {profile.name: profile for profile in PROFILES}
 every_profile = pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
@@ -33,8 +32,8 @@ KNOWN = {
 @every_profile
 def test_the_data_is_what_diffusers_builds(profile) -> None:
     unet = profile.unet()
-    assert list(fingerprint(unet).items()) == list(profile.fingerprint.items())
-    assert profile_of(unet) is profile and profile_of(type("Pipe", (), {"unet": unet})()) is profile
+    assert list(find_host(unet).fingerprint().items()) == list(profile.fingerprint.items())
+    assert find_profile(unet) is profile and find_profile(type("Pipe", (), {"unet": unet})()) is profile
     assert all(parameter.is_meta for parameter in unet.parameters()) and not unet.training
     if profile.name in KNOWN:
         parameters, sites, divisor, kinds = KNOWN[profile.name]
@@ -56,19 +55,19 @@ def test_the_embedded_profile_is_that_of_the_weights() -> None:
 )
 def test_the_size_of_a_published_linfusion(name, tensors, millions) -> None:
     entries = NAMED[name].fingerprint.items()
-    parts = [p for i, (n, s) in enumerate(entries) for p in Module(n, s["dim"], s["heads"], None).parts(i)]
+    parts = [p for i, (n, s) in enumerate(entries) for p in LinFusionModule(n, s["dim"], s["heads"], None).tensors(i)]
     assert len(parts) == tensors
     assert round(sum(torch.Size(part.shape).numel() for part in parts) / 1e6, 1) == millions
 
 
 def test_which_profile() -> None:
     sd, inpainting = NAMED["SD-1.5"], NAMED["SD-1.5 inpainting"]
-    assert profile_of(sd.unet(in_channels=8)) is sd  # of an editing model
-    assert profile_of(sd.unet(attention_head_dim=4)) is None
+    assert find_profile(sd.unet(in_channels=8)) is sd  # of an editing model
+    assert find_profile(sd.unet(attention_head_dim=4)) is None
     assert inpainting.unet().config.in_channels == 9
     some = dict(list(NAMED["SDXL base"].fingerprint.items())[3:5])
-    assert profile_with(some) is NAMED["SDXL base"]
-    assert profile_with({**some, "x": {"dim": 8, "heads": 2}}) is None
+    assert profile_with_sites(some) is NAMED["SDXL base"]
+    assert profile_with_sites({**some, "x": {"dim": 8, "heads": 2}}) is None
 
 
 @every_profile
@@ -80,7 +79,7 @@ def test_every_mixer_can_be_made_for_every_site(profile, mixer) -> None:
             assert all(parameter.is_meta for parameter in made.parameters())
 
 
-def narrow(profile: Profile) -> dict[str, object]:
+def narrow(profile: UNetProfile) -> dict[str, object]:
     """Changes that make the same structure with narrower layers; the number of heads divides what is left."""
     widths = profile.config["block_out_channels"]
     changes: dict[str, object] = {"cross_attention_dim": 16, "norm_num_groups": 8}
@@ -92,13 +91,13 @@ def narrow(profile: Profile) -> dict[str, object]:
 
 
 @cache
-def small(profile: Profile) -> UNet2DConditionModel:
+def small(profile: UNetProfile) -> UNet2DConditionModel:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(1)
         return profile.unet("cpu", **narrow(profile))
 
 
-def forward(unet: UNet2DConditionModel, profile: Profile) -> Tensor:
+def forward(unet: UNet2DConditionModel, profile: UNetProfile) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     side = profile.latent_divisor
     sample = torch.randn(1, profile.config["in_channels"], side, 2 * side, generator=generator)
@@ -111,7 +110,7 @@ def forward(unet: UNet2DConditionModel, profile: Profile) -> Tensor:
 @torch.no_grad()
 def test_every_mixer_runs_in_a_narrow_copy(profile) -> None:
     unet = small(profile)
-    assert list(fingerprint(unet)) == list(profile.fingerprint)
+    assert list(find_host(unet).fingerprint()) == list(profile.fingerprint)
     base = forward(unet, profile)
     for mixer in list_mixers():
         with MixerAdapter.build(unet, mixer, train_projections=False).mounted():

@@ -5,17 +5,37 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from unet_adapters.mounted_layer import GridSize, MountedLayer
+from unet_adapters.sites import Select, Site, select_sites
+
+Fingerprint = dict[str, dict[str, int]]
 
 TEXT_TOKENS = 77  # the context length of CLIP's text encoders
 
 Conditions = Mapping[str, Tensor]
 """What a model is conditioned on besides noise and timestep, by the names of `Host.condition_shapes`."""
+
+
+@dataclass(frozen=True)
+class GridSource:
+    """The module whose call shows how large the image is that a site's tokens are.
+
+    Attributes:
+        module_name: its name in the model.
+        measure: (positional arguments, keyword arguments) of its forward -> the site's grid, or None.
+    """
+
+    module_name: str
+    measure: Callable[[tuple[Any, ...], dict[str, Any]], GridSize | None]
 
 
 class Host(ABC):
@@ -25,17 +45,59 @@ class Host(ABC):
 
     Attributes:
         model: the diffusers model.
+        vae_scale_factor: pixels along one side of a latent pixel.
     """
 
     name: ClassVar[str] = ""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, vae_scale_factor: int = 8) -> None:
         self.model: Any = model
+        self.vae_scale_factor = vae_scale_factor
 
     @classmethod
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this class knows the architecture of `model`."""
+
+    @abstractmethod
+    def sites(self) -> list[Site]:
+        """Every site of the model, mounted or not, in `named_modules` order; the list may be empty."""
+
+    def select_sites(self, select: Select = "all") -> list[Site]:
+        """The sites that `select` matches; see `sites.select_sites`."""
+        return select_sites(self.sites(), select)
+
+    def fingerprint(self) -> Fingerprint:
+        """Dim and heads of every site by name: what an adapter must fit."""
+        return {site.name: {"dim": site.dim, "heads": site.heads} for site in self.sites()}
+
+    @abstractmethod
+    def mounted_class(self, layer: nn.Module) -> type[MountedLayer] | None:
+        """The class that this attention layer gets while a mixer is mounted in it; None if there is none."""
+
+    @abstractmethod
+    def check_layer(self, site: Site, layer: Any) -> None:
+        """Refuse a stock layer whose function a mixer cannot replace.
+
+        Raises:
+            ValueError: the reason, and what to do.
+        """
+
+    @abstractmethod
+    def attach_grid(self, site_names: Iterable[str]) -> list[RemovableHandle]:
+        """Hook the model so that these sites are called with `mixer_grid=(height, width)`.
+
+        The size travels with the arguments of each call and is stored nowhere, so that gradient checkpointing, which
+        calls a block again, passes it again, and threads may share the model. `remove` the handles to undo it.
+        """
+
+    @abstractmethod
+    def grid_source(self, site_name: str) -> GridSource | None:
+        """Where the grid of a site's tokens can be read; None if the model does not show it."""
+
+    @abstractmethod
+    def tokens_at(self, site: Site, size: tuple[int, int]) -> int | None:
+        """Tokens of a site for latents of this (height, width); None if it cannot be computed."""
 
     @abstractmethod
     def condition_shapes(self, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
@@ -146,26 +208,54 @@ def find_host(pipe_or_model: Any) -> Host:
     """
     model = unwrap_model(pipe_or_model)
     _discover()
-    for host in reversed(list(_HOSTS.values())):  # what was registered last, by a user, goes first
+    scale = getattr(pipe_or_model, "vae_scale_factor", 8)  # 8: the autoencoders of Stable Diffusion
+    for host in reversed(list(_HOSTS.values())):  # the most recently registered, a user's own, goes first
         if host.matches(model):
-            return host(model)
+            return host(model, scale)
     raise TypeError(
         f"no registered host knows the architecture {type(model).__name__}: expected one of {', '.join(list_hosts())}; "
         "register one with unet_adapters.hosts.register_host"
     )
 
 
-def unwrap_model(pipe_or_model: Any) -> nn.Module:
-    """The denoising network itself: out of its pipeline and of `torch.compile`.
+def find_sites(pipe_or_model: Any, select: Select = "all") -> list[Site]:
+    """The self-attention layers of a model that a mixer can replace.
+
+    Motion modules, GLIGEN fusers, cross-attention and the VAE are left alone.
+
+    Args:
+        pipe_or_model: as `find_host` takes it.
+        select: "all"; a pattern with wildcards for the name or the group ("down_blocks.*", "mid_block"); a list of
+            such patterns, any of which may match; "every:n", the first of each n sites; or a predicate.
+
+    Returns:
+        The selected sites, in the order of `named_modules`.
 
     Raises:
-        TypeError: there is none.
+        ValueError: no site matches (the message lists those that exist), or n of "every:n" is not a positive number.
+        TypeError: as `find_host`.
     """
-    model = next(
-        (part for name in ("unet", "transformer") if (part := getattr(pipe_or_model, name, None)) is not None),
-        pipe_or_model,
-    )
+    return find_host(pipe_or_model).select_sites(select)
+
+
+def unwrap_model(pipe_or_model: Any) -> nn.Module:
+    """The denoising network itself: out of its pipeline, of `torch.compile`, of peft's `get_peft_model`.
+
+    Raises:
+        TypeError: there is no such network, or it is wrapped for parallel training.
+    """
+    model = pipe_or_model
+    if not isinstance(model, nn.Module):
+        parts = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
+        model = next((part for part in parts if part is not None), pipe_or_model)
     model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):  # peft's PeftModel, whose LoRA layers are inside the base model
+        model = model.get_base_model()
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"expected a diffusers model, got it wrapped in {type(model).__name__}: build and mount the adapter on "
+            "`model.module`, then wrap"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"expected a diffusers model or a pipeline with a `unet` or `transformer`, got {type(model).__name__}"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, Host, register_host
+from unet_adapters.attention import MixerAttention
+from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, GridSource, Host, register_host
+from unet_adapters.hosts.grids import measure_image, pass_grid
+from unet_adapters.mounted_layer import MountedLayer
+from unet_adapters.sites import Site
 
 TIME_IDS = 6  # SDXL's original size, crop and target size, two numbers each; its refiner's five fit as well
 
@@ -20,6 +28,77 @@ class UNetHost(Host):
     def matches(cls, model: nn.Module) -> bool:
         """Whether the model has a `Transformer2DModel`, whatever its class is called."""
         return any(isinstance(module, Transformer2DModel) for module in model.modules())
+
+    def sites(self) -> list[Site]:
+        """`attn1` of each `BasicTransformerBlock` in a `Transformer2DModel`, unless it is cross-attention.
+
+        Motion modules, GLIGEN fusers, cross-attention-only blocks and the VAE are left alone.
+        """
+        return list(dict.fromkeys(self._sites()))  # a Transformer2DModel may contain another
+
+    def _sites(self) -> Iterator[Site]:
+        for prefix, transformer in self._transformers():
+            for name, block in transformer.named_modules(prefix=prefix):
+                attn = getattr(block, "attn1", None) if isinstance(block, BasicTransformerBlock) else None
+                if isinstance(attn, Attention) and not attn.is_cross_attention:
+                    site = f"{name}.attn1"
+                    group = site.partition(".attentions.")[0]
+                    yield Site(site, int(attn.query_dim), int(attn.heads), group)
+
+    def _transformers(self) -> Iterator[tuple[str, Transformer2DModel]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, Transformer2DModel):
+                yield name, module
+
+    def mounted_class(self, layer: nn.Module) -> type[MountedLayer] | None:
+        """`MixerAttention` for diffusers' own `Attention`."""
+        return MixerAttention if type(layer) is Attention else None
+
+    def check_layer(self, site: Site, layer: Any) -> None:
+        """Refuse query and key norms, added projections, and an inner width that is not that of the tokens."""
+        parts = ("norm_q", "norm_k", "add_k_proj")
+        skipped = [part for part in parts if getattr(layer, part, None) is not None]
+        if skipped:
+            raise ValueError(
+                f"{site.name} has {', '.join(skipped)}, which a mixer would skip: leave it out with `select`"
+            )
+        if layer.inner_dim != layer.query_dim:
+            raise ValueError(
+                f"{site.name} mixes at width {layer.inner_dim} but its tokens have width {layer.query_dim}: "
+                "leave it out with `select`"
+            )
+
+    def attach_grid(self, site_names: Iterable[str]) -> list[RemovableHandle]:
+        """Each `Transformer2DModel` with a site adds the grid to its `cross_attention_kwargs`."""
+        names = list(site_names)
+        handles = []
+        for name, transformer in self._transformers():
+            if any(site.startswith(f"{name}.") for site in names):
+                layers = [module for module in transformer.modules() if isinstance(module, Attention)]
+                handles += pass_grid(transformer, measure_image, "cross_attention_kwargs", layers)
+        return handles
+
+    def grid_source(self, site_name: str) -> GridSource | None:
+        """The innermost `Transformer2DModel` around the site."""
+        names = [name for name, _ in self._transformers() if site_name.startswith(f"{name}.")]
+        return GridSource(max(names, key=len), measure_image) if names else None
+
+    def tokens_at(self, site: Site, size: tuple[int, int]) -> int | None:
+        """Every level halves height and width, rounding up; None if the group is not a level of a UNet."""
+        levels = len(getattr(self.model, "down_blocks", ()))
+        kind, _, number = site.group.partition(".")
+        if not levels or kind not in ("down_blocks", "mid_block", "up_blocks"):
+            return None
+        halvings = levels - 1
+        if kind == "down_blocks":
+            halvings = int(number)
+        elif kind == "up_blocks":
+            halvings = levels - 1 - int(number)
+        height, width = size
+        for _ in range(halvings):
+            height = -(-height // 2)
+            width = -(-width // 2)
+        return height * width
 
     def condition_shapes(self, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
         """`text`; of SDXL `pooled` and `time_ids`; `timestep_cond` where the config has `time_cond_proj_dim`."""

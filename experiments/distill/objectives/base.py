@@ -54,7 +54,7 @@ class DistillationStep:
     """What objectives see of one training step. The student is mounted.
 
     Attributes:
-        adapter: of the student, in the UNet `adapter.unet`.
+        adapter: of the student, in the UNet `adapter.model`.
         target: what a perfect model predicts (b, c, h, w).
         row_shares: (b, r) in [0, 1), which rows of the mixing matrices are compared, as shares of the tokens.
         teacher, student: their forward passes.
@@ -84,7 +84,7 @@ class DistillationStep:
                 f"No mixer runs at this size: the sites see {most} tokens at most, and mixers run from "
                 f"min_tokens={self.adapter.min_tokens} on. Train on larger images, or lower min_tokens."
             )
-        run = partial(checkpoint, error, use_reentrant=False) if self.adapter.unet.is_gradient_checkpointing else error
+        run = partial(checkpoint, error, use_reentrant=False) if self.adapter.model.is_gradient_checkpointing else error
         return torch.stack([run(name, call) for name, call in calls.items()]).mean()
 
 

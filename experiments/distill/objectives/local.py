@@ -30,7 +30,7 @@ class LocalObjective(Objective):
     def __call__(self, step: DistillationStep) -> Tensor:
         def unexplained(name: str, call: SiteCall) -> Tensor:
             target = call.output.to(upcast(call.output.dtype))
-            error = (replay(step.adapter.unet, name, call) - target).square().mean((1, 2))
+            error = (replay(step.adapter.model, name, call) - target).square().mean((1, 2))
             return (error / target.var((1, 2), correction=0)).mean()
 
         return step.mean_over_sites(unexplained)

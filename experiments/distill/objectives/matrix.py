@@ -53,7 +53,7 @@ class MatrixObjective(Objective):
         return reduced.mean_over_sites(partial(self._distance, step))
 
     def _distance(self, step: DistillationStep, name: str, call: SiteCall) -> Tensor:
-        layer = step.adapter.unet.get_submodule(name)
+        layer = step.adapter.model.get_submodule(name)
         target = step.rows[name]
         matrix = mixing_matrix(step.adapter.mixers[name], call.input, layer, call.grid)
         samples, rows = row_indices(step.row_shares, call.input.shape[1])

@@ -1,4 +1,4 @@
-"""The Stable Diffusion UNets as data: what they are made of, and how to tell which of them a UNet is."""
+"""The published Stable Diffusion UNets as data: their configs, and which of them a UNet is."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from unet_adapters.checkpoint import fingerprint
-from unet_adapters.sites import resolve_unet
-
-Fingerprint = dict[str, dict[str, int]]
+from unet_adapters.hosts.base import Fingerprint, find_host
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class UNetProfile:
     """A published UNet.
 
     Attributes:
-        name: what people call it.
-        config: of `UNet2DConditionModel`, where it differs from that class's defaults, and the blocks in any case.
+        name: its common name.
+        config: arguments of `UNet2DConditionModel` that differ from its defaults, and the blocks in any case.
     """
 
     name: str
@@ -29,12 +26,14 @@ class Profile:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Name -> dim and heads of every site, in the order of `find_sites`; from the config, nothing is built."""
+        """Dim and heads of every site by name, in the order of `find_sites`; computed from the config alone."""
         widths = self.config["block_out_channels"]
         heads = _per_level(self.config["attention_head_dim"], len(widths))  # diffusers' name for the number of heads
         depths = _per_level(self.config.get("transformer_layers_per_block", 1), len(widths))
-        layers, last = self.config["layers_per_block"], len(widths) - 1
-        down, up = self.config["down_block_types"], self.config["up_block_types"]
+        layers = self.config["layers_per_block"]
+        last = len(widths) - 1
+        down = self.config["down_block_types"]
+        up = self.config["up_block_types"]
         blocks = [(f"down_blocks.{i}", i, layers) for i, kind in enumerate(down) if "CrossAttn" in kind]
         blocks += [(f"up_blocks.{i}", last - i, layers + 1) for i, kind in enumerate(up) if "CrossAttn" in kind]
         return {
@@ -46,18 +45,19 @@ class Profile:
 
     @property
     def latent_divisor(self) -> int:
-        """The sides of a latent that are multiples of this are halved without rounding on every level."""
+        """Sides of a latent that are multiples of this are halved without rounding on every level."""
         return 1 << (len(self.config["block_out_channels"]) - 1)
 
     def unet(self, device: str | torch.device = "meta", **changes: Any) -> UNet2DConditionModel:
         """The architecture with random weights, in eval mode and torch's default dtype.
 
         Args:
-            device: "meta" makes a UNet without memory behind it, to count or to look at.
+            device: "meta" makes a UNet without memory for its weights, to count or to inspect.
             **changes: entries of the config to replace.
         """
         with torch.device(device):
-            return UNet2DConditionModel(**{**self.config, **changes}).eval()
+            config = {**self.config, **changes}
+            return UNet2DConditionModel(**config).eval()
 
 
 def _per_level(value: Any, levels: int) -> tuple[int, ...]:
@@ -119,30 +119,30 @@ _EMBEDDED: dict[str, Any] = {
     "norm_num_groups": 8,
 }
 
-PROFILES: tuple[Profile, ...] = (
-    Profile("SD-1.5", _SD),
-    Profile("SD-1.5 inpainting", {**_SD, "in_channels": 9}),
-    Profile("SD-2.1", _SD21),
-    Profile("SDXL base", _SDXL),
-    Profile("SDXL refiner", _REFINER),
-    Profile("embedded", _EMBEDDED),
+PROFILES: tuple[UNetProfile, ...] = (
+    UNetProfile("SD-1.5", _SD),
+    UNetProfile("SD-1.5 inpainting", {**_SD, "in_channels": 9}),
+    UNetProfile("SD-2.1", _SD21),
+    UNetProfile("SDXL base", _SDXL),
+    UNetProfile("SDXL refiner", _REFINER),
+    UNetProfile("embedded", _EMBEDDED),
 )
-"""Where two have the same sites (SD-1.5 and its inpainting), the plain one comes first."""
+"""Of two profiles with the same sites (SD-1.5 and its inpainting), the plain one comes first."""
 
 
-def profile_of(unet_or_pipe: Any) -> Profile | None:
-    """The profile whose fingerprint a UNet has; None where it has another.
+def find_profile(pipe_or_unet: Any) -> UNetProfile | None:
+    """The profile with the fingerprint of this UNet; None if there is none.
 
     Fine-tuned, renamed and merged models have that of their base. Input channels decide between profiles with the same
-    sites; a UNet with other channels than any (of an editing model, say) is the first of them.
+    sites; for a UNet with another number of channels (of an editing model, say) it is the first of them.
     """
-    unet = resolve_unet(unet_or_pipe)
-    here = fingerprint(unet)
-    fitting = [profile for profile in PROFILES if profile.fingerprint == here]
-    channels = getattr(getattr(unet, "config", None), "in_channels", None)
-    return next((p for p in fitting if p.config["in_channels"] == channels), next(iter(fitting), None))
+    host = find_host(pipe_or_unet)
+    fingerprint = host.fingerprint()
+    candidates = [profile for profile in PROFILES if profile.fingerprint == fingerprint]
+    channels = getattr(getattr(host.model, "config", None), "in_channels", None)
+    return next((p for p in candidates if p.config["in_channels"] == channels), next(iter(candidates), None))
 
 
-def profile_with(sites: Mapping[str, Mapping[str, int]]) -> Profile | None:
-    """The first profile that has all of these sites, by name -> dim and heads; None where there is none."""
+def profile_with_sites(sites: Mapping[str, Mapping[str, int]]) -> UNetProfile | None:
+    """The first profile that has all of these sites, by name -> dim and heads; None if there is none."""
     return next((p for p in PROFILES if all(p.fingerprint.get(name) == site for name, site in sites.items())), None)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,11 @@ from experiments.core.errors import unknown_name
 SPLITS = ("train", "held_out")
 MAX_LOGGED = 10
 """How many skipped records of a source are named in the log; all are counted."""
+
+DIGEST_SIZE = 32
+"""Pixels at which rendered items are compared."""
+DIGEST_RECORDS = 1024
+"""How many records represent a source's content."""
 
 Size = int | tuple[int, int]
 """In pixels: the side of a square, or (height, width)."""
@@ -72,6 +78,9 @@ class ImageRecord(Protocol):
     def example(self, size: Size, variation: int = 0) -> Example:
         """Decode or render it; raises BadRecord if it cannot be used."""
 
+    def digest(self) -> str:
+        """Return a hash of its content, caption included, whether or not it can be used."""
+
 
 class RecordSource(Protocol):
     """Records that are read once, in order, perhaps without a length: a data set or a stream for a cache."""
@@ -100,6 +109,11 @@ class RandomAccess(ABC):
     def key(self, index: int) -> str:
         """Return the name of an item; it decides its split."""
 
+    def digest(self, index: int) -> str:
+        """Return a hash of an item's content. By default the item is rendered; override it if that is slow."""
+        example = self.example(index, DIGEST_SIZE)
+        return content_digest(example.key, example.caption, example.image.numpy().tobytes())
+
     def record(self, index: int) -> ImageRecord:
         """Return an item, not decoded or rendered yet."""
         return _IndexedRecord(self, index)
@@ -121,6 +135,9 @@ class _IndexedRecord:
 
     def example(self, size: Size, variation: int = 0) -> Example:
         return self.data.example(self.index, size, variation)
+
+    def digest(self) -> str:
+        return self.data.digest(self.index)
 
 
 class SkipCounter(Counter[str]):
@@ -173,6 +190,27 @@ def in_split(key: str, split: str) -> bool:
         raise DataError(unknown_name("split", split, SPLITS))
     held_out = hashlib.sha256(key.encode()).digest()[0] < 26
     return held_out == (split == "held_out")
+
+
+def content_digest(*parts: object) -> str:
+    """Return the SHA-256 of the parts of an item: bytes as they are, everything else as text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(f"{len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def digest_records(data: RecordSource, seed: int = 0, count: int | None = None) -> str:
+    """Return a hash of the content of a source's first records, to notice that the data changed.
+
+    Args:
+        data: the source.
+        seed: of the order of its records.
+        count: how many records; None: DIGEST_RECORDS.
+    """
+    records = islice(data.records(seed), DIGEST_RECORDS if count is None else count)
+    return content_digest(*(record.digest() for record in records))
 
 
 def extent(size: Size) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from experiments.data.example import (
     Example,
     RandomAccess,
     Size,
+    content_digest,
     in_split,
     parse_caption,
 )
@@ -113,6 +114,11 @@ class ImageFolder(RandomAccess):
     def key(self, index: int) -> str:
         """Return its file's name."""
         return self.items[index][0].name
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the file and its caption."""
+        path, caption = self.items[index]
+        return content_digest(path.name, caption, path.read_bytes())
 
     def example(self, index: int, size: Size, variation: int = 0) -> Example:
         """Return item `index` at a size; odd variations are mirrored."""

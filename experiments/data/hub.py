@@ -28,6 +28,7 @@ from experiments.data.example import (
     RandomAccess,
     Size,
     SkipCounter,
+    content_digest,
     in_split,
     parse_caption,
 )
@@ -172,6 +173,11 @@ class _Row:
     def example(self, size: Size, variation: int = 0) -> Example:
         image, caption = self._usable
         return Example(crop_and_resize(image, size, variation), caption, self.key)
+
+    def digest(self) -> str:
+        row = self.read()
+        image = row[self.table.columns["image"]] or {}
+        return content_digest(self.key, row[self.table.columns["text"]], image.get("bytes"), image.get("path"))
 
     @cached_property
     def _usable(self) -> tuple[Image.Image, str]:

@@ -14,7 +14,7 @@ import torch
 from experiments.core.files import save_tensors, sha256_of_file
 from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.data import BadRecord, DataError, Example, ImageRecord, RecordSource, Size, extent
-from experiments.data.example import SkipCounter
+from experiments.data.example import SkipCounter, digest_records
 from experiments.distill.cache import LatentCache
 from experiments.distill.cache_index import (
     BLANK,
@@ -29,8 +29,6 @@ from experiments.teacher.teacher import Batch, Teacher
 
 SHARD = 1024
 """Images per file."""
-KNOWN_BY = 1024
-"""RecordSource at the start of the data whose keys distinguish it from other data."""
 _EXACT = {"time_ids", "caption"}  # stored as they are, whatever the dtype
 
 
@@ -209,9 +207,9 @@ def _describe(
         raise CacheError(f"Expected images, variations and shard of at least 1, got {images}, {variations}, {shard}.")
     return {
         "format": FORMAT,
-        "teacher": teacher.fingerprint,
+        "teacher": teacher.encoder_fingerprint,
         "data": data.name,
-        "records": _keys_digest(record.key for record in islice(data.records(seed), KNOWN_BY)),
+        "records": digest_records(data, seed),
         "sizes": [list(size) for size in extents],
         "images": images,
         "seed": seed,

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.core.files import write_json
 from experiments.data.example import SkipCounter
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 BUILDING = "building.json"
 BLANK = "unconditional.safetensors"

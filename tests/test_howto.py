@@ -24,7 +24,7 @@ from experiments.config import EvaluationConfig, apply_overrides
 from experiments.core.registries import OBJECTIVES
 from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
-from mixers import list_mixers, registry
+from mixers import entries, list_mixers, registry
 from mixers.testing import CHECKS, Outcome, configurations
 from mixers.testing.operators import OPERATOR_CHECKS
 
@@ -194,7 +194,7 @@ class Broken(TokenMixer):
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A plug-in, registered for one test, whose mixer has nothing of what a mixer must have, no docstring either."""
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
     return str(tmp_path / "broken.py")
 
@@ -353,7 +353,7 @@ def test_the_table_of_grids_is_true() -> None:
 @pytest.mark.slow  # two runs of a few steps
 def test_the_page_of_ablations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     monkeypatch.chdir(tmp_path)
     files = {"my_mixer.py": blocks(ADD, "python")[0]}
     files |= dict(zip(("my_grid.py", "against.py"), blocks(ABLATE, "python"), strict=True))

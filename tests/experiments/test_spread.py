@@ -21,7 +21,7 @@ from experiments.config import Grid, Variant
 from experiments.core.files import write_json
 from experiments.core.locks import LOCK, is_locked, try_lock
 from experiments.core.plugins import load_plugin
-from mixers import list_mixers, registry
+from mixers import entries, list_mixers
 from tests.experiments.test_ablation import quiet
 
 
@@ -172,7 +172,7 @@ class Always(Mortal):
 def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plug-in of mixers that kill their process in training, registered for one test."""
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     plugin = tmp_path / "mortal.py"
     plugin.write_text(MORTAL, encoding="utf-8")
     load_plugin(plugin)

@@ -1,4 +1,4 @@
-"""`mixlab ablate` and `status`: run a grid, and look at a run; `compatibility`: a study of its own."""
+"""`mixlab ablate` and `status`: run a grid, and inspect a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load_plugins, progress
 from experiments.core.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -93,22 +93,6 @@ def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) ->
         console.print(f"{_format_duration(run.seconds_left)} left, {running} at a time.")
     elif waiting:
         console.print(f"Nothing is running: start the same command again for the {waiting} cells that wait.")
-
-
-@app.command()
-def compatibility(
-    out: Out = Path("runs/compatibility"),
-    share: Annotated[float, typer.Option("--steps-share", min=0.0, help="train for this share of the steps")] = 1.0,
-) -> None:
-    """Measure whether a ControlNet and an IP-Adapter made for softmax attention work under a distilled student."""
-    from experiments.studies.compatibility import default_plan, run_compatibility, show, write_page
-
-    with clean_errors():
-        with progress() as display:
-            record = run_compatibility(out, default_plan(share), display.callback("compatibility"))
-        page = write_page(out, out / "compatibility.md")
-    show(record, console)
-    console.print(f"Page: {page.resolve()}", soft_wrap=True)
 
 
 def _load_grid(name: str, settings: list[str], seeds: int | None, teacher: str | None, size: int | None) -> Grid:

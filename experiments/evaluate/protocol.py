@@ -129,7 +129,7 @@ def teacher_fingerprint(context: DistillationContext) -> str:
     """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
     unet = context.teacher.unet
     digest = _unet_digest(unet, tensor_versions((*unet.parameters(), *unet.buffers())))
-    return _sha256(f"{context.teacher.fingerprint} {digest}")
+    return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
 
 
 def tensor_versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:

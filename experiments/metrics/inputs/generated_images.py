@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.config import EvaluationConfig
-from experiments.data.example import photograph
+from experiments.data.image import crop_and_resize
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
 from experiments.metrics.inputs.feature_networks import Clip, FeatureNetwork, open_network
@@ -143,7 +143,7 @@ def _generated(
 
 
 def _as_uint8(image: Image.Image, size: int) -> Tensor:
-    return ((photograph(image, size) + 1) * 127.5).round().to(torch.uint8)
+    return ((crop_and_resize(image, size) + 1) * 127.5).round().to(torch.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -148,16 +148,8 @@ def with_variant_files_only(folder: Path) -> None:
         path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
 
 
-def guidance_as_an_input(folder: Path) -> None:
-    from diffusers import UNet2DConditionModel
-
-    edit_config(folder, "unet/config.json", time_cond_proj_dim=32)
-    config = UNet2DConditionModel.load_config(folder / "unet")
-    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-
-
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "inpainting": (inpainting, "in_channels=9 (an inpainting model), but its autoencoder has 4"),
+    "inpainting": (inpainting, "its UNet takes 9 channels and its autoencoder has 4"),
     "refiner": (without_text_encoder, "it has no text_encoder"),
     "variant": (with_variant_files_only, "only weights of the variant fp16: pass --variant fp16"),
 }
@@ -186,14 +178,6 @@ def test_a_variant_is_read(tiny_teacher: Path, tmp_path: Path) -> None:
     with_variant_files_only(model)
     process = mixlab("plan", "--model", str(model), "--variant", "fp16", "--size", "64x64")
     assert process.exit_code == 0, process.output
-
-
-def test_a_unet_with_embedded_guidance_is_not_distilled(tiny_teacher: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_teacher, model)
-    guidance_as_an_input(model)
-    process = mixlab("distill", "embedded", "--set", f"teacher={model}", "--out", str(tmp_path / "run"))
-    assert process.exit_code == 2 and "Cannot distill a UNet that takes the guidance scale" in process.output
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,14 @@ def with_tiny_autoencoder() -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "inpainting": (lambda: with_channels(9), "in_channels=9 .an inpainting model., but its autoencoder has 4"),
-    "InstructPix2Pix": (lambda: with_channels(8), "in_channels=8 .an image-editing model., but its autoencoder has 4"),
+    "inpainting": (lambda: with_channels(9), "takes 9 channels and its autoencoder has 4"),
+    "InstructPix2Pix": (lambda: with_channels(8), "takes 8 channels and its autoencoder has 4"),
     "SDXL refiner": (lambda: pipelines.make("SDXL refiner"), "has no text_encoder"),
     "no text encoder": (lambda: without("text_encoder"), "has no text_encoder"),
     "no UNet": (lambda: without("unet"), "has no unet"),
-    "video": (lambda: pipelines.make("AnimateDiff"), "UNetMotionModel, not a UNet2DConditionModel"),
-    "IP-Adapter": (with_ip_adapter, "Unload the IP-Adapter"),
-    "tiny autoencoder": (with_tiny_autoencoder, "AutoencoderTiny, not an AutoencoderKL"),
+    "video": (lambda: pipelines.make("AnimateDiff"), "UNetMotionModel; expected a UNet2DConditionModel"),
+    "IP-Adapter": (with_ip_adapter, r"call pipe.unload_ip_adapter\(\) first"),
+    "tiny autoencoder": (with_tiny_autoencoder, "AutoencoderTiny; expected an AutoencoderKL"),
 }
 
 

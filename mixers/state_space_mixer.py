@@ -1,12 +1,14 @@
-"""Mixers in the terms of state-space models: C, B and x for queries, keys and values, the latter two times Δ."""
+"""Mixers in the terms of state-space models: C, B and x are queries, keys and values, and Δ scales the keys."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mixers.config import MixerConfig
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.stages.projections import Projections
 from mixers.traits import Causality
@@ -17,9 +19,9 @@ class StateSpaceConfig(LinearConfig):
     """Options of every state-space mixer; the defaults are Mamba-2's.
 
     Attributes:
-        d_state: n, channels of B and C; None is the width of a head.
-        n_groups: sets of B and C, which consecutive heads share; None is one a head.
-        bias: whether the projections have one.
+        d_state: n, channels of B and of C per group. None: the width of a head.
+        n_groups: number of pairs of B and C, each shared by consecutive heads. None: one per head.
+        bias: whether the projections have biases.
     """
 
     causality: Causality = "causal"
@@ -40,51 +42,58 @@ class StateSpaceConfig(LinearConfig):
 
 
 class StateSpaceMixer(LinearMixer):
-    """to_q gives C, to_k gives B and to_v gives x, as in the duality: W_ij = C_i·B_j L_ij."""
+    """to_q computes C, to_k computes B and to_v computes x, as in the duality: W_ij = C_i·B_j L_ij."""
 
-    Config: ClassVar[Any] = StateSpaceConfig
-    drop_in_options: ClassVar[dict[str, Any]] = {
-        **{"expand": 1, "conv_size": 0, "skip": False, "norm": False, "gate": False},
-        **{"d_state": None, "n_groups": None},
+    Config: ClassVar[type[MixerConfig]] = StateSpaceConfig
+    drop_in_options: ClassVar[Mapping[str, Any]] = {
+        "expand": 1,
+        "conv_size": 0,
+        "skip": False,
+        "norm": False,
+        "gate": False,
+        "d_state": None,
+        "n_groups": None,
     }
-    tiny_options: ClassVar[dict[str, Any]] = {"d_state": 4}
+    tiny_options: ClassVar[Mapping[str, Any]] = {"d_state": 4}
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: StateSpaceConfig
+
+    def __init__(self, config: StateSpaceConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         self.n_groups = config.n_groups or heads
         if heads % self.n_groups:
-            raise ValueError(f"n_groups={self.n_groups} of B and C cannot be shared evenly by {heads} heads.")
+            raise ValueError(f"n_groups={self.n_groups} does not divide the {heads} heads, which share B and C evenly.")
         super().__init__(config, dim, heads, own_projections=own_projections)
         if config.bias and config.gate:
             self.output.to_gate = nn.Linear(dim, self.value_width)
 
     @property
     def key_dim(self) -> int:
-        """n, channels of B and C."""
+        """n, channels of B and of C per group."""
         return self.config.d_state or self.head_dim
 
     @property
     def key_width(self) -> int:
-        """B and C of every group."""
+        """Channels of B and of C of all groups."""
         return self.n_groups * self.key_dim
 
     @property
     def heads_per_group(self) -> int:
-        """All heads where there is one group; normalized, Δ is in the keys, which makes them a head's own."""
+        """All heads if there is one group; if normalized, one, because Δ scales the keys of each head differently."""
         return self.heads if self.n_groups == 1 and not self.config.normalize else 1
 
     def create_projections(self) -> Projections:
-        """Projections for a mixer that is handed none."""
-        return self.make_projections(("to_q", "to_k", "to_v"))
+        """Create the mixer's own projections, with biases if `bias` is set."""
+        return self._create_biased_projections(("to_q", "to_k", "to_v"))
 
-    def make_projections(self, biased: tuple[str, ...], key_input: int | None = None) -> Projections:
-        """Projections to groups of B and C; with `bias` to_out and these have one."""
-        made = Projections(self.dim, self.key_width, self.value_width, key_input, bias=self.config.bias)
+    def _create_biased_projections(self, biased: tuple[str, ...], key_input: int | None = None) -> Projections:
+        """Create projections of which to_out, and those named in `biased`, have a bias if `bias` is set."""
+        projections = Projections(self.dim, self.key_width, self.value_width, key_input, bias=self.config.bias)
         for name in biased if self.config.bias else ():
-            old = getattr(made, name)
-            setattr(made, name, nn.Linear(old.in_features, old.out_features))
-        return made
+            layer = getattr(projections, name)
+            setattr(projections, name, nn.Linear(layer.in_features, layer.out_features))
+        return projections
 
     def split_key_heads(self, x: Tensor) -> Tensor:
-        """(b, l, groups·n) -> (b, l, h, n), each group for its heads; of one group a view, which costs nothing."""
-        shared = x.unflatten(-1, (self.n_groups, 1, -1)).expand(-1, -1, -1, self.heads // self.n_groups, -1)
-        return shared.flatten(2, 3)
+        """Give each head the channels of its group, (b, l, groups·n) -> (b, l, h, n); a view if there is one group."""
+        groups = x.unflatten(-1, (self.n_groups, 1, -1))
+        return groups.expand(-1, -1, -1, self.heads // self.n_groups, -1).flatten(2, 3)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixers.mixer import Streams, TokenMixer
+from mixers.mixer import TokenMixer
 from mixers.stages.projections import apply_to_out
 from mixers.stages.scan_orders import inverse_permutation
+from mixers.streams import Streams
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Configuration:
         torch.manual_seed(0)
         found = get_mixer_entry(self.name)
         form = found.mixer.drop_in_options if self.form == "drop-in" else {}
-        settings = {**found.tiny_options, **form, **self.options}
+        settings = {**found.mixer.tiny_options, **form, **self.options}
         mixer = create_mixer(self.name, 12, 2, causality=self.causality, normalize=self.normalize, **settings).double()
         with torch.no_grad():  # layers that start at zero would hide what they do
             for parameter in mixer.parameters():

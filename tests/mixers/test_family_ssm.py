@@ -100,7 +100,7 @@ def test_mamba2_is_its_published_formula() -> None:
     """Every published part on: the block written out token by token."""
     mixer = built("mamba2", n_groups=2)
     x, own = float64(2, LENGTH, 12), mixer.projections
-    conv = mixer.short_conv.conv
+    conv = mixer.short_conv
     xBC = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).transpose(1, 2)
     xBC = F.silu(F.conv1d(F.pad(xBC, (3, 0)), conv.weight, conv.bias, groups=xBC.shape[1])).transpose(1, 2)
     inner, B, C = xBC.split([24, 8, 8], dim=-1)
@@ -202,7 +202,7 @@ def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
     """As published: y = shift(SS(x)) + flip(shift(SS(flip x))) + (fc(x) + D) ⊙ x, then RMSNorm(y)·SiLU(z)."""
     mixer = built("hydra")
     x, own = float64(2, LENGTH, 12), mixer.projections
-    conv, parts = mixer.short_conv.conv, [own.to_v(x), own.to_k(x), own.to_q(x)]
+    conv, parts = mixer.short_conv, [own.to_v(x), own.to_k(x), own.to_q(x)]
     mixed = F.silu(F.conv1d(torch.cat(parts, dim=-1).transpose(1, 2), conv.weight, conv.bias, padding=3, groups=40))
     inner, B, C = mixed.transpose(1, 2).split([24, 8, 8], dim=-1)
     u = inner.unflatten(-1, (2, -1))
@@ -256,7 +256,7 @@ def test_hydra_decays_between_two_tokens_alone() -> None:
 def test_refusals_give_the_reason() -> None:
     with pytest.raises(ValueError, match="use vssd"):
         create_mixer("hydra", 12, 2, causality="noncausal")
-    with pytest.raises(ValueError, match="cannot be shared evenly by 2 heads"):
+    with pytest.raises(ValueError, match="does not divide the 2 heads"):
         create_mixer("mamba2", 12, 2, n_groups=3)
     with pytest.raises(ValueError, match="Did you mean 'input'"):
         create_mixer("mamba", 12, 2, selection="inptu")

@@ -135,7 +135,7 @@ def test_focused_is_its_published_formula() -> None:
     kv = torch.einsum("blhk,blhv->bhkv", k, v.unflatten(-1, (2, 6))) / LENGTH
     y = (torch.einsum("blhk,bhkv->blhv", q, kv) * z[..., None]).flatten(2)
     image = v.transpose(1, 2).unflatten(-1, GRID)
-    local = F.conv2d(image, mixer.output.local.conv.weight, mixer.output.local.conv.bias, padding=2, groups=12)
+    local = F.conv2d(image, mixer.output.local_conv.weight, mixer.output.local_conv.bias, padding=2, groups=12)
     assert_close(mixer(x, grid=GRID), own.to_out(y + local.flatten(2).transpose(1, 2)))
 
 
@@ -191,7 +191,7 @@ def test_mila_is_its_published_formula() -> None:
     weights = torch.einsum("bihk,bjhk->bhij", *heads[:2]) / LENGTH
     weights = weights / (torch.einsum("bihk,bhk->bhi", heads[2], heads[3].mean(1)) + 1e-6)[..., None]
     y = torch.einsum("bhij,bjhv->bihv", weights, heads[4]).flatten(2)
-    conv = mixer.output.local.conv
+    conv = mixer.output.local_conv
     local = F.conv2d(v.transpose(1, 2).unflatten(-1, GRID), conv.weight, conv.bias, padding=1, groups=12)
     gated = (y + local.flatten(2).transpose(1, 2)) * F.silu(mixer.output.to_gate(x))
     assert_close(mixer(x, grid=GRID), own.to_out(gated))
@@ -294,20 +294,20 @@ def test_inline_chooses_the_weights_of_its_convolution_from_the_mean_token() -> 
         added[b] = F.conv2d(image, kernel.view(12, 1, 3, 3), padding=1, groups=12).flatten(1).T
     own = mixer.projections
     assert_close(mixer(x, grid=GRID), own.to_out(mixer.mix(s).flatten(2) + added))
-    learned = built("inline", dynamic_convolution=False)
-    assert "output.local.conv.weight" in learned.state_dict() and learned(x, grid=GRID).isfinite().all()
+    learned = built("inline", dynamic_conv=False)
+    assert "output.local_conv.weight" in learned.state_dict() and learned(x, grid=GRID).isfinite().all()
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_the_local_convolution_is_added_to_the_result(name: str) -> None:
     off = {"gate": False} if name == "mila" else {}
-    extra = {"dynamic_convolution": False} if name == "inline" else {}
+    extra = {"dynamic_conv": False} if name == "inline" else {}
     full = built(name, **off, **extra)
     less = built(name, local_conv_size=0, **off, **extra)
     copy_shared(less, full)
     x = float64(2, LENGTH, 12)
     v = full.projections.to_v(x)
-    added = F.linear(full.output.local(v, GRID), full.projections.to_out.weight)
+    added = F.linear(full.output.local_conv(v, GRID), full.projections.to_out.weight)
     assert_close(full(x, grid=GRID), less(x, grid=GRID) + added)
 
 

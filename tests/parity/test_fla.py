@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers import create_mixer, mixer_from_state_dict
-from mixers.mixer import Streams
 from mixers.operators import delta_rule, linear_attention
 from mixers.stages.decays import FixedDecay
+from mixers.streams import Streams
 
 HERE = 'install the extra "parity"'
 pytest.importorskip("triton", reason=HERE)

@@ -115,7 +115,7 @@ def test_another_state_dict_is_refused_by_name(name: str) -> None:
     for key in set(state) - {"norm.weight", "conv1d.bias"}:
         with pytest.raises(ValueError, match=f"{re.escape(key)}.* missing"):
             mixer_from_state_dict(name, {n: t for n, t in state.items() if n != key})
-    with pytest.raises(ValueError, match=r"extra\.weight is left over"):
+    with pytest.raises(ValueError, match=r"extra\.weight is unexpected"):
         mixer_from_state_dict(name, {**state, "extra.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"in_proj\.weight with .* rows, got 3"):
         mixer_from_state_dict(name, {**state, "in_proj.weight": torch.zeros(3, 16)})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixers.mixer import upcast
+from mixers.precision import accumulation_dtype
 from unet_adapters import MixerAdapter
 from unet_adapters.capture import SiteCall
 
@@ -109,4 +109,4 @@ class Objective:
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
     """Return the mean squared difference, in float32 at least."""
-    return (a.to(upcast(a.dtype)) - b.to(upcast(b.dtype))).square().mean()
+    return (a.to(accumulation_dtype(a)) - b.to(accumulation_dtype(b))).square().mean()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from experiments.core.registries import OBJECTIVES
 from experiments.distill.objectives.base import DistillationStep, Objective
-from mixers.mixer import upcast
+from mixers.precision import accumulation_dtype
 from unet_adapters.capture import SiteCall, replay
 
 
@@ -29,7 +29,7 @@ class LocalObjective(Objective):
 
     def __call__(self, step: DistillationStep) -> Tensor:
         def unexplained(name: str, call: SiteCall) -> Tensor:
-            target = call.output.to(upcast(call.output.dtype))
+            target = call.output.to(accumulation_dtype(call.output))
             error = (replay(step.adapter.model, name, call) - target).square().mean((1, 2))
             return (error / target.var((1, 2), correction=0)).mean()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from experiments.core.registries import OBJECTIVES
 from experiments.distill.objectives.base import DistillationStep, ForwardPass, Objective
-from mixers.mixer import upcast
+from mixers.precision import accumulation_dtype
 from mixers.structure import mixing_matrix
 from unet_adapters.capture import SiteCall
 
@@ -79,7 +79,7 @@ def softmax_rows(attention: nn.Module, x: Tensor, row_shares: Tensor) -> Tensor:
     samples, rows = row_indices(row_shares, x.shape[1])
     q = layer.to_q(x[samples, rows]).unflatten(-1, (layer.heads, -1))
     k = layer.to_k(x).unflatten(-1, (layer.heads, -1))
-    scores = torch.einsum("brhk,blhk->brhl", q.to(upcast(q.dtype)), k.to(upcast(k.dtype)))
+    scores = torch.einsum("brhk,blhk->brhl", q.to(accumulation_dtype(q)), k.to(accumulation_dtype(k)))
     return (scores * layer.scale).softmax(-1)
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mixers import structure
-from mixers.mixer import TokenMixer, with_values
+from mixers.mixer import TokenMixer
 from mixers.operators.choice import FORMULATIONS
+from mixers.streams import with_values
 from mixers.testing.inputs import Inputs, grid_of, has_option, run, through_its_matrix, with_option, without_eps
 from mixers.testing.tolerances import assert_close
 

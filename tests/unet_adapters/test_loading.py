@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from tests.unet_adapters.test_linfusion import publish
+from tests.unet_adapters.linfusion_files import publish
 from unet_adapters import MixerAdapter, load_adapter
 from unet_adapters.linfusion import WEIGHTS
 from unet_adapters.weight_files import find_weight_files, list_variants

@@ -15,16 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unet_adapters.pipelines import (
-    MIXERS,
-    assert_same_model,
-    fingerprint,
-    image_prompt,
-    load_ip_adapter,
-    load_lora,
-    make,
-    run,
-)
+from tests.unet_adapters.comparisons import assert_same_model, fingerprint
+from tests.unet_adapters.pipelines import MIXERS, image_prompt, load_ip_adapter, load_lora, make, run
 
 # What can be in force, the first value being the stock one. An operation puts one of the values in force.
 VALUES: dict[str, tuple[Any, ...]] = {

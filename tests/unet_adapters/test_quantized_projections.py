@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from tests.unet_adapters.test_linfusion import publish
+from tests.unet_adapters.linfusion_files import publish
 from unet_adapters import MixerAdapter, find_sites
 from unet_adapters.linfusion import WEIGHTS
 

@@ -54,11 +54,11 @@ def _regression() -> tuple[nn.Module, Callable[[int], Any]]:
 
 
 def _distillation(fit_config: FitConfig) -> tuple[nn.Module, Callable[[int], Any]]:
-    from experiments.grids.demo import GRID
+    from experiments.grids.compatibility import GRID
 
     context = open_context("embedded", GRID.data, 64, 32)
     config = DistillationConfig(fit=fit_config)
-    adapter = build_student(context.teacher, GRID.variants[1].mixer, MixerSpec(select="mid_block"), config, 0)
+    adapter = build_student(context.teacher, GRID.variants[0].mixer, MixerSpec(select="mid_block"), config, 0)
     loss = DistillationLoss(context.teacher, adapter, config.objectives)
     return loss, lambda step: context.batch(step, fit_config)
 

@@ -22,13 +22,13 @@ from experiments.config import DistillationConfig, FitConfig, LossTerm, MixerSpe
 from experiments.core.memory import measure_peak_bytes
 from experiments.distill.batches import draw_batch
 from experiments.distill.student import build_student, run_stages
-from experiments.grids.demo import GRID
+from experiments.grids.compatibility import GRID
 from experiments.highres.pipelines import open_pipeline
 from experiments.teacher.teacher import Batch, Teacher
 from unet_adapters.hosts import find_host
 
 VAE_SCALE_FACTOR = 8  # of every published Stable Diffusion
-MIXER = GRID.variants[1].mixer
+MIXER = GRID.variants[0].mixer
 TEXT_CONDITIONS = ("text", "pooled")
 
 

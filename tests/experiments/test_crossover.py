@@ -114,6 +114,20 @@ def test_measuring_stops_when_softmax_is_slow_and_drops_slow_mixers() -> None:
     assert slow.crossover is None
 
 
+def test_the_budget_ends_the_measurement_with_a_note() -> None:
+    now = [0.0]
+
+    def measure(shape: SiteShape, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
+        now[0] += 1.0
+        return {name: [1.0] for name in (STOCK, *names)}
+
+    lengths = doubling_lengths(1024)
+    narrow, wide = measure_curves(["quick"], [NARROW, WIDE], lengths, measure, budget_seconds=2.5, clock=lambda: now[0])
+    assert [p.tokens for p in narrow.points] == [64, 128, 256] and not wide.points
+    assert narrow.note == "not measured from 512 tokens on: the time budget is spent"
+    assert wide.note == "not measured from 64 tokens on: the time budget is spent"
+
+
 def test_a_mixer_that_cannot_run_leaves_the_others_alone() -> None:
     sound = costs({NARROW: 1e-8}, {"quick": 1e-6, "broken": 1e-6})
 

@@ -75,7 +75,7 @@ def change_weight(part: str) -> Callable[[Path, Path], None]:
 
 def change_schedule(teacher: Path, data: Path) -> None:
     scheduler = DDIMScheduler.from_pretrained(teacher / "scheduler")
-    DDIMScheduler.from_config(scheduler.config, beta_end=0.02).save_pretrained(teacher / "scheduler")
+    DDIMScheduler.from_config(scheduler.config, beta_end=0.05).save_pretrained(teacher / "scheduler")
 
 
 def change_pixel(teacher: Path, data: Path) -> None:

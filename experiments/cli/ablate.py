@@ -1,4 +1,4 @@
-"""`mixlab ablate`, `status`, `report` and `compatibility`: experiments from grid to page."""
+"""`mixlab ablate`, `status` and `report`: experiments from grid to page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load_plugins, progress
 from experiments.core.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -143,19 +143,3 @@ def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) ->
 
 def _duration(seconds: float) -> str:
     return "?" if math.isnan(seconds) else str(timedelta(seconds=round(seconds)))
-
-
-@app.command()
-def compatibility(
-    out: Out = Path("runs/compatibility"),
-    share: Annotated[float, typer.Option("--steps-share", min=0.0, help="train for this share of the steps")] = 1.0,
-) -> None:
-    """Measure whether a ControlNet and an IP-Adapter made for softmax attention work under a distilled student."""
-    from experiments.studies.compatibility import default_plan, run_compatibility, show, write_page
-
-    with clean_errors():
-        with progress() as display:
-            record = run_compatibility(out, default_plan(share), display.callback("compatibility"))
-        page = write_page(out, out / "compatibility.md")
-    show(record, console)
-    console.print(f"Page: {page.resolve()}", soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 if TYPE_CHECKING:
     from experiments.studies.structure import MatrixAnalysis
@@ -49,11 +49,10 @@ def check(
 ) -> None:
     """Run the conformance suite on every configuration of the mixers, and print a table of the outcomes."""
     from experiments.cli.conformance import check_mixers, print_results
-    from experiments.core.progress import show_progress
 
     load_plugins(plugins)
     with clean_errors():
-        with show_progress(console) as display:
+        with progress() as display:
             results = check_mixers(pattern, deep, display.callback("checks"))
         print_results(results, console)
     if any(result.failures for result in results):
@@ -68,11 +67,10 @@ def structure_(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Analyze mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
-    from experiments.core.progress import show_progress
     from experiments.studies.structure import analyze_mixers, choose_scan_mixer, draw_figures
 
     load_plugins(plugins)
-    with clean_errors(), show_progress(console) as display:
+    with clean_errors(), progress() as display:
         analyses = analyze_mixers(pattern, display.callback("matrices"))
         paths = draw_figures(analyses, out, scan_mixer or choose_scan_mixer(analyses))
     columns = ("mixer", "causality", "rank", "below", "above", "row sums", "radius")

@@ -32,7 +32,11 @@ def local(steps: int) -> TrainingStage:
 def ours(local_steps: int = 60, steps: int = 50, before: tuple[TrainingStage, ...] = ()) -> DistillationConfig:
     """What `objectives` found good: site by site, then output + features/2 end to end; after `before`, if any."""
     return DistillationConfig(
-        before=(*before, local(local_steps)), objectives=terms(output=1.0, features=0.5), fit=fit(steps), images=1024
+        before=(*before, local(local_steps)),
+        objectives=terms(output=1.0, features=0.5),
+        fit=fit(steps),
+        images=1024,
+        calibrate_outputs=True,
     )
 
 

@@ -28,7 +28,8 @@ GRID = Grid(
     seeds=(0,),
     claims=PAPER,
     distillation=DistillationConfig(
-        fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
+        fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20),
+        calibrate_outputs=True,
     ),
     evaluation=EvaluationConfig(  # what ten minutes allow
         sizes=(64, 128, 256),

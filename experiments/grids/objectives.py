@@ -17,7 +17,7 @@ def _row(name: str, label: str, plan: DistillationConfig) -> Variant:
 
 
 def _one(steps: int, **weights: float) -> DistillationConfig:
-    return DistillationConfig(objectives=terms(**weights), fit=fit(steps), images=_IMAGES)
+    return DistillationConfig(objectives=terms(**weights), fit=fit(steps), images=_IMAGES, calibrate_outputs=True)
 
 
 _MATRIX = TrainingStage(name="matrix", objectives=terms(matrix=1.0), fit=fit(30, 3e-3))
@@ -48,7 +48,7 @@ GRID = Grid(
         _row("matrix_local", "matrix, local, then output + features/2", ours(80, 77, before=(_MATRIX,))),
     ),
     seeds=SEEDS,
-    distillation=DistillationConfig(fit=fit(146), images=_IMAGES),
+    distillation=DistillationConfig(fit=fit(146), images=_IMAGES, calibrate_outputs=True),
     evaluation=EvaluationConfig(
         sizes=(64, 128, 256),
         shapes=(),

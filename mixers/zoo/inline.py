@@ -19,6 +19,7 @@ from mixers.linear_mixer import LinearMixer, Scale, check_scale
 from mixers.normalization import count_visible_tokens
 from mixers.precision import accumulation_dtype
 from mixers.stages.outputs import Output
+from mixers.stages.projections import Projections
 from mixers.streams import Streams
 
 
@@ -29,6 +30,7 @@ class InLineConfig(MixerConfig):
     Attributes:
         feature_map: φ, positive or signed.
         dynamic_conv: the weights of the local convolution are computed from the mean token; otherwise learned.
+        qkv_bias: whether to_q, to_k and to_v have a bias.
         scale: factor of unnormalized weights, as in `LinearConfig`.
         reference_length: unnormalized weights are divided by this many tokens, whatever the number of tokens is.
         backend: implementation of the operator.
@@ -38,6 +40,7 @@ class InLineConfig(MixerConfig):
 
     feature_map: str | None = None
     dynamic_conv: bool = True
+    qkv_bias: bool = True
     scale: Scale = "constant"
     reference_length: int = 256
     backend: str = "auto"
@@ -105,6 +108,10 @@ class InLine(LinearMixer):
         if config.local_conv_size and config.dynamic_conv:
             assert isinstance(self.output, Output)
             self.output = DynamicConvolution(self.output, dim, heads, self.value_width, config.local_conv_size)
+
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections."""
+        return Projections(self.dim, self.key_width, self.value_width, qkv_bias=self.config.qkv_bias)
 
     @property
     def scale(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from mixers.mixer import TokenMixer
 from mixers.precision import accumulation_dtype
 from mixers.streams import Streams
 from mixers.suggest import unknown_name
+from mixers.traits import Traits
 
 Scale = Literal["constant", "mean"]
 SCALES: tuple[Scale, ...] = ("constant", "mean")
@@ -153,6 +154,13 @@ class LinearMixer(TokenMixer):
     def permutation_equivariant(self) -> bool:
         """Whether permuting the tokens only permutes the output; decay has an order unless the mixer is non-causal."""
         return super().permutation_equivariant and not (self.has_decay and self.config.causality == "bidirectional")
+
+    @property
+    def traits(self) -> Traits:
+        """The properties of this mixer as configured; scale="mean" too makes repeated tokens count once."""
+        traits = super().traits
+        invariant = traits.repetition_invariant or (self.permutation_equivariant and self.config.scale == "mean")
+        return replace(traits, repetition_invariant=invariant)
 
     @property
     def positive(self) -> bool:

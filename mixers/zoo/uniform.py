@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -21,8 +18,6 @@ from mixers.streams import Streams
 )
 class Uniform(ConstantMixer):
     """Uniform mixing, a control: W_ij = 1/l, the mean over all tokens; 1/i over the first i if causal."""
-
-    exceptions: ClassVar[Mapping[str, str]] = {"check_projections_are_called": "to_q and to_k have no use"}
 
     def mix(self, streams: Streams) -> Tensor:
         """Return the mean of the visible values, (b, l, h, v), in float32 at least."""

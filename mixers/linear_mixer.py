@@ -136,10 +136,15 @@ class LinearMixer(TokenMixer):
         return 1.0
 
     def scale_at(self, length: int) -> float:
-        """Return the factor of unnormalized weights among `length` tokens."""
-        if self.config.scale == "constant":
-            return self.scale
-        return self.scale * self.config.reference_length / length
+        """Return the factor of unnormalized weights among `length` tokens.
+
+        Where decay does not bound the sums, because without an order there is none, the constant is divided by
+        reference_length, as that of linear attention is.
+        """
+        config = self.config
+        unbounded = self.has_decay and config.causality == "noncausal"
+        scale = self.scale / config.reference_length if unbounded else self.scale
+        return scale if config.scale == "constant" else scale * config.reference_length / length
 
     def _operator_options(self, streams: Streams) -> dict[str, Any]:
         config = self.config

@@ -76,10 +76,12 @@ class DynamicConvolution(nn.Module):
         """Map the operator's result (b, l, h, v) to (b, l, h, v)."""
         batch, length, heads, _ = y.shape
         height, _ = require_grid(streams.grid, length, "A local convolution", "local_conv_size=0")
+        if batch == 0:  # conv2d refuses zero groups
+            return self.output(y, streams)
         weights = self.residual(streams.x.mean(1)[..., None])
         kernel = weights.reshape(-1, 1, self.size, self.size)  # (b·h·v, 1, size, size)
         image = rearrange(streams.v, "b (i j) h v -> 1 (b h v) i j", i=height)
-        local = F.conv2d(image, kernel, padding=self.size // 2, groups=max(kernel.shape[0], 1))
+        local = F.conv2d(image, kernel, padding=self.size // 2, groups=kernel.shape[0])
         local = rearrange(local, "1 (b h v) i j -> b (i j) h v", b=batch, h=heads)
         return self.output(y.to(accumulation_dtype(y)) + local, streams).to(y.dtype)
 

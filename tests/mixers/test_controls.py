@@ -102,3 +102,16 @@ def test_mean_scale_bounds_sums_and_does_not_normalize_rows() -> None:
 def test_mean_scale_is_refused_where_it_has_no_meaning(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_mixer("linear_attention", 12, 2, **{"scale": "mean", **options})
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_unnormalized_sums_over_many_tokens_fit_float16(name: str) -> None:
+    """Decay bounds no sum without an order, so the constant of every drop-in form has to."""
+    mixer = create_mixer(name, 16, 2, causality="noncausal", normalize=False, own_projections=False).half()
+    if mixer.traits.needs_grid:
+        pytest.skip("positions in the image")
+    own = create_mixer("linear_attention", 16, 2).half()
+    x = torch.randn(1, 1, 16, dtype=torch.float16)
+    for tokens in (torch.randn(1, 100_000, 16).half(), x.expand(1, 100_000, 16)):
+        with torch.no_grad():
+            assert mixer(tokens, projections=own.projections).isfinite().all()

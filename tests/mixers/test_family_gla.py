@@ -51,7 +51,8 @@ def linear_like(mixer: TokenMixer, **options: Any) -> TokenMixer:
     """Linear attention with the projections, map and scale 1/√k of a mixer of this family."""
     settings = {"causality": mixer.config.causality, "normalize": mixer.config.normalize, "eps": mixer.config.eps}
     settings["feature_map"] = "elu_plus_one" if mixer.config.normalize else "identity"
-    peer = create_mixer("linear_attention", 12, 2, reference_length=1, **{**settings, **options}).double()
+    settings["reference_length"] = 256 if mixer.config.causality == "noncausal" else 1
+    peer = create_mixer("linear_attention", 12, 2, **settings, **options).double()
     peer.projections.load_state_dict({"to_out.bias": torch.zeros(12)} | mixer.projections.state_dict())
     return peer
 
@@ -89,7 +90,8 @@ def test_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: s
     torch.nn.init.constant_(mixer.bonus, 0.0 if causality == "noncausal" else 1.0)
     x = float64(2, LENGTH, 12)
     s = streams_of(mixer, x)
-    wanted = linear_attention(s.q, s.k, s.v, causality=causality, normalize=False)
+    scale = 1 / 256 if causality == "noncausal" else 1.0  # without decay, sums grow with the number of tokens
+    wanted = linear_attention(s.q, s.k, s.v, causality=causality, normalize=False, scale=scale)
     assert_close(mixer.mix(s), wanted)
     without = drop_in("rwkv6", causality=causality, normalize=False, bonus=False)
     without.load_state_dict({n: t for n, t in mixer.state_dict().items() if n != "bonus"})
@@ -137,7 +139,8 @@ def test_gla_with_one_gate_for_all_channels_is_ssd(causality: str) -> None:
         for parameter in (mixer.decay.up.weight, mixer.decay.up.bias):
             parameter.copy_(parameter.unflatten(0, (2, -1))[:, :1].expand(2, 6, *parameter.shape[1:]).flatten(0, 1))
     s = streams_of(mixer, float64(2, LENGTH, 12))
-    settings = {"causality": causality, "normalize": False, "scale": 6**-0.5}
+    scale = 6**-0.5 / (256 if causality == "noncausal" else 1)
+    settings = {"causality": causality, "normalize": False, "scale": scale}
     assert_close(mixer.mix(s), linear_attention(s.q, s.k, s.v, s.log_decay[..., 0], **settings))
 
 

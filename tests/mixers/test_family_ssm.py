@@ -58,7 +58,8 @@ def test_mamba2_without_decay_is_linear_attention_on_weighted_keys(causality: st
     s = streams_of(mixer, float64(2, LENGTH, 12))
     assert (s.log_decay == 0).all()
     q, k = mixer.features(dataclasses.replace(s, dt=None))
-    assert_close(mixer.mix(s), linear_attention(q, k * s.dt[..., None], s.v, **settings))
+    scale = 1 / 256 if causality == "noncausal" else 1.0  # without decay, sums grow with the number of tokens
+    assert_close(mixer.mix(s), linear_attention(q, k * s.dt[..., None], s.v, scale=scale, **settings))
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
@@ -157,7 +158,7 @@ def test_gates_without_an_order_are_weights_of_tokens(normalize: bool) -> None:
     mixer = drop_in("mamba2", causality="noncausal", normalize=normalize)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     q, k = mixer.features(s)
-    settings = {"causality": "noncausal", "normalize": normalize, "eps": mixer.config.eps}
+    settings = {"causality": "noncausal", "normalize": normalize, "eps": mixer.config.eps, "scale": 1 / 256}
     assert_close(mixer.mix(s), linear_attention(q, k * s.log_decay.exp()[..., None], s.v, **settings))
 
 
@@ -168,7 +169,7 @@ def test_s6_without_an_order_has_weighted_tokens(normalize: bool) -> None:
     C, B = mixer.features(s)
     gates = (s.dt[..., None] * mixer.A).exp()  # (b, l, h, v, n)
     weights = torch.einsum("bihn,bjhn,bjhvn,bjhv->bhvij", C, B, gates, s.dt)
-    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights
+    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights / 256
     assert_close(mixer.mix(s), torch.einsum("bhvij,bjhv->bihv", weights, s.v))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 if TYPE_CHECKING:
     from experiments.bench.config import BenchmarkConfig
@@ -30,12 +30,11 @@ def crossover(
     from experiments.bench.attention_layer import choose_site_shapes
     from experiments.bench.crossover import measure_crossovers
     from experiments.bench.crossover_report import plot_crossovers, print_crossovers, save_crossovers
-    from experiments.core.progress import show_progress
 
     load_plugins(plugins)
     with clean_errors():
         shapes = choose_site_shapes(profile, dim, heads)
-        with show_progress(console) as display:
+        with progress() as display:
             result = measure_crossovers(
                 pattern,
                 shapes,
@@ -79,7 +78,6 @@ def bench(
     from experiments.bench.config import parse_config
     from experiments.bench.model_benchmarks import DEFAULT_MIXER, UNetBenchmarkConfig
     from experiments.bench.suites import SUITES, run_suite, suite_benchmarks
-    from experiments.core.progress import show_progress
 
     with clean_errors():
         if threads is not None:
@@ -99,7 +97,7 @@ def bench(
         unet_config = UNetBenchmarkConfig(profile, mixer or DEFAULT_MIXER, min_tokens, tuple(sizes or default_sizes))
         benchmarks = suite_benchmarks(suite, config, unet_config, against)
         limits = BenchmarkLimits(repeats, budget_seconds=budget)
-        with show_progress(console) as display:
+        with progress() as display:
             run_suite(suite, benchmarks, config, limits, out, console, display.callback(suite))
         console.print(f"Tables and plots: {(out / suite).resolve()}.md", soft_wrap=True)
 
@@ -109,11 +107,10 @@ def _calibrate(config: BenchmarkConfig, path: Path | None, quick: bool) -> None:
     from rich.table import Table
 
     from experiments.bench.calibrate import LENGTHS, calibrate_backends
-    from experiments.core.progress import show_progress
 
     if quick and path is None:
         raise ValueError("Cannot replace this machine's table with --quick, which hardly measures: pass --table PATH.")
-    with show_progress(console) as display:
+    with progress() as display:
         path, rows = calibrate_backends(config, path, (16, 64) if quick else LENGTHS, display.callback("backends"))
     table = Table("operator", "causality", "decay", "backends and the largest number of tokens for each")
     for row in rows:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 if TYPE_CHECKING:
     from experiments.studies.structure import MatrixAnalysis
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 def list_(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*",
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
+    metrics: Annotated[bool, typer.Option("--metrics", help="list the metrics of an evaluation instead")] = False,
 ) -> None:
-    """List the mixers with the switches that they offer, and the ready-made grids."""
+    """List the mixers with the switches that they offer, and the ready-made grids; or the metrics."""
     from experiments.ablation.grid import list_grids
     from mixers import list_mixers, registry
     from mixers.traits import CAUSALITIES
 
     load_plugins(plugins)
+    if metrics:
+        _list_metrics(pattern)
+        return
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
     for name in names:
@@ -41,6 +45,13 @@ def list_(
     console.print(f"Grids: {', '.join(list_grids())}")
 
 
+def _list_metrics(pattern: str) -> None:
+    from experiments.metrics import list_metrics, metric_class
+
+    for name in list_metrics(pattern):
+        console.print(f"[bold]{name}[/]: {metric_class(name).summary()}", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def check(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern of mixers' names")] = "*",
@@ -49,11 +60,10 @@ def check(
 ) -> None:
     """Run the conformance suite on every configuration of the mixers, and print a table of the outcomes."""
     from experiments.cli.conformance import check_mixers, print_results
-    from experiments.core.progress import show_progress
 
     load_plugins(plugins)
     with clean_errors():
-        with show_progress(console) as display:
+        with progress() as display:
             results = check_mixers(pattern, deep, display.callback("checks"))
         print_results(results, console)
     if any(result.failures for result in results):
@@ -68,11 +78,10 @@ def structure_(
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Analyze mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
-    from experiments.core.progress import show_progress
     from experiments.studies.structure import analyze_mixers, choose_scan_mixer, draw_figures
 
     load_plugins(plugins)
-    with clean_errors(), show_progress(console) as display:
+    with clean_errors(), progress() as display:
         analyses = analyze_mixers(pattern, display.callback("matrices"))
         paths = draw_figures(analyses, out, scan_mixer or choose_scan_mixer(analyses))
     columns = ("mixer", "causality", "rank", "below", "above", "row sums", "radius")

@@ -1,6 +1,10 @@
-"""Whether what was made for a softmax UNet, a ControlNet or an IP-Adapter, works under a student that never saw it."""
+"""Do a ControlNet and an IP-Adapter that were trained for a softmax UNet work under a student that never saw them?
 
-from experiments.studies.compatibility.page import show, write_page
-from experiments.studies.compatibility.run import Plan, default_plan, run_compatibility
+The command is `mixlab compatibility`.
+"""
 
-__all__ = ["Plan", "default_plan", "run_compatibility", "show", "write_page"]
+from experiments.studies.compatibility.config import CompatibilityConfig, default_config
+from experiments.studies.compatibility.page import print_summary, write_page
+from experiments.studies.compatibility.run import run_compatibility
+
+__all__ = ["CompatibilityConfig", "default_config", "print_summary", "run_compatibility", "write_page"]

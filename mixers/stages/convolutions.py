@@ -148,5 +148,6 @@ class LocalConvolution(nn.Conv2d):
             ValueError: The grid is missing or does not fit.
         """
         height, width = require_grid(grid, x.shape[1], "A local convolution", self.option)
-        image = rearrange(x, "b (i j) (s c) -> (b s) c i j", i=height, j=width, c=self.in_channels)
-        return rearrange(super().forward(image), "(b s) c i j -> b (i j) (s c)", b=x.shape[0])
+        shares = x.shape[-1] // self.in_channels
+        image = rearrange(x, "b (i j) (s c) -> (b s) c i j", i=height, j=width, s=shares)
+        return rearrange(super().forward(image), "(b s) c i j -> b (i j) (s c)", s=shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from experiments.core.files import write_json
 from experiments.studies.large_images.areas import count_areas
 from experiments.studies.large_images.figures import NAMES
 from experiments.studies.large_images.page import write_page
-from experiments.studies.large_images.study import list_cases
+from experiments.studies.large_images.study import RECORD, list_cases
 from experiments.studies.largest_image import study as largest_image
 
 
@@ -66,6 +67,23 @@ def test_the_page_contains_every_image(tmp_path: Path) -> None:
     assert "| 1024 px | 65,536 | 2 | 1.0 | 1.0 | 1 |" in text
     for figure in ("stages", "direct_or_progressive", "cost"):
         assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 1000
+
+
+def test_an_image_of_another_adapter_is_made_again(tmp_path: Path) -> None:
+    adapters = []
+    for name in ("first", "second"):
+        adapters.append(tmp_path / name)
+        adapters[-1].mkdir()
+        (adapters[-1] / "adapter.safetensors").write_text(name)
+    first, second = (list_cases(str(adapter), "raw", 1024)[3] for adapter in adapters)
+    assert first.folder == second.folder and first.adapter == str(adapters[0])
+    folder = tmp_path / "image"
+    folder.mkdir()
+    assert not first.is_complete(folder)
+    write_json(folder / RECORD, {**asdict(first), **first.provenance(), "stages": []})
+    assert first.is_complete(folder) and not second.is_complete(folder)
+    (adapters[0] / "adapter.safetensors").write_text("trained again")
+    assert not first.is_complete(folder)
 
 
 def test_the_largest_image_study_appends_a_line_per_image(

@@ -103,6 +103,8 @@ def test_an_image_is_enlarged_or_changed(tmp_path: Path) -> None:
     assert changed.stages[0].strength == 0.4 and changed.pixels.shape == (32, 32, 3)
     with pytest.raises(ValueError, match="already has 32 × 32 pixels"):
         generate(pipe, "abc", (32, 32), image=image, **SHORT)
+    with pytest.raises(ValueError, match="expected mode RGB, got L"):
+        generate(pipe, "abc", (64, 64), image=image.convert("L"), **SHORT)
     with pytest.raises(ValueError, match="use mode progressive"):
         generate(pipe, "abc", (64, 64), image=image, mode="direct", **SHORT)
     larger.save(tmp_path / "image.png", model="tiny")

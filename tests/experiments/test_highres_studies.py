@@ -17,6 +17,7 @@ from experiments.studies.large_images.areas import count_areas
 from experiments.studies.large_images.figures import NAMES
 from experiments.studies.large_images.page import write_page
 from experiments.studies.large_images.study import RECORD, list_cases
+from experiments.studies.largest_image import gpu_session
 from experiments.studies.largest_image import study as largest_image
 
 
@@ -102,3 +103,12 @@ def test_the_largest_image_study_appends_a_line_per_image(
     capsys.readouterr()
     largest_image.main()
     assert capsys.readouterr().out.count("128x64") == 2
+
+
+def test_a_dry_run_of_the_gpu_session_executes_every_step(tmp_path: Path) -> None:
+    assert gpu_session.main([str(tmp_path), "--dry-run", "--budget", "600"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == len(gpu_session.STEPS) - 1 and not [row for row in rows if "error" in row]
+    outcomes = json.loads((tmp_path / "steps.json").read_text())
+    assert {outcome["status"] for outcome in outcomes} == {"succeeded"}
+    assert "last stage" in (tmp_path / "log.txt").read_text()

@@ -58,9 +58,9 @@ def generate(
         size: (height, width) in pixels; multiples of `size_multiple(pipe)`.
         memory_budget: bytes that may be used; savings are chosen so that the image fits. None: no limit.
         plan: a plan made before, instead of a budget.
-        image: start from this image, in mode RGB. Without `strength` it is the result of the stage of its size, and the later stages
-            enlarge it (super-resolution); with `strength` it is resized to the first stage's size and changed
-            (image to image).
+        image: start from this image, in mode RGB. Without `strength` it is the result of the stage of its size, and the
+            later stages enlarge it (super-resolution); with `strength` it is resized to the first stage's size and
+            changed (image to image).
         strength: share of the schedule that the first stage runs on `image`, above 0 and up to 1.
         control: a ControlNet and its image, which is resized to every stage.
         stage_dir: folder for the latents of finished stages, from which a run that was killed resumes.

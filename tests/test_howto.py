@@ -21,6 +21,7 @@ from experiments.ablation.grid import list_grids, load_grid
 from experiments.cli import app
 from experiments.cli.conformance import ConformanceResult, print_results
 from experiments.config import EvaluationConfig, apply_overrides
+from experiments.core.registries import OBJECTIVES
 from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
 from mixers import entries, list_mixers, registry
@@ -156,7 +157,7 @@ def test_step_5_an_installed_package_needs_no_plugin(folder: Path) -> None:
     [
         (None, "* --plugin mine.py", "Cannot load the plug-in mine.py: expected a .py file"),
         ("def (", "* --plugin mine.py", "Cannot load the plug-in mine.py: SyntaxError"),
-        ("x = 1", "* --plugin mine.py", "The plug-in mine.py registers no mixer"),
+        ("x = 1", "* --plugin mine.py", "The plug-in mine.py registers nothing"),
         ("x = 1 / 0", "* --plugin mine.py", "Cannot load the plug-in mine.py: ZeroDivisionError"),
         (
             "import mixers\nmixers.register_mixer('mine')(dict)",
@@ -275,6 +276,23 @@ def test_the_page_of_distillation_runs(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(tmp_path / "mine"), *settings])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "mine" / "card.md").is_file() and (tmp_path / "mine" / "adapter").is_dir()
+
+
+def test_an_objective_of_the_page_is_one_file_outside_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for registered in ("_items", "_origins"):  # so that the objective is gone after this test
+        monkeypatch.setattr(OBJECTIVES, registered, dict(getattr(OBJECTIVES, registered)))
+    plugin = tmp_path / "absolute.py"
+    plugin.write_text(*blocks(DISTIL, "python"), encoding="utf-8")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(*blocks(DISTIL, "yaml"), encoding="utf-8")
+    changes = ["before=[]", 'objectives={"absolute": 1}', "fit.steps=1", "fit.batch_size=2", "images=2"]
+    settings = [word for change in changes for word in ("--set", f"distillation.{change}")]
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["distill", str(recipe), "--plugin", str(plugin), "--out", str(out), *settings])
+    assert done.exit_code == 0, done.output
+    assert "1 absolute" in (out / "card.md").read_text()
 
 
 def test_the_page_of_distillation_names_every_objective_and_recipe() -> None:

@@ -60,6 +60,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise OSError(f"Cannot write {path}: {first_line(error)}.") from error
 
 
+def folder_state(source: str) -> str:
+    """Return a hash of the names, sizes and modification times of a file or a folder's files; "" if there is none.
+
+    A part of the key of caches in memory, so that they notice a model or data set that was replaced on disk.
+    """
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        return ""
+    states = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()
+
+
 def sha256_of_file(path: Path) -> str | None:
     """Return a file's SHA-256 as hexadecimal digits, or None if it cannot be read."""
     try:

@@ -13,14 +13,15 @@ from experiments.data.example import (
     CaptionedImages,
     DataError,
     Example,
-    Record,
-    Records,
+    ImageRecord,
+    RecordSource,
     Size,
     batch,
     extent,
 )
 from experiments.data.folder import ImageFolder
 from experiments.data.hub import TableImages, TableStream, is_table
+from experiments.data.image import crop_and_resize, read_image
 
 __all__ = [
     "BadRecord",
@@ -29,22 +30,24 @@ __all__ = [
     "EmojiSet",
     "Example",
     "ImageFolder",
-    "Record",
-    "Records",
+    "ImageRecord",
+    "RecordSource",
     "Size",
     "TableImages",
     "TableStream",
     "batch",
+    "crop_and_resize",
     "extent",
     "open_dataset",
     "open_records",
+    "read_image",
 ]
 
-Table = TypeVar("Table", TableImages, TableStream)
+TableT = TypeVar("TableT", TableImages, TableStream)
 
 
 def open_dataset(source: str, *, split: str = "train") -> EmojiSet | ImageFolder | TableImages:
-    """Open captioned images, which have a length and are drawn one by one in any order.
+    """Open captioned images that have a length and can be read in any order.
 
     Args:
         source: `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar files; a directory
@@ -58,14 +61,14 @@ def open_dataset(source: str, *, split: str = "train") -> EmojiSet | ImageFolder
 
 
 def open_records(source: str, *, split: str = "train") -> EmojiSet | ImageFolder | TableStream:
-    """Open captioned images to be read once, in order, as a cache does: tables are streamed, without a copy on disk.
+    """Open captioned images that are read once, in order, as a cache does: tables are streamed, without a copy on disk.
 
     Arguments and errors are those of `open_dataset`.
     """
     return _open(source, split, TableStream)
 
 
-def _open(source: str, split: str, table: Callable[[str, str], Table]) -> EmojiSet | ImageFolder | Table:
+def _open(source: str, split: str, table: Callable[[str, str], TableT]) -> EmojiSet | ImageFolder | TableT:
     if source == "emoji":
         return EmojiSet(split=split)
     return table(source, split) if is_table(source) else ImageFolder(source, split=split)

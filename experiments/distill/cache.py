@@ -54,7 +54,7 @@ def open_cache(directory: Path, teacher: Teacher | None = None, *, verify: bool 
     index = CacheIndex.read(directory / INDEX)
     requested: dict[str, Any] = {"format": FORMAT}
     if teacher is not None:
-        requested["teacher"] = teacher.fingerprint
+        requested["teacher"] = teacher.encoder_fingerprint
     require_same_contents(directory, index.contents, requested)
     return LatentCache(directory, index, verify)
 

@@ -13,8 +13,8 @@ import torch
 
 from experiments.core.files import save_tensors, sha256_of_file
 from experiments.core.progress import ProgressCallback, ignore_progress
-from experiments.data import BadRecord, DataError, Example, Record, Records, Size, extent
-from experiments.data.example import Skipped
+from experiments.data import BadRecord, DataError, Example, ImageRecord, RecordSource, Size, extent
+from experiments.data.example import SkipCounter, digest_records
 from experiments.distill.cache import LatentCache
 from experiments.distill.cache_index import (
     BLANK,
@@ -29,14 +29,12 @@ from experiments.teacher.teacher import Batch, Teacher
 
 SHARD = 1024
 """Images per file."""
-KNOWN_BY = 1024
-"""Records at the start of the data whose keys distinguish it from other data."""
 _EXACT = {"time_ids", "caption"}  # stored as they are, whatever the dtype
 
 
 def build_cache(
     teacher: Teacher,
-    data: Records,
+    data: RecordSource,
     directory: Path,
     *,
     sizes: Sequence[Size],
@@ -89,7 +87,7 @@ class _Builder:
         self._sizes = [tuple(size) for size in index.contents["sizes"]]
         self._dtype: torch.dtype = getattr(torch, index.contents["dtype"])
 
-    def build(self, images: Iterator[tuple[Record, int]], progress: ProgressCallback) -> None:
+    def build(self, images: Iterator[tuple[ImageRecord, int]], progress: ProgressCallback) -> None:
         index = self._index
         length = index.contents["shard"]
         total = index.contents["images"]
@@ -118,9 +116,9 @@ class _Builder:
         self._finish()
 
     def _build_shard(
-        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[Record, int]]
+        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[ImageRecord, int]]
     ) -> dict[str, Any]:
-        skipped = Skipped()
+        skipped = SkipCounter()
         keys: list[str] = []
 
         def usable() -> Iterator[list[Example]]:
@@ -192,7 +190,7 @@ class _Builder:
 
 def _describe(
     teacher: Teacher,
-    data: Records,
+    data: RecordSource,
     sizes: Sequence[Size],
     images: int,
     seed: int,
@@ -209,9 +207,9 @@ def _describe(
         raise CacheError(f"Expected images, variations and shard of at least 1, got {images}, {variations}, {shard}.")
     return {
         "format": FORMAT,
-        "teacher": teacher.fingerprint,
+        "teacher": teacher.encoder_fingerprint,
         "data": data.name,
-        "records": _keys_digest(record.key for record in islice(data.records(seed), KNOWN_BY)),
+        "records": digest_records(data, seed),
         "sizes": [list(size) for size in extents],
         "images": images,
         "seed": seed,
@@ -232,7 +230,7 @@ def _existing(directory: Path, contents: dict[str, Any]) -> CacheIndex:
     return index
 
 
-def _images(data: Records, seed: int, variations: int) -> Iterator[tuple[Record, int]]:
+def _images(data: RecordSource, seed: int, variations: int) -> Iterator[tuple[ImageRecord, int]]:
     return ((record, variation) for record in data.records(seed) for variation in range(variations))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.files import write_json
-from experiments.data.example import Skipped
+from experiments.data.example import SkipCounter
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 BUILDING = "building.json"
 BLANK = "unconditional.safetensors"
@@ -45,9 +45,9 @@ class CacheIndex:
         return self.shards[-1]["stop"] if self.shards else 0
 
     @property
-    def skipped(self) -> Skipped:
+    def skipped(self) -> SkipCounter:
         """Reason -> how many records were skipped, over all shards."""
-        total = Skipped()
+        total = SkipCounter()
         for shard in self.shards:
             total.update(shard["skipped"])
         return total

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.config import FitConfig
+from experiments.core.files import folder_state
 from experiments.data import CaptionedImages, batch, open_dataset
 from experiments.distill.batches import draw_batch
 from experiments.teacher.load import open_teacher
@@ -76,11 +77,12 @@ class DistillationContext:
         return draw_batch(self.encoded, step, fit, self.teacher.train_timesteps, sizes, caption_dropout)
 
 
-@lru_cache(maxsize=1)
 def open_context(
     teacher: str, data: str, size: int, images: int, more_sizes: tuple[int, ...] = ()
 ) -> DistillationContext:
     """Load a teacher and encode its training images, about 300 a second at 64 px on two cores.
+
+    The last context is kept, and returned again for the same arguments unless their files have changed.
 
     Args:
         teacher: as `open_teacher` takes it.
@@ -89,9 +91,17 @@ def open_context(
         images: how many.
         more_sizes: further sizes at which the same scenes are encoded.
     """
+    files = (folder_state(teacher), folder_state(data.partition("#")[0]))
+    return _open_context(teacher, data, (size, *more_sizes), images, files)
+
+
+@lru_cache(maxsize=1)
+def _open_context(
+    teacher: str, data: str, sizes: tuple[int, ...], images: int, files: tuple[str, str]
+) -> DistillationContext:
     opened = open_teacher(teacher)
     held_out = open_dataset(data, split="held_out")
-    return DistillationContext(opened, held_out, encode_images(opened, data, (size, *more_sizes), images))
+    return DistillationContext(opened, held_out, encode_images(opened, data, sizes, images))
 
 
 def encode_images(teacher: Teacher, data: str, sizes: tuple[int, ...], images: int) -> EncodedImages:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from experiments.config import FitConfig
 from experiments.core.files import read_json, write_json
+from experiments.core.locks import lock_folder
 from experiments.data import open_records
+from experiments.data.example import digest_records
 from experiments.distill.batches import LatentSource, draw_batch
 from experiments.distill.cache import open_cache
 from experiments.distill.cache_builder import build_cache
@@ -30,7 +33,7 @@ from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import StageCallback
 from experiments.training.processes import this_process
 
-RECIPE = "recipe.json"
+RUN = "run.json"
 SECONDS = "seconds.json"
 
 
@@ -39,22 +42,34 @@ def run_recipe(recipe: DistillationRecipe, directory: Path, callback: StageCallb
 
     Args:
         recipe: as `load_recipe` returns it.
-        directory: receives recipe.json, a folder per stage, samples/, adapter/, card.md, card.json and its images.
+        directory: receives run.json, a folder per stage, samples/, adapter/, card.md, card.json and its images.
         callback: called after each step.
 
     Raises:
-        ValueError: the directory holds a run of another recipe; or teacher, data or mixer cannot be used as configured.
+        ValueError: another process uses the directory, or it holds a run of another recipe, teacher or data; or
+            teacher, data or mixer cannot be used as configured.
         FloatingPointError: a loss is not finite.
     """
     process = this_process()  # selects this process's device
-    _check_recipe(recipe, directory)
+    with lock_folder(directory, "distillation") if process.is_main_process else nullcontext():
+        _require_same_run(directory, {"recipe": recipe.model_dump(mode="json")})
+        return _run(recipe, directory, callback, process)
+
+
+def _run(recipe: DistillationRecipe, directory: Path, callback: StageCallback, process: PartialState) -> Path:
     teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype))
     config = seed_stages(recipe.distillation, recipe.seed)
+    inputs = {
+        "recipe": recipe.model_dump(mode="json"),
+        "teacher": teacher.fingerprint,
+        "data": digest_records(open_records(recipe.data, split="train")),
+    }
+    _require_same_run(directory, inputs)
     latents = _open_latents(recipe, teacher, process)
     adapter = build_student(teacher, recipe.mixer.name, recipe.mixer, config, recipe.seed)
     process.wait_for_everyone()
     if process.is_main_process:  # only now, so that a recipe that cannot be opened leaves the folder as it was
-        write_json(directory / RECIPE, recipe.model_dump(mode="json"))
+        write_json(directory / RUN, inputs)
 
     def batch(step: int, fit: FitConfig, sizes: tuple[int, ...], caption_dropout: float) -> Batch:
         tensors = draw_batch(latents, step, fit, teacher.train_timesteps, sizes, caption_dropout)
@@ -93,10 +108,14 @@ def _open_latents(recipe: DistillationRecipe, teacher: Teacher, process: Partial
     return open_cache(folder, teacher)
 
 
-def _check_recipe(recipe: DistillationRecipe, directory: Path) -> None:
-    existing = read_json(directory / RECIPE)
-    if existing and existing != recipe.model_dump(mode="json"):
-        raise ValueError(f"{directory} holds a run of another recipe, see {RECIPE} there: give another --out.")
+def _require_same_run(directory: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to continue a run that was started from other inputs: its checkpoints are of another training."""
+    existing = read_json(directory / RUN)
+    changed = [name for name, value in inputs.items() if existing and existing.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{directory} holds a run of another {' and another '.join(changed)}, see {RUN} there: give another --out."
+        )
 
 
 @contextmanager

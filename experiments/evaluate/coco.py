@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from experiments.data import DataError, Example, Size
-from experiments.data.example import RandomAccess, photograph
+from experiments.data.example import BadRecord, RandomAccess
+from experiments.data.image import crop_and_resize, read_image
 
 PREFERRED = "captions_val2014.json"
 
@@ -33,7 +32,7 @@ class CocoCaptions(RandomAccess):
         self.name = f"coco, {captions.stem.removeprefix('captions_')}"
         self._folder = _pictures(captions)
         try:
-            content = json.loads(captions.read_text(encoding="utf-8"))
+            content = json.loads(captions.read_text(encoding="utf-8-sig"))
             texts: dict[int, list[tuple[int, str]]] = {}
             for note in content["annotations"]:
                 texts.setdefault(note["image_id"], []).append((note["id"], " ".join(note["caption"].split())))
@@ -60,9 +59,8 @@ class CocoCaptions(RandomAccess):
         file, _, caption = self.items[index]
         path = self._folder / file
         try:
-            with Image.open(path) as image:
-                return Example(photograph(image, size, variation), caption, self.key(index))
-        except OSError as error:
+            return Example(crop_and_resize(read_image(path), size, variation), caption, self.key(index))
+        except BadRecord as error:
             raise DataError(f"Cannot read {path}, which the captions name: {error}.") from error
 
 

@@ -146,9 +146,9 @@ def _drawn(
 
 
 def _resized(image: Any, size: int) -> Tensor:
-    from experiments.data.example import photograph
+    from experiments.data.image import crop_and_resize
 
-    return ((photograph(image, size) + 1) * 127.5).round().to(torch.uint8)
+    return ((crop_and_resize(image, size) + 1) * 127.5).round().to(torch.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -126,7 +126,7 @@ def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 def teacher_fingerprint(setting: DistillationContext) -> str:
     """The SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    return _sha256(f"{setting.teacher.fingerprint} {weights_digest(setting.teacher.unet)}")
+    return _sha256(f"{setting.teacher.encoder_fingerprint} {weights_digest(setting.teacher.unet)}")
 
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from experiments.data import BadRecord, read_image
 from unet_adapters.highres.stages import ImageSize
 
 
@@ -53,6 +54,6 @@ def open_image(path: Path, option: str) -> Image.Image:
         ValueError: If it cannot be read; the message names the option.
     """
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{option} {path}: cannot be read as an image ({error}).") from error
+        return read_image(path)
+    except BadRecord as error:
+        raise ValueError(f"{option}: {error}.") from error

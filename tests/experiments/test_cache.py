@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.config import FitConfig
-from experiments.data import BadRecord, DataError, EmojiSet, Example, Record, Size, batch, extent
+from experiments.data import BadRecord, DataError, EmojiSet, Example, ImageRecord, Size, batch, extent
 from experiments.distill.batches import draw_batch
 from experiments.distill.cache import LatentCache, open_cache
 from experiments.distill.cache_builder import build_cache
@@ -36,7 +36,7 @@ Killed = KeyboardInterrupt  # no Exception, as a kill is none
 class Fake:
     """An encoder that can be checked by eye: latents are shrunk images, text is the caption's numbers."""
 
-    fingerprint: str = "f"
+    encoder_fingerprint: str = "f"
     pipe: Any = field(default_factory=lambda: SimpleNamespace(vae_scale_factor=4))
     encoded: int = 0
     budget: int = 10**9
@@ -65,9 +65,10 @@ class Numbers:
     bad: frozenset[int] = frozenset()
     name: str = "numbers"
     shift: int = 0
+    content: str = ""
 
-    def records(self, seed: int = 0) -> Iterator[Record]:
-        return (_Number(n, n in self.bad, self.shift + seed) for n in range(self.count))
+    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
+        return (_Number(n, n in self.bad, self.shift + seed, self.content) for n in range(self.count))
 
 
 @dataclass
@@ -75,10 +76,14 @@ class _Number:
     number: int
     bad: bool
     shift: int
+    content: str
 
     @property
     def key(self) -> str:
         return f"record {self.number + self.shift}"
+
+    def digest(self) -> str:
+        return f"{self.key} {self.content}"
 
     def example(self, size: Size, variation: int = 0) -> Example:
         if self.bad:
@@ -162,7 +167,7 @@ def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
     with safe_open(tmp_path / "text-00000.safetensors", "pt") as file:
         assert file.get_tensor("text").shape == (1, 2, 3), "records 0 and 1, two variations each: one caption"
         header = json.loads(file.metadata()["cache"])
-    wanted = {"format": 1, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
+    wanted = {"format": 2, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
     assert wanted.items() <= header.items() and header["records"] == cache.contents["records"]
 
 
@@ -236,6 +241,7 @@ def test_data_that_changed_further_on_is_not_mixed_in(tmp_path: Path) -> None:
         ({"data": Numbers(10, name="others")}, 'data: has "numbers", requested "others"'),
         ({"data": Numbers(10, shift=1)}, "records: has "),
         ({"data": Numbers(11)}, "records: has "),
+        ({"data": Numbers(10, content="edited")}, "records: has "),
         ({"sizes": [8, 16]}, r"sizes: has \[\[8, 8\]\], requested \[\[8, 8\], \[16, 16\]\]"),
         ({"images": 9}, "images: has 10, requested 9"),
         ({"seed": 1}, "seed: has 0, requested 1"),

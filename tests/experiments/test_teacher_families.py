@@ -194,7 +194,7 @@ def test_a_copy_has_the_same_fingerprint(name: str, folders: dict[str, Path], tm
     first = open_teacher(str(folders[name]))
     second = open_teacher(str(shutil.copytree(folders[name], tmp_path / "elsewhere")))
     first.encode(_images((16, 16)), CAPTIONS)  # using it changes nothing
-    assert first.fingerprint == second.fingerprint == Teacher(FAMILIES[name]()).fingerprint
+    assert first.encoder_fingerprint == second.encoder_fingerprint == Teacher(FAMILIES[name]()).encoder_fingerprint
 
 
 def _weight(part: str) -> Callable[[Any], None]:
@@ -228,7 +228,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 def test_whatever_changes_the_encoding_changes_the_fingerprint(change: str) -> None:
     pipe = _sdxl()
     CHANGES[change](pipe)
-    assert Teacher(pipe).fingerprint != Teacher(_sdxl()).fingerprint
+    assert Teacher(pipe).encoder_fingerprint != Teacher(_sdxl()).encoder_fingerprint
 
 
 def test_the_unet_and_the_noise_are_not_in_the_fingerprint() -> None:
@@ -236,4 +236,4 @@ def test_the_unet_and_the_noise_are_not_in_the_fingerprint() -> None:
     _weight("unet")(pipe)
     pipe.scheduler = DDIMScheduler()
     assert isinstance(pipe, StableDiffusionXLPipeline)
-    assert Teacher(pipe).fingerprint == Teacher(_sdxl()).fingerprint
+    assert Teacher(pipe).encoder_fingerprint == Teacher(_sdxl()).encoder_fingerprint

@@ -88,7 +88,7 @@ def apply_matrix(matrix: Tensor, v: Tensor) -> Tensor:
 def slice_tokens(streams: Streams, start: int, stop: int) -> Streams:
     """Return the streams of consecutive tokens, without a grid; tensors that have no axis of tokens stay whole."""
     length = streams.x.shape[1]
-    parts = {
+    parts: dict[str, Any] = {
         name: value[:, start:stop]
         for name, value in vars(streams).items()
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length
@@ -99,7 +99,7 @@ def slice_tokens(streams: Streams, start: int, stop: int) -> Streams:
 def flip_tokens(streams: Streams) -> Streams:
     """Return the streams of the tokens in reversed order; tensors without an axis of tokens stay as they are."""
     length = streams.x.shape[1]
-    flipped = {
+    flipped: dict[str, Any] = {
         name: value.flip(1)
         for name, value in vars(streams).items()
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length

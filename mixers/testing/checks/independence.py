@@ -58,5 +58,5 @@ def _check_heads(mixer: TokenMixer, inputs: CheckInputs, stream: str, what: str)
         group = (changed == changed[:, :, :1]).all(-1).all(1).all(0)  # (h,): heads that share those of the first
         changed[:, :, group] += torch.linspace(0.3, 0.7, changed.shape[-1], dtype=changed.dtype)
         before = mixer.mix(streams)
-        after = mixer.mix(replace(streams, **{stream: changed}))
+        after = mixer.mix(replace(streams, q=changed) if stream == "q" else replace(streams, k=changed))
         assert_close(after[:, :, ~group], before[:, :, ~group], what=f"other heads when the first head's {what} change")

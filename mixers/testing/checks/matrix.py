@@ -15,7 +15,6 @@ from mixers.testing.inputs import (
     as_causal,
     flip_tokens,
     grid_of,
-    has_option,
     run_mixer,
     slice_tokens,
     with_option,
@@ -141,7 +140,7 @@ def has_fixed_weights(mixer: TokenMixer) -> bool:
     Not if entries depend on positions in the image, or on the number of tokens (`scale="mean"`).
     """
     is_linear = mixer.traits.linear and not mixer.traits.needs_grid
-    scaled_by_length = has_option(mixer, "scale") and mixer.config.scale == "mean"
+    scaled_by_length = getattr(mixer.config, "scale", None) == "mean"
     return is_linear and not scaled_by_length and (mixer.traits.positive or not mixer.traits.normalized)
 
 
@@ -179,7 +178,7 @@ def is_two_causal_passes(mixer: TokenMixer) -> bool:
     Not if rotary embeddings turn by the position, which changes sign in the reversed order.
     """
     comparable = mixer.traits.positive or not mixer.traits.normalized
-    rotates = has_option(mixer, "rotary") and mixer.config.rotary
+    rotates = getattr(mixer.config, "rotary", False)
     return mixer.traits.causality == "bidirectional" and comparable and not rotates and as_causal(mixer) is not None
 
 

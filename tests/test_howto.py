@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import io
 import os
@@ -32,16 +33,18 @@ HOWTO = ROOT / "docs" / "howto"
 ADD, CHECK, DATA = HOWTO / "add_a_mixer.md", HOWTO / "check_a_mixer.md", HOWTO / "data.md"
 ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distill.md", HOWTO / "evaluate.md"
 LARGE = HOWTO / "large_images.md"
+METRIC = HOWTO / "add_a_metric.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
-    *("evaluation.shapes=[]", "evaluation.metrics.images=0"),
+    *("evaluation.shapes=[]", "evaluation.generated.images=0", "evaluation.held_in_images=0"),
     *("evaluation.sizes=[64,128]", "evaluation.images=1", "evaluation.timesteps=[500]", "evaluation.sample_sizes=[64]"),
     *(
         'evaluation.prompts=["red apple, teal background"]',
         "evaluation.sample_steps=2",
-        "evaluation.speed_sizes=[64]",
-        "evaluation.speed_repeats=1",
+        "evaluation.metrics.cost.sizes=[64]",
+        "evaluation.metrics.cost.repeats=1",
+        "evaluation.metrics.sites.images=1",
     ),
 )
 
@@ -332,7 +335,7 @@ def test_the_page_of_evaluation_asks_for_what_there_is() -> None:
     ]
     settings = [[word for before, word in pairwise(c) if before == "--set"] for c in commands]
     plans = [apply_overrides(EvaluationConfig(), asked) for asked in settings]
-    assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].metrics.images == 30000
+    assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].generated.images == 30000
 
 
 def test_the_kit_s_page_lists_every_check() -> None:
@@ -347,6 +350,31 @@ def test_the_table_of_grids_is_true() -> None:
     rows = {name: sum(variant.trained for variant in load_grid(name).variants) for name in list_grids()}
     assert {name: int(count) for name, count in told} == {name: rows[name] for name, _ in told}
     assert rows.keys() - dict(told).keys() == {"compatibility", "demo"}
+
+
+def test_the_page_of_metrics_lists_a_metric_of_ones_own(tmp_path: Path, folder: Path) -> None:
+    (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
+    done = shell(blocks(METRIC, "bash")[0], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_shown(done.stdout, blocks(METRIC, "text")[0])
+
+
+@pytest.mark.slow  # cells on the teacher that ships
+def test_the_page_of_metrics_runs(folder: Path) -> None:
+    """The metric is settable, measured, and in the report, without a change of the library."""
+    (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
+    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in TINY)
+    done = shell(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = folder / "runs" / "detail" / "report"
+    assert "## Error of detail" in (report / "report.md").read_text(encoding="utf-8")
+    with (report / "results.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "detail"]
+    assert {(row["size"], row["timestep"]) for row in rows} == {("64", "900"), ("128", "900")}
+    assert {row["relative_error"] for row in rows if row["variant"] == "softmax"} == {"0.0"}
+    without = shell("mixlab report runs/detail", folder)
+    assert without.returncode == 0, without.stdout + without.stderr
+    assert "rows of the metric &#39;detail&#39; are not reported" in (report / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow  # two runs of a few steps

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench.crossover import MIN_TOKENS, CrossoverCurve, CrossoverResult
+from experiments.core.figures import PALETTE, RC
 from experiments.core.files import write_json
-from experiments.report import style
 
 
 def save_crossovers(result: CrossoverResult, directory: Path) -> Path:
@@ -73,14 +73,14 @@ def plot_crossovers(result: CrossoverResult, path: Path) -> None:
     mixers = list(result.min_tokens)
     columns = min(3, len(mixers))
     rows = -(-len(mixers) // columns)
-    with rc_context(style.RC):
+    with rc_context(RC):
         figure = Figure(figsize=(3.6 * columns + 0.6, 3.0 * rows + 0.5), layout="constrained")
         figure.suptitle("Dashed: softmax attention; solid: with the mixer", fontsize=9)
         for number, name in enumerate(mixers):
             axes = figure.add_subplot(rows, columns, number + 1)
             axes.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="ms a call")
             curves = [curve for curve in result.curves if curve.mixer == name]
-            for curve, color, label_below in zip(curves, cycle(style.PALETTE), cycle((True, False))):
+            for curve, color, label_below in zip(curves, cycle(PALETTE), cycle((True, False))):
                 _plot_curve(axes, curve, color, label_below)
             axes.xaxis.set_major_locator(LogLocator(base=4))
             axes.xaxis.set_minor_locator(NullLocator())

@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.bench.benchmark import Measurement
-from experiments.report import style
+from experiments.core.figures import PALETTE, RC
 
 
 def plot_times(measurements: Sequence[Measurement], path: Path) -> None:
     """Plot one benchmark: a line per implementation between its quartiles, and the roofline dotted."""
-    with rc_context(style.RC):
+    with rc_context(RC):
         figure = Figure(figsize=(5.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="size", ylabel="ms a call")
         axes.set_title(measurements[0].benchmark, fontsize=8)
         names = dict.fromkeys(m.implementation for m in measurements)
-        for name, color in zip(names, cycle(style.PALETTE)):
+        for name, color in zip(names, cycle(PALETTE)):
             points = [(m.size, m.time) for m in measurements if m.implementation == name and m.time is not None]
             if not points:
                 continue

@@ -1,7 +1,8 @@
-"""`mixlab evaluate`: an adapter of one's own, measured."""
+"""`mixlab evaluate`: measure an adapter."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,34 +13,26 @@ from experiments.cli.app import Out, Plugins, Settings, app, clean_errors, conso
 
 @app.command()
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="an adapter's folder")],
+    adapter: Annotated[str, typer.Argument(help="folder or Hub id of an adapter, ours or LinFusion's")],
     out: Out = Path("runs/evaluation"),
     teacher: Annotated[str, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = "embedded",
-    data: Annotated[str, typer.Option(help="held-out pictures: 'emoji', or as in docs/howto/data.md")] = "emoji",
+    data: Annotated[str, typer.Option(help="held-out images: 'emoji', or as in docs/howto/data.md")] = "emoji",
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
-    """Measure a student and its teacher: agreement, distances of pictures, time, memory, operations, state."""
-    import json
-
+    """Measure a student and its teacher: agreement, image distances, time, memory, operations, state."""
     from experiments.config import EvaluationConfig, apply_overrides
-    from experiments.evaluate.measure import evaluate as run
-    from experiments.evaluate.tables import fidelity_table, sweep_table
+    from experiments.evaluate.measure import evaluate_adapter
+    from experiments.evaluate.measurements import Measurements
+    from experiments.evaluate.tables import measurement_tables
 
     load_plugins(plugins)
     with clean_errors():
         plan = apply_overrides(EvaluationConfig(), settings)
         with progress() as display:
-            path = run(
-                adapter,
-                teacher,
-                data,
-                plan,
-                out,
-                display.callback("evaluate"),
-            )
-    record = json.loads(path.read_text(encoding="utf-8"))
-    console.print(fidelity_table(record["fidelity"]))
-    if record["images"]:
-        console.print(sweep_table(record["images"]))
+            path = evaluate_adapter(adapter, teacher, data, plan, out, display.callback("evaluation"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        measurements = Measurements(protocol=record["protocol"], metrics=record["metrics"])
+    for table in measurement_tables(measurements):
+        console.print(table)
     console.print(f"Record: {path.resolve()}", soft_wrap=True)

@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 def list_(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*",
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
+    metrics: Annotated[bool, typer.Option("--metrics", help="list the metrics of an evaluation instead")] = False,
 ) -> None:
-    """List the mixers with the switches that they offer, and the ready-made grids."""
+    """List the mixers with the switches that they offer, and the ready-made grids; or the metrics."""
     from experiments.ablation.grid import list_grids
     from mixers import list_mixers, registry
     from mixers.traits import CAUSALITIES
 
     load_plugins(plugins)
+    if metrics:
+        _list_metrics(pattern)
+        return
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
     for name in names:
@@ -39,6 +43,13 @@ def list_(
         for name in names:
             console.print(f"[bold]{name}[/]: {registry.get_mixer_entry(name).summary}", soft_wrap=True, highlight=False)
     console.print(f"Grids: {', '.join(list_grids())}")
+
+
+def _list_metrics(pattern: str) -> None:
+    from experiments.metrics import list_metrics, metric_class
+
+    for name in list_metrics(pattern):
+        console.print(f"[bold]{name}[/]: {metric_class(name).summary()}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -2,23 +2,25 @@
 
 from experiments.config.base import FrozenModel, ImageSide
 from experiments.config.distillation import DistillationConfig, LossTerm, MixerSpec, TrainingStage
-from experiments.config.evaluation import EvaluationConfig, ImageMetricsConfig
-from experiments.config.grid import CellConfig, Claim, Grid, Variant
+from experiments.config.evaluation import EvaluationConfig, GeneratedImagesConfig
+from experiments.config.grid import CellConfig, Claim, ControlRole, Grid, PlannedComparison, Variant
 from experiments.config.overrides import apply_grid_overrides, apply_overrides, resize_grid, validate_config
 from experiments.config.training import FitConfig
 
 __all__ = [
     "CellConfig",
     "Claim",
+    "ControlRole",
     "DistillationConfig",
     "EvaluationConfig",
     "FitConfig",
     "FrozenModel",
+    "GeneratedImagesConfig",
     "Grid",
-    "ImageMetricsConfig",
     "ImageSide",
     "LossTerm",
     "MixerSpec",
+    "PlannedComparison",
     "TrainingStage",
     "Variant",
     "apply_grid_overrides",

@@ -10,12 +10,16 @@ from experiments.config.base import CONFIG_NAME, FrozenModel, short_hash
 from experiments.config.distillation import DistillationConfig, MixerSpec
 from experiments.config.evaluation import EvaluationConfig
 
+ControlRole = Literal["teacher", "identity", "fixed mixing"]
+
 
 class Variant(MixerSpec):
     """One row of an ablation: a mixer and its options, mounted at the selected sites.
 
     `trained=False` mounts the mixer as it is: with softmax that is the sanity row, whose error must be zero.
     `distillation` replaces the grid's, for grids that compare how students are made; None is the grid's.
+    `control` marks rows that findings are held against: the teacher's own attention distilled from scratch, the
+    identity, and other mixers whose matrix does not depend on the input.
     """
 
     name: str = Field(pattern=CONFIG_NAME)
@@ -23,6 +27,7 @@ class Variant(MixerSpec):
     mixer: str
     trained: bool = True
     distillation: DistillationConfig | None = None
+    control: ControlRole | None = None
 
 
 class CellConfig(FrozenModel):
@@ -42,8 +47,10 @@ class CellConfig(FrozenModel):
 
     @property
     def training(self) -> str:
-        """The hash of what the trained weights depend on: all but the evaluation, the name and the label."""
-        return short_hash(self.model_dump(mode="json", exclude={"evaluation": True, "variant": {"name", "label"}}))
+        """The hash of what the trained weights depend on: all but the evaluation, and what the variant is called."""
+        return short_hash(
+            self.model_dump(mode="json", exclude={"evaluation": True, "variant": {"name", "label", "control"}})
+        )
 
 
 class Claim(FrozenModel):
@@ -60,6 +67,19 @@ class Claim(FrozenModel):
     beyond: bool = Field(False, description="True: the claim concerns only sizes that were not trained at")
 
 
+class PlannedComparison(FrozenModel):
+    """Two rows of a grid whose errors the report compares, beside the rows that differ in one factor alone.
+
+    Attributes:
+        name: what the comparison is of, such as "equal parameters".
+        above, below: names of variants; the effect is the error of the first over that of the second.
+    """
+
+    name: str
+    above: str
+    below: str
+
+
 class Grid(FrozenModel):
     """An ablation: variants × seeds over one teacher, data set, distillation and evaluation."""
 
@@ -70,9 +90,10 @@ class Grid(FrozenModel):
     variants: tuple[Variant, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     distillation: DistillationConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     reference: str | None = Field(None, description="the row that others are compared with; None: the first trained")
     claims: tuple[Claim, ...] = ()
+    comparisons: tuple[PlannedComparison, ...] = Field((), description="further pairs of rows that the report compares")
 
     @model_validator(mode="after")
     def _check_names(self) -> Grid:
@@ -81,6 +102,9 @@ class Grid(FrozenModel):
             raise ValueError(f"variants need different names: {', '.join(repeated)} is there more than once")
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"the reference {self.reference!r} is no variant: expected one of {', '.join(names)}")
+        for row in (row for comparison in self.comparisons for row in (comparison.above, comparison.below)):
+            if row not in names:
+                raise ValueError(f"a comparison names {row!r}, which is no variant: expected one of {', '.join(names)}")
         return self
 
     @model_validator(mode="after")

@@ -13,8 +13,10 @@ from mixers.suggest import hint
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-SIZES = frozenset({"image_size", "sizes", "shapes", "site_sizes", "sample_sizes", "speed_sizes"})
+SIZES = frozenset({"image_size", "sizes", "shapes", "sample_sizes"})
 """The fields that hold sizes in pixels."""
+OPEN_FIELDS = (["metrics"], ["objectives"])
+"""Dictionaries by name, to which a setting may add an entry: `evaluation.metrics.mine={}`."""
 
 
 def apply_overrides(config: ConfigT, settings: list[str]) -> ConfigT:
@@ -32,6 +34,8 @@ def apply_overrides(config: ConfigT, settings: list[str]) -> ConfigT:
         node = tree
         for depth, key in enumerate(keys):
             known = _indices(node)
+            if separator and key not in known and depth == len(keys) - 1 and keys[-2:-1] in OPEN_FIELDS:
+                known[key] = key  # whether an item of this name exists is checked below
             if not separator or key not in known:
                 parent = ".".join(keys[:depth]) or f"the {type(config).__name__.removesuffix('Config').lower()}"
                 raise ValueError(

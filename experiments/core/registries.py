@@ -11,5 +11,7 @@ from experiments.core.registry import Registry
 
 OBJECTIVES: Registry[Any] = Registry("objective", package="experiments.distill.objectives")
 
-REGISTRIES: tuple[Registry[Any], ...] = (OBJECTIVES,)
+METRICS: Registry[Any] = Registry("metric", package="experiments.metrics")
+
+REGISTRIES: tuple[Registry[Any], ...] = (OBJECTIVES, METRICS)
 """All of them; a plug-in has to add to one of these, or to the registry of mixers."""

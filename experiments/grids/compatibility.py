@@ -1,4 +1,7 @@
-"""Does a student keep a ControlNet and an IP-Adapter that never saw it? The student of `mixlab compatibility`."""
+"""Does a student keep a ControlNet and an IP-Adapter that never saw it? The student of `mixlab compatibility`.
+
+Its study has controls of its own, so that this grid has one row.
+"""
 
 from experiments.config import DistillationConfig, FitConfig, Grid, Variant
 

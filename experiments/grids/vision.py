@@ -6,7 +6,7 @@ which the drop-in form leaves out, and without either they start 10³ to 10⁵ t
 """
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation
 
 _MIXERS = {
     "linfusion": "LinFusion",
@@ -20,11 +20,13 @@ _MIXERS = {
     "gated_deltanet": "Gated DeltaNet",
 }
 
+PLAN = recommended_distillation()
+
 GRID = Grid(
     name="vision",
     question="Which of the linear mixers made for images is best in place of softmax attention?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         *(
             Variant(name=mixer, label=label, mixer=mixer, normalize=True if mixer in ("vssd", "hydra") else None)
             for mixer, label in _MIXERS.items()
@@ -46,6 +48,7 @@ GRID = Grid(
         ),
     ),
     seeds=SEEDS,
-    distillation=ours(),
+    reference="linfusion",
+    distillation=PLAN,
     evaluation=EVALUATION,
 )

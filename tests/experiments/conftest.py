@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, Grid, ImageMetricsConfig, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, GeneratedImagesConfig, Grid, Variant
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import train_teacher
 
@@ -32,7 +32,7 @@ def grid(tiny_teacher: Path) -> Grid:
     """Three cells that take seconds."""
     return Grid(
         name="tiny",
-        question="Does the road hold?",
+        question="Does every part work together?",
         teacher=str(tiny_teacher),
         variants=(
             Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
@@ -45,13 +45,18 @@ def grid(tiny_teacher: Path) -> Grid:
         evaluation=EvaluationConfig(
             sizes=(64, 128),
             shapes=(),
-            metrics=ImageMetricsConfig(images=0),
+            generated=GeneratedImagesConfig(images=0),
+            held_in_images=2,
             images=2,
             timesteps=(500,),
             prompts=("red apple, teal background",),
             sample_sizes=(64,),
             sample_steps=2,
-            speed_sizes=(64, 128),
-            speed_repeats=1,
+            metrics={
+                "fidelity": {},
+                "timesteps": {},
+                "sites": {"sizes": (64,)},
+                "cost": {"sizes": (64, 128), "repeats": 1},
+            },
         ),
     )

@@ -85,10 +85,10 @@ def test_edge_f1() -> None:
 
 def test_intervals() -> None:
     values = torch.rand(64, generator=torch.Generator().manual_seed(0)).tolist()
-    interval = measure.bootstrap_interval(values)
+    interval = measure.mean_interval(values)
     assert interval["low"] < interval["mean"] < interval["high"]
     assert interval["high"] - interval["low"] == pytest.approx(4 * 0.2887 / 8, rel=0.2)  # 2 · 1.96 · σ/√n
-    assert interval == measure.bootstrap_interval(values)
+    assert interval == measure.mean_interval(values)
     shifted = measure.paired_difference([v + 0.1 for v in values], values)
     assert shifted["low"] == pytest.approx(0.1) and shifted["high"] == pytest.approx(0.1)
 

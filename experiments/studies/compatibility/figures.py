@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.report import style
+from experiments.core.figures import GRAY, PALETTE, RC
 from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.studies.compatibility.controlnet import detect_edges
 from experiments.studies.compatibility.run import load_images
@@ -24,8 +24,8 @@ GRID_ARMS = ("teacher+", "student+", "teacher")
 COLUMNS = 5
 """Images of each split in a grid."""
 
-_BARS = dict(zip(("teacher+", "student+", "teacher", "student"), style.PALETTE, strict=False))
-BAR_COLORS = _BARS | {"teacher": "#9cc7e0", "student": "#f0b88a", "caption": "#b5b5b5", "ceiling": style.GRAY}
+_BARS = dict(zip(("teacher+", "student+", "teacher", "student"), PALETTE, strict=False))
+BAR_COLORS = _BARS | {"teacher": "#9cc7e0", "student": "#f0b88a", "caption": "#b5b5b5", "ceiling": GRAY}
 
 ImageColumn = tuple[str, list[np.ndarray]]
 """A caption and its images (s, s, 3) from top to bottom."""
@@ -90,7 +90,7 @@ def draw_bars(result: dict[str, Any], config: CompatibilityConfig, path: Path) -
     """Draw means with 95 % intervals: a panel per part and size, a group of bars per split."""
     sizes = config.sampling.sizes
     panels = [*(("controlnet", size) for size in sizes), ("ip_adapter", sizes[0])]
-    with rc_context(style.RC):
+    with rc_context(RC):
         figure = Figure(figsize=(3.5 * len(panels), 3.5), layout="constrained")
         for axes, (part, size) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             rows = [row for row in result[part] if row["size"] == size]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel
 
+from experiments.core.statistics import bootstrap_interval
 from experiments.studies.compatibility.controlnet import detect_edges
 from experiments.studies.compatibility.ip_adapter import embed_images
 
@@ -50,14 +50,12 @@ def clip_similarity(clip: CLIPModel, images: Tensor, references: Tensor) -> list
     return F.cosine_similarity(embed_images(clip, images), embed_images(clip, references)).tolist()
 
 
-def bootstrap_interval(values: list[float], draws: int = 10_000) -> MeanInterval:
-    """Return the mean and its 95 % bootstrap interval over images, by percentiles, with a fixed seed."""
-    sample = np.asarray(values, dtype=np.float64)
-    resampled = np.random.default_rng(0).integers(len(sample), size=(draws, len(sample)))
-    low, high = np.percentile(sample[resampled].mean(axis=1), [2.5, 97.5])
-    return {"mean": float(sample.mean()), "low": float(low), "high": float(high)}
+def mean_interval(values: list[float]) -> MeanInterval:
+    """Return the mean and its 95 % bootstrap interval over images."""
+    interval = bootstrap_interval(values)
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> MeanInterval:
-    """Return `bootstrap_interval` of the differences ours − theirs, image by image."""
-    return bootstrap_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    """Return `mean_interval` of the differences ours − theirs, image by image."""
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])

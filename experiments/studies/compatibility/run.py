@@ -23,9 +23,9 @@ from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.studies.compatibility.controlnet import detect_edges
 from experiments.studies.compatibility.ip_adapter import embed_images, flatten_weights, ip_adapter_loaded
 from experiments.studies.compatibility.measure import (
-    bootstrap_interval,
     clip_similarity,
     edge_agreement,
+    mean_interval,
     paired_difference,
 )
 from experiments.studies.compatibility.sampling import (
@@ -189,7 +189,7 @@ def _summarize(references: ReferenceImages, scores: dict[str, list[float]]) -> d
     return {
         "split": references.split,
         "size": references.size,
-        "arms": {arm: {**bootstrap_interval(values), "values": values} for arm, values in scores.items()},
+        "arms": {arm: {**mean_interval(values), "values": values} for arm, values in scores.items()},
         "effect": effect,
         "student_minus_teacher": paired_difference(scores["student+"], scores["teacher+"]),
         "effect_kept": effect["student"]["mean"] / teacher_effect if teacher_effect else None,

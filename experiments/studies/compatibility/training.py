@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel
 
-from experiments.ablation.cell import distill
+from experiments.ablation.cell import distill_cell
 from experiments.core.errors import first_line
 from experiments.core.files import save_tensors
 from experiments.core.progress import ProgressCallback
@@ -91,7 +91,7 @@ def train_student(
         variant = config.grid.variants[0]
         adapter = build_student(context.teacher, variant.mixer, variant, cell.distillation, cell.seed)
         checkpoints = directory / "training" / "student"
-        distill(cell, context, adapter, checkpoints, lambda _, done, total: progress("student", done, total))
+        distill_cell(cell, context, adapter, checkpoints, lambda _, done, total: progress("student", done, total))
         save_folder(folder, adapter.save_pretrained)
     return MixerAdapter.from_pretrained(folder, context.pipe)
 

@@ -107,12 +107,12 @@ def _regression():  # type: ignore[no-untyped-def]
 def _distillation(config):  # type: ignore[no-untyped-def]
     from experiments.config import DistillationConfig, MixerSpec
     from experiments.distill import DistillationLoss, build_student, open_context
-    from experiments.grids.demo import GRID
+    from experiments.grids.compatibility import GRID
 
     setting = open_context("embedded", GRID.data, 64, 32)
     plan = DistillationConfig(fit=config)
     choice = MixerSpec(select="mid_block")
-    adapter = build_student(setting.teacher, GRID.variants[1].mixer, choice, plan, 0)
+    adapter = build_student(setting.teacher, GRID.variants[0].mixer, choice, plan, 0)
     return DistillationLoss(setting.teacher, adapter, plan.objectives), lambda step: setting.batch(step, config)
 
 

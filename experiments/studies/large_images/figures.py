@@ -10,19 +10,20 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments.core.figures import GRAY, PALETTE, RC
 from experiments.report import style
-from experiments.report.curves import exponent
+from experiments.report.line_plots import growth_exponent
 
 ImageRecord = Mapping[str, Any]
 """What `study.make_image` writes for one image, with the folder it was read from."""
 
 NAMES = ("teacher", "normalized", "unnormalized")
-COLORS = dict(zip(NAMES, (style.GRAY, *style.PALETTE[:2]), strict=True))
+COLORS = dict(zip(NAMES, (GRAY, *PALETTE[:2]), strict=True))
 
 
 def draw_figures(records: Sequence[ImageRecord], folder: Path) -> None:
     """Write `stages.png`, `direct_or_progressive.png` and `cost.png`."""
-    with matplotlib.rc_context(style.RC):
+    with matplotlib.rc_context(RC):
         _draw_stages([r for r in records if r["mode"] == "progressive"], folder / "stages.png")
         _draw_modes(records, folder / "direct_or_progressive.png")
         _draw_costs(records, folder / "cost.png")
@@ -67,14 +68,14 @@ def _draw_grid(
     grid = canvas.subplots(len(row_labels), len(column_labels), squeeze=False)
     for image_paths, row, label in zip(cells, grid, row_labels, strict=True):
         for image_path, axes in zip(image_paths, row, strict=True):
-            style.bare(axes)
+            style.remove_frame(axes)
             if image_path and image_path.is_file():
                 with Image.open(image_path) as image:
                     axes.imshow(image.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))
         row[0].set_ylabel(label, fontsize=8)
     for axes, label in zip(grid[0], column_labels, strict=True):
         axes.set_title(label, fontsize=8)
-    style.save(canvas, path, vector=False)
+    style.save_figure(canvas, path, vector=False)
 
 
 def _minimum_step_costs(records: Sequence[ImageRecord]) -> dict[str, dict[int, dict[str, float]]]:
@@ -97,10 +98,10 @@ def _draw_costs(records: Sequence[ImageRecord], path: Path) -> None:
     for axes, key, unit, axis_label in panels:
         for name, steps in costs.items():
             points = [(tokens, steps[tokens][key] / unit) for tokens in sorted(steps) if steps[tokens][key]]
-            power = exponent(points)
+            power = growth_exponent(points)
             label = name if power is None else f"{name}, tokens^{power:.2f}"
             axes.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", label=label)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=axis_label)
-        style.plain_log(axes)
+        style.use_plain_log_labels(axes)
         axes.legend()
-    style.save(canvas, path, vector=False)
+    style.save_figure(canvas, path, vector=False)

@@ -72,9 +72,9 @@ def one_step(
 
 
 def _mixer() -> str:
-    from experiments.grids.demo import GRID
+    from experiments.grids.compatibility import GRID
 
-    return GRID.variants[1].mixer
+    return GRID.variants[0].mixer
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.report import style
+from experiments.core.figures import GRAY, PALETTE, RC
 from experiments.studies.structure.analysis import GRID, MatrixAnalysis, analyze_mixer
 from mixers import structure
 from mixers.stages.scan_orders import SCANS, scan_orders
 from mixers.traits import CAUSALITIES
 
-COLORS = dict(zip(CAUSALITIES, style.PALETTE, strict=False))
+COLORS = dict(zip(CAUSALITIES, PALETTE, strict=False))
 COLUMNS = 4
 """Panels side by side."""
 
@@ -49,7 +49,7 @@ def draw_figures(analyses: Sequence[MatrixAnalysis], directory: Path, scan_mixer
     names = list(dict.fromkeys(analysis.mixer for analysis in analyses))
     figures: dict[str, Figure] = {}
     paths = []
-    with rc_context(style.RC):
+    with rc_context(RC):
         for page in range(math.ceil(len(names) / MIXERS_PER_PAGE)):
             page_names = names[page * MIXERS_PER_PAGE : (page + 1) * MIXERS_PER_PAGE]
             figures[f"matrices_{page + 1}"] = draw_causality_grid(analyses, page_names, _draw_matrix)
@@ -81,7 +81,7 @@ def draw_causality_grid(analyses: Sequence[MatrixAnalysis], names: Sequence[str]
             panel.grid(False)
             analysis = by_case.get((name, causality))
             if analysis is None:
-                panel.text(0.5, 0.5, "refused", ha="center", va="center", color=style.GRAY, transform=panel.transAxes)
+                panel.text(0.5, 0.5, "refused", ha="center", va="center", color=GRAY, transform=panel.transAxes)
                 panel.set_frame_on(False)
             else:
                 draw_panel(panel, analysis)
@@ -122,7 +122,7 @@ def draw_shares(analyses: Sequence[MatrixAnalysis]) -> Figure:
     left = np.zeros(len(analyses))
     shares = np.array([analysis.shares for analysis in analyses]).T
     labels = ("before the diagonal", "on it", "after it")
-    for label, color, values in zip(labels, style.PALETTE, shares, strict=False):
+    for label, color, values in zip(labels, PALETTE, shares, strict=False):
         panel.barh(range(len(analyses)), values, left=left, color=color, label=label, height=0.8)
         left += values
     panel.set(yticks=range(len(analyses)), xlim=(0, 1), xlabel="share of Σ|W|")
@@ -158,8 +158,8 @@ def _plot_path(panel: Axes, tokens: Tensor, width: int, number: int) -> None:
     """Plot one direction of a scan, shifted by its number so that directions do not cover each other."""
     x = tokens % width + 0.12 * number
     y = tokens // width + 0.12 * number
-    panel.plot(x, y, color=style.PALETTE[number], linewidth=1.2)
-    panel.plot(x[:1], y[:1], "o", color=style.PALETTE[number])
+    panel.plot(x, y, color=PALETTE[number], linewidth=1.2)
+    panel.plot(x[:1], y[:1], "o", color=PALETTE[number])
 
 
 def _draw_matrix(panel: Axes, analysis: MatrixAnalysis) -> None:
@@ -182,7 +182,7 @@ def _plot_singular_values(panel: Axes, analysis: MatrixAnalysis, line: dict[str,
     values = (values / values[0]).clamp_min(1e-17)
     panel.semilogy(range(1, len(values) + 1), values, **line)
     panel.plot(analysis.rank, values[analysis.rank - 1], "o", color=line["color"])
-    panel.axhline(RANK_TOLERANCE, color=style.GRAY, linewidth=0.7, linestyle=":")
+    panel.axhline(RANK_TOLERANCE, color=GRAY, linewidth=0.7, linestyle=":")
 
 
 def _plot_block_ranks(panel: Axes, analysis: MatrixAnalysis, line: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ def test_exceptions_are_data_and_strict() -> None:
     known = {"check_never_looks_ahead": "it sees every token"}
     assert not failures(liar, known)
     honest = LinearAttention(LinearAttention.Config(causality="causal"), 12, 2)
-    assert "take it off the exceptions" in failures(honest, known)
+    assert "remove it from the exceptions" in failures(honest, known)
     with pytest.raises(ValueError, match="names no check"):
         check_mixer("linear_attention", exceptions={"check_nothing": "?"})
     with pytest.raises(ValueError, match="No mixer to check"):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from experiments.core.errors import unknown_name
 from mixers.operators import backends
 from mixers.operators.backend import kernel_names
+from mixers.suggest import unknown_name
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DEVICES = ("cpu", "cuda")

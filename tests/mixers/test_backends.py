@@ -147,12 +147,19 @@ def test_a_table_is_obeyed_in_a_compiled_graph_too(table) -> None:
         torch.testing.assert_close(run(*STREAMS), operators.linear_attention(*STREAMS, backend="recurrent"))
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_the_page_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[2] / "docs" / "howto" / "choose_a_backend.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": "page"}
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, "choose_a_backend.md", "exec"), names)
-    told = capsys.readouterr().out
-    assert "chunked: available" in told and "backend='fla' cannot run" in told and "linear noncausal ->" in told
+    printed = capsys.readouterr().out
+    for expected in (
+        "chunked: available",
+        "backend='fla' cannot run",
+        "linear noncausal ->",
+        "two_products: available",
+    ):
+        assert expected in printed
     row = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
     assert parse_row(row) == BackendPreference("linear", "causal", "scalar", (("dense", 64), ("chunked", None)))

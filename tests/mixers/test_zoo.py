@@ -50,6 +50,17 @@ def test_conformance_of_scans(mixer: TokenMixer, check: MixerCheck) -> None:
     check(mixer)
 
 
+SCALED = [
+    ConformanceCase(name, "noncausal", normalize=False, form="drop-in", options={"scale": "mean"})
+    for name in ("linear_attention", "gla", "mamba", "rwkv6", "inline")
+]
+
+
+@parametrize_with_checks(SCALED, deep=DEEP)
+def test_conformance_of_mean_scale(mixer: TokenMixer, check: MixerCheck) -> None:
+    check(mixer)
+
+
 def test_the_suite_covers_every_mixer_and_configuration() -> None:
     assert len(list_mixers()) >= 3
     assert {c.name for c in conformance_cases(list_mixers())} == set(list_mixers())

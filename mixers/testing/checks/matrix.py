@@ -175,11 +175,12 @@ def check_part_of_the_matrix_is_the_matrix_of_the_part(mixer: TokenMixer, inputs
 def is_two_causal_passes(mixer: TokenMixer) -> bool:
     """Return whether it is bidirectional, with a causal form that has the same parameters.
 
-    Not if rotary embeddings turn by the position, which changes sign in the reversed order.
+    Not if it depends on positions: in the image, or by rotary embeddings, whose angles change sign in reversed order.
     """
     comparable = mixer.traits.positive or not mixer.traits.normalized
-    rotates = getattr(mixer.config, "rotary", False) is not False
-    return mixer.traits.causality == "bidirectional" and comparable and not rotates and as_causal(mixer) is not None
+    positional = mixer.traits.needs_grid or getattr(mixer.config, "rotary", False) is not False
+    is_bidirectional = mixer.traits.causality == "bidirectional"
+    return is_bidirectional and comparable and not positional and as_causal(mixer) is not None
 
 
 def check_bidirectional_is_two_causal_passes(mixer: TokenMixer, inputs: CheckInputs) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixers import TokenMixer
 from unet_adapters import hub
 from unet_adapters.attention import register_for_layer_skip
-from unet_adapters.checkpoint import MixerSpec, SavedAdapter, load_weights, read_adapter, save_adapter
+from unet_adapters.checkpoint import SavedAdapter, SiteMixer, load_weights, read_adapter, save_adapter
 from unet_adapters.hosts import Host, find_host
 from unet_adapters.linfusion import read_linfusion, write_linfusion
 from unet_adapters.mounted_config import erase_mixers, read_mixer_weights, read_mounted_model, record_mixers
@@ -54,18 +54,19 @@ class MixerAdapter:
         self,
         host: Host,
         sites: list[Site],
-        specs: dict[str, MixerSpec],
+        site_mixers: dict[str, SiteMixer],
         train_projections: bool,
         min_tokens: int = 0,
+        weights: Mapping[str, Tensor] | None = None,
     ):
         self.host = host
         self.sites = sites
         self.min_tokens = min_tokens
-        self.mixers: dict[str, TokenMixer] = {site.name: specs[site.name].create(site) for site in sites}
+        self.mixers: dict[str, TokenMixer] = {site.name: site_mixers[site.name].create(site) for site in sites}
         self.train_projections = train_projections
         self.student = StudentWeights()
-        self._mixer_names = {site.name: specs[site.name].mixer for site in sites}
-        self._mounts = [self._prepare(site) for site in sites]
+        self._mixer_names = {site.name: site_mixers[site.name].mixer for site in sites}
+        self._mounts = [self._prepare(site, weights) for site in sites]
         self._hooks: list[RemovableHandle] = []
         self._dtype = host.dtype
         self.student.to(device=host.device, dtype=self._dtype).requires_grad_(True)
@@ -109,16 +110,18 @@ class MixerAdapter:
         _check_sites(host, sites, "build")
         if min_tokens < 0:
             raise ValueError(f"min_tokens={min_tokens}: expected the number of tokens from which mixers run, 0 or more")
-        spec = MixerSpec(mixer_name, {"causality": causality, "normalize": normalize, **options})
-        return cls(host, sites, {site.name: spec for site in sites}, train_projections, min_tokens)
+        site_mixer = SiteMixer(mixer_name, {"causality": causality, "normalize": normalize, **options})
+        return cls(host, sites, {site.name: site_mixer for site in sites}, train_projections, min_tokens)
 
-    def _prepare(self, site: Site) -> SiteMount:
+    def _prepare(self, site: Site, weights: Mapping[str, Tensor] | None) -> SiteMount:
         layer = self.host.model.get_submodule(site.name)
         mixer = self.mixers[site.name]
         mounted_class = self.host.mounted_class(layer)
         assert mounted_class is not None
         self.student.add_at(f"{site.name}.{MIXER}", mixer)
-        holders = copy_projections(layer, site, mounted_class.projection_names) if self.train_projections else {}
+        holders = {}
+        if self.train_projections:
+            holders = copy_projections(layer, site, mounted_class.projection_names, weights)
         for name, holder in holders.items():
             self.student.add_at(f"{site.name}.{name}", holder)
         return SiteMount(site, layer, mixer, mounted_class, holders)
@@ -154,12 +157,11 @@ class MixerAdapter:
             for mount in self._mounts:
                 undo.callback(mount.unmount)
                 mount.mount(self.min_tokens)
-            self._hooks = self.host.attach_grid(
-                site.name for site in self.sites if self.mixers[site.name].traits.needs_grid
-            )
+            needing_grid = [mount.layer for mount in self._mounts if mount.mixer.traits.needs_grid]
+            self._hooks = self.host.attach_grid(needing_grid)
             undo.pop_all()
         guard_processors(self.model)
-        record_mixers(self.model, self.specs, self.min_tokens)
+        record_mixers(self.model, self.site_mixers, self.min_tokens)
         return self
 
     def unmount(self) -> MixerAdapter:
@@ -193,9 +195,9 @@ class MixerAdapter:
             yield self
 
     @property
-    def specs(self) -> dict[str, MixerSpec]:
+    def site_mixers(self) -> dict[str, SiteMixer]:
         """How to make the mixer of each site again, by site name."""
-        return {name: MixerSpec(self._mixer_names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
+        return {name: SiteMixer(self._mixer_names[name], mixer.config.to_dict()) for name, mixer in self.mixers.items()}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, named as in the mounted model: `<site>.mixer.*`, `<site>.to_q.weight`, ..."""
@@ -233,7 +235,7 @@ class MixerAdapter:
         check_no_lora(self.student, "save")
         if self.is_mounted:
             check_weights(self.model, self._layers, "save")
-        save_adapter(directory, self.host, self.specs, self.train_projections, self.min_tokens, self.student)
+        save_adapter(directory, self.host, self.site_mixers, self.train_projections, self.min_tokens, self.student)
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], pipe_or_model: Any) -> MixerAdapter:
@@ -267,13 +269,13 @@ class MixerAdapter:
             FileNotFoundError: no config.json, or no safetensors weights of this variant.
         """
         folder = Path(folder)
-        model, specs, min_tokens = read_mounted_model(folder, variant, settings)
+        model, site_mixers, min_tokens = read_mounted_model(folder, variant, settings)
         host = find_host(model)
-        sites = [site for site in host.sites() if site.name in specs]
-        unknown = sorted(set(specs) - {site.name for site in sites})
+        sites = [site for site in host.sites() if site.name in site_mixers]
+        unknown = sorted(set(site_mixers) - {site.name for site in sites})
         if unknown:
             raise ValueError(f"{folder} names sites that its model does not have: {', '.join(unknown)}")
-        adapter = cls(host, sites, specs, False, min_tokens)
+        adapter = cls(host, sites, site_mixers, False, min_tokens)
         weights = read_mixer_weights(folder, variant, adapter.student.state_dict())
         adapter.student.load_state_dict(weights)
         return adapter.mount()
@@ -311,7 +313,7 @@ class MixerAdapter:
             RuntimeError: as `save_pretrained`.
         """
         check_no_lora(self.student, "save")
-        write_linfusion(directory, self.host, self.sites, self.specs, self.min_tokens, self.student)
+        write_linfusion(directory, self.host, self.sites, self.site_mixers, self.min_tokens, self.student)
 
     @classmethod
     def from_linfusion(
@@ -336,7 +338,7 @@ class MixerAdapter:
     @classmethod
     def _restore(cls, host: Host, saved: SavedAdapter) -> MixerAdapter:
         _check_sites(host, saved.sites, "load an adapter")
-        adapter = cls(host, saved.sites, saved.specs, saved.train_projections, saved.min_tokens)
+        adapter = cls(host, saved.sites, saved.site_mixers, saved.train_projections, saved.min_tokens, saved.weights)
         load_weights(adapter.student, saved)
         return adapter
 

@@ -59,7 +59,7 @@ class MixerDispatch:
         """
         processor = stock_processor(attn)
         if encoder_hidden_states is not None:
-            return processor(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask, temb=temb)
+            return _run_stock(processor, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         attn.require_supported(processor)
         if _token_count(hidden_states) < attn.mixer_from:
             return _teacher_attention(attn, processor, hidden_states, attention_mask, temb)
@@ -104,7 +104,20 @@ def _teacher_attention(
         attn = teacher_view(attn, attn.teacher, hidden_states)
         if isinstance(processor, stock.FusedAttnProcessor2_0):  # fused from the student's projections
             processor = stock.AttnProcessor2_0()
-    return processor(attn, hidden_states, attention_mask=attention_mask, temb=temb)
+    return _run_stock(processor, attn, hidden_states, None, attention_mask, temb)
+
+
+def _run_stock(
+    processor: Any,
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    temb: Tensor | None,
+) -> Tensor:
+    extra = {} if temb is None else {"temb": temb}  # SlicedAttnProcessor has no such argument
+    output: Tensor = processor(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask, **extra)
+    return output
 
 
 def _require_all_visible(mask: Tensor | None) -> None:

@@ -34,7 +34,7 @@ OF_THE_SITE = frozenset({"name", "dim", "heads", "own_projections"})  # config e
 
 
 @dataclass(frozen=True)
-class MixerSpec:
+class SiteMixer:
     """How to make the mixer of one site: its registered name and its config, as plain JSON."""
 
     mixer: str
@@ -52,14 +52,14 @@ class SavedAdapter:
 
     Attributes:
         sites: where its mixers go, in the order of the host.
-        specs: the mixer of each site, by site name.
+        site_mixers: the mixer of each site, by site name.
         train_projections: whether `weights` has projections too.
         min_tokens: see `MixerAdapter.build`.
         weights: all tensors of the student, by their names in it.
     """
 
     sites: list[Site]
-    specs: dict[str, MixerSpec]
+    site_mixers: dict[str, SiteMixer]
     train_projections: bool
     min_tokens: int
     weights: dict[str, Tensor]
@@ -68,7 +68,7 @@ class SavedAdapter:
 def save_adapter(
     directory: str | os.PathLike[str],
     host: Host,
-    specs: Mapping[str, MixerSpec],
+    site_mixers: Mapping[str, SiteMixer],
     train_projections: bool,
     min_tokens: int,
     student: nn.Module,
@@ -83,7 +83,10 @@ def save_adapter(
         "library": {DISTRIBUTION: _library_version()},
         "train_projections": train_projections,
         "min_tokens": min_tokens,
-        "sites": {name: {"mixer": spec.mixer, "config": dict(spec.config)} for name, spec in specs.items()},
+        "sites": {
+            name: {"mixer": site_mixer.mixer, "config": dict(site_mixer.config)}
+            for name, site_mixer in site_mixers.items()
+        },
         "fingerprint": host.fingerprint(),
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
@@ -103,13 +106,13 @@ def read_adapter(source: str | os.PathLike[str], host: Host) -> SavedAdapter:
     folder = fetch(source, [DESCRIPTION, WEIGHTS])
     description = _read_description(folder / DESCRIPTION)
     _require_same_sites(description["fingerprint"], host.fingerprint())
-    specs = {name: MixerSpec(entry["mixer"], entry["config"]) for name, entry in description["sites"].items()}
-    sites = [site for site in host.sites() if site.name in specs]
-    unknown = sorted(set(specs) - {site.name for site in sites})
-    if unknown or not specs:
+    site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in description["sites"].items()}
+    sites = [site for site in host.sites() if site.name in site_mixers]
+    unknown = sorted(set(site_mixers) - {site.name for site in sites})
+    if unknown or not site_mixers:
         raise ValueError(f"{folder / DESCRIPTION} is damaged: its sites {unknown} are not in its fingerprint")
     weights = _read_weights(folder / WEIGHTS, description["weights_sha256"])
-    return SavedAdapter(sites, specs, description["train_projections"], description["min_tokens"], weights)
+    return SavedAdapter(sites, site_mixers, description["train_projections"], description["min_tokens"], weights)
 
 
 def load_weights(student: nn.Module, saved: SavedAdapter) -> None:

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixers import create_mixer
-from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, MixerSpec, SavedAdapter
+from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, SavedAdapter, SiteMixer
 from unet_adapters.files import replace_atomically
 from unet_adapters.hosts import Host
 from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
 from unet_adapters.preconditions import check_weights
-from unet_adapters.projections import base_layer
+from unet_adapters.projections import base_layer, why_not_trainable
 from unet_adapters.sites import Site
 from unet_adapters.weight_files import find_weight_files, list_variants
 
@@ -70,11 +70,11 @@ class LinFusionModule:
     projection_mid_dim: int | None
 
     @property
-    def spec(self) -> MixerSpec:
+    def site_mixer(self) -> SiteMixer:
         """The mixer that computes this module."""
         if self.projection_mid_dim == NO_MLP:
-            return MixerSpec(WITHOUT_MLP, {"eps": EPS})
-        return MixerSpec(WITH_MLP, {"eps": EPS, "mid_dim": self.projection_mid_dim})
+            return SiteMixer(WITHOUT_MLP, {"eps": EPS})
+        return SiteMixer(WITH_MLP, {"eps": EPS, "mid_dim": self.projection_mid_dim})
 
     def tensors(self, index: int) -> list[TensorMapping]:
         """Its tensors, 17 with the MLPs and 5 without."""
@@ -108,18 +108,18 @@ def read_linfusion(source: str | os.PathLike[str], host: Host, variant: str | No
     folder = fetch(source, DOWNLOADS)
     modules = _read_modules(folder / CONFIG)
     _require_sites(modules, host, folder / CONFIG)
-    specs = {module.module_name: module.spec for module in modules}
-    sites = [site for site in host.sites() if site.name in specs]
+    site_mixers = {module.module_name: module.site_mixer for module in modules}
+    sites = [site for site in host.sites() if site.name in site_mixers]
     for site in sites:
         _check_projections(host.model, site)
-    return SavedAdapter(sites, specs, True, 0, _read_weights(_weight_files(folder, variant), modules))
+    return SavedAdapter(sites, site_mixers, True, 0, _read_weights(_weight_files(folder, variant), modules))
 
 
 def write_linfusion(
     directory: str | os.PathLike[str],
     host: Host,
     sites: Iterable[Site],
-    specs: Mapping[str, MixerSpec],
+    site_mixers: Mapping[str, SiteMixer],
     min_tokens: int,
     student: nn.Module,
 ) -> None:
@@ -136,7 +136,7 @@ def write_linfusion(
     sites = list(sites)
     layers = {site.name: host.model.get_submodule(site.name) for site in sites}
     check_weights(host.model, layers, "save in the LinFusion format")
-    modules = [_describe(site, specs[site.name]) for site in sites]
+    modules = [_describe(site, site_mixers[site.name]) for site in sites]
     for site in sites:
         _check_projections(host.model, site)
     ours = student.state_dict()
@@ -157,20 +157,24 @@ def write_linfusion(
 
 
 def _host_tensor(model: nn.Module, name: str) -> Tensor:
-    layer, _, key = name.rpartition(".")
-    return base_layer(model.get_submodule(layer)).get_parameter(key)
+    layer_name, _, key = name.rpartition(".")
+    layer = base_layer(model.get_submodule(layer_name))
+    reason = why_not_trainable(layer)
+    if reason is not None:
+        raise ValueError(f"{layer_name}: {reason}, so it cannot be written in the LinFusion format")
+    return layer.get_parameter(key)
 
 
-def _describe(site: Site, spec: MixerSpec) -> LinFusionModule:
-    if spec.mixer not in (WITH_MLP, WITHOUT_MLP):
+def _describe(site: Site, site_mixer: SiteMixer) -> LinFusionModule:
+    if site_mixer.mixer not in (WITH_MLP, WITHOUT_MLP):
         raise ValueError(
             f"the LinFusion format holds {WITH_MLP}, and {WITHOUT_MLP} with eps={EPS}; "
-            f"{site.name} is {spec.mixer}: use save_pretrained"
+            f"{site.name} is {site_mixer.mixer}: use save_pretrained"
         )
-    mid_dim = spec.config.get("mid_dim") if spec.mixer == WITH_MLP else NO_MLP
-    published = create_mixer(spec.mixer, site.dim, site.heads, eps=EPS, own_projections=False).config.to_dict()
+    mid_dim = site_mixer.config.get("mid_dim") if site_mixer.mixer == WITH_MLP else NO_MLP
+    published = create_mixer(site_mixer.mixer, site.dim, site.heads, eps=EPS, own_projections=False).config.to_dict()
     published["feature_map"] = "elu_plus_one"
-    ours = {**spec.config, "feature_map": spec.config.get("feature_map") or "elu_plus_one"}
+    ours = {**site_mixer.config, "feature_map": site_mixer.config.get("feature_map") or "elu_plus_one"}
     others = {k: v for k, v in ours.items() if k not in IGNORED_OPTIONS | OF_THE_SITE and v != published.get(k)}
     if others:
         listing = ", ".join(f"{key}={value!r} (it has {published.get(key)!r})" for key, value in others.items())

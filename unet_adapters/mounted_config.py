@@ -12,18 +12,18 @@ import safetensors.torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from unet_adapters.checkpoint import MixerSpec
+from unet_adapters.checkpoint import SiteMixer
 from unet_adapters.weight_files import find_weight_files
 
 CONFIG_KEY = "linear_mixers"
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
-def record_mixers(model: nn.Module, specs: Mapping[str, MixerSpec], min_tokens: int) -> None:
+def record_mixers(model: nn.Module, site_mixers: Mapping[str, SiteMixer], min_tokens: int) -> None:
     """Write which mixer is at which site into the config of a diffusers model; other models have none."""
     entries = {
-        name: {"mixer": spec.mixer, "config": dict(spec.config), "min_tokens": min_tokens}
-        for name, spec in specs.items()
+        name: {"mixer": site_mixer.mixer, "config": dict(site_mixer.config), "min_tokens": min_tokens}
+        for name, site_mixer in site_mixers.items()
     }
     _write(model, {**_read(model), **entries})
 
@@ -36,7 +36,7 @@ def erase_mixers(model: nn.Module, site_names: Iterable[str]) -> None:
 
 def read_mounted_model(
     folder: Path, variant: str | None, settings: Mapping[str, Any]
-) -> tuple[Any, dict[str, MixerSpec], int]:
+) -> tuple[Any, dict[str, SiteMixer], int]:
     """Read a model that was saved while mounted, without its mixers.
 
     Returns:
@@ -60,8 +60,8 @@ def read_mounted_model(
     find_weight_files(folder, WEIGHTS_NAME, variant)
     model = model_class.from_pretrained(folder, variant=variant, use_safetensors=True, **settings)
     erase_mixers(model, entries)
-    specs = {name: MixerSpec(entry["mixer"], entry["config"]) for name, entry in entries.items()}
-    return model, specs, max(entry["min_tokens"] for entry in entries.values())
+    site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in entries.items()}
+    return model, site_mixers, max(entry["min_tokens"] for entry in entries.values())
 
 
 def read_mixer_weights(folder: Path, variant: str | None, names: Iterable[str]) -> dict[str, Tensor]:

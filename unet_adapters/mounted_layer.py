@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from unet_adapters.projections import TeacherProjection
+
 GridSize = tuple[int, int]
 """(height, width) of the image whose tokens a layer mixes; height · width tokens, row by row."""
 
@@ -31,7 +33,7 @@ class MountedLayer(nn.Module):
             other has an effect of its own, which a mixer would silently ignore.
         fused_processors: those of them that read a fused copy of the projections.
         mixer_from: with fewer tokens than this, the layer is the teacher's softmax attention.
-        teacher: the teacher's Parameters of the projections, by projection name, where the student has its own.
+        teacher: what `projections.swap_in` took out, by projection name, where the student has its own.
     """
 
     stock_class: ClassVar[type[nn.Module]]
@@ -41,7 +43,7 @@ class MountedLayer(nn.Module):
     fused_processors: ClassVar[frozenset[type]] = frozenset()
 
     mixer_from: int = 0
-    teacher: Mapping[str, Mapping[str, nn.Parameter]] = MappingProxyType({})
+    teacher: Mapping[str, TeacherProjection] = MappingProxyType({})
 
     @property
     def processor(self) -> Any:
@@ -106,7 +108,7 @@ def call_layer(layer: nn.Module, tokens: Tensor, grid: GridSize | None = None) -
         grid: of the tokens; only a mounted layer takes it.
     """
     if isinstance(layer, MountedLayer) and grid is not None:
-        result: Tensor = layer(tokens, **{GRID_ARGUMENT: grid})
+        result: Tensor = layer(tokens, mixer_grid=grid)
         return result
     result = layer(tokens)
     return result

@@ -15,25 +15,36 @@ def base_layer(layer: nn.Module) -> nn.Module:
     return layer if unwrap is None else unwrap()
 
 
-def copy_projections(attn: nn.Module, site: Site, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Trainable copies of the Parameters of a site's projections, by projection name.
+def copy_projections(
+    attn: nn.Module, site: Site, names: Sequence[str], saved: Mapping[str, Tensor] | None = None
+) -> dict[str, nn.Module]:
+    """Trainable Parameters for a site's projections, by projection name: copies of the layer's own.
+
+    Args:
+        attn: the attention layer.
+        site: the site.
+        names: of the projections.
+        saved: weights of a student by their full names. A projection that cannot be copied starts from these.
 
     Raises:
-        ValueError: a projection has no weight in plain floating-point storage (it is quantized).
+        ValueError: a projection has no weight in plain floating-point storage (it is quantized), and none is saved.
     """
-    copies = {}
-    for name in names:
-        layer = base_layer(attn.get_submodule(name))
-        reason = why_not_trainable(layer)
-        if reason is not None:
-            raise ValueError(
-                f"{site.name}.{name}: {reason}, so it cannot be trained: build with train_projections=False"
-            )
-        holder = nn.Module()
-        for key, parameter in layer.named_parameters(recurse=False):
-            holder.register_parameter(key, nn.Parameter(parameter.detach().clone()))
-        copies[name] = holder
-    return copies
+    return {name: _trainable_copy(attn.get_submodule(name), f"{site.name}.{name}", saved or {}) for name in names}
+
+
+def _trainable_copy(layer: nn.Module, name: str, saved: Mapping[str, Tensor]) -> nn.Module:
+    base = base_layer(layer)
+    reason = why_not_trainable(base)
+    if reason is None:
+        tensors: dict[str, Tensor] = dict(base.named_parameters(recurse=False))
+    elif f"{name}.weight" in saved:
+        tensors = {key: saved[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in saved}
+    else:
+        raise ValueError(f"{name}: {reason}, so it cannot be trained: build with train_projections=False")
+    holder = nn.Module()
+    for key, tensor in tensors.items():
+        holder.register_parameter(key, nn.Parameter(tensor.detach().clone()))
+    return holder
 
 
 def why_not_trainable(layer: nn.Module) -> str | None:
@@ -53,30 +64,56 @@ def why_not_trainable(layer: nn.Module) -> str | None:
     return None
 
 
-def swap_in(layer: nn.Module, holder: nn.Module) -> dict[str, nn.Parameter]:
-    """Put the holder's Parameter objects on `layer`; returns the layer's own, for `swap_out`."""
-    base = base_layer(layer)
-    originals = dict(base.named_parameters(recurse=False))
-    for key, parameter in holder.named_parameters(recurse=False):
-        base._parameters[key] = parameter
-    return originals
+TeacherProjection = Mapping[str, nn.Parameter] | nn.Module
+"""What `swap_in` took out: the Parameters of a layer or, if it is quantized, the layer."""
 
 
-def swap_out(layer: nn.Module, holder: nn.Module, originals: Mapping[str, nn.Parameter]) -> None:
-    """Put the original Parameter objects back, moved to where the layer is now.
+def swap_in(attn: nn.Module, name: str, holder: nn.Module) -> TeacherProjection:
+    """Let a projection compute with the holder's Parameter objects; returns what was there, for `swap_out`.
+
+    A LoRA around the projection stays. A quantized layer cannot compute with plain Parameters: a `nn.Linear` takes its
+    place.
+    """
+    base = base_layer(attn.get_submodule(name))
+    parameters = dict(holder.named_parameters(recurse=False))
+    if why_not_trainable(base) is None:
+        originals = dict(base.named_parameters(recurse=False))
+        base._parameters.update(parameters)
+        return originals
+    width_out, width_in = parameters["weight"].shape
+    linear = nn.Linear(width_in, width_out, bias="bias" in parameters, device="meta").train(base.training)
+    linear._parameters.update(parameters)
+    _replace_base(attn, name, linear)
+    return base
+
+
+def swap_out(attn: nn.Module, name: str, holder: nn.Module, original: TeacherProjection) -> None:
+    """Put back what `swap_in` returned, moved to where the layer is now.
 
     A Parameter object that replaced the student's while it was mounted (by a conversion, say) becomes the student's.
     """
-    base = base_layer(layer)
-    for key, original in originals.items():
+    base = base_layer(attn.get_submodule(name))
+    for key in holder._parameters:
+        holder._parameters[key] = base._parameters[key]
+    if isinstance(original, nn.Module):
+        _replace_base(attn, name, original)
+        return
+    for key, parameter in original.items():
         current = base._parameters[key]
         assert current is not None
-        holder._parameters[key] = current
-        _follow(original, current)
-        base._parameters[key] = original
+        _follow(parameter, current)
+        base._parameters[key] = parameter
 
 
-def teacher_view(attn: nn.Module, teacher: Mapping[str, Mapping[str, nn.Parameter]], x: Tensor) -> nn.Module:
+def _replace_base(attn: nn.Module, name: str, layer: nn.Module) -> None:
+    parent_name, _, key = name.rpartition(".")
+    parent = attn.get_submodule(parent_name)
+    while "base_layer" in parent._modules[key]._modules:  # type: ignore[union-attr]
+        parent, key = parent._modules[key], "base_layer"  # type: ignore[assignment]
+    parent._modules[key] = layer
+
+
+def teacher_view(attn: nn.Module, teacher: Mapping[str, TeacherProjection], x: Tensor) -> nn.Module:
     """The layer with the teacher's projections, as a view: nothing of the layer itself changes.
 
     The view shares all modules with `attn` except the projections. A LoRA on them acts on the teacher's weights, also
@@ -84,29 +121,34 @@ def teacher_view(attn: nn.Module, teacher: Mapping[str, Mapping[str, nn.Paramete
 
     Args:
         attn: a mounted layer.
-        teacher: projection name -> the teacher's Parameters of it.
+        teacher: projection name -> what `swap_in` took out.
         x: the tokens to be mixed; they say on which device the weights are needed.
     """
     view = _shallow_copy(attn)
-    for name, parameters in teacher.items():
+    for name, original in teacher.items():
         *parents, last = name.split(".")
         parent = view
         for step in parents:
             child = _shallow_copy(parent.get_submodule(step))
             parent._modules[step] = child
             parent = child
-        parent._modules[last] = _with_parameters(parent.get_submodule(last), parameters, x)
+        parent._modules[last] = _teacher_layer(parent.get_submodule(last), original, x)
+    return view
+
+
+def _teacher_layer(layer: nn.Module, original: TeacherProjection, x: Tensor) -> nn.Module:
+    if "base_layer" not in layer._modules:
+        return original if isinstance(original, nn.Module) else _with_parameters(layer, original, x)
+    view = _shallow_copy(layer)
+    view._modules["base_layer"] = _teacher_layer(layer.get_submodule("base_layer"), original, x)
+    merged = list(getattr(layer, "merged_adapters", ()))
+    if merged:  # fused into the student's weights: the view computes the same sum with the teacher's
+        vars(view).update(merged_adapters=[], _active_adapter=merged)
     return view
 
 
 def _with_parameters(layer: nn.Module, parameters: Mapping[str, nn.Parameter], x: Tensor) -> nn.Module:
     view = _shallow_copy(layer)
-    if "base_layer" in view._modules:
-        view._modules["base_layer"] = _with_parameters(layer.get_submodule("base_layer"), parameters, x)
-        merged = list(getattr(layer, "merged_adapters", ()))
-        if merged:  # fused into the student's weights: the view computes the same sum with the teacher's
-            vars(view).update(merged_adapters=[], _active_adapter=merged)
-        return view
     # Hooks for offloading and casting replace `forward` by a function of the student's own layer.
     for key in ("forward", "_hf_hook", "_old_forward", "_diffusers_hook"):
         vars(view).pop(key, None)

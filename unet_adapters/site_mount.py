@@ -8,7 +8,7 @@ from torch import nn
 
 from mixers import TokenMixer
 from unet_adapters.mounted_layer import MountedLayer
-from unet_adapters.projections import swap_in, swap_out
+from unet_adapters.projections import TeacherProjection, swap_in, swap_out
 from unet_adapters.sites import Site
 from unet_adapters.student_weights import MIXER
 
@@ -38,7 +38,7 @@ class SiteMount:
         self.mixer = mixer
         self.mounted_class = mounted_class
         self.holders = dict(holders)
-        self._originals: dict[str, dict[str, nn.Parameter]] = {}
+        self._originals: dict[str, TeacherProjection] = {}
 
     @property
     def is_mounted(self) -> bool:
@@ -51,15 +51,15 @@ class SiteMount:
         assert isinstance(self.layer, MountedLayer)
         self.layer.add_module(MIXER, self.mixer.train(self.layer.training))
         for name, holder in self.holders.items():
-            self._originals[name] = swap_in(self.layer.get_submodule(name), holder)
+            self._originals[name] = swap_in(self.layer, name, holder)
         if min_tokens:
             self.layer.mixer_from = min_tokens
             self.layer.teacher = dict(self._originals)
 
     def unmount(self) -> None:
         """Give the layer its own class and Parameter objects back; also after a `mount` that failed halfway."""
-        for name, originals in self._originals.items():
-            swap_out(self.layer.get_submodule(name), self.holders[name], originals)
+        for name, original in self._originals.items():
+            swap_out(self.layer, name, self.holders[name], original)
         self._originals.clear()
         self.layer._modules.pop(MIXER, None)
         for name in ("mixer_from", "teacher"):

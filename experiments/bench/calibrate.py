@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,7 @@ def calibrate_backends(
     config: BenchmarkConfig,
     path: Path | None = None,
     lengths: Sequence[int] = LENGTHS,
+    budget_seconds: float = math.inf,
     progress: ProgressCallback = ignore_progress,
 ) -> tuple[Path, list[Row]]:
     """Time every backend that can run here on every kind of call, and write the table.
@@ -61,6 +63,8 @@ def calibrate_backends(
         config: device, dtype and batch size; the first of its heads is measured.
         path: of the table; None: where `backend="auto"` looks.
         lengths: numbers of tokens.
+        budget_seconds: no kind of call is started after this time; those that are left out get no row, so that
+            `backend="auto"` runs the chunked formulation for them.
         progress: called with every kind of call.
 
     Returns:
@@ -70,12 +74,15 @@ def calibrate_backends(
     """
     heads, width = config.heads[0]
     kinds = list(call_kinds())
+    deadline = time.perf_counter() + budget_seconds
     rows = []
     for number, kind in enumerate(kinds):
+        if time.perf_counter() >= deadline:
+            break
         progress(f"{kind.operator}, {kind.causality}, decay {kind.decay}", number, len(kinds))
         times = {length: time_backends(config, kind, length, heads, width) for length in lengths}
         rows.append(Row(kind.operator, kind.causality, kind.decay, tuple(order_backends(times))))
-    progress("measured", len(kinds), len(kinds))
+    progress("measured", len(rows), len(kinds))
     target = path or Path(os.environ.get(VARIABLE) or default_path())
     save_table(target, device_name(torch.device(config.device)), rows)
     return target, rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,7 @@ from experiments.bench.config import DTYPES, check_device
 from experiments.bench.machine import describe_machine
 from experiments.core.errors import unknown_name
 from experiments.core.progress import ProgressCallback, ignore_progress
-from experiments.core.timing import Quartiles
+from experiments.core.timing import Clock, Quartiles
 from mixers import list_mixers
 
 MIN_TOKENS = 64
@@ -151,6 +152,7 @@ def measure_crossovers(
     dtype: str = "float32",
     device: str = "cpu",
     repeats: int = 7,
+    budget_seconds: float = math.inf,
     progress: ProgressCallback = ignore_progress,
 ) -> CrossoverResult:
     """Measure from how many tokens the mixers that match a pattern are faster, at their published defaults.
@@ -163,6 +165,7 @@ def measure_crossovers(
         dtype: of weights and tokens.
         device: "cpu" or "cuda", optionally with an index.
         repeats: number of turns that medians are taken over.
+        budget_seconds: no measurement starts after this time; the curves say where they end.
         progress: called with every measurement.
 
     Raises:
@@ -179,7 +182,9 @@ def measure_crossovers(
     check_device(device)
     timer = AttentionLayerTimer(DTYPES[dtype], device, repeats)
     shapes = shapes or choose_site_shapes()
-    curves = measure_curves(names, shapes, doubling_lengths(max_tokens), timer, progress=progress)
+    curves = measure_curves(
+        names, shapes, doubling_lengths(max_tokens), timer, budget_seconds=budget_seconds, progress=progress
+    )
     return CrossoverResult({**describe_machine(device), "dtype": dtype, "batch": BATCH}, curves)
 
 
@@ -190,7 +195,9 @@ def measure_curves(
     time_layers: TimeLayers,
     *,
     slow_seconds: float = 2.0,
+    budget_seconds: float = math.inf,
     progress: ProgressCallback = ignore_progress,
+    clock: Clock = time.perf_counter,
 ) -> tuple[CrossoverCurve, ...]:
     """Measure every mixer at every shape, with increasing numbers of tokens.
 
@@ -201,17 +208,24 @@ def measure_curves(
         time_layers: times the layers.
         slow_seconds: a shape is finished once softmax attention takes this long; a mixer, once it is slower than
             softmax attention and takes this long.
+        budget_seconds: no measurement starts after this time. Shapes that it leaves no time for have no points.
         progress: called with every measurement.
+        clock: source of the time, in seconds.
 
     Returns:
         Curves by mixer, then by shape. A mixer that cannot be built or run has a note that says so.
     """
     curves = {(name, shape): CrossoverCurve(name, shape) for name in names for shape in shapes}
     total = len(shapes) * len(lengths)
+    deadline = clock() + budget_seconds
     for row, shape in enumerate(shapes):
         running = list(names)
         for step, tokens in enumerate(lengths):
             progress(f"{shape}: {tokens:,} tokens", row * len(lengths) + step, total)
+            if clock() >= deadline:
+                note = f"not measured from {tokens:,} tokens on: the time budget is spent"
+                curves |= {(name, shape): replace(curves[name, shape], note=note) for name in running}
+                break
             times = _time_runnable(time_layers, shape, tokens, running, curves)
             for name in times.keys() & set(running):
                 curves[name, shape] = _extend(curves[name, shape], tokens, times[STOCK], times[name], slow_seconds)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from experiments.bench import baselines
 from experiments.bench.attention_layer import EMBEDDED, SITE_SHAPES
@@ -17,6 +17,7 @@ from experiments.bench.benchmark import Benchmark, BuildCall
 from experiments.bench.calls import forward_call
 from experiments.bench.config import BenchmarkConfig
 from experiments.core.errors import unknown_name
+from experiments.teacher import load
 from mixers import create_mixer, list_mixers, registry
 
 SOFTMAX = "softmax"
@@ -121,11 +122,12 @@ def _build_unet(config: BenchmarkConfig, profile: str, mixer: str | None, **opti
 
 def _open_unet(profile: str, config: BenchmarkConfig) -> tuple[UNet2DConditionModel, int]:
     """Return a UNet and the scale factor of its VAE."""
-    from experiments.teacher.load import load_teacher
     from unet_adapters.hosts import unet_profiles
 
     if profile == EMBEDDED:
-        pipe = load_teacher()
-        return pipe.unet.to(config.device, config.dtype), pipe.vae_scale_factor
+        unet = UNet2DConditionModel.from_pretrained(load.EMBEDDED, subfolder="unet")
+        vae_config = AutoencoderKL.load_config(load.EMBEDDED, subfolder="vae")
+        vae_scale_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        return unet.to(config.device, config.dtype).requires_grad_(False).eval(), vae_scale_factor
     published = next(p for p in unet_profiles.PROFILES if p.name == PROFILE_NAMES[profile])
     return published.unet(config.device).to(config.dtype).requires_grad_(False), PUBLISHED_VAE_SCALE_FACTOR

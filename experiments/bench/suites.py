@@ -65,6 +65,7 @@ def run_suite(
     out: Path,
     console: Console,
     progress: ProgressCallback = ignore_progress,
+    draw_plots: bool = True,
 ) -> list[Measurement]:
     """Run benchmarks, print a table after each, and keep the results so far in a folder.
 
@@ -79,6 +80,7 @@ def run_suite(
         out: the folder.
         console: receives the tables.
         progress: called with every size of every benchmark.
+        draw_plots: whether to draw a plot per benchmark, which takes about half a second.
 
     Returns:
         All measurements.
@@ -88,7 +90,7 @@ def run_suite(
     machine = {**describe_machine(config.device), **package_versions()}
     machine["dtype"] = str(config.dtype).removeprefix("torch.")
     roofline = measure_roofline(config.device, config.dtype)
-    conditions = BenchmarkConditions(shlex.join(["mixlab", *sys.argv[1:]]), machine, roofline)
+    conditions = BenchmarkConditions(shlex.join(["mixlab", *sys.argv[1:]]), machine, roofline, draw_plots)
     measurements: list[Measurement] = []
 
     def keep(added: list[Measurement]) -> None:
@@ -104,7 +106,8 @@ def run_suite(
         share = replace(limits, budget_seconds=left / (len(benchmarks) - number), deadline=deadline)
         with keep_freed_memory() if benchmark.measures_growth else nullcontext():
             added = run_benchmark(benchmark, roofline, share, config.device, report_size, keep)
-        plot_times(added, plot_path(out, suite, number))
+        if draw_plots and any(m.time is not None for m in added):
+            plot_times(added, plot_path(out, suite, number))
         print_table(added, console)
     progress(f"{suite}: measured", len(benchmarks), len(benchmarks))
     return measurements

@@ -26,11 +26,13 @@ class BenchmarkConditions:
         command: the command line.
         machine: device, threads, versions and dtype.
         roofline: limits of the machine; None if not measured.
+        has_plots: whether the page shows plots.
     """
 
     command: str
     machine: Mapping[str, Any]
     roofline: Roofline | None = None
+    has_plots: bool = True
 
 
 def write_results(
@@ -38,7 +40,8 @@ def write_results(
 ) -> Path:
     """Write `<name>.json` and `<name>.md` into a folder, replacing those of an earlier call.
 
-    The page embeds the plots `<name>-<number>.png`, one per benchmark; see `plot_path`.
+    Unless `conditions` say otherwise, the page embeds the plots `<name>-<number>.png`, one per benchmark; see
+    `plot_path`.
 
     Returns:
         The path of the page.
@@ -62,13 +65,21 @@ def as_json(measurements: Sequence[Measurement], conditions: BenchmarkConditions
 
 
 def print_table(measurements: Sequence[Measurement], console: Console) -> None:
-    """Print one table per benchmark."""
+    """Print one table per benchmark, and below it why implementations were not measured."""
     for benchmark in benchmark_names(measurements):
         table = Table(*COLUMNS, title=benchmark, title_justify="left")
-        for m in measurements:
-            if m.benchmark == benchmark:
+        of_benchmark = [m for m in measurements if m.benchmark == benchmark]
+        for m in of_benchmark:
+            if m.time is not None:
                 table.add_row(*format_row(m))
-        console.print(table)
+        if table.row_count:
+            console.print(table)
+        else:
+            console.print(benchmark)
+        for m in of_benchmark:
+            if m.time is None:
+                line = f"{m.implementation}, {m.size:,}: {m.error}"
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def format_row(m: Measurement) -> tuple[str, ...]:
@@ -107,7 +118,10 @@ def _format_page(measurements: Sequence[Measurement], conditions: BenchmarkCondi
     exponents = scaling_exponents(measurements)
     for number, benchmark in enumerate(benchmark_names(measurements)):
         plot = plot_path(Path(), name, number)
-        lines += [f"## {benchmark}", "", f"![{benchmark}]({plot})", ""]
+        lines += [f"## {benchmark}", ""]
+        has_times = any(m.time is not None for m in measurements if m.benchmark == benchmark)
+        if has_times and conditions.has_plots:
+            lines += [f"![{benchmark}]({plot})", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(format_row(m)) + " |" for m in measurements if m.benchmark == benchmark]
         slopes = [f"{implementation} {p:.2f}" for (b, implementation), p in exponents.items() if b == benchmark]

@@ -23,6 +23,7 @@ def crossover(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="turns that medians are taken over")] = 7,
+    budget: Annotated[float, typer.Option(min=1, help="seconds for all of it")] = 7200,
     out: Out = Path("runs/crossover"),
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
@@ -42,6 +43,7 @@ def crossover(
                 dtype=dtype,
                 device=device,
                 repeats=repeats,
+                budget_seconds=budget,
                 progress=display.callback("crossover"),
             )
         path = save_crossovers(result, out)
@@ -69,6 +71,7 @@ def bench(
     mixer: Annotated[str | None, typer.Option(help="of unet; default: LinFusion")] = None,
     min_tokens: Annotated[int, typer.Option(min=1, help="of unet's hybrid")] = 512,
     sizes: Annotated[list[int] | None, typer.Option("--size", help="of unet: sides in pixels; repeat")] = None,
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="write tables only")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to check that it runs")] = False,
 ) -> None:
     """Measure what mixers cost here, against other implementations and against the machine's limits."""
@@ -85,33 +88,38 @@ def bench(
         config = parse_config(device, dtype, quick, max_tokens, heads, batch)
         repeats = 1 if quick else repeats
         if calibrate:
-            _calibrate(config, table, quick)
+            _calibrate(config, table, quick, budget)
             return
         if suite is None:
             raise ValueError(f"Expected a benchmark, one of {', '.join((*SUITES, 'crossover'))}, or --calibrate.")
         if suite == "crossover":
             tokens = max_tokens or (128 if quick else 65536)
-            crossover(max_tokens=tokens, dtype=dtype, device=device, repeats=repeats, out=out)
+            crossover(max_tokens=tokens, dtype=dtype, device=device, repeats=repeats, budget=budget, out=out)
             return
         default_sizes = UNetBenchmarkConfig().sizes[: 1 if quick else None]
         unet_config = UNetBenchmarkConfig(profile, mixer or DEFAULT_MIXER, min_tokens, tuple(sizes or default_sizes))
         benchmarks = suite_benchmarks(suite, config, unet_config, against)
         limits = BenchmarkLimits(repeats, budget_seconds=budget)
         with progress() as display:
-            run_suite(suite, benchmarks, config, limits, out, console, display.callback(suite))
+            run_suite(suite, benchmarks, config, limits, out, console, display.callback(suite), not no_plots)
         console.print(f"Tables and plots: {(out / suite).resolve()}.md", soft_wrap=True)
 
 
-def _calibrate(config: BenchmarkConfig, path: Path | None, quick: bool) -> None:
+def _calibrate(config: BenchmarkConfig, path: Path | None, quick: bool, budget: float) -> None:
     """Measure the table of backends, write it and print it."""
     from rich.table import Table
 
-    from experiments.bench.calibrate import LENGTHS, calibrate_backends
+    from experiments.bench.calibrate import LENGTHS, calibrate_backends, call_kinds
 
     if quick and path is None:
         raise ValueError("Cannot replace this machine's table with --quick, which hardly measures: pass --table PATH.")
     with progress() as display:
-        path, rows = calibrate_backends(config, path, (16, 64) if quick else LENGTHS, display.callback("backends"))
+        path, rows = calibrate_backends(
+            config, path, (16, 64) if quick else LENGTHS, budget, display.callback("backends")
+        )
+    kinds = len(list(call_kinds()))
+    if len(rows) < kinds:
+        console.print(f"The time budget allowed {len(rows)} of {kinds} kinds of calls.")
     table = Table("operator", "causality", "decay", "backends and the largest number of tokens for each")
     for row in rows:
         order = ", then ".join(f"{name}{'' if bound is None else f' ≤ {bound:,}'}" for name, bound in row.order)

@@ -29,6 +29,7 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda;
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: bfloat16, float32 on a CPU")
 ]
+VariantOption = Annotated[str | None, typer.Option("--variant", help="weight files to read, such as fp16")]
 SkipResidualOption = Annotated[
     float | None, typer.Option("--skip-residual", help="power of DemoFusion's skip residual, such as 3; default: none")
 ]
@@ -55,15 +56,15 @@ def plan(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    variant: VariantOption = None,
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Print what a large image needs, stage by stage, before any work; the GPU need not be present."""
     load_plugins(plugins)
     with clean_errors():
         from experiments.highres import commands, options, pipelines
-        from unet_adapters.highres import GenerationRequest
 
-        request = GenerationRequest(
+        request = commands.GenerationRequest(
             prompt="",
             size=options.parse_size(size),
             base_size=base_size,
@@ -73,7 +74,7 @@ def plan(
             mode=mode,  # type: ignore[arg-type]  # checked by the request
         )
         commands.plan_image(
-            pipelines.PipelineOptions(model, adapter, mixer, device, dtype), request, memory, tflops, console
+            pipelines.PipelineOptions(model, adapter, mixer, device, dtype, variant), request, memory, tflops, console
         )
 
 
@@ -91,7 +92,7 @@ def generate(
     steps: StepsOption = 50,
     guidance: GuidanceOption = 7.5,
     seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
-    negative: Annotated[str, typer.Option(help="what the image does not show")] = "",
+    negative: Annotated[str | None, typer.Option(help="what the image does not show")] = None,
     mode: ModeOption = "progressive",
     upscale: Annotated[str, typer.Option(help="upscale between stages as pixels or as latents")] = "pixels",
     skip_residual: SkipResidualOption = None,
@@ -104,15 +105,15 @@ def generate(
     stage_dir: StageDirOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    variant: VariantOption = None,
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Generate a large image in stages; if it is stopped, the same command resumes after the last finished stage."""
     load_plugins(plugins)
     with clean_errors():
         from experiments.highres import commands, options, pipelines
-        from unet_adapters.highres import GenerationRequest
 
-        request = GenerationRequest(
+        request = commands.GenerationRequest(
             prompt=prompt,
             negative_prompt=negative,
             size=options.parse_size(size),
@@ -127,7 +128,7 @@ def generate(
             upscale=upscale,  # type: ignore[arg-type]
         )
         commands.generate_image(
-            pipelines.PipelineOptions(model, adapter, mixer, device, dtype),
+            pipelines.PipelineOptions(model, adapter, mixer, device, dtype, variant),
             request,
             out,
             progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from rich.console import Console
 
 from experiments.core.memory import return_freed_memory
 from experiments.core.progress import ProgressDisplay
+from experiments.core.signals import Interrupted
+from experiments.highres.controlnet import load_controlnet
 from experiments.highres.options import open_image, parse_bytes
 from experiments.highres.pipelines import PipelineOptions
 from experiments.highres.plan_table import print_plan
 from experiments.highres.throughput import measure_throughput
+from mixers.files import atomic_path
 from unet_adapters.highres import (
     ControlNetCondition,
     GenerationRequest,
@@ -58,13 +62,15 @@ class ControlNetOptions:
         return cls(source, image, scale)
 
     def open(self, pipe: Any) -> ControlNetCondition:
-        """Load the network and the image for `pipe`."""
-        from diffusers import ControlNetModel
+        """Load the network and the image for `pipe`.
 
+        Raises:
+            ValueError: If there is no ControlNet for this model, or the image cannot be read.
+        """
         values = torch.from_numpy(np.asarray(open_image(self.image, "--control-image")).copy())
         image = values.permute(2, 0, 1)[None] / 255
-        network = ControlNetModel.from_pretrained(self.source, dtype=pipe.unet.dtype).to(pipe.unet.device)
-        return ControlNetCondition(network.requires_grad_(False).eval(), image.to(pipe.unet.device), self.scale)
+        network = load_controlnet(self.source, pipe.unet)
+        return ControlNetCondition(network, image.to(pipe.unet.device), self.scale)
 
 
 def plan_image(
@@ -97,7 +103,7 @@ def generate_image(
     options: PipelineOptions,
     request: GenerationRequest,
     out: Path,
-    progress_bars: DisplayFactory,
+    show: DisplayFactory,
     console: Console,
     *,
     memory: str | None = None,
@@ -112,7 +118,7 @@ def generate_image(
         options: the pipeline.
         request: the image.
         out: the PNG to write.
-        progress_bars: opens the display of progress.
+        show: opens the display of progress.
         console: where the plan is printed.
         memory: the budget, such as "24GB"; None: no limit.
         image: an image to enlarge, or to change with `strength`.
@@ -128,8 +134,8 @@ def generate_image(
     start_image = None if image is None else open_image(image, "--image")
     if memory_budget is not None:
         return_freed_memory()  # otherwise the process holds more than its tensors on a CPU
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _explain_out_of_memory(), options.open() as (pipe, _), progress_bars() as display:
+    stage_dir = stage_dir or out.with_suffix(".stages")
+    with _explain_interruption(stage_dir), _explain_out_of_memory(), options.open() as (pipe, _), show() as display:
         plan = plan_request(pipe, request, memory_budget=memory_budget)
         print_plan(plan, console)
         result = generate(
@@ -139,12 +145,11 @@ def generate_image(
             image=start_image,
             strength=strength,
             control=None if control is None else control.open(pipe),
-            stage_dir=stage_dir or out.with_suffix(".stages"),
+            stage_dir=stage_dir,
             progress=display.update,
         )
-    partial = out.with_suffix(".partial")
-    result.save(partial, model=options.model, adapter=options.adapter, mixer=options.mixer)
-    partial.replace(out)
+    with atomic_path(out) as partial:
+        result.save(partial, model=options.model, adapter=options.adapter, mixer=options.mixer)
     if result.restored_stages:
         console.print(f"Resumed after {result.restored_stages} of {len(result.stages)} stages, restored from files.")
     console.print(f"Image: {out.resolve()}", soft_wrap=True)
@@ -163,3 +168,16 @@ def _explain_out_of_memory() -> Iterator[None]:
             "Out of memory. Pass --memory with the available amount, so that savings are chosen with which the image "
             "fits; finished stages are kept."
         ) from error
+
+
+@contextmanager
+def _explain_interruption(stage_dir: Path) -> Iterator[None]:
+    """Add to an interruption what was saved and how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        number = interruption.signal_number if isinstance(interruption, Interrupted) else signal.SIGINT
+        count = len(list(stage_dir.glob("*.safetensors")))
+        saved = "No stage was finished." if count == 0 else f"Finished stages are kept in {stage_dir}."
+        message = f"Interrupted. {saved} Start the same command again to {'resume' if count else 'generate the image'}."
+        raise Interrupted(message, number) from None

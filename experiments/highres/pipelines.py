@@ -29,6 +29,7 @@ class PipelineOptions:
         mixer: an untrained mixer to mount; None: no mixer.
         device: cpu or cuda; None: a GPU if there is one.
         dtype: name of the UNet's dtype; None: float32 on a CPU, otherwise bfloat16.
+        variant: weight files to read, such as fp16; None: those without a variant.
     """
 
     model: str = "embedded"
@@ -36,6 +37,7 @@ class PipelineOptions:
     mixer: str | None = None
     device: str | None = None
     dtype: str | None = None
+    variant: str | None = None
 
     @contextmanager
     def open(self, *, for_plan: bool = False) -> Iterator[tuple[Any, str]]:
@@ -51,7 +53,7 @@ class PipelineOptions:
         if self.adapter is not None and self.mixer is not None:
             raise ValueError("Cannot mount both: pass --adapter (trained) or --mixer (untrained), not both.")
         present = device if torch.cuda.is_available() else "cpu"
-        pipe = open_pipeline(self.model, dtype, present, initialize=not for_plan)
+        pipe = open_pipeline(self.model, dtype, present, initialize=not for_plan, variant=self.variant)
         mounted = mount(pipe, self.adapter, self.mixer)
         try:
             yield pipe, device
@@ -77,7 +79,9 @@ def resolve_device(device: str | None, dtype: str | None, *, must_exist: bool = 
     return device, DTYPES[dtype]
 
 
-def open_pipeline(model: str, dtype: torch.dtype, device: str, *, initialize: bool = True) -> Any:
+def open_pipeline(
+    model: str, dtype: torch.dtype, device: str, *, initialize: bool = True, variant: str | None = None
+) -> Any:
     """Open a pipeline by name.
 
     Args:
@@ -85,13 +89,14 @@ def open_pipeline(model: str, dtype: torch.dtype, device: str, *, initialize: bo
         dtype: of the UNet and the text encoders.
         device: where the pipeline is.
         initialize: give random weights values; see `RandomPipeline`.
+        variant: weight files to read; see `load_teacher`.
 
     Raises:
         ValueError: If there is no such model or architecture.
     """
     kind, _, name = model.partition(":")
     if kind != "random":
-        return load_teacher(model, dtype).to(device)
+        return load_teacher(model, dtype, variant).to(device)
     profiles = {profile.name: profile for profile in PROFILES}
     if name not in profiles:
         raise ValueError(f"Unknown architecture {name!r}: expected one of {', '.join(profiles)}.{hint(name, profiles)}")

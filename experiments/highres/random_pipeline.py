@@ -61,7 +61,10 @@ class RandomPipeline:
         size = TEXT_ENCODER_PARAMETERS.get(self.profile.config["cross_attention_dim"], 0)
         placeholder = nn.Module()
         placeholder.weight = nn.Parameter(torch.empty(size, dtype=self.dtype, device="meta"), requires_grad=False)
-        return {"unet": self.unet, "vae": self.vae, "text_encoder": placeholder, "scheduler": self.scheduler}
+        components = {"unet": self.unet, "vae": self.vae, "text_encoder": placeholder, "scheduler": self.scheduler}
+        if self.unet.config.addition_embed_type == "text_time":
+            components["text_encoder_2"] = nn.Module()  # counted with the first
+        return components
 
     def encode_prompt(self, prompt: str, **options: Any) -> tuple[Tensor, ...]:
         """Return normally distributed tensors in the shapes of the text encoders' outputs."""

@@ -13,7 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from experiments.core.devices import best_device
 from experiments.core.errors import first_line
-from experiments.teacher.teacher import TIME_IDS, Teacher
+from experiments.teacher.teacher import Teacher
+from unet_adapters.text_to_image import check_text_to_image
 
 EMBEDDED = Path(__file__).parent / "weights"
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -35,7 +36,7 @@ def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32) -
     return Teacher(pipe)
 
 
-def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32) -> Any:
+def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
     """Load a text-to-image pipeline of Stable Diffusion 1.5, 2.1 or XL on the best device, frozen, without output.
 
     The autoencoder is float32 at least, whatever `dtype`: SDXL's overflows in float16, and its latents are stored and
@@ -44,6 +45,7 @@ def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32) -
     Args:
         source: `"embedded"`, a folder in diffusers format, or a Hub id.
         dtype: of the UNet and the text encoders.
+        variant: the weight files to read, such as "fp16" for `*.fp16.safetensors`; None: those without a variant.
 
     Raises:
         ValueError: the model cannot be loaded or is no 4-channel text-to-image model; the message says why.
@@ -58,52 +60,15 @@ def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32) -
             raise ValueError(f"it has no {', '.join(missing)}, which every text-to-image Stable Diffusion has.")
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
         dtypes = {"default": dtype, "vae": torch.promote_types(dtype, torch.float32)}
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, **unchecked)
-        for reason in _reasons_against_text_to_image(pipe):
-            raise ValueError(reason)
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, variant=variant, **unchecked)
+        check_text_to_image(pipe)
     except Exception as error:  # diffusers, transformers, tokenizers, safetensors and the Hub each raise their own
-        raise ValueError(
-            f"Cannot load the teacher {source!r}: {first_line(error)} "
-            "Expected 'embedded', a folder in diffusers format, or a Hub id that can be reached."
-        ) from error
+        raise ValueError(f"Cannot load the teacher {source!r}: {first_line(error)} {_advice(path, variant)}") from error
     pipe.set_progress_bar_config(disable=True)
     for network in pipe.components.values():
         if isinstance(network, torch.nn.Module):
             network.requires_grad_(False).eval()
     return pipe.to(best_device())
-
-
-def _reasons_against_text_to_image(pipe: Any) -> Iterator[str]:
-    """Why a pipeline does not turn a caption and noise into an image by its UNet alone; nothing if it does."""
-    config = pipe.unet.config
-    channels = pipe.vae.config.latent_channels
-    if config.in_channels != channels:
-        yield (
-            f"its UNet takes {config.in_channels} channels and its autoencoder has {channels}: it is an inpainting, "
-            "editing or upscaling model. Use the text-to-image model that it was made from."
-        )
-    if config.out_channels != channels:
-        yield f"its UNet predicts {config.out_channels} channels and its autoencoder has {channels}."
-    if config.class_embed_type is not None or config.num_class_embeds is not None:
-        yield "its UNet is conditioned on classes or noise levels, which no caption gives."
-    if config.encoder_hid_dim_type is not None:
-        yield f"its UNet is conditioned through encoder_hid_dim_type={config.encoder_hid_dim_type!r}."
-    if config.addition_embed_type not in (None, "text_time"):
-        yield f"its UNet has addition_embed_type={config.addition_embed_type!r}; expected none, or SDXL's text_time."
-    elif config.addition_embed_type == "text_time":
-        yield from _reasons_against_sdxl(pipe)
-
-
-def _reasons_against_sdxl(pipe: Any) -> Iterator[str]:
-    second = getattr(pipe, "text_encoder_2", None)
-    if second is None:
-        yield "its UNet takes pooled captions, and it has no second text encoder to make them."
-        return
-    config = pipe.unet.config
-    pooled = second.config.projection_dim
-    ids = (config.projection_class_embeddings_input_dim - pooled) / config.addition_time_embed_dim
-    if ids != TIME_IDS:
-        yield f"its UNet takes {ids:g} micro-conditions, and SDXL's base model {TIME_IDS}: it is a refiner."
 
 
 def _reasons_against_distillation(pipe: Any) -> Iterator[str]:
@@ -117,3 +82,12 @@ def _reasons_against_distillation(pipe: Any) -> Iterator[str]:
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         yield f"it predicts {prediction!r}; expected epsilon or v_prediction."
+
+
+def _advice(path: str, variant: str | None) -> str:
+    """Say what to pass instead; names the variants of a folder that has no other weights."""
+    names = [file.name for file in Path(path).glob("unet/*.safetensors")]
+    variants = sorted({name.split(".")[1] for name in names if name.count(".") == 2})
+    if variants and variant not in variants and not any(name.count(".") == 1 for name in names):
+        return f"The folder has only weights of the variant {', '.join(variants)}: pass --variant {variants[0]}."
+    return "Expected 'embedded', a folder in diffusers format, or a Hub id that can be reached."

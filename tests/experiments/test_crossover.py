@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 from typer.testing import CliRunner
 
 from experiments.bench.attention_layer import (
@@ -38,7 +38,6 @@ from experiments.cli import app
 from experiments.core.timing import Quartiles, time_calls, time_interleaved
 from experiments.teacher.load import EMBEDDED
 from unet_adapters import MixerAdapter
-from unet_adapters.hosts import find_host
 
 ROOT = Path(__file__).resolve().parents[2]
 NARROW = SiteShape(48, 4)
@@ -115,6 +114,20 @@ def test_measuring_stops_when_softmax_is_slow_and_drops_slow_mixers() -> None:
     assert slow.crossover is None
 
 
+def test_the_budget_ends_the_measurement_with_a_note() -> None:
+    now = [0.0]
+
+    def measure(shape: SiteShape, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
+        now[0] += 1.0
+        return {name: [1.0] for name in (STOCK, *names)}
+
+    lengths = doubling_lengths(1024)
+    narrow, wide = measure_curves(["quick"], [NARROW, WIDE], lengths, measure, budget_seconds=2.5, clock=lambda: now[0])
+    assert [p.tokens for p in narrow.points] == [64, 128, 256] and not wide.points
+    assert narrow.note == "not measured from 512 tokens on: the time budget is spent"
+    assert wide.note == "not measured from 64 tokens on: the time budget is spent"
+
+
 def test_a_mixer_that_cannot_run_leaves_the_others_alone() -> None:
     sound = costs({NARROW: 1e-8}, {"quick": 1e-6, "broken": 1e-6})
 
@@ -186,13 +199,13 @@ def test_every_mixer_is_measured() -> None:
 # --- the promise: below min_tokens the stock path runs ------------------------------------------------------------
 
 
-def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer() -> None:
+def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer(monkeypatch) -> None:
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED, subfolder="unet").eval()
     adapter = MixerAdapter.build(unet, "linfusion", min_tokens=256)
     mixed: list[str] = []
     for name, mixer in adapter.mixers.items():
         mixer.register_forward_hook(lambda *_, name=name: mixed.append(name))
-    softmax = _count_self_attention(unet)
+    softmax = _count_self_attention(monkeypatch)
     expected = {4: (0, 7), 8: (0, 7), 16: (3, 4), 32: (7, 0)}  # latent side -> sites with the mixer, with softmax
     for side, (mixers, stock) in (*expected.items(), *reversed(expected.items())):
         mixed.clear()
@@ -209,20 +222,17 @@ def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer() -> None:
         assert torch.equal(student, teacher) == (mixers == 0), side
 
 
-def _count_self_attention(unet: nn.Module) -> list[int]:
-    """Lists every call of the stock processor of a site."""
+def _count_self_attention(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lists every call of the stock processor with self-attention."""
     calls: list[int] = []
-    for site in find_host(unet).sites():
-        attn = unet.get_submodule(site.name)
-        processor_class = type(attn.processor)
-        counting = type(processor_class.__name__, (processor_class,), {"__module__": processor_class.__module__})
+    stock = AttnProcessor2_0.__call__
 
-        def call(self, *args, _class=processor_class, **kwargs):
+    def call(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        if encoder_hidden_states is None:
             calls.append(1)
-            return _class.__call__(self, *args, **kwargs)
+        return stock(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
-        counting.__call__ = call
-        attn.set_processor(counting())
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", call)
     return calls
 
 

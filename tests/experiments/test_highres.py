@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.core.progress import ProgressLines
+from experiments.core.signals import Interrupted
 from experiments.highres import commands
 from experiments.highres.pipelines import PipelineOptions
 from experiments.highres.random_pipeline import RandomPipeline
@@ -30,17 +38,18 @@ def test_a_killed_run_resumes_after_its_last_stage(tmp_path: Path, monkeypatch: 
     resumed = tmp_path / "resumed.png"
     words = ("generate", "red apple", "--size", "256x192", "--seed", "3", *SHORT)
     assert mixlab(*words, "--out", str(uninterrupted)).exit_code == 0
-    update = commands._PartBars.__call__
+    update = ProgressLines.update
 
-    def kill(self: Any, part: str, completed: int, total: int) -> None:
-        if part == "256 × 192":
-            raise KeyboardInterrupt
-        update(self, part, completed, total)
+    def kill(self: Any, task: str, *values: Any) -> None:
+        if task == "256 × 192":
+            raise Interrupted("Terminated.", signal.SIGTERM)
+        update(self, task, *values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands._PartBars, "__call__", kill)
+        patch.setattr(ProgressLines, "update", kill)
         process = mixlab(*words, "--out", str(resumed))
-    assert process.exit_code == 130 and "Start the same command again" in process.output and not resumed.exists()
+    assert process.exit_code == 143 and not resumed.exists()
+    assert "resumed.stages. Start the same command again to resume" in process.output
     assert len(list((tmp_path / "resumed.stages").iterdir())) == 2
     process = mixlab(*words, "--out", str(resumed))
     assert process.exit_code == 0 and "Resumed after 2 of 3 stages" in process.output
@@ -106,6 +115,105 @@ def test_an_invalid_option_is_one_sentence(words: tuple[str, ...], message: str,
     process = mixlab("generate", "sun", "--size", "64x64", "--steps", "1", *out, *words)
     assert process.exit_code == 2, process.output
     assert message in process.output and "Traceback" not in process.output and process.output.count("error:") == 1
+
+
+def test_an_interruption_before_the_first_stage_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "generate", stop)
+    process = mixlab("generate", "sun", "--size", "64x64", "--out", str(tmp_path / "image.png"))
+    assert process.exit_code == 130 and "No stage was finished." in process.output
+
+
+def edit_config(folder: Path, name: str, **changes: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def inpainting(folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    edit_config(folder, "unet/config.json", in_channels=9)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+
+
+def without_text_encoder(folder: Path) -> None:
+    edit_config(folder, "model_index.json", text_encoder=[None, None])
+
+
+def with_variant_files_only(folder: Path) -> None:
+    for path in folder.glob("*/*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+
+
+MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "inpainting": (inpainting, "its UNet takes 9 channels and its autoencoder has 4"),
+    "refiner": (without_text_encoder, "it has no text_encoder"),
+    "variant": (with_variant_files_only, "only weights of the variant fp16: pass --variant fp16"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_cannot_be_used_is_one_sentence(name: str, tiny_teacher: Path, tmp_path: Path) -> None:
+    change, message = MODELS[name]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_teacher, model)
+    change(model)
+    commands_with_a_model = (
+        ("plan", "--model", str(model), "--size", "64x64"),
+        ("generate", "sun", "--model", str(model), "--size", "64x64", "--out", str(tmp_path / "image.png")),
+        ("distill", "embedded", "--set", f"teacher={model}", "--out", str(tmp_path / "run")),
+    )
+    for words in commands_with_a_model:
+        process = mixlab(*words)
+        assert process.exit_code == 2 and message in process.output, process.output
+        assert process.output.count("error:") == 1 and "Traceback" not in process.output
+
+
+def test_a_variant_is_read(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_teacher, model)
+    with_variant_files_only(model)
+    process = mixlab("plan", "--model", str(model), "--variant", "fp16", "--size", "64x64")
+    assert process.exit_code == 0, process.output
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("unet", "it is a UNet2DConditionModel, not a ControlNetModel"),
+        ("other", "it has cross_attention_dim=24, but the model's UNet has"),
+        ("nowhere", "cannot be loaded as a ControlNet"),
+    ],
+)
+def test_a_controlnet_that_does_not_fit_is_one_sentence(
+    source: str, message: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    network = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(tiny_teacher, subfolder="unet"))
+    network.save_pretrained(tmp_path / "other")
+    edit_config(tmp_path / "other", "config.json", cross_attention_dim=24)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(image)
+    folder = tiny_teacher / source if source == "unet" else tmp_path / source
+    words = ("--model", str(tiny_teacher), "--control", str(folder), "--control-image", str(image))
+    process = mixlab("generate", "sun", "--size", "64x64", "--steps", "1", "--out", str(tmp_path / "out.png"), *words)
+    assert process.exit_code == 2 and message in process.output, process.output
+    assert process.output.count("error:") == 1 and "Traceback" not in process.output
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tensors: Any, path: Path) -> None:
+        raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
+
+    monkeypatch.setattr("unet_adapters.highres.stage_store.save_file", fail)
+    out = tmp_path / "image.png"
+    process = mixlab("generate", "sun", "--size", "64x64", "--steps", "1", "--out", str(out))
+    assert process.exit_code == 2 and "No space left on device" in process.output and not out.exists()
+    assert process.output.count("error: Cannot write") == 1 and "Traceback" not in process.output
 
 
 def test_out_of_memory_is_one_sentence() -> None:

@@ -39,6 +39,12 @@ def _original() -> UNet2DConditionModel:
     return unet.eval()
 
 
+@pytest.fixture(scope="session")
+def tiny_unet() -> UNet2DConditionModel:
+    """The random UNet itself, for tests that copy it."""
+    return _original()
+
+
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
     """A fresh copy of one random UNet, in eval mode."""

@@ -25,8 +25,11 @@ def same(left, right) -> bool:
 @every_mixer
 @torch.no_grad()
 def test_mounting_is_reversible(unet, run, weights, name) -> None:
-    base, before, objects = run(unet), weights(unet), dict(unet.named_parameters())
-    modules, processors = dict(unet.named_modules()), list(unet.attn_processors)
+    base = run(unet)
+    before = weights(unet)
+    objects = dict(unet.named_parameters())
+    modules = dict(unet.named_modules())
+    processors = list(unet.attn_processors)
     adapter = MixerAdapter.build(unet, name)
     assert torch.equal(run(unet), base) and not adapter.is_mounted
 
@@ -57,7 +60,8 @@ def test_training_the_student_leaves_the_teacher_alone(unet, run, train, weights
     if not list(adapter.student.parameters()):
         pytest.skip("this mixer has no weights of its own")
     unet.requires_grad_(False)
-    teacher, student = weights(unet), weights(adapter.student)
+    teacher = weights(unet)
+    student = weights(adapter.student)
     base = run(unet)
     train(adapter)
     assert same(weights(unet), teacher) and torch.equal(run(unet), base)
@@ -94,12 +98,12 @@ def test_student_names_are_those_of_the_mounted_unet(unet) -> None:
 
 @torch.no_grad()
 def test_hybrids_mount_the_chosen_sites_only(unet, run) -> None:
-    chosen = MixerAdapter.build(unet, "linear_attention", select="mid_block")
+    mid_block = MixerAdapter.build(unet, "linear_attention", select="mid_block")
     rest = MixerAdapter.build(unet, "linear_attention", select=lambda site: site.group != "mid_block")
     base = run(unet)
-    with chosen.mounted():
+    with mid_block.mounted():
         kinds = {name: type(m) for name, m in unet.named_modules() if name.endswith("attn1")}
-        assert [n for n, kind in kinds.items() if kind is MixerAttention] == [site.name for site in chosen.sites]
+        assert [n for n, kind in kinds.items() if kind is MixerAttention] == [site.name for site in mid_block.sites]
         alone = run(unet)
         with rest.mounted():
             both = run(unet)
@@ -151,7 +155,8 @@ def test_mounting_twice_does_nothing_and_another_adapter_is_refused(unet, run) -
 @torch.no_grad()
 def test_a_failure_while_mounting_rolls_back(unet, run, monkeypatch) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
-    base, objects = run(unet), dict(unet.named_parameters())
+    base = run(unet)
+    objects = dict(unet.named_parameters())
     mount = SiteMount.mount
 
     def failing(site_mount, min_tokens):
@@ -170,7 +175,8 @@ def test_a_failure_while_mounting_rolls_back(unet, run, monkeypatch) -> None:
 @torch.no_grad()
 def test_deepcopy_of_a_mounted_unet_is_independent(unet, run, train) -> None:
     adapter = MixerAdapter.build(unet, "linfusion").mount()
-    copy, mounted = deepcopy(unet), run(unet)
+    copy = deepcopy(unet)
+    mounted = run(unet)
     assert torch.equal(run(copy), mounted)
     with torch.enable_grad():
         train(adapter)
@@ -203,10 +209,10 @@ def test_status_lists_what_is_new(unet) -> None:
 
 def test_status_tells_the_tokens_that_sites_see(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linfusion")
-    with adapter.mounted(), capture_outputs(unet, [site.name for site in adapter.sites]) as seen:
+    with adapter.mounted(), capture_outputs(unet, [site.name for site in adapter.sites]) as outputs:
         run(unet)
     rows = adapter.status(size=(64, 80))
-    assert {row.site: row.tokens for row in rows} == {name: y.shape[1] for name, y in seen.items()}
+    assert {row.site: row.tokens for row in rows} == {name: y.shape[1] for name, y in outputs.items()}
     table = str(rows).splitlines()
     assert len(table) == 1 + len({(row.group, row.tokens) for row in rows})
     assert "new parameters" in table[0] and "down_blocks.0" in table[1]

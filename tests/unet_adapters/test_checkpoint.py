@@ -131,7 +131,8 @@ class Hub:
     """A Hub in a folder, behind the two calls that are made."""
 
     def __init__(self, folder: Path, error: Exception | None = None) -> None:
-        self.folder, self.error = folder, error
+        self.folder = folder
+        self.error = error
 
     def __call__(self, token: str | None) -> Hub:
         return self
@@ -155,9 +156,9 @@ def test_what_is_pushed_is_what_is_loaded(unet, run, tmp_path, monkeypatch) -> N
     assert adapter.push_to_hub("somebody/adapter") == "https://huggingface.co/somebody/adapter"
     assert sorted(path.name for path in (tmp_path / "somebody/adapter").iterdir()) == [DESCRIPTION, WEIGHTS]
     with adapter.mounted():
-        wanted = run(unet)
+        expected = run(unet)
     with MixerAdapter.from_pretrained("somebody/adapter", unet).mounted():
-        assert torch.equal(run(unet), wanted)
+        assert torch.equal(run(unet), expected)
 
 
 @pytest.mark.parametrize(

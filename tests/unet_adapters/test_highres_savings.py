@@ -22,7 +22,7 @@ COMBINATIONS = [names for count in (1, 2, 4) for names in combinations(SAVINGS, 
 def predict(pipe: Any, savings: tuple[str, ...], control: ControlNetCondition | None = None) -> Tensor:
     """Return one guided prediction in float64 with these savings."""
     conditions = []
-    for encoded in encode_prompts(pipe, "abc", "de"):
+    for encoded in encode_prompts(pipe, "abc", "de", 3.0):
         condition = {name: tensor.double() for name, tensor in encoded.items()}
         if "pooled" in condition:
             condition["time_ids"] = torch.tensor([[32.0, 48, 0, 0, 32, 48]]).double()

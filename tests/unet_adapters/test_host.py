@@ -44,19 +44,21 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_mixer_survives_a_change_of_processors(adapter, run, change) -> None:
-    unet, base = adapter.model, run(adapter.model)
+    unet = adapter.model
+    base = run(adapter.model)
     mounted = run(adapter.mount().model)
     change(unet)
     torch.testing.assert_close(run(unet), mounted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mounted, base, atol=1e-5)
-    chosen = unet.attn_processors
+    processors = unet.attn_processors
     adapter.unmount()
-    assert unet.attn_processors == chosen
+    assert unet.attn_processors == processors
     torch.testing.assert_close(run(unet), base, rtol=1e-4, atol=1e-5)
 
 
 def test_fusing_projections_is_undone_before_unmounting(adapter, run) -> None:
-    unet, base = adapter.model, run(adapter.model)
+    unet = adapter.model
+    base = run(adapter.model)
     mounted = run(adapter.mount().model)
     unet.fuse_qkv_projections()
     torch.testing.assert_close(run(unet), mounted)
@@ -67,7 +69,8 @@ def test_fusing_projections_is_undone_before_unmounting(adapter, run) -> None:
 
 
 def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
-    attn, x = first(adapter.mount()), torch.randn(2, 6, 8)
+    attn = first(adapter.mount())
+    x = torch.randn(2, 6, 8)
     free = attn(x)
     for keep in (torch.ones(2, 1, 6, dtype=torch.bool), torch.zeros(2, 1, 6)):
         assert torch.equal(attn(x, attention_mask=keep), free)
@@ -78,7 +81,9 @@ def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
 
 
 def test_cross_attention_falls_back_to_the_nominal_processor(adapter) -> None:
-    attn, x, other = first(adapter), torch.randn(2, 6, 8), torch.randn(2, 3, 8)
+    attn = first(adapter)
+    x = torch.randn(2, 6, 8)
+    other = torch.randn(2, 3, 8)
     stock = attn(x, encoder_hidden_states=other)
     adapter.mount()
     assert torch.equal(attn(x, encoder_hidden_states=other), stock)
@@ -99,8 +104,10 @@ def test_a_processor_that_a_mixer_would_ignore_is_refused(adapter) -> None:
 
 def test_the_layer_keeps_its_contract(unet) -> None:
     adapter = MixerAdapter.build(unet, "softmax", select="mid_block")
-    attn, x = first(adapter), torch.randn(2, 16, 3, 5)
-    attn.residual_connection, attn.rescale_output_factor = True, 2.0
+    attn = first(adapter)
+    x = torch.randn(2, 16, 3, 5)
+    attn.residual_connection = True
+    attn.rescale_output_factor = 2.0
     attn.group_norm = torch.nn.GroupNorm(4, 16)
     torch.nn.init.normal_(attn.group_norm.weight)
     stock = attn(x)
@@ -111,7 +118,8 @@ def test_the_layer_keeps_its_contract(unet) -> None:
 @pytest.mark.parametrize("kind", [PAGIdentitySelfAttnProcessor2_0, PAGCFGIdentitySelfAttnProcessor2_0])
 def test_perturbed_attention_guidance(unet, kind) -> None:
     adapter = MixerAdapter.build(unet, "softmax")
-    attn, x = first(adapter), torch.randn(6, 6, 8)
+    attn = first(adapter)
+    x = torch.randn(6, 6, 8)
     plain = attn(x)
     attn.processor = kind()
     stock = attn(x)
@@ -128,7 +136,8 @@ def lora(unet, seed: int = 5) -> None:
 
 def test_lora_before_and_after_mounting_is_the_same(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
-    base, plain = run(unet), run(adapter.mount().model)
+    base = run(unet)
+    plain = run(adapter.mount().model)
     lora(unet)
     after = run(unet)
     assert not torch.allclose(after, plain, atol=1e-5)
@@ -190,7 +199,8 @@ def test_user_hooks_on_the_layer_still_run(adapter, run) -> None:
 
 
 def test_compiled_unets_see_the_mixer(adapter, run) -> None:
-    unet, base = adapter.model, run(adapter.model)
+    unet = adapter.model
+    base = run(adapter.model)
     attn = first(adapter)
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
     x = torch.randn(1, 6, 8)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from unet_adapters.highres.progress import StepCallback
+from unet_adapters.highres.schedule import DenoisingSchedule
 from unet_adapters.hosts.unet import unet_arguments
 
 
@@ -66,44 +65,17 @@ class ClassifierFreeGuidance:
         residuals = {}
         if self.control is not None:
             image = self.control.image.to(latents).expand(len(latents), -1, -1, -1)
+            inputs = {key: value for key, value in arguments.items() if key != "timestep_cond"}  # for UNets only
             down, middle = self.control.network(
                 latents,
                 timestep,
                 controlnet_cond=image,
                 conditioning_scale=self.control.scale,
                 return_dict=False,
-                **arguments,
+                **inputs,
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return unet(latents, timestep, return_dict=False, **arguments, **residuals)[0]
-
-
-@dataclass(frozen=True)
-class DenoisingSchedule:
-    """The timesteps of a scheduler that one stage runs.
-
-    Attributes:
-        scheduler: a copy of the pipeline's scheduler with its timesteps set. Multistep schedulers keep a history, so
-            every stage has its own copy.
-        timesteps: the timesteps that the stage runs.
-    """
-
-    scheduler: Any
-    timesteps: Tensor = field(repr=False)
-
-    @classmethod
-    def of(cls, scheduler: Any, steps: int, strength: float, device: torch.device) -> DenoisingSchedule:
-        """Set `steps` timesteps on a copy of `scheduler` and keep the last `strength` of them, one at least."""
-        own = copy.deepcopy(scheduler)
-        own.set_timesteps(steps, device=device)
-        skipped = min(len(own.timesteps) - 1, round(len(own.timesteps) * (1 - strength)))
-        if hasattr(own, "set_begin_index"):
-            own.set_begin_index(skipped)
-        return cls(own, own.timesteps[skipped:])
-
-    def add_noise(self, latents: Tensor, noise: Tensor, step: int = 0) -> Tensor:
-        """Bring clean latents to the noise level of step number `step`."""
-        return self.scheduler.add_noise(latents, noise, self.timesteps[step : step + 1])
 
 
 @torch.no_grad()
@@ -132,15 +104,6 @@ def denoise(
             latents = before_step(number, latents)
         scaled = schedule.scheduler.scale_model_input(latents, timestep)
         prediction = guidance.predict(unet, scaled, timestep)
-        latents = _scheduler_step(schedule.scheduler, prediction, timestep, latents, generator)
+        latents = schedule.step(prediction, timestep, latents, generator)
         progress(number + 1, len(schedule.timesteps))
     return latents
-
-
-def _scheduler_step(
-    scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator
-) -> Tensor:
-    accepts_generator = "generator" in inspect.signature(scheduler.step).parameters
-    noise = {"generator": generator} if accepts_generator else {}
-    previous: Tensor = scheduler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
-    return previous

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet_adapters.highres.autoencoder import Tiling, decode_largest_tile
 from unet_adapters.highres.memory import AllocationCounter, estimate_memory
-from unet_adapters.highres.pipeline import size_multiple, vae_scale_factor, weight_bytes
+from unet_adapters.highres.pipeline import size_multiple, uses_guidance, vae_scale_factor, weight_bytes
 from unet_adapters.highres.savings import CHUNK_TOKENS, save_memory
 from unet_adapters.highres.stages import ImageSize
 from unet_adapters.hosts import find_host
@@ -35,15 +35,17 @@ class MemoryEstimator:
     """Estimates for one pipeline, each computed once.
 
     Attributes:
+        batch: images that the UNet predicts per step: 2 under classifier-free guidance.
         weight_bytes: size of all weights of the pipeline.
     """
 
     def __init__(self, pipe: Any, guidance: float, device: torch.device) -> None:
         """Estimate for `device`, which may differ from where the pipeline is."""
         self.pipe = pipe
+        self.batch = 2 if uses_guidance(pipe, guidance) else 1
         self.weight_bytes = weight_bytes(pipe)
         on_cpu = device.type == "cpu"
-        self._trace = cache(lambda size, savings, chunk: _trace_unet(pipe, size, savings, chunk, guidance, on_cpu))
+        self._trace = cache(lambda size, savings, chunk: _trace_unet(pipe, size, savings, chunk, self.batch, on_cpu))
         self._decoding = cache(lambda size, tiling: estimate_decoding(pipe, size, tiling, on_cpu).peak_bytes)
 
     def decoding_bytes(self, size: ImageSize, tiling: Tiling) -> int:
@@ -116,10 +118,10 @@ def estimate_decoding(pipe: Any, size: ImageSize, tiling: Tiling, on_cpu: bool |
 
 
 def _trace_unet(
-    pipe: Any, size: ImageSize, savings: Sequence[str], chunk: int, guidance: float, on_cpu: bool
+    pipe: Any, size: ImageSize, savings: Sequence[str], chunk: int, batch: int, on_cpu: bool
 ) -> AllocationCounter:
     unet = pipe.unet
-    batch = 1 if guidance == 1 or "guidance" in savings else 2
+    batch = 1 if "guidance" in savings else batch
     height, width = (side // vae_scale_factor(pipe) for side in size)
     host = find_host(pipe)
     shapes = host.condition_shapes(batch)

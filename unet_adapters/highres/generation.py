@@ -22,16 +22,18 @@ from PIL import Image
 from torch import Tensor
 
 from unet_adapters.highres.autoencoder import decode_tiled, encode_tiled
-from unet_adapters.highres.denoising import ClassifierFreeGuidance, ControlNetCondition, DenoisingSchedule, denoise
+from unet_adapters.highres.denoising import ClassifierFreeGuidance, ControlNetCondition, denoise
 from unet_adapters.highres.dilation import dilated_convolutions
-from unet_adapters.highres.pipeline import encode_prompts, native_size, size_multiple, vae_scale_factor
+from unet_adapters.highres.pipeline import encode_prompts, native_size, size_multiple, uses_guidance, vae_scale_factor
 from unet_adapters.highres.plan import MemoryPlan, plan_memory
 from unet_adapters.highres.progress import PartCallback, StepCallback
 from unet_adapters.highres.request import GenerationRequest, GenerationResult
 from unet_adapters.highres.savings import save_memory
+from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
 from unet_adapters.highres.skip_residual import SkipResidual
-from unet_adapters.highres.stage_store import StageStore
+from unet_adapters.highres.stage_store import StageStore, stage_key
 from unet_adapters.highres.stages import ImageSize, ProgressiveStage, check_size, format_size, progressive_stages
+from unet_adapters.text_to_image import check_text_to_image
 
 
 def generate(
@@ -73,10 +75,12 @@ def generate(
         ValueError: If the model cannot have this size, or an option is invalid.
     """
     request = GenerationRequest(prompt=prompt, size=size, **options)
+    check_text_to_image(pipe)
     stages = _stages(pipe, request, image if strength is None else None)
+    check_scheduler(pipe.scheduler, request.steps, [stage.strength for stage in stages])
     plan = plan or plan_request(pipe, request, memory_budget=memory_budget)
     runner = _StageRunner(pipe, request, plan, control, progress)
-    store = StageStore(stage_dir, pipe, request, image, strength, control)
+    store = StageStore(stage_dir, "" if stage_dir is None else runner.stage_key(image, strength))
     latents, restored = store.load_latest(stages)
     first = restored
     if latents is None and image is not None:
@@ -131,7 +135,12 @@ class _StageRunner:
         self.plan = plan
         self.control = control
         self.progress = progress
-        self.positive, self.negative = encode_prompts(pipe, request.prompt, request.negative_prompt)
+        self.positive, self.negative = encode_prompts(pipe, request.prompt, request.negative_prompt, request.guidance)
+
+    def stage_key(self, image: Image.Image | None, strength: float | None) -> str:
+        """Return the key of the stages' files; see `stage_store.stage_key`."""
+        conditions = (self.positive, self.negative)
+        return stage_key(self.pipe, self.request, self.plan, conditions, image, strength, self.control)
 
     def progress_of(self, part: str) -> StepCallback | None:
         """Return a callback that reports the progress of one part of the work."""
@@ -143,7 +152,7 @@ class _StageRunner:
         pipe = self.pipe
         request = self.request
         generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
-        schedule = DenoisingSchedule.of(pipe.scheduler, request.steps, stage.strength, pipe.unet.device)
+        schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, stage.strength, pipe.unet.device)
         noise = _noise(pipe, stage.size, generator)
         before_step = None
         if previous is None:
@@ -173,9 +182,8 @@ class _StageRunner:
         control = self.control
         if control is not None:
             control = replace(control, image=F.interpolate(control.image, size, mode="bilinear", antialias=True))
-        return ClassifierFreeGuidance(
-            positive, negative, self.request.guidance, "guidance" in self.plan.savings, control
-        )
+        scale = self.request.guidance if uses_guidance(self.pipe, self.request.guidance) else 1.0
+        return ClassifierFreeGuidance(positive, negative, scale, "guidance" in self.plan.savings, control)
 
     def upscale(self, latents: Tensor, size: ImageSize) -> Tensor:
         """Return latents of a smaller image as latents of an image of `size`; unchanged if they have that size."""

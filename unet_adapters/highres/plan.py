@@ -14,6 +14,7 @@ from unet_adapters.highres.estimates import MemoryEstimator
 from unet_adapters.highres.memory import format_bytes
 from unet_adapters.highres.pipeline import native_size, size_multiple
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS
+from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
 from unet_adapters.highres.stages import (
     DEFAULT_STRENGTHS,
     ImageSize,
@@ -21,6 +22,7 @@ from unet_adapters.highres.stages import (
     format_size,
     progressive_stages,
 )
+from unet_adapters.text_to_image import check_text_to_image
 
 MAX_TENSOR_ELEMENTS = 2**31 - 1
 """Kernels with 32-bit offsets silently compute wrong results on tensors with more elements."""
@@ -32,7 +34,7 @@ class StageEstimate:
 
     Attributes:
         stage: its size and strength.
-        steps: number of scheduler steps.
+        steps: scheduler steps; second-order schedulers count both halves.
         denoising_bytes, decoding_bytes: peak bytes, the model's weights included.
         largest_tensor: elements of the largest tensor.
         flops: floating-point operations of all steps; matrix products and convolutions.
@@ -120,16 +122,19 @@ def plan_memory(
 
     Raises:
         InsufficientMemoryError: If not even all savings are enough; the message names the smallest sufficient budget.
-        ValueError: If the model cannot have this size, or a tensor exceeds MAX_TENSOR_ELEMENTS with every saving.
+        ValueError: If the pipeline is no text-to-image pipeline, its scheduler cannot start from an image, the model
+            cannot have this size, or a tensor exceeds MAX_TENSOR_ELEMENTS with every saving.
     """
+    check_text_to_image(pipe)
     stages = progressive_stages(size, base_size or native_size(pipe), size_multiple(pipe), strengths)
     if direct:
         stages = (ProgressiveStage(size, 1.0),)
+    check_scheduler(pipe.scheduler, steps, [stage.strength for stage in stages])
     target = torch.device(device or pipe.unet.device)
     estimator = MemoryEstimator(pipe, guidance, target)
 
     def estimate(stage: ProgressiveStage, level: SavingsLevel) -> StageEstimate:
-        return _estimate_stage(estimator, stage, level, steps, guidance, throughput)
+        return _estimate_stage(estimator, stage, level, steps, throughput)
 
     def fits(level: SavingsLevel) -> bool:
         last = estimate(stages[-1], level)  # the largest stage: if it fits, all fit
@@ -160,16 +165,15 @@ def _estimate_stage(
     stage: ProgressiveStage,
     level: SavingsLevel,
     steps: int,
-    guidance: float,
     throughput: float | None,
 ) -> StageEstimate:
-    stage_steps = max(1, steps - min(steps - 1, round(steps * (1 - stage.strength))))
+    schedule = DenoisingSchedule.create(estimator.pipe.scheduler, steps, stage.strength, "cpu")
     call = estimator.unet_call(stage.size, level.savings)
-    calls_per_step = 2 if guidance != 1 and "guidance" in level.savings else 1
-    flops = stage_steps * call.flops * calls_per_step
+    calls_per_step = estimator.batch if "guidance" in level.savings else 1
+    flops = len(schedule.timesteps) * call.flops * calls_per_step
     return StageEstimate(
         stage=stage,
-        steps=stage_steps,
+        steps=len(schedule.timesteps),
         denoising_bytes=estimator.weight_bytes + call.peak_bytes,
         decoding_bytes=estimator.weight_bytes + estimator.decoding_bytes(stage.size, level.tiling),
         largest_tensor=call.largest_tensor,

@@ -24,7 +24,7 @@ class GenerationRequest:
 
     Attributes:
         prompt: what the image shows.
-        negative_prompt: what it does not show.
+        negative_prompt: what it does not show; None: as the pipeline does without one (SDXL guides away from zeros).
         size: (height, width) in pixels.
         mode: `progressive` from the base size upwards, or `direct` from noise at the full size, for study.
         base_size: side of the first stage's square in pixels; None: the size that the model was trained on.
@@ -38,7 +38,7 @@ class GenerationRequest:
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     size: ImageSize = (1024, 1024)
     mode: Literal["progressive", "direct"] = "progressive"
     base_size: int | None = None

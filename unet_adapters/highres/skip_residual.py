@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from unet_adapters.highres.denoising import DenoisingSchedule
+from unet_adapters.highres.schedule import DenoisingSchedule
 
 
 class SkipResidual:

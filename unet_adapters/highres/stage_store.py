@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from unet_adapters.highres.denoising import ControlNetCondition
+from mixers.files import atomic_path
+from unet_adapters.highres.fingerprint import config_values, fingerprint
+from unet_adapters.highres.plan import MemoryPlan
 from unet_adapters.highres.request import GenerationRequest
 from unet_adapters.highres.stages import ProgressiveStage
+
+_LIBRARIES = ("diffusers", "torch")  # a new version may compute another image
+_FORMAT = 2
 
 
 class StageStore:
     """A folder with one file of latents per finished stage; without a folder, it stores nothing.
 
-    File names contain a hash of everything that the image depends on, so that the stages of another request or of
-    another model are never used.
+    Args:
+        folder: created when the first stage is saved; None: store nothing.
+        key: from `stage_key`; part of the file names, so that stages of another image are never used.
     """
 
-    def __init__(self, folder: str | Path | None, pipe: Any, request: GenerationRequest, *inputs: Any) -> None:
-        """Open a folder for one image.
-
-        Args:
-            folder: created when the first stage is saved; None: store nothing.
-            pipe: the pipeline, with its mixer mounted.
-            request: what is generated.
-            *inputs: other inputs of the image: an image, a strength, a `ControlNetCondition`.
-        """
+    def __init__(self, folder: str | Path | None, key: str) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.key = "" if self.folder is None else _key(pipe, request, inputs)
+        self.key = key
 
     def load_latest(self, stages: Sequence[ProgressiveStage]) -> tuple[Tensor | None, int]:
         """Return the latents of the last finished stage and the number of finished stages; None and 0 if none is."""
@@ -51,31 +47,38 @@ class StageStore:
         return None, 0
 
     def save(self, stage: ProgressiveStage, latents: Tensor) -> None:
-        """Write a stage's latents atomically."""
+        """Write a stage's latents atomically.
+
+        Raises:
+            OSError: If the disk is full or fails.
+        """
         path = self._path(stage)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file({"latents": latents.cpu().contiguous()}, partial)
-            partial.replace(path)
+        if path is None:
+            return
+        with atomic_path(path) as partial:
+            try:
+                save_file({"latents": latents.cpu().contiguous()}, partial)
+            except SafetensorError as error:  # not an OSError, whatever its cause
+                raise OSError(f"Cannot write the finished stage {path}: {error}.") from error
 
     def _path(self, stage: ProgressiveStage) -> Path | None:
         name = f"{self.key}-{stage.size[0]}x{stage.size[1]}.safetensors"
         return None if self.folder is None else self.folder / name
 
 
-def _key(pipe: Any, request: GenerationRequest, inputs: Sequence[Any]) -> str:
-    parts = [asdict(request), dict(pipe.scheduler.config), [_describe(part) for part in (pipe.unet, *inputs)]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def stage_key(
+    pipe: Any, request: GenerationRequest, plan: MemoryPlan, conditions: Sequence[Mapping[str, Tensor]], *inputs: Any
+) -> str:
+    """Return a hash of everything that the latents of a stage depend on.
 
-
-def _describe(value: Any) -> Any:
-    """Return what identifies an input of an image: for a network some values of every weight, for an image all."""
-    if isinstance(value, ControlNetCondition):
-        return [_describe(part) for part in (value.network, value.image, value.scale)]
-    if isinstance(value, nn.Module):
-        tensors = [*value.named_parameters(), *value.named_buffers()]
-        return [(name, str(t.dtype), t.flatten()[:: max(1, t.numel() // 16)].tolist()) for name, t in tensors]
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()
-    return hashlib.sha256(value.convert("RGB").tobytes()).hexdigest() if isinstance(value, Image.Image) else value
+    Args:
+        pipe: the pipeline: weights, structure and runtime state of its UNet and autoencoder, and its scheduler.
+        request: what is generated.
+        plan: its tiling changes the latents of later stages; its savings do not.
+        conditions: the encoded prompts, which depend on text encoders, tokenizers and textual inversion.
+        *inputs: other inputs of the image: an image, a strength, a `ControlNetCondition`.
+    """
+    scheduler = (type(pipe.scheduler).__qualname__, config_values(pipe.scheduler.config))
+    versions = {name: version(name) for name in _LIBRARIES}
+    image = (asdict(request), asdict(plan.tiling), conditions, inputs)
+    return fingerprint(_FORMAT, versions, image, scheduler, pipe.unet, pipe.vae)[:16]

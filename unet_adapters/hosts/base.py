@@ -84,8 +84,8 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def attach_grid(self, site_names: Iterable[str]) -> list[RemovableHandle]:
-        """Hook the model so that these sites are called with `mixer_grid=(height, width)`.
+    def attach_grid(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Hook the model so that these attention layers are called with `mixer_grid=(height, width)`.
 
         The size travels with the arguments of each call and is stored nowhere, so that gradient checkpointing, which
         calls a block again, passes it again, and threads may share the model. `remove` the handles to undo it.

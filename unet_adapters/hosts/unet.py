@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from unet_adapters.hosts.grids import measure_image, pass_grid
 from unet_adapters.mounted_layer import MountedLayer
 from unet_adapters.sites import Site
 
+LEVEL = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block")
 TIME_IDS = 6  # SDXL's original size, crop and target size, two numbers each; its refiner's five fit as well
 
 
@@ -42,7 +44,8 @@ class UNetHost(Host):
                 attn = getattr(block, "attn1", None) if isinstance(block, BasicTransformerBlock) else None
                 if isinstance(attn, Attention) and not attn.is_cross_attention:
                     site = f"{name}.attn1"
-                    group = site.partition(".attentions.")[0]
+                    level = LEVEL.match(site)
+                    group = level[0] if level else site.partition(".attentions.")[0]
                     yield Site(site, int(attn.query_dim), int(attn.heads), group)
 
     def _transformers(self) -> Iterator[tuple[str, Transformer2DModel]]:
@@ -68,14 +71,14 @@ class UNetHost(Host):
                 "leave it out with `select`"
             )
 
-    def attach_grid(self, site_names: Iterable[str]) -> list[RemovableHandle]:
-        """Each `Transformer2DModel` with a site adds the grid to its `cross_attention_kwargs`."""
-        names = list(site_names)
+    def attach_grid(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Each `Transformer2DModel` around a layer adds the grid to its `cross_attention_kwargs`."""
+        receivers = {id(layer) for layer in layers}
         handles = []
-        for name, transformer in self._transformers():
-            if any(site.startswith(f"{name}.") for site in names):
-                layers = [module for module in transformer.modules() if isinstance(module, Attention)]
-                handles += pass_grid(transformer, measure_image, "cross_attention_kwargs", layers)
+        for _, transformer in self._transformers():
+            attentions = [module for module in transformer.modules() if isinstance(module, Attention)]
+            if any(id(attention) in receivers for attention in attentions):
+                handles += pass_grid(transformer, measure_image, "cross_attention_kwargs", attentions)
         return handles
 
     def grid_source(self, site_name: str) -> GridSource | None:
@@ -87,7 +90,7 @@ class UNetHost(Host):
         """Every level halves height and width, rounding up; None if the group is not a level of a UNet."""
         levels = len(getattr(self.model, "down_blocks", ()))
         kind, _, number = site.group.partition(".")
-        if not levels or kind not in ("down_blocks", "mid_block", "up_blocks"):
+        if not levels or not LEVEL.fullmatch(site.group):
             return None
         halvings = levels - 1
         if kind == "down_blocks":

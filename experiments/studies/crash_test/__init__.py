@@ -1,1 +1,1 @@
-"""Training survives SIGKILL at any moment: the weights and logs stay bit-identical."""
+"""Does a training that is killed at any moment resume bit-identically?"""

@@ -37,9 +37,9 @@ def test_the_data_is_what_diffusers_builds(profile) -> None:
     assert all(parameter.is_meta for parameter in unet.parameters()) and not unet.training
     if profile.name in KNOWN:
         parameters, sites, divisor, kinds = KNOWN[profile.name]
-        found = [(site.dim, site.heads) for site in find_sites(unet)]
+        shapes = [(site.dim, site.heads) for site in find_sites(unet)]
         assert sum(p.numel() for p in unet.parameters()) == parameters
-        assert len(found) == sites and {kind: found.count(kind) for kind in found} == kinds
+        assert len(shapes) == sites and {kind: shapes.count(kind) for kind in shapes} == kinds
         assert profile.latent_divisor == divisor
 
 
@@ -61,7 +61,8 @@ def test_the_size_of_a_published_linfusion(name, tensors, millions) -> None:
 
 
 def test_which_profile() -> None:
-    sd, inpainting = NAMED["SD-1.5"], NAMED["SD-1.5 inpainting"]
+    sd = NAMED["SD-1.5"]
+    inpainting = NAMED["SD-1.5 inpainting"]
     assert find_profile(sd.unet(in_channels=8)) is sd  # of an editing model
     assert find_profile(sd.unet(attention_head_dim=4)) is None
     assert inpainting.unet().config.in_channels == 9
@@ -75,8 +76,8 @@ def test_which_profile() -> None:
 def test_every_mixer_can_be_made_for_every_site(profile, mixer) -> None:
     with torch.device("meta"):
         for dim, heads in {(site["dim"], site["heads"]) for site in profile.fingerprint.values()}:
-            made = create_mixer(mixer, dim, heads, own_projections=False)
-            assert all(parameter.is_meta for parameter in made.parameters())
+            built = create_mixer(mixer, dim, heads, own_projections=False)
+            assert all(parameter.is_meta for parameter in built.parameters())
 
 
 def narrow(profile: UNetProfile) -> dict[str, object]:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.config import EvaluationConfig
+from experiments.core.fingerprints import TensorVersions, weights_version
 from experiments.data.image import crop_and_resize
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
@@ -95,7 +96,8 @@ def feature_sets(
     for size in plan.generated.sizes if plan.generated.images else ():
         true = _true_features(context, plan, data, size)
         for guidance in plan.all_guidances:
-            teacher = _teacher_features(context, plan, data, size, guidance)
+            version = weights_version(context.teacher.unet)
+            teacher = _teacher_features(context, plan, data, size, guidance, version)
             with adapter.mounted():
                 student = _features_by_network(context, plan, _generated(context, plan, data, size, guidance))
             for name in plan.generated.features:
@@ -156,6 +158,11 @@ def _true_features(
 
 @lru_cache(maxsize=16)
 def _teacher_features(
-    context: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
+    context: DistillationContext,
+    plan: EvaluationConfig,
+    data: str,
+    size: int,
+    guidance: float,
+    version: TensorVersions,
 ) -> dict[str, ImageFeatures]:
     return _features_by_network(context, plan, _generated(context, plan, data, size, guidance))

@@ -16,7 +16,7 @@ from experiments.core.files import write_json
 from experiments.core.fingerprints import TensorVersions, weights_digest, weights_version
 from experiments.distill.context import DistillationContext
 from experiments.metrics.inputs.feature_networks import open_network
-from experiments.metrics.inputs.reference_images import open_reference
+from experiments.metrics.inputs.true_images import open_true_images
 
 FILE = "protocol.json"
 
@@ -138,7 +138,7 @@ def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: s
     if hasattr(held_out, "key"):
         compared["held_out_sha256"] = _sha256("\n".join(held_out.key(i) for i in range(len(held_out))))
     if plan.generated.images:
-        reference = open_reference(data, plan)
+        reference = open_true_images(data, plan)
         compared |= {"generated": reference.data.name, "generated_sha256": reference.digest}
     return compared
 

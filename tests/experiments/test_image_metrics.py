@@ -22,9 +22,9 @@ from experiments.metrics.frechet_distance import FrechetDistance
 from experiments.metrics.inputs.coco import CocoCaptions
 from experiments.metrics.inputs.feature_networks import INCEPTION, Clip, open_network
 from experiments.metrics.inputs.generated_images import extract_features
-from experiments.metrics.inputs.reference_images import open_reference
 from experiments.metrics.inputs.set_distances import DistanceMetric
 from experiments.metrics.inputs.student import EvaluatedStudent
+from experiments.metrics.inputs.true_images import open_true_images
 from experiments.metrics.kernel_distance import KernelDistance
 from experiments.metrics.precision_recall import coverage
 from experiments.metrics.teacher_similarity import TeacherSimilarity
@@ -237,8 +237,8 @@ def test_coco_from_a_folder(tmp_path: Path) -> None:
     again = CocoCaptions(tmp_path / "annotations" / "captions_val2014.json")
     assert again.items == data.items, "each image always has the same caption"
     plan = EvaluationConfig(generated=GeneratedImagesConfig(images=3, data=f"coco:{tmp_path}"))
-    first = open_reference("emoji", plan)
-    second = open_reference("emoji", plan.model_copy(update={"seed": 1}))
+    first = open_true_images("emoji", plan)
+    second = open_true_images("emoji", plan.model_copy(update={"seed": 1}))
     assert len(first) == len(set(first.indices)) == 3 and first.digest != second.digest
     shapes = [(tuple(p.shape), p.dtype, len(c)) for p, c in first.batches(16, 2)]
     assert shapes == [((2, 3, 16, 16), torch.uint8, 2), ((1, 3, 16, 16), torch.uint8, 1)]

@@ -17,7 +17,7 @@ from experiments.data.image import crop_and_resize
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
 from experiments.metrics.inputs.feature_networks import Clip, FeatureNetwork, open_network
-from experiments.metrics.inputs.reference_images import open_reference
+from experiments.metrics.inputs.true_images import open_true_images
 from experiments.teacher.teacher import Teacher
 from unet_adapters import MixerAdapter
 
@@ -138,7 +138,7 @@ def _generated(
     """Images by the UNet as it is mounted now; noise of seed + k for caption k."""
     start = plan.seed
     resized_to = plan.generated.resize or size
-    for _, captions in open_reference(data, plan).batches(resized_to, plan.generated.batch_size):
+    for _, captions in open_true_images(data, plan).batches(resized_to, plan.generated.batch_size):
         images = generate_images(context.pipe, captions, (size, size), plan, guidance, start)
         yield torch.stack([_as_uint8(image, resized_to) for image in images]), captions
         start += len(captions)
@@ -152,7 +152,7 @@ def _as_uint8(image: Image.Image, size: int) -> Tensor:
 def _true_features(
     context: DistillationContext, plan: EvaluationConfig, data: str, size: int
 ) -> dict[str, ImageFeatures]:
-    batches = open_reference(data, plan).batches(plan.generated.resize or size, plan.generated.batch_size)
+    batches = open_true_images(data, plan).batches(plan.generated.resize or size, plan.generated.batch_size)
     return _features_by_network(context, plan, batches)
 
 

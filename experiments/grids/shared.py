@@ -85,7 +85,7 @@ def controls(plan: DistillationConfig) -> tuple[Variant, ...]:
             control="teacher",
             distillation=plan.model_copy(update={"start": "random", "train": "new+projections"}),
         ),
-        Variant(name="identity", label="identity: no mixing", mixer="identity", control="identity"),
+        Variant(name="identity", label="identity: no mixing", mixer="identity", control="no mixing"),
         Variant(name="uniform", label="uniform: the mean of all tokens", mixer="uniform", control="fixed mixing"),
         Variant(
             name="identity_convolution",

@@ -33,7 +33,7 @@ class ControlRows:
 def control_rows(run: RunRecord) -> ControlRows:
     """Find the controls among a run's rows."""
     rows = [variant for variant in run.trained if variant.control is not None]
-    identity = next((variant for variant in rows if variant.control == "identity"), None)
+    identity = next((variant for variant in rows if variant.control == "no mixing"), None)
     softmax = next((variant for variant in rows if variant.control == "teacher"), None)
     return ControlRows(identity, softmax, tuple(variant for variant in rows if variant.control != "teacher"))
 

@@ -191,7 +191,7 @@ def make_run(run: Path) -> Path:
         "claims": [claim.model_dump(mode="json") for claim in PAPER_CLAIMS],
         "variants": [
             dict(zip(names, v, strict=False))
-            | {"trained": v[-1] > 0, "control": "identity" if v[0] == "identity" else None}
+            | {"trained": v[-1] > 0, "control": "no mixing" if v[0] == "identity" else None}
             for v in VARIANTS
         ],
         "notes": ["A made-up run."],

@@ -201,7 +201,7 @@ def identity_row() -> VariantDescription:
         mixer="identity",
         causality="noncausal",
         normalize=True,
-        control="identity",
+        control="no mixing",
     )
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 
 from experiments.config import EvaluationConfig
-from experiments.core.errors import unknown_name
 from experiments.core.progress import ProgressCallback
 from experiments.metrics.inputs.generated_images import generate_images
+from mixers.suggest import unknown_name
 
 SAMPLES = 4
 """Images of each prompt, as both benchmarks define it."""

@@ -221,7 +221,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["0"]}, {"variants": {"a": 1}}, {"train_size": "64"}]
+    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["a"]}, {"variants": {"a": 1}}, {"train_size": "large"}]
 )
 def test_a_damaged_grid_is_one_sentence(damage: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text(json.dumps({"name": "x", "question": "?", "variants": [], **damage}))

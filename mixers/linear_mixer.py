@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from mixers.mixer import TokenMixer
 from mixers.precision import accumulation_dtype
 from mixers.streams import Streams
 from mixers.suggest import unknown_name
+from mixers.traits import Traits
 
 Scale = Literal["constant", "mean"]
 SCALES: tuple[Scale, ...] = ("constant", "mean")
@@ -42,8 +43,8 @@ class LinearConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps < 0:
-            raise ValueError(f"Expected eps ≥ 0, got {self.eps}.")
+        if self.eps <= 0:
+            raise ValueError(f"Expected eps > 0, got {self.eps}: a query whose features are all zero would give 0 / 0.")
         check_scale(self.scale, self.reference_length, normalize=self.normalize, causal=self.causality == "causal")
 
 
@@ -98,13 +99,15 @@ class LinearMixer(TokenMixer):
     def mix(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least if unnormalized."""
         q, k, v, feature_map = self.operands(streams)
+        if self.heads_per_group == self.heads:  # the operator computes the products of one head for all
+            q, k = q[:, :, :1], k[:, :, :1]
         options = self._operator_options(streams) | {"feature_map": feature_map, "backend": self.config.backend}
         return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **options))
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
         q, k = self.features(streams)
-        return operators.linear_weights(q, k, streams.log_decay, **self._operator_options(streams))
+        return operators.linear_attention_matrix(q, k, streams.log_decay, **self._operator_options(streams))
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute φ(q) and φ(k), the latter times `dt` if there is one: (b, l, h, k) each, float32 at least."""
@@ -135,10 +138,15 @@ class LinearMixer(TokenMixer):
         return 1.0
 
     def scale_at(self, length: int) -> float:
-        """Return the factor of unnormalized weights among `length` tokens."""
-        if self.config.scale == "constant":
-            return self.scale
-        return self.scale * self.config.reference_length / length
+        """Return the factor of unnormalized weights among `length` tokens.
+
+        Where decay does not bound the sums, because without an order there is none, the constant is divided by
+        reference_length, as that of linear attention is.
+        """
+        config = self.config
+        unbounded = self.has_decay and config.causality == "noncausal"
+        scale = self.scale / config.reference_length if unbounded else self.scale
+        return scale if config.scale == "constant" else scale * config.reference_length / length
 
     def _operator_options(self, streams: Streams) -> dict[str, Any]:
         config = self.config
@@ -153,6 +161,13 @@ class LinearMixer(TokenMixer):
     def permutation_equivariant(self) -> bool:
         """Whether permuting the tokens only permutes the output; decay has an order unless the mixer is non-causal."""
         return super().permutation_equivariant and not (self.has_decay and self.config.causality == "bidirectional")
+
+    @property
+    def traits(self) -> Traits:
+        """The properties of this mixer as configured; scale="mean" too makes repeated tokens count once."""
+        traits = super().traits
+        invariant = traits.repetition_invariant or (self.permutation_equivariant and self.config.scale == "mean")
+        return replace(traits, repetition_invariant=invariant)
 
     @property
     def positive(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
 from mixers.mixer import TokenMixer
-from mixers.operators import delta, delta_rule, delta_rule_weights
+from mixers.operators import delta, delta_rule, delta_rule_matrix
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import FullPrecisionLinear, Projections
@@ -64,8 +64,10 @@ class GatedDeltaNet(TokenMixer):
     """Gated DeltaNet (2412.06464): S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, y_t = q_tᵀ S_t / √k.
 
     q and k have norm 1, β = σ(to_beta(x)), α = exp(−Δ exp(A_log)) with Δ = softplus(to_dt(x) + dt_bias). The result is
-    normalized by RMSNorm per head and multiplied by SiLU(to_gate(x)). No layer has a bias. Without the short
-    convolution, q, k and v do not pass through SiLU either.
+    normalized by RMSNorm per head and multiplied by SiLU(to_gate(x)). No layer has a bias.
+
+    Deviations from the published block: without the short convolution, q, k and v do not pass through SiLU, because
+    the drop-in form starts from a host's projections; fla applies it.
     """
 
     Config: ClassVar[type[MixerConfig]] = GatedDeltaNetConfig
@@ -123,7 +125,7 @@ class GatedDeltaNet(TokenMixer):
         """Compute W, (b, h, l, l), from its formula."""
         assert streams.beta is not None
         q, k = self.features(streams)
-        return delta_rule_weights(
+        return delta_rule_matrix(
             q, k, streams.beta, streams.log_decay, causality=self.config.causality, scale=self.scale
         )
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from experiments.ablation.result import CellResult, write_result
 from experiments.config import CellConfig, Grid
 from experiments.core.files import read_json, write_json, write_text
+from experiments.core.fingerprints import TensorVersions, tensor_versions
 from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
-from experiments.distill.student import seed_stages, stage_folders
+from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders
 from experiments.evaluate.measure import measure_student
-from experiments.evaluate.protocol import teacher_fingerprint, tensor_versions
+from experiments.evaluate.protocol import teacher_fingerprint
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.training import delete_checkpoints, training_seconds
 from mixers import registry
@@ -139,11 +140,11 @@ def distill_cell(
 
 
 def _discard_training(config: CellConfig, directory: Path) -> None:
-    """Delete checkpoints, logs and weights that belong to another key."""
+    """Delete checkpoints, logs, output gains and the mark of trained weights that belong to another key."""
     for folder in stage_folders(config.distillation, directory):
         delete_checkpoints(folder)
         (folder / LOG).unlink(missing_ok=True)
-    for name in (LOG, TRAINED):
+    for name in (LOG, TRAINED, OUTPUT_GAINS):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -162,7 +163,7 @@ def _encoded_tensors(context: DistillationContext) -> list[Tensor]:
 
 
 @lru_cache(maxsize=2)
-def _encoded_digest(context: DistillationContext, versions: tuple[tuple[int, int], ...]) -> str:
+def _encoded_digest(context: DistillationContext, versions: TensorVersions) -> str:
     digest = hashlib.sha256()
     for size, batch in context.encoded.sizes.items():
         for name, tensor in sorted(batch.items()):

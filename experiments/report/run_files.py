@@ -94,7 +94,7 @@ class CellRecord:
 
 
 @dataclass
-class Run:
+class RunRecord:
     """Everything the report knows.
 
     Attributes:
@@ -159,10 +159,11 @@ class Run:
 
     @property
     def reference(self) -> VariantDescription | None:
-        """The row that others are compared with: the grid's, otherwise the first trained one with a finished cell."""
-        named = [v for v in self.trained if v.name == self.description.reference]
-        finished = [v for v in self.trained if self.done(v.name)]
-        return next((v for v in (*named, *finished, *self.trained)), None)
+        """The row that others are compared with: the grid's, or the first mixer with a finished cell; no control."""
+        mixers = [variant for variant in self.trained if variant.control is None]
+        named = [variant for variant in mixers if variant.name == self.description.reference]
+        finished = [variant for variant in mixers if self.done(variant.name)]
+        return next(iter((*named, *finished, *mixers)), None)
 
     def done(self, variant: str) -> list[CellRecord]:
         """Return the finished cells of a variant, by seed."""
@@ -182,7 +183,7 @@ class Run:
         return sorted(recorded - set(list_metrics()))
 
 
-def load_run(directory: Path) -> Run:
+def load_run(directory: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
@@ -210,7 +211,7 @@ def load_run(directory: Path) -> Run:
         pass
     except (OSError, ValueError) as error:
         problems.append(f"protocol.json is damaged ({error})")
-    run = Run(directory, description, cells, problems, frozen)
+    run = RunRecord(directory, description, cells, problems, frozen)
     problems += [
         f"rows of the metric {name!r} are not reported, as it is not registered: load it with --plugin"
         for name in run.unregistered_metrics()

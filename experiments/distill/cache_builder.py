@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments.core.files import save_tensors, sha256_of_file
+from experiments.core.files import sha256_of_file
 from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.data import BadRecord, DataError, Example, ImageRecord, RecordSource, Size, extent
 from experiments.data.example import SkipCounter, digest_records
@@ -26,6 +26,7 @@ from experiments.distill.cache_index import (
     require_same_contents,
 )
 from experiments.teacher.teacher import Batch, Teacher
+from unet_adapters.files import save_tensors
 
 SHARD = 1024
 """Images per file."""

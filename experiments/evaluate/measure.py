@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.config import EvaluationConfig
 from experiments.core.environment import describe_environment
-from experiments.core.files import save_tensors, write_json
+from experiments.core.files import write_json
 from experiments.core.progress import ProgressCallback
 from experiments.core.registries import METRICS
 from experiments.distill.context import DistillationContext, open_context
@@ -17,6 +17,7 @@ from experiments.evaluate.samples import save_samples
 from experiments.metrics.base import Metric
 from experiments.metrics.inputs.student import EvaluatedStudent
 from unet_adapters import MixerAdapter
+from unet_adapters.files import save_tensors
 
 RESULT = "evaluation.json"
 

@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import SafetensorError
 
-from experiments.core import files
 from experiments.core.locks import lock_folder
 from experiments.data import ImageFolder
 from experiments.distill import open_context
@@ -21,6 +20,7 @@ from experiments.distill.recipe import DistillationRecipe
 from experiments.distill.run import run_recipe
 from experiments.teacher.load import load_teacher, open_teacher
 from tests.unet_adapters import pipelines
+from unet_adapters import files
 
 
 def ignore(*_: object) -> None:

@@ -137,7 +137,8 @@ def test_a_context_is_not_reused_for_other_arguments(argument: str, teacher: Pat
         "images": {"images": 3},
         "sizes": {"more_sizes": (8,)},
     }
-    assert open_context(**{**arguments, **changes[argument]}) is not first
+    arguments |= changes[argument]
+    assert open_context(**arguments) is not first
 
 
 @pytest.mark.parametrize("change", ["one image", "one caption", "one weight of the autoencoder"])

@@ -13,7 +13,7 @@ import torch
 
 from experiments.core.files import sha256_of_file
 from experiments.core.progress import ProgressCallback, ignore_progress
-from experiments.data import BadRecord, DataError, Example, ImageRecord, RecordSource, Size, extent
+from experiments.data import BadRecord, DataError, DataRecord, Example, RecordSource, Size, extent
 from experiments.data.example import SkipCounter, digest_records
 from experiments.distill.cache import LatentCache
 from experiments.distill.cache_index import (
@@ -88,7 +88,7 @@ class _Builder:
         self._sizes = [tuple(size) for size in index.contents["sizes"]]
         self._dtype: torch.dtype = getattr(torch, index.contents["dtype"])
 
-    def build(self, images: Iterator[tuple[ImageRecord, int]], progress: ProgressCallback) -> None:
+    def build(self, images: Iterator[tuple[DataRecord, int]], progress: ProgressCallback) -> None:
         index = self._index
         length = index.contents["shard"]
         total = index.contents["images"]
@@ -117,7 +117,7 @@ class _Builder:
         self._finish()
 
     def _build_shard(
-        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[ImageRecord, int]]
+        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[DataRecord, int]]
     ) -> dict[str, Any]:
         skipped = SkipCounter()
         keys: list[str] = []
@@ -231,7 +231,7 @@ def _existing(directory: Path, contents: dict[str, Any]) -> CacheIndex:
     return index
 
 
-def _images(data: RecordSource, seed: int, variations: int) -> Iterator[tuple[ImageRecord, int]]:
+def _images(data: RecordSource, seed: int, variations: int) -> Iterator[tuple[DataRecord, int]]:
     return ((record, variation) for record in data.records(seed) for variation in range(variations))
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.config import FitConfig
-from experiments.data import BadRecord, DataError, EmojiSet, Example, ImageRecord, Size, batch, extent
+from experiments.data import BadRecord, DataError, DataRecord, EmojiSet, Example, Size, batch, extent
 from experiments.distill.batches import draw_batch
 from experiments.distill.cache import LatentCache, open_cache
 from experiments.distill.cache_builder import build_cache
@@ -67,7 +67,7 @@ class Numbers:
     shift: int = 0
     content: str = ""
 
-    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
         return (_Number(n, n in self.bad, self.shift + seed, self.content) for n in range(self.count))
 
 

@@ -1,15 +1,23 @@
-"""Mixers whose operator is `linear_attention`: feature map, gates, sums."""
+"""Mixers whose operator is `linear_attention`: a feature map, gates if any, and sums over tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
 
 from mixers import operators
-from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
-from mixers.stages.feature_maps import FEATURE_MAPS, feature_map
+from mixers.config import MixerConfig
+from mixers.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
+from mixers.mixer import TokenMixer
+from mixers.precision import accumulation_dtype
+from mixers.streams import Streams
+from mixers.suggest import unknown_name
+from mixers.traits import Traits
+
+Scale = Literal["constant", "mean"]
+SCALES: tuple[Scale, ...] = ("constant", "mean")
 
 
 @dataclass(frozen=True)
@@ -17,123 +25,177 @@ class LinearConfig(MixerConfig):
     """Options of every mixer on `linear_attention`.
 
     Attributes:
-        feature_map: φ = ψ; None is the published one or, where that is signed and the mixer normalised, elu+1.
-        eps: added to the mean weight where normalised, with decay to the decayed sum.
-        backend: of the operator.
+        feature_map: φ = ψ, a key of `FEATURE_MAPS`. None: the paper's; if that is signed and the mixer is normalized,
+            elu+1.
+        eps: added to the denominator: without decay to the mean visible weight, with decay to the decayed sum.
+        backend: implementation of the operator.
+        scale: factor of unnormalized weights. `constant`: a constant of the mixer, whatever the number of tokens l.
+            `mean`: the constant times reference_length / l, so that the row sums of a non-causal mixer stay bounded
+            although rows are not normalized: the control that separates the two.
+        reference_length: the number of tokens for which both scales are equal.
     """
 
     feature_map: str | None = None
     eps: float = 1e-6
     backend: str = "auto"
+    scale: Scale = "constant"
+    reference_length: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps < 0:
-            raise ValueError(f"Expected eps ≥ 0, got {self.eps}.")
+        if self.eps <= 0:
+            raise ValueError(f"Expected eps > 0, got {self.eps}: a query whose features are all zero would give 0 / 0.")
+        check_scale(self.scale, self.reference_length, normalize=self.normalize, causal=self.causality == "causal")
+
+
+def check_scale(scale: str, reference_length: int, *, normalize: bool, causal: bool) -> None:
+    """Raise ValueError if the options `scale` and `reference_length` have no meaning for a mixer."""
+    if scale not in SCALES:
+        raise ValueError(unknown_name("scale", scale, SCALES))
+    if reference_length <= 0:
+        raise ValueError(f"Expected reference_length > 0, got {reference_length}.")
+    if scale == "mean" and normalize:
+        raise ValueError("scale='mean' scales unnormalized weights: use it with normalize=False.")
+    if scale == "mean" and causal:
+        raise ValueError(
+            "scale='mean' divides by the number of tokens, which a causal mixer does not know before the last one: "
+            "use causality='noncausal', or scale='constant'."
+        )
 
 
 class LinearMixer(TokenMixer):
-    """W = (φ(q) φ(k)ᵀ) ⊙ L. Subclasses give the gates, if there are any, and the scale.
+    """W = (φ(q) φ(k)ᵀ) ⊙ L; subclasses provide the gates, if any, and the scale.
 
-    Subclasses set:
-        published_map: the feature map of the paper.
-        decays: whether `gates` gives a log decay.
-        channel_gates: whether every key channel has a gate of its own.
-        divides: whether it normalises by division, which takes a feature map that is positive.
+    Class attributes that a subclass sets:
+        default_feature_map: the feature map of the paper.
+        has_decay: whether `add_gates` sets a log decay.
+        per_channel_decay: whether every key channel has its own gate.
+        normalizes_by_division: whether normalizing divides by row sums, which needs a positive feature map.
     """
 
-    Config: ClassVar[Any] = LinearConfig
-    published_map: ClassVar[str] = "identity"
-    decays: ClassVar[bool] = False
-    channel_gates: ClassVar[bool] = False
-    divides: ClassVar[bool] = True
+    Config: ClassVar[type[MixerConfig]] = LinearConfig
+    default_feature_map: ClassVar[str] = "identity"
+    has_decay: ClassVar[bool] = False
+    per_channel_decay: ClassVar[bool] = False
+    normalizes_by_division: ClassVar[bool] = True
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
-        self._map = feature_map(self.map_name(config), config.normalize and self.divides)
+    config: LinearConfig
+
+    def __init__(self, config: LinearConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
+        self.feature_map: FeatureMap = feature_map(
+            self.feature_map_name(config), config.normalize and self.normalizes_by_division
+        )
         super().__init__(config, dim, heads, own_projections=own_projections)
 
     @classmethod
-    def map_name(cls, config: Any) -> str:
-        """The feature map in force: the named one, else the published one, else elu+1 where it has to be positive."""
+    def feature_map_name(cls, config: LinearConfig) -> str:
+        """Return the feature map in effect: the one configured, else the paper's, else elu+1 if it must be positive."""
         if config.feature_map is not None:
-            return cast(str, config.feature_map)
-        fits = FEATURE_MAPS[cls.published_map].positive or not (config.normalize and cls.divides)
-        return cls.published_map if fits else "elu_plus_one"
+            return config.feature_map
+        must_be_positive = config.normalize and cls.normalizes_by_division
+        suitable = FEATURE_MAPS[cls.default_feature_map].positive or not must_be_positive
+        return cls.default_feature_map if suitable else "elu_plus_one"
 
     def mix(self, streams: Streams) -> Tensor:
-        """W v, (b, l, h, v); unnormalised in float32 at least."""
+        """Compute W v, (b, l, h, v), in float32 at least if unnormalized."""
         q, k, v, feature_map = self.operands(streams)
-        settings = {**self._settings(), "feature_map": feature_map, "backend": self.config.backend}
-        return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **settings))
+        if self.heads_per_group == self.heads:  # the operator computes the products of one head for all
+            q, k = q[:, :, :1], k[:, :, :1]
+        options = self._operator_options(streams) | {"feature_map": feature_map, "backend": self.config.backend}
+        return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **options))
 
-    def weights(self, streams: Streams) -> Tensor:
-        """(b, h, l, l), from the formula."""
+    def mixing_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula."""
         q, k = self.features(streams)
-        return operators.linear_weights(q, k, streams.log_decay, **self._settings())
+        return operators.linear_attention_matrix(q, k, streams.log_decay, **self._operator_options(streams))
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k), the latter times `write` where there is one: (b, l, h, k) each, float32 at least."""
-        dtype = upcast(streams.q.dtype)
-        q, k = self._map.apply(streams.q.to(dtype)), self._map.apply(streams.k.to(dtype))
-        return q, k if streams.write is None else k * streams.write[..., None]
+        """Compute φ(q) and φ(k), the latter times `dt` if there is one: (b, l, h, k) each, float32 at least."""
+        dtype = accumulation_dtype(streams.q)
+        q = self.feature_map.apply(streams.q.to(dtype))
+        k = self.feature_map.apply(streams.k.to(dtype))
+        return q, k if streams.dt is None else k * streams.dt[..., None]
 
     def operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, str]:
-        """q, k, v and the map that the operator applies to q and k: `identity` where there is more to `features`.
+        """Return q, k and v, and the feature map that the operator applies to q and k.
 
-        An operator that maps q and k as it reads them does not have to write features to memory. Unnormalised, it is
-        one to the result whether keys or values are times `write`.
+        An operator that applies the map while it reads q and k never writes the features to memory. The map is
+        `identity` if `features` has to be computed beforehand, because it does more than apply a map.
         """
-        normalize, write = self.config.normalize, streams.write
+        dt = streams.dt
+        normalize = self.config.normalize
         v = streams.v if normalize else streams.values
-        if type(self).features is not LinearMixer.features or (normalize and write is not None):
-            return (*self.features(streams), v, "identity")
-        return streams.q, streams.k, v if write is None else v * write[..., None], self.map_name(self.config)
+        if type(self).features is not LinearMixer.features or (normalize and dt is not None):
+            q, k = self.features(streams)
+            return q, k, v, "identity"
+        # Unnormalized, scaling keys or scaling values by dt is equivalent.
+        v = v if dt is None else v * dt[..., None]
+        return streams.q, streams.k, v, self.feature_map_name(self.config)
 
     @property
     def scale(self) -> float:
-        """Factor of unnormalised weights: a constant of the mixer, never of the number of tokens."""
+        """Factor of unnormalized weights, a constant of the mixer."""
         return 1.0
 
-    def _settings(self) -> dict[str, Any]:
+    def scale_at(self, length: int) -> float:
+        """Return the factor of unnormalized weights among `length` tokens.
+
+        Where decay does not bound the sums, because without an order there is none, the constant is divided by
+        reference_length, as that of linear attention is.
+        """
+        config = self.config
+        unbounded = self.has_decay and config.causality == "noncausal"
+        scale = self.scale / config.reference_length if unbounded else self.scale
+        return scale if config.scale == "constant" else scale * config.reference_length / length
+
+    def _operator_options(self, streams: Streams) -> dict[str, Any]:
         config = self.config
         return {
             "causality": config.causality,
             "normalize": config.normalize,
             "eps": config.eps,
-            "scale": self.scale,
+            "scale": self.scale_at(streams.x.shape[1]),
         }
 
     @property
-    def order_free(self) -> bool:
-        """Whether permuting the tokens permutes the output: decay has an order unless the mixer is non-causal."""
-        return super().order_free and not (self.decays and self.config.causality == "bidirectional")
+    def permutation_equivariant(self) -> bool:
+        """Whether permuting the tokens only permutes the output; decay has an order unless the mixer is non-causal."""
+        return super().permutation_equivariant and not (self.has_decay and self.config.causality == "bidirectional")
+
+    @property
+    def traits(self) -> Traits:
+        """The properties of this mixer as configured; scale="mean" too makes repeated tokens count once."""
+        traits = super().traits
+        invariant = traits.repetition_invariant or (self.permutation_equivariant and self.config.scale == "mean")
+        return replace(traits, repetition_invariant=invariant)
 
     @property
     def positive(self) -> bool:
-        """Whether every weight is ≥ 0: the feature map's are."""
-        return self._map.positive
+        """Whether no entry of the mixing matrix is negative: whether the feature map is positive."""
+        return self.feature_map.positive
 
     @property
     def features_dim(self) -> int:
-        """Channels a head after the feature map."""
+        """Channels per head after the feature map."""
         return self.key_dim
 
     @property
-    def sharing(self) -> int:
-        """Heads that have one q and one k between them."""
+    def heads_per_group(self) -> int:
+        """Number of heads that share one q and one k."""
         return 1
 
     def state_size(self, length: int) -> int:
-        """h·k·(v + 1): the same after any number of tokens; one column less unnormalised."""
+        """Return h·k·(v + 1) if normalized, else h·k·v, whatever the number of tokens."""
         return self.heads * self.features_dim * (self.head_dim + int(self.config.normalize))
 
     def operator_flops(self, length: int) -> int:
-        """Two products of l × k by k × v; with an order also those within chunks.
+        """Return the operations of two products of l × k by k × v, and with an order of those within chunks.
 
-        Where there is an order the row sums are a column of the products, and elsewhere elementwise work.
+        With an order, row sums are one more column of the products; otherwise they are elementwise work.
         """
         causality = self.config.causality
-        ordered = causality == "causal" or (causality == "bidirectional" and self.decays)
+        ordered = causality == "causal" or (causality == "bidirectional" and self.has_decay)
         width = self.head_dim + int(self.config.normalize and ordered)
-        decay = "none" if not self.decays else "vector" if self.channel_gates else "scalar"
-        return self.heads * operators.linear.flops(length, self.features_dim, width, causality, decay, self.sharing)
+        decay = "none" if not self.has_decay else "vector" if self.per_channel_decay else "scalar"
+        flops = operators.linear.flops(length, self.features_dim, width, causality, decay, self.heads_per_group)
+        return self.heads * flops

@@ -1,4 +1,4 @@
-"""The registry: `@register_mixer("name")` on a mixer class is all that adding one takes."""
+"""Find mixers and build them by name: those that ship, installed plug-ins, and plug-in files."""
 
 from __future__ import annotations
 
@@ -8,185 +8,134 @@ import hashlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
-from mixers import suggest
-from mixers.traits import CAUSALITIES, Causality, Traits
+from mixers import entries, zoo
+from mixers.entries import MixerEntry, register_mixer
+from mixers.mixer import TokenMixer
+from mixers.suggest import hint, unknown_name
+from mixers.traits import Causality, Traits
 
-if TYPE_CHECKING:
-    from mixers.mixer import TokenMixer
-
-_Mixer = TypeVar("_Mixer", bound="type[TokenMixer]")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A registered mixer: its class, its published defaults, and what it can be asked for."""
-
-    name: str
-    mixer: type[TokenMixer]
-    causalities: tuple[Causality, ...]
-    normalizations: tuple[bool, ...]
-    refusals: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def config(self) -> Any:
-        """The mixer's frozen configuration class."""
-        return self.mixer.Config
-
-    @property
-    def default_causality(self) -> Causality:
-        """The causality the mixer was published with."""
-        return self.config().causality
-
-    @property
-    def default_normalize(self) -> bool:
-        """Whether the mixer was published normalised."""
-        return self.config().normalize
-
-    @property
-    def summary(self) -> str:
-        """The first line of the mixer's docstring."""
-        return (self.mixer.__doc__ or "").strip().partition("\n")[0]
-
-    @property
-    def promises(self) -> str:
-        """The traits of the published form that a reader looks for, as words."""
-        traits = create_mixer(self.name, 8, 2, **self.tiny).traits
-        words = {"positive": traits.positive, "order-free": traits.order_free, "quadratic": not traits.linear}
-        words |= {"needs grid": traits.needs_grid}
-        return ", ".join(word for word, holds in words.items() if holds)
-
-    @property
-    def tiny(self) -> dict[str, Any]:
-        """Options that make it small, for tests."""
-        return dict(self.mixer.tiny)
-
-
-_ENTRIES: dict[str, Entry] = {}
-
-
-def register_mixer(
-    name: str,
-    *,
-    causalities: tuple[Causality, ...] = CAUSALITIES,
-    normalizations: tuple[bool, ...] = (True, False),
-    refusals: Mapping[str, str] | None = None,
-) -> Callable[[_Mixer], _Mixer]:
-    """Class decorator that adds a `TokenMixer` to the registry under `name`.
-
-    Args:
-        name: lower case, unique.
-        causalities: those that have a meaning for it.
-        normalizations: likewise for `normalize`.
-        refusals: why a value that is left out is refused, e.g. `{"bidirectional": "softmax has no order"}`.
-
-    Raises:
-        ValueError: the name is taken, or the class is no `TokenMixer`.
-    """
-
-    def register(mixer: _Mixer) -> _Mixer:
-        from mixers.mixer import TokenMixer
-
-        if not (isinstance(mixer, type) and issubclass(mixer, TokenMixer)):
-            raise ValueError(f"Cannot register {mixer!r} as {name!r}: expected a subclass of mixers.TokenMixer.")
-        taken = _ENTRIES.get(name)
-        if taken is not None and _place(taken.mixer) != _place(mixer):
-            raise ValueError(f"Cannot register {mixer.__name__} as {name!r}: {_place(taken.mixer)} has that name.")
-        _ENTRIES[name] = Entry(name, mixer, causalities, normalizations, refusals or {})
-        return mixer
-
-    return register
-
-
-def _place(mixer: type[TokenMixer]) -> str:
-    return f"{mixer.__module__}.{mixer.__qualname__}"
+__all__ = [
+    "MixerEntry",
+    "create_mixer",
+    "get_mixer_entry",
+    "list_mixers",
+    "load_plugin",
+    "mixer_from_state_dict",
+    "register_mixer",
+]
 
 
 @cache
 def _discover() -> None:
-    from mixers import zoo
-
+    """Import the mixers that ship and those of installed packages, once per process."""
     zoo.load()
     for plugin in entry_points(group="mixers"):
         try:
             plugin.load()
-        except Exception as error:  # one broken package must not take the others away
+        except Exception as error:  # one broken package must not hide the others
             warnings.warn(
-                f"The installed plug-in {plugin.name!r} ({plugin.value}) does not load, so its mixers are missing: "
+                f"Cannot load the installed plug-in {plugin.name!r} ({plugin.value}), so its mixers are missing: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=2,
             )
 
 
 def load_plugin(path: str | Path) -> list[str]:
-    """Run a .py file that registers mixers; returns their names.
+    """Run a Python file that registers mixers.
+
+    Args:
+        path: a .py file.
+
+    Returns:
+        The names that it registers.
 
     Raises:
-        ValueError: there is no such file, it does not run, or it registers nothing.
+        ValueError: The file does not exist, fails to run, or registers nothing.
     """
     _discover()
-    path, before = Path(path), set(_ENTRIES)
-    # By the place of the file: json.py must not take that module's place, nor a/mine.py that of b/mine.py.
+    names_before = set(entries.ENTRIES)
+    module = import_plugin(path)
+    names = sorted({*names_from(module.__name__), *(set(entries.ENTRIES) - names_before)})
+    if not names:
+        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
+    return names
+
+
+def import_plugin(path: str | Path) -> ModuleType:
+    """Run a Python file as a module, whatever it registers.
+
+    Raises:
+        ValueError: The file does not exist, or fails to run.
+    """
+    _discover()
+    path = Path(path)
+    # The hash keeps json.py from replacing the module json, and a/mine.py from replacing b/mine.py.
     name = f"mixers_plugin_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
     if spec is None or spec.loader is None:
-        raise ValueError(f"Cannot load the plug-in {path}: expected a .py file that registers mixers.")
+        raise ValueError(f"Cannot load the plug-in {path}: expected a .py file.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"Cannot load the plug-in {path}: {type(error).__name__}: {error}") from error
-    added = sorted(n for n, e in _ENTRIES.items() if e.mixer.__module__ == name or n not in before)
-    if not added:
-        raise ValueError(f"The plug-in {path} registers no mixer: decorate a TokenMixer with @register_mixer(name).")
-    return added
+    return module
 
 
-def entry(name: str) -> Entry:
-    """Look a mixer up.
+def names_from(module: str) -> list[str]:
+    """Return the names of the mixers that a module defines, by the module's name."""
+    return sorted(name for name, entry in entries.ENTRIES.items() if entry.mixer.__module__ == module)
+
+
+def get_mixer_entry(name: str) -> MixerEntry:
+    """Look up a registered mixer.
 
     Raises:
-        ValueError: no such mixer; the message names the nearest one.
+        ValueError: The name is unknown; the message suggests the closest one.
     """
     _discover()
-    if name not in _ENTRIES:
-        raise ValueError(
-            f"Unknown mixer {name!r}: expected one of {', '.join(sorted(_ENTRIES))}.{suggest.hint(name, _ENTRIES)}"
-        )
-    return _ENTRIES[name]
+    if name not in entries.ENTRIES:
+        raise ValueError(unknown_name("mixer", name, sorted(entries.ENTRIES)))
+    return entries.ENTRIES[name]
 
 
 def list_mixers(pattern: str = "*", **traits: Any) -> list[str]:
-    """Names that match a wildcard pattern and whose default configuration has these traits.
+    """List the mixers whose name matches a pattern and whose default configuration has these traits.
 
     Example: `list_mixers("lin*", normalized=True)`.
 
+    Args:
+        pattern: shell-style wildcard pattern.
+        traits: values of fields of `Traits`.
+
+    Returns:
+        Sorted names.
+
     Raises:
-        ValueError: no such trait; the message names the nearest one.
+        ValueError: A trait is unknown; the message suggests the closest one.
     """
     _discover()
-    known = {f.name for f in dataclasses.fields(Traits)}
+    fields = sorted(field.name for field in dataclasses.fields(Traits))
     for trait in traits:
-        if trait not in known:
-            raise ValueError(
-                f"Unknown trait {trait!r}: expected one of {', '.join(sorted(known))}.{suggest.hint(trait, known)}"
-            )
-    names = sorted(fnmatch.filter(_ENTRIES, pattern))
-    return [n for n in names if not traits or _has(n, traits)]
+        if trait not in fields:
+            raise ValueError(unknown_name("trait", trait, fields))
+    names = sorted(fnmatch.filter(entries.ENTRIES, pattern))
+    return [name for name in names if not traits or _has_traits(entries.ENTRIES[name], traits)]
 
 
-def _has(name: str, traits: Mapping[str, Any]) -> bool:
-    promised = create_mixer(name, 8, 2, **entry(name).tiny).traits
-    return all(getattr(promised, key) == value for key, value in traits.items())
+def _has_traits(entry: MixerEntry, traits: Mapping[str, Any]) -> bool:
+    default = entry.default_traits
+    return all(getattr(default, name) == value for name, value in traits.items())
 
 
 def create_mixer(
@@ -202,67 +151,76 @@ def create_mixer(
     """Build a mixer.
 
     Args:
-        name: as in `list_mixers()`.
+        name: one of `list_mixers()`.
         dim: model width d.
-        heads: number of heads; must divide `dim`.
-        causality: None for the mixer's published default.
-        normalize: None for the mixer's published default.
-        own_projections: give it to_q, to_k, to_v and to_out of its own; else the forward is handed a host's, and
-            options that are not given are those of the mixer's plain form, which starts from the host's weights.
-        options: the other fields of the mixer's configuration.
+        heads: number of heads; divides `dim`.
+        causality: which tokens each token sees. None: the paper's default.
+        normalize: divide each row of the mixing matrix by its sum. None: the paper's default.
+        own_projections: create to_q, to_k, to_v and to_out. Otherwise every forward is handed a host's, and the
+            defaults of `options` are those of the mixer's drop-in form, which starts from the host's parameters.
+        options: other fields of the mixer's configuration.
+
+    Returns:
+        The mixer, with new parameters.
 
     Raises:
-        ValueError: unknown mixer or option, a combination that has no meaning, or heads that do not divide dim.
+        ValueError: The mixer or an option is unknown, a value is not supported, or heads does not divide dim.
     """
-    found = entry(name)
-    causality = found.default_causality if causality is None else causality
-    normalize = found.default_normalize if normalize is None else normalize
-    for what, value, allowed in (
-        ("causality", causality, found.causalities),
-        ("normalize", normalize, found.normalizations),
-    ):
-        if value not in allowed:
-            reason = found.refusals.get(str(value), "it has no meaning there")
-            raise ValueError(
-                f"{name} refuses {what}={value!r}: {reason}. Expected one of {', '.join(map(str, allowed))}."
-            )
-    known = {f.name for f in dataclasses.fields(found.config)} - {"causality", "normalize"}
+    entry = get_mixer_entry(name)
+    causality = entry.default_causality if causality is None else causality
+    normalize = entry.default_normalize if normalize is None else normalize
+    _check_supported(entry, "causality", causality, entry.causalities)
+    _check_supported(entry, "normalize", normalize, entry.normalizations)
+    fields = {field.name for field in dataclasses.fields(entry.config)} - {"causality", "normalize"}
     for option in options:
-        if option not in known:
-            expected = ", ".join(sorted(known)) or "none"
+        if option not in fields:
             raise ValueError(
-                f"{name} has no option {option!r}: expected one of {expected}.{suggest.hint(option, known)}"
+                f"{name} has no option {option!r}: expected one of {', '.join(sorted(fields))}.{hint(option, fields)}"
             )
     if heads <= 0 or dim % heads:
         raise ValueError(f"Cannot build {name}: heads={heads} does not divide dim={dim}.")
-    options = options if own_projections else {**found.mixer.plain, **options}
-    config = found.config(causality=causality, normalize=normalize, **options)
-    return found.mixer(config, dim, heads, own_projections=own_projections)
+    if not own_projections:
+        options = {**entry.mixer.drop_in_options, **options}
+    config = entry.config(causality=causality, normalize=normalize, **options)
+    return entry.mixer(config, dim, heads, own_projections=own_projections)
 
 
-def load_published(name: str, state: Mapping[str, Tensor], **options: Any) -> TokenMixer:
+def _check_supported(entry: MixerEntry, option: str, value: Any, supported: tuple[Any, ...]) -> None:
+    if value not in supported:
+        reason = entry.unsupported.get(str(value), "no such value")
+        raise ValueError(
+            f"{entry.name} does not support {option}={value!r}: {reason}. "
+            f"Expected one of {', '.join(map(str, supported))}."
+        )
+
+
+def mixer_from_state_dict(name: str, state: Mapping[str, Tensor], **options: Any) -> TokenMixer:
     """Build a mixer from the state dict of the paper's block as `transformers`, `mamba_ssm` or `fla` save it.
 
     Args:
-        name: of a mixer that has a loader (`TokenMixer.from_published`).
-        state: the block's tensors, by their published names; floating dtypes are kept.
-        options: those of the configuration that shapes do not tell; also `heads` where a mixer asks for it.
+        name: a mixer that defines `TokenMixer.convert_state_dict`.
+        state: the block's tensors under their published names; floating-point dtypes are kept.
+        options: options that the shapes do not determine; some mixers need `heads`.
+
+    Returns:
+        The mixer, with the block's parameters.
 
     Raises:
-        ValueError: the mixer has no loader, or a tensor is missing, left over or of another shape; each is named.
+        ValueError: The mixer has no converter, or a tensor is missing, unexpected or of the wrong shape; the message
+            names each.
     """
-    found = entry(name)
-    read = found.mixer.from_published(state, options)
-    mixer = create_mixer(name, read.dim, read.heads, **read.options)
-    wanted = mixer.state_dict()
-    faults = [f"{n} is missing" for n in wanted if n not in read.state]
-    faults += [f"{n} is left over" for n in read.state if n not in wanted]
+    entry = get_mixer_entry(name)
+    converted = entry.mixer.convert_state_dict(state, options)
+    mixer = create_mixer(name, converted.dim, converted.heads, **converted.options)
+    expected = mixer.state_dict()
+    faults = [f"{name} is missing" for name in expected if name not in converted.tensors]
+    faults += [f"{name} is unexpected" for name in converted.tensors if name not in expected]
     faults += [
-        f"{n} is {tuple(t.shape)}, expected {tuple(wanted[n].shape)}"
-        for n, t in read.state.items()
-        if n in wanted and t.shape != wanted[n].shape
+        f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in converted.tensors.items()
+        if name in expected and tensor.shape != expected[name].shape
     ]
     if faults:
-        raise ValueError(f"Cannot load {name} from this state dict: {'; '.join(faults)}.")
-    mixer.to(next(iter(read.state.values())).dtype).load_state_dict(read.state)
+        raise ValueError(f"Cannot build {entry.name} from this state dict: {'; '.join(faults)}.")
+    mixer.to(next(iter(converted.tensors.values())).dtype).load_state_dict(converted.tensors)
     return mixer

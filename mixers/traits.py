@@ -1,4 +1,4 @@
-"""What a configured mixer promises; the conformance suite tests for each promise."""
+"""Traits: the properties that a configured mixer promises, and that the conformance suite checks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ CAUSALITIES: tuple[Causality, ...] = get_args(Causality)
 
 @dataclass(frozen=True)
 class Traits:
-    """Promises of a mixer as configured.
+    """The properties of a mixer as configured.
 
     Attributes:
-        causality: which tokens a token sees, in the order of the scan.
-        normalized: the weights of a row sum to one (up to `eps`).
-        positive: every weight is ≥ 0.
-        order_free: permuting the tokens permutes the output.
+        causality: which tokens each token sees, in scan order.
+        normalized: each row of the mixing matrix sums to one, up to `eps`.
+        positive: no entry of the mixing matrix is negative.
+        permutation_equivariant: permuting the tokens permutes the output and changes nothing else.
         linear: time and memory grow linearly in the number of tokens.
-        repetition_free: repeating every token changes nothing, so it carries over to other resolutions.
-        needs_grid: the forward must be told (height, width).
+        repetition_invariant: repeating every token leaves the output unchanged, so that the mixer carries over to
+            other resolutions.
+        needs_grid: the forward needs grid=(height, width).
     """
 
     causality: Causality
     normalized: bool
     positive: bool
-    order_free: bool
+    permutation_equivariant: bool
     linear: bool
-    repetition_free: bool = False
+    repetition_invariant: bool = False
     needs_grid: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import io
 import os
@@ -18,30 +19,32 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from experiments.ablation.grid import list_grids, load_grid
-from experiments.check import Result, show
 from experiments.cli import app
-from experiments.config import Evaluation, override
-from experiments.distil.objectives import list_objectives
-from experiments.distil.recipe import list_recipes, load_recipe
-from mixers import list_mixers, registry
-from mixers.testing import CHECKS, Outcome, configurations
-from mixers.testing.operators import OPERATOR_CHECKS
+from experiments.cli.conformance import ConformanceResult, print_results
+from experiments.config import EvaluationConfig, apply_overrides
+from experiments.core.registries import OBJECTIVES
+from experiments.distill.objectives import list_objectives
+from experiments.distill.recipe import list_recipes, load_recipe
+from mixers import entries, list_mixers, registry
+from mixers.testing import MIXER_CHECKS, OPERATOR_CHECKS, CheckOutcome, conformance_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 HOWTO = ROOT / "docs" / "howto"
 ADD, CHECK, DATA = HOWTO / "add_a_mixer.md", HOWTO / "check_a_mixer.md", HOWTO / "data.md"
-ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distil.md", HOWTO / "evaluate.md"
+ABLATE, DISTIL, EVALUATE = HOWTO / "run_an_ablation.md", HOWTO / "distill.md", HOWTO / "evaluate.md"
 LARGE = HOWTO / "large_images.md"
+METRIC = HOWTO / "add_a_metric.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")  # in the order of the page
 TINY = (
     *("distillation.fit.steps=2", "distillation.fit.batch_size=2", "distillation.images=4"),
-    *("evaluation.shapes=[]", "evaluation.metrics.images=0"),
+    *("evaluation.shapes=[]", "evaluation.generated.images=0", "evaluation.held_in_images=0"),
     *("evaluation.sizes=[64,128]", "evaluation.images=1", "evaluation.timesteps=[500]", "evaluation.sample_sizes=[64]"),
     *(
         'evaluation.prompts=["red apple, teal background"]',
         "evaluation.sample_steps=2",
-        "evaluation.speed_sizes=[64]",
-        "evaluation.speed_repeats=1",
+        "evaluation.metrics.cost.sizes=[64]",
+        "evaluation.metrics.cost.repeats=1",
+        "evaluation.metrics.sites.images=1",
     ),
 )
 
@@ -157,7 +160,7 @@ def test_step_5_an_installed_package_needs_no_plugin(folder: Path) -> None:
     [
         (None, "* --plugin mine.py", "Cannot load the plug-in mine.py: expected a .py file"),
         ("def (", "* --plugin mine.py", "Cannot load the plug-in mine.py: SyntaxError"),
-        ("x = 1", "* --plugin mine.py", "The plug-in mine.py registers no mixer"),
+        ("x = 1", "* --plugin mine.py", "The plug-in mine.py registers nothing"),
         ("x = 1 / 0", "* --plugin mine.py", "Cannot load the plug-in mine.py: ZeroDivisionError"),
         (
             "import mixers\nmixers.register_mixer('mine')(dict)",
@@ -193,7 +196,7 @@ class Broken(TokenMixer):
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A plug-in, registered for one test, whose mixer has nothing of what a mixer must have, no docstring either."""
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
     return str(tmp_path / "broken.py")
 
@@ -221,30 +224,30 @@ def test_a_plug_in_of_the_same_file_name_takes_no_other_s_place(broken: str) -> 
 def test_the_table_of_checks_fits_a_terminal() -> None:
     """All that is registered at 80 columns, in cells as full as they get."""
     counts = {"passed": 19, "failed": 12, "known": 1}
-    outcomes = [Outcome("check_flops", status, "told", 0.0) for status, n in counts.items() for _ in range(n)]
-    everything = configurations(list_mixers())
+    outcomes = [CheckOutcome("check_flops", status, "told", 0.0) for status, n in counts.items() for _ in range(n)]
+    everything = conformance_cases(list_mixers())
     console = Console(width=80, file=io.StringIO(), record=True)
-    show([Result(configuration, outcomes) for configuration in everything], console)
+    print_results([ConformanceResult(configuration, outcomes) for configuration in everything], console)
     table, _, rest = console.export_text().partition("passed checks; ")
     assert table.count("19 12✗ 1~") == len(everything)
     assert max(map(len, table.splitlines())) <= 80 and "…" not in table
-    assert rest.startswith("N normalised, U not; – refused; ✗ failed; ~ known exception")
+    assert rest.startswith("N normalized, U not; – refused; ✗ failed; ~ known exception")
     assert f"{len(everything)} configurations: {12 * len(everything)} of {32 * len(everything)} checks failed." in rest
 
 
 def test_a_single_mixer_is_shown_check_by_check() -> None:
     outcomes = [
-        Outcome(check.name, status, "told in full", 0.0)
-        for check, status in zip(CHECKS, ("passed", "failed", "known"), strict=False)
+        CheckOutcome(check.name, status, "told in full", 0.0)
+        for check, status in zip(MIXER_CHECKS, ("passed", "failed", "known"), strict=False)
     ]
     console = Console(width=80, file=io.StringIO(), record=True)
-    (chosen, *_) = configurations(list_mixers()[:1])
-    show([Result(chosen, outcomes)], console)
+    (chosen, *_) = conformance_cases(list_mixers()[:1])
+    print_results([ConformanceResult(chosen, outcomes)], console)
     text = console.export_text()
-    for check, status in zip(CHECKS, ("1 ✓", "1/1 ✗", "1/1 ~"), strict=False):
+    for check, status in zip(MIXER_CHECKS, ("1 ✓", "1/1 ✗", "1/1 ~"), strict=False):
         assert f"{status} {check.name}" in text
         assert check.summary.split(",")[0] in text
-    assert f"failed {chosen} {CHECKS[1].name}\ntold in full" in text
+    assert f"failed {chosen} {MIXER_CHECKS[1].name}\ntold in full" in text
 
 
 @pytest.mark.slow  # every check of a mixer and of an operator
@@ -276,6 +279,23 @@ def test_the_page_of_distillation_runs(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(tmp_path / "mine"), *settings])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "mine" / "card.md").is_file() and (tmp_path / "mine" / "adapter").is_dir()
+
+
+def test_an_objective_of_the_page_is_one_file_outside_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for registered in ("_items", "_origins"):  # so that the objective is gone after this test
+        monkeypatch.setattr(OBJECTIVES, registered, dict(getattr(OBJECTIVES, registered)))
+    plugin = tmp_path / "absolute.py"
+    plugin.write_text(*blocks(DISTIL, "python"), encoding="utf-8")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(*blocks(DISTIL, "yaml"), encoding="utf-8")
+    changes = ["before=[]", 'objectives={"absolute": 1}', "fit.steps=1", "fit.batch_size=2", "images=2"]
+    settings = [word for change in changes for word in ("--set", f"distillation.{change}")]
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["distill", str(recipe), "--plugin", str(plugin), "--out", str(out), *settings])
+    assert done.exit_code == 0, done.output
+    assert "1 absolute" in (out / "card.md").read_text()
 
 
 def test_the_page_of_distillation_names_every_objective_and_recipe() -> None:
@@ -314,12 +334,12 @@ def test_the_page_of_evaluation_asks_for_what_there_is() -> None:
         shlex.split(line) for block in blocks(EVALUATE, "bash") for line in block.replace("\\\n", "").splitlines()
     ]
     settings = [[word for before, word in pairwise(c) if before == "--set"] for c in commands]
-    plans = [override(Evaluation(), asked) for asked in settings]
-    assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].metrics.images == 30000
+    plans = [apply_overrides(EvaluationConfig(), asked) for asked in settings]
+    assert plans[1].guidances == (1.5, 5.0, 7.5) and plans[2].generated.images == 30000
 
 
 def test_the_kit_s_page_lists_every_check() -> None:
-    functions = [*(check.run for check in CHECKS), *OPERATOR_CHECKS]
+    functions = [*(check.run for check in MIXER_CHECKS), *OPERATOR_CHECKS]
     summaries = [" ".join((inspect.getdoc(f) or "").split("\n\n")[0].split()) for f in functions]
     wanted = [f"- `{f.__name__}`: {summary}" for f, summary in zip(functions, summaries, strict=True)]
     assert re.findall(r"^- `check_.*", CHECK.read_text(encoding="utf-8"), re.M) == wanted
@@ -332,10 +352,35 @@ def test_the_table_of_grids_is_true() -> None:
     assert rows.keys() - dict(told).keys() == {"compatibility", "demo"}
 
 
+def test_the_page_of_metrics_lists_a_metric_of_ones_own(tmp_path: Path, folder: Path) -> None:
+    (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
+    done = shell(blocks(METRIC, "bash")[0], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_shown(done.stdout, blocks(METRIC, "text")[0])
+
+
+@pytest.mark.slow  # cells on the teacher that ships
+def test_the_page_of_metrics_runs(folder: Path) -> None:
+    """The metric is settable, measured, and in the report, without a change of the library."""
+    (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
+    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in TINY)
+    done = shell(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = folder / "runs" / "detail" / "report"
+    assert "## Error of detail" in (report / "report.md").read_text(encoding="utf-8")
+    with (report / "results.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "detail"]
+    assert {(row["size"], row["timestep"]) for row in rows} == {("64", "900"), ("128", "900")}
+    assert {row["relative_error"] for row in rows if row["variant"] == "softmax"} == {"0.0"}
+    without = shell("mixlab report runs/detail", folder)
+    assert without.returncode == 0, without.stdout + without.stderr
+    assert "rows of the metric &#39;detail&#39; are not reported" in (report / "index.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow  # two runs of a few steps
 def test_the_page_of_ablations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     list_mixers()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     monkeypatch.chdir(tmp_path)
     files = {"my_mixer.py": blocks(ADD, "python")[0]}
     files |= dict(zip(("my_grid.py", "against.py"), blocks(ABLATE, "python"), strict=True))
@@ -343,7 +388,7 @@ def test_the_page_of_ablations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Path(name).write_text(code, encoding="utf-8")
     lines = [line for line in "".join(blocks(ABLATE, "bash")).splitlines() if ".py" in line]
     assert len(lines) == 2
-    rows = ("linear attention, non-causal, normalised", "power attention, non-causal, normalised")
+    rows = ("linear attention, non-causal, normalized", "power attention, non-causal, normalized")
     for line, row, more in zip(lines, rows, ((), ("distillation.before.0.fit.steps=2",)), strict=True):
         command = shlex.split(line.replace(" --budget 5m", ""))[1:]  # which would take five minutes
         shorter = [part for setting in (*TINY, *more) for part in ("--set", setting)]

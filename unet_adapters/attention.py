@@ -1,9 +1,8 @@
-"""The attention layer with a mixer in it, and the dispatcher that its host calls as a processor."""
+"""diffusers' `Attention` with a mixer in it, and the dispatcher that runs in place of its processor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,131 +10,166 @@ from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from unet_adapters.grid import take_grid
-from unet_adapters.student import teacher_projections
+from unet_adapters.mounted_layer import GridSize, MountedLayer, stock_processor
+from unet_adapters.projections import teacher_view
+from unet_adapters.sites import Site
 
-# Perturbed-attention guidance: the parts a batch is made of; the last part is the perturbed one.
+# Perturbed-attention guidance: the number of parts that a batch is made of; the last part is the perturbed one.
 PERTURBED_PARTS: dict[type, int] = {
     stock.PAGIdentitySelfAttnProcessor2_0: 2,
     stock.PAGCFGIdentitySelfAttnProcessor2_0: 3,
 }
 
+# Processors that compute softmax attention with the layer's own weights; the names vary with diffusers' version.
+PLAIN_PROCESSORS = frozenset(
+    getattr(stock, name)
+    for name in (
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "FusedJointAttnProcessor2_0",
+        "JointAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    )
+    if hasattr(stock, name)
+)
+
+# Processors that read a fused copy of the projections, and what computes the same without it.
+UNFUSED: dict[type, type] = {
+    stock.FusedAttnProcessor2_0: stock.AttnProcessor2_0,
+    stock.FusedJointAttnProcessor2_0: stock.JointAttnProcessor2_0,
+}
+
 
 class MixerDispatch:
-    """What a mounted layer hands out as its processor: stateless, so that diffusers may re-create or copy it.
+    """The processor of a mounted layer: stateless, so that diffusers may re-create or copy it.
 
     It keeps the contract of a stock processor (4-D input, spatial and group norm, residual, rescaling) around
-    `attn.mixer`. Given `encoder_hidden_states` it steps aside for the stock ("nominal") processor.
+    `attn.mixer`. Given `encoder_hidden_states`, it runs the stock processor instead.
     """
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        mixer_grid: GridSize | None = None,
     ) -> Tensor:
         """Mix tokens (b, l, d) or (b, d, height, width) -> the same shape.
 
         Raises:
-            ValueError: the mask hides tokens, or a processor that is not stock diffusers was set on the layer.
+            ValueError: the mask hides tokens, the stock processor is not a supported one, or the tokens are not those
+                of the grid.
         """
-        nominal, grid = attn.get_processor(), take_grid(attn)
+        processor = stock_processor(attn)
         if encoder_hidden_states is not None:
-            return nominal(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask, temb=temb)
-        require_stock_processor(nominal)
-        if _tokens(hidden_states) < attn.mixer_from:
-            with teacher_projections(attn, attn.teacher):
-                return nominal(attn, hidden_states, attention_mask=attention_mask, temb=temb)
+            return _run_stock(processor, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        attn.require_supported(processor)
+        if _token_count(hidden_states) < attn.mixer_from:
+            return _teacher_attention(attn, processor, hidden_states, attention_mask, temb)
         _require_all_visible(attention_mask)
 
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
-        picture = hidden_states.shape if hidden_states.ndim == 4 else None
-        if picture is not None:
-            grid = (hidden_states.shape[2], hidden_states.shape[3])
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            mixer_grid = (image_shape[2], image_shape[3])
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        hidden_states = _mix(attn, hidden_states, grid, PERTURBED_PARTS.get(type(nominal)))
-        if picture is not None:
-            hidden_states = hidden_states.transpose(1, 2).reshape(picture)
+        hidden_states = _mix(attn, hidden_states, mixer_grid, PERTURBED_PARTS.get(type(processor)))
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
 
-DISPATCH = MixerDispatch()
+class MixerAttention(MountedLayer, Attention):
+    """An `Attention` whose tokens are mixed by its child `mixer`; made only by `attn.__class__ = MixerAttention`."""
 
-
-class MixerAttention(Attention):
-    """An `Attention` whose tokens are mixed by its child `mixer`; made only by `attn.__class__ = MixerAttention`.
-
-    It has no `__init__` and no `forward` of its own, so hooks, LoRA, slicing, PAG and IP-Adapter find the layer they
-    know. `processor` hands out the dispatcher; the nominal processor stays where it was, for whoever asks for it or
-    replaces it, and is in force again after unmounting.
-
-    Attributes:
-        mixer_from: with fewer tokens than this, the layer is the teacher's softmax attention.
-        teacher: the teacher's Parameters of the projections, by projection name, where others are trained.
-    """
-
-    mixer_from: int = 0
-    teacher: Mapping[str, Mapping[str, nn.Parameter]] = MappingProxyType({})
-
-    @property
-    def processor(self) -> MixerDispatch:
-        """The dispatcher. Assigning replaces the nominal processor."""
-        return DISPATCH
-
-    @processor.setter
-    def processor(self, processor: Any) -> None:
-        require_stock_processor(processor)
-        self.__dict__["processor"] = processor
+    stock_class = Attention
+    dispatcher = MixerDispatch()
+    supported_processors = PLAIN_PROCESSORS | PERTURBED_PARTS.keys()
+    fused_processors = frozenset(UNFUSED)
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
-        """The nominal processor: the one that runs when no mixer is mounted."""
+        """The stock processor: the one that runs when no mixer is mounted."""
         if return_deprecated_lora:
-            return super().get_processor(return_deprecated_lora=True)
-        module = self._modules.get("processor")
-        return self.__dict__["processor"] if module is None else module
-
-    def get_extra_state(self) -> Tensor:
-        """One more name in the state dict: a stock layer never loads a mounted one's weights as if they were its own.
-
-        A mixer without weights of its own would leave no other trace.
-        """
-        return torch.ones(1, dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to restore."""
-
-    def set_processor(self, processor: Any) -> None:
-        """Replace the nominal processor; the mixer stays.
-
-        Raises:
-            ValueError: it is not stock diffusers; the one before stays.
-        """
-        require_stock_processor(processor)
-        self._modules.pop("processor", None)
-        self.__dict__.pop("processor", None)
-        self.processor = processor
+            return Attention.get_processor(self, return_deprecated_lora=True)
+        return super().get_processor()
 
 
-def require_stock_processor(processor: Any) -> None:
-    """Refuse a processor that reads or edits attention weights, which a mixer would silently ignore.
+class LayerProjections:
+    """The projections of an attention layer, with its norms of queries and keys per head (Stable Diffusion 3.5).
+
+    Mixers get this and not the layer: accelerate's hooks move every argument that has a method `to`.
+    """
+
+    def __init__(self, attn: Any) -> None:
+        self._attn = attn
+        self.to_v = attn.to_v
+        self.to_out = attn.to_out
+
+    def to_q(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l, d) -> queries (b, l, h·k)."""
+        return self._norm_heads(self._attn.to_q(tokens), self._attn.norm_q)
+
+    def to_k(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l, d) -> keys (b, l, h·k)."""
+        return self._norm_heads(self._attn.to_k(tokens), self._attn.norm_k)
+
+    def _norm_heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        return x if norm is None else norm(x.unflatten(-1, (self._attn.heads, -1))).flatten(-2)
+
+
+def check_attention(site: Site, layer: Any) -> None:
+    """Refuse an `Attention` with parts that `MixerDispatch` would skip.
 
     Raises:
-        ValueError: the processor's class is not one of `diffusers.models.attention_processor`.
+        ValueError: it has added projections (for text), norms across heads, or an inner width that is not that of the
+            tokens.
     """
-    kind = type(processor)
-    if kind.__module__ != stock.__name__:
+    if getattr(layer, "add_k_proj", None) is not None:
+        raise ValueError(f"{site.name} has add_k_proj, which a mixer would skip: leave it out with `select`")
+    for name in ("norm_q", "norm_k"):
+        weight = getattr(getattr(layer, name, None), "weight", None)
+        if weight is not None and tuple(weight.shape) != (layer.inner_dim // layer.heads,):
+            raise ValueError(f"{site.name} has {name} across heads, which a mixer cannot apply: leave it out")
+    if layer.inner_dim != layer.query_dim:
         raise ValueError(
-            f"the processor {kind.__name__} works on softmax attention and has no effect on a mixer: "
-            "unmount the adapter, or leave the site out with `select`, to use it"
+            f"{site.name} mixes at width {layer.inner_dim} but its tokens have width {layer.query_dim}: "
+            "leave it out with `select`"
         )
+
+
+def _teacher_attention(
+    attn: Any, processor: Any, hidden_states: Tensor, attention_mask: Tensor | None, temb: Tensor | None
+) -> Tensor:
+    if attn.teacher:
+        attn = teacher_view(attn, attn.teacher, hidden_states)
+        if type(processor) in UNFUSED:  # the fused copy is of the student's projections
+            processor = UNFUSED[type(processor)]()
+    return _run_stock(processor, attn, hidden_states, None, attention_mask, temb)
+
+
+def _run_stock(
+    processor: Any,
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    temb: Tensor | None,
+) -> Tensor:
+    extra = {} if temb is None else {"temb": temb}  # SlicedAttnProcessor has no such argument
+    output: Tensor = processor(attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask, **extra)
+    return output
 
 
 def _require_all_visible(mask: Tensor | None) -> None:
@@ -145,23 +179,30 @@ def _require_all_visible(mask: Tensor | None) -> None:
     if not bool(visible):
         raise ValueError(
             "attention_mask hides tokens of a self-attention site, which a mounted mixer does not support: "
-            "call the UNet without attention_mask, or unmount the adapter"
+            "call the model without attention_mask, or unmount the adapter"
         )
 
 
-def _tokens(hidden_states: Tensor) -> int:
+def _token_count(hidden_states: Tensor) -> int:
     return hidden_states.shape[2] * hidden_states.shape[3] if hidden_states.ndim == 4 else hidden_states.shape[1]
 
 
-def _mix(attn: Attention, tokens: Tensor, grid: tuple[int, int] | None, parts: int | None) -> Tensor:
+def _mix(attn: Any, tokens: Tensor, grid: GridSize | None, parts: int | None) -> Tensor:
+    if grid is not None and grid[0] * grid[1] != tokens.shape[1]:
+        raise ValueError(
+            f"a mounted mixer got {tokens.shape[1]} tokens of an image with {grid[0]} × {grid[1]}: a patch such as "
+            "tomesd, HiDiffusion or HyperTile regroups tokens before this layer. Remove the patch, or use a mixer that "
+            "needs no grid (scan='raster', no local convolution)"
+        )
+    projections = LayerProjections(attn)
     if parts is None:
-        return attn.mixer(tokens, grid=grid, projections=attn)
-    *kept, perturbed = tokens.chunk(parts)
-    mixed = attn.mixer(torch.cat(kept), grid=grid, projections=attn)
+        return attn.mixer(tokens, grid=grid, projections=projections)
+    *unperturbed, perturbed = tokens.chunk(parts)
+    mixed = attn.mixer(torch.cat(unperturbed), grid=grid, projections=projections)
     return torch.cat([mixed, _identity_attention(attn, perturbed)])
 
 
-def _identity_attention(attn: Attention, tokens: Tensor) -> Tensor:
+def _identity_attention(attn: Any, tokens: Tensor) -> Tensor:
     output = attn.to_v(tokens)
     layers = attn.to_out if isinstance(attn.to_out, nn.ModuleList) else [attn.to_out]
     for layer in layers:
@@ -169,14 +210,12 @@ def _identity_attention(attn: Attention, tokens: Tensor) -> Tensor:
     return output
 
 
-def _register_for_layer_skip() -> None:
-    """diffusers' layer skipping looks a processor's class up in a table of its own, which is private."""
+@cache
+def register_for_layer_skip() -> None:
+    """Let diffusers' layer skipping find `MixerDispatch` in its private table of processors; called by `mount`."""
     try:
         from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
         from diffusers.hooks._helpers import _skip_proc_output_fn_Attention_AttnProcessor2_0 as skip
-    except ImportError:  # another version of diffusers: skipping a mounted layer then says "not registered"
+    except ImportError:  # another version of diffusers: skipping a mounted layer then raises "not registered"
         return
     AttentionProcessorRegistry.register(MixerDispatch, AttentionProcessorMetadata(skip_processor_output_fn=skip))
-
-
-_register_for_layer_skip()

@@ -1,8 +1,8 @@
-"""Adapters on disk: `adapter.json` (what it is, for which UNet) and `adapter.safetensors` (its weights only).
+"""Adapters on disk: `adapter.json` (what it is, and for which model) and `adapter.safetensors` (its weights only).
 
-Nothing is ever unpickled. The JSON holds the format's version, the library's version, the UNet's fingerprint (name, dim
-and heads of every site), the mixer and its config for each site of the adapter, and the SHA-256 of the weights, so that
-two files that do not belong together are noticed. Both are written aside and moved into place, weights first.
+Nothing is ever unpickled. The JSON holds the format's version, the library's version, the fingerprint of the host
+(name, dim and heads of every site), the mixer and its config for each site of the adapter, and the SHA-256 of the
+weights, so that two files that do not belong together are noticed. Both are written atomically, weights first.
 """
 
 from __future__ import annotations
@@ -21,48 +21,59 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mixers import create_mixer
+from mixers.files import atomic_path
+from unet_adapters.hosts import Host
 from unet_adapters.hub import fetch
-from unet_adapters.sites import Site, all_sites
+from unet_adapters.sites import Site
 
 FORMAT = 1
-DESCRIPTION, WEIGHTS = "adapter.json", "adapter.safetensors"
+DESCRIPTION = "adapter.json"
+WEIGHTS = "adapter.safetensors"
 DISTRIBUTION = "linear-token-mixers"
 OF_THE_SITE = frozenset({"name", "dim", "heads", "own_projections"})  # config entries that a site or its file decides
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to make the mixer of one site again: its registered name and its config, as plain JSON."""
+class SiteMixer:
+    """How to make the mixer of one site: its registered name and its config, as plain JSON."""
 
     mixer: str
     config: Mapping[str, Any]
 
-    def make(self, site: Site) -> Any:
+    def create(self, site: Site) -> Any:
         """A new mixer, without projections, with random weights."""
         options = {key: value for key, value in self.config.items() if key not in OF_THE_SITE}
         return create_mixer(self.mixer, site.dim, site.heads, own_projections=False, **options)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """An adapter as read from disk: its sites, the recipe of each, and its weights by name."""
+class SavedAdapter:
+    """An adapter as read from disk.
+
+    Attributes:
+        sites: where its mixers go, in the order of the host.
+        site_mixers: the mixer of each site, by site name.
+        train_projections: whether `weights` has projections too.
+        min_tokens: see `MixerAdapter.build`.
+        weights: all tensors of the student, by their names in it.
+    """
 
     sites: list[Site]
-    recipes: dict[str, Recipe]
+    site_mixers: dict[str, SiteMixer]
     train_projections: bool
     min_tokens: int
     weights: dict[str, Tensor]
 
 
-def save(
+def save_adapter(
     directory: str | os.PathLike[str],
-    unet: nn.Module,
-    recipes: Mapping[str, Recipe],
+    host: Host,
+    site_mixers: Mapping[str, SiteMixer],
     train_projections: bool,
     min_tokens: int,
     student: nn.Module,
 ) -> None:
-    """Write an adapter's two files; a directory that has them already is updated. Cost: one copy of the weights."""
+    """Write an adapter's two files; existing ones are replaced. Cost: one copy of the weights."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
@@ -72,40 +83,43 @@ def save(
         "library": {DISTRIBUTION: _library_version()},
         "train_projections": train_projections,
         "min_tokens": min_tokens,
-        "sites": {name: {"mixer": recipe.mixer, "config": dict(recipe.config)} for name, recipe in recipes.items()},
-        "fingerprint": fingerprint(unet),
+        "sites": {
+            name: {"mixer": site_mixer.mixer, "config": dict(site_mixer.config)}
+            for name, site_mixer in site_mixers.items()
+        },
+        "fingerprint": host.fingerprint(),
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
-    text = json.dumps(description, indent=2) + "\n"
-    _write(folder / WEIGHTS, payload)
-    _write(folder / DESCRIPTION, text.encode())
+    with atomic_path(folder / WEIGHTS, durable=True) as path:
+        path.write_bytes(payload)
+    with atomic_path(folder / DESCRIPTION, durable=True) as path:
+        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load(source: str | os.PathLike[str], unet: nn.Module) -> Saved:
-    """Read an adapter for `unet`, which is only looked at.
+def read_adapter(source: str | os.PathLike[str], host: Host) -> SavedAdapter:
+    """Read an adapter for a host, which is not changed.
 
     Raises:
         FileNotFoundError: no such adapter, here or on the Hub.
-        ValueError: damaged files, a newer format, or a UNet with other sites.
+        ValueError: damaged files, a newer format, or a model with other sites.
     """
     folder = fetch(source, [DESCRIPTION, WEIGHTS])
-    description = _describe(folder / DESCRIPTION)
-    _compare(description["fingerprint"], fingerprint(unet))
-    sites = {site.name: site for site in all_sites(unet)}
-    recipes = {name: Recipe(entry["mixer"], entry["config"]) for name, entry in description["sites"].items()}
-    unknown = sorted(set(recipes) - set(sites))
-    if unknown or not recipes:
+    description = _read_description(folder / DESCRIPTION)
+    _require_same_sites(description["fingerprint"], host.fingerprint())
+    site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in description["sites"].items()}
+    sites = [site for site in host.sites() if site.name in site_mixers]
+    unknown = sorted(set(site_mixers) - {site.name for site in sites})
+    if unknown or not site_mixers:
         raise ValueError(f"{folder / DESCRIPTION} is damaged: its sites {unknown} are not in its fingerprint")
     weights = _read_weights(folder / WEIGHTS, description["weights_sha256"])
-    chosen = [sites[name] for name in sites if name in recipes]
-    return Saved(chosen, recipes, description["train_projections"], description["min_tokens"], weights)
+    return SavedAdapter(sites, site_mixers, description["train_projections"], description["min_tokens"], weights)
 
 
-def fill(student: nn.Module, saved: Saved) -> None:
+def load_weights(student: nn.Module, saved: SavedAdapter) -> None:
     """Copy saved weights into a student of the same shape.
 
     Raises:
-        ValueError: names or shapes differ (the student is then thrown away by its maker; the UNet has no part in it).
+        ValueError: names or shapes differ; the student may have some of the weights already.
     """
     try:
         student.load_state_dict(saved.weights, strict=True)
@@ -113,34 +127,29 @@ def fill(student: nn.Module, saved: Saved) -> None:
         raise ValueError(f"{WEIGHTS} does not fit the mixers of {DESCRIPTION}: {error}") from error
 
 
-def fingerprint(unet: nn.Module) -> dict[str, dict[str, int]]:
-    """Name -> dim and heads of every site of a UNet: an adapter fits a UNet with the same."""
-    return {site.name: {"dim": site.dim, "heads": site.heads} for site in all_sites(unet)}
-
-
-def _compare(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _require_same_sites(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     differing = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
     if differing:
         lines = "".join(f"\n  {n}: saved {saved.get(n, 'none')}, here {here.get(n, 'none')}" for n in differing)
-        raise ValueError(f"the adapter was made for another UNet; these sites differ:{lines}")
+        raise ValueError(f"the adapter was made for another model; these sites differ:{lines}")
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: not an adapter")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        found = description["format"]
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        file_format = description["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not an adapter's description: {error}") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found!r}; this version of {DISTRIBUTION} reads format {FORMAT}")
-    if not _well_formed(description):
+    if file_format != FORMAT:
+        raise ValueError(f"{path} has format {file_format!r}; this version of {DISTRIBUTION} reads format {FORMAT}")
+    if not _is_well_formed(description):
         raise ValueError(f"{path} is damaged: entries are missing or of the wrong kind")
     return description
 
 
-def _well_formed(description: dict[str, Any]) -> bool:
+def _is_well_formed(description: dict[str, Any]) -> bool:
     kinds = {"sites": dict, "fingerprint": dict, "weights_sha256": str, "train_projections": bool, "min_tokens": int}
     if not all(isinstance(description.get(key), kind) for key, kind in kinds.items()):
         return False
@@ -160,18 +169,6 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
         return safetensors.torch.load(payload)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _library_version() -> str:

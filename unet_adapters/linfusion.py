@@ -1,8 +1,8 @@
 """The published LinFusion format (Liu et al. 2024, 2409.02097), both ways.
 
-A folder with `config.json`, whose `modules_list` names the replaced layers, and one safetensors file whose tensors are
+A folder with `config.json`, whose `modules_list` names the replaced layers, and safetensors weights, whose tensors are
 named by the index into that list: `{i}.to_q.weight`, …, `{i}.to_q_.0.weight` for the MLP before `to_q`. Its own q, k, v
-and output projections are part of it. Nothing is ever unpickled, and a UNet is only looked at.
+and output projections are part of it. Nothing is ever unpickled, and the model is not changed.
 """
 
 from __future__ import annotations
@@ -10,35 +10,43 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixers import create_mixer
-from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, Recipe, Saved, fingerprint
-from unet_adapters.checks import check_host
+from mixers.files import atomic_path
+from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, SavedAdapter, SiteMixer
+from unet_adapters.files import write_tensors
+from unet_adapters.hosts import Host
+from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
-from unet_adapters.profiles import Profile, profile_of, profile_with
-from unet_adapters.sites import Site, all_sites
-from unet_adapters.student import PROJECTIONS, base_layer
+from unet_adapters.preconditions import check_weights
+from unet_adapters.projections import base_layer, why_not_trainable
+from unet_adapters.sites import Site
+from unet_adapters.weight_files import find_weight_files, list_variants
 
 CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+DOWNLOADS = [CONFIG, f"{STEM}*.safetensors", f"{STEM}.safetensors.index*.json"]
 CLASS = "LinFusion"
-WITH_MLP, WITHOUT_MLP = "linfusion", "linear_attention"  # the second is the first without its MLPs
+WITH_MLP = "linfusion"
+WITHOUT_MLP = "linear_attention"  # LinFusion without its MLPs
 EPS = 1e-4
 NO_MLP = -1
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 FLOATS = ("F16", "BF16", "F32", "F64")
-WITHOUT_MEANING = {"mid_dim", "backend", "scale_tokens"}  # compared apart, or no part of the formula
+IGNORED_OPTIONS = {"mid_dim", "backend", "reference_length"}  # compared separately, or without effect on the formula
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorMapping:
     """One tensor of a module: its published name, its name in the student, its shape; ours = factor × published."""
 
     published: str
@@ -48,11 +56,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Module:
+class LinFusionModule:
     """One entry of `modules_list`, under the published names.
 
-    `projection_mid_dim` is the width of the MLPs f before to_q and to_k: None is `dim_n`. With -1, f is the identity,
-    so that the published to_q(x + f(x)) is to_q(2x): ours are then twice the published weights, which is exact.
+    `projection_mid_dim` is the width of the MLPs f before to_q and to_k; None means `dim_n`. With -1, f is the
+    identity, so that the published to_q(x + f(x)) is to_q(2x): our weights are then twice the published ones, which is
+    exact.
     """
 
     module_name: str
@@ -61,217 +70,245 @@ class Module:
     projection_mid_dim: int | None
 
     @property
-    def recipe(self) -> Recipe:
+    def site_mixer(self) -> SiteMixer:
         """The mixer that computes this module."""
         if self.projection_mid_dim == NO_MLP:
-            return Recipe(WITHOUT_MLP, {"eps": EPS})
-        return Recipe(WITH_MLP, {"eps": EPS, "mid_dim": self.projection_mid_dim})
+            return SiteMixer(WITHOUT_MLP, {"eps": EPS})
+        return SiteMixer(WITH_MLP, {"eps": EPS, "mid_dim": self.projection_mid_dim})
 
-    def parts(self, index: int) -> list[Part]:
+    def tensors(self, index: int) -> list[TensorMapping]:
         """Its tensors, 17 with the MLPs and 5 without."""
-        d, m = self.dim_n, self.projection_mid_dim or self.dim_n
+        d = self.dim_n
+        m = self.projection_mid_dim or d
         shapes: dict[tuple[str, str], tuple[int, ...]] = {(f"{p}.weight", f"{p}.weight"): (d, d) for p in PROJECTIONS}
         shapes["to_out.0.bias", "to_out.0.bias"] = (d,)
-        for theirs, ours in (("to_q_", "mixer.for_q.net"), ("to_k_", "mixer.for_k.net")) if m != NO_MLP else ():
+        mlps = (("to_q_", "mixer.for_q.net"), ("to_k_", "mixer.for_k.net")) if m != NO_MLP else ()
+        for published, ours in mlps:
             for layer, shape in ((0, (m, d)), (1, (m,)), (3, (d, m))):
-                shapes[f"{theirs}.{layer}.weight", f"{ours}.{layer}.weight"] = shape
-                shapes[f"{theirs}.{layer}.bias", f"{ours}.{layer}.bias"] = shape[:1]
-        twice = ("to_q.weight", "to_k.weight") if m == NO_MLP else ()
+                shapes[f"{published}.{layer}.weight", f"{ours}.{layer}.weight"] = shape
+                shapes[f"{published}.{layer}.bias", f"{ours}.{layer}.bias"] = shape[:1]
+        doubled = ("to_q.weight", "to_k.weight") if m == NO_MLP else ()
         return [
-            Part(f"{index}.{a}", f"{self.module_name}.{b}", shape, 2 if a in twice else 1)
+            TensorMapping(f"{index}.{a}", f"{self.module_name}.{b}", shape, 2 if a in doubled else 1)
             for (a, b), shape in shapes.items()
         ]
 
 
-def read(source: str | os.PathLike[str], unet: nn.Module) -> Saved:
-    """Read a published LinFusion for `unet`, which is only looked at.
+def read_linfusion(source: str | os.PathLike[str], host: Host, variant: str | None = None) -> SavedAdapter:
+    """Read a published LinFusion for a host, which is not changed.
+
+    Args:
+        source: a folder, or the id of a Hub repository.
+        variant: of the weights, "fp16" for instance; None for the plain ones or, if there are none, the only variant.
 
     Raises:
         FileNotFoundError: no such files, here or on the Hub; or pickled weights only.
-        ValueError: damaged files, or the modules are not sites of this UNet.
+        ValueError: damaged files, or the modules are not sites of this model.
     """
-    folder = fetch(source, [CONFIG, *WEIGHTS])
-    modules = _modules(folder / CONFIG)
-    _match(modules, unet, folder / CONFIG)
-    sites = {site.name: site for site in all_sites(unet)}
-    recipes = {module.module_name: module.recipe for module in modules}
-    chosen = [site for name, site in sites.items() if name in recipes]
-    for site in chosen:
-        _check_projections(unet, site)
-    return Saved(chosen, recipes, True, 0, _read_weights(_weights_file(folder), modules))
+    folder = fetch(source, DOWNLOADS)
+    modules = _read_modules(folder / CONFIG)
+    _require_sites(modules, host, folder / CONFIG)
+    site_mixers = {module.module_name: module.site_mixer for module in modules}
+    sites = [site for site in host.sites() if site.name in site_mixers]
+    for site in sites:
+        _check_projections(host.model, site)
+    return SavedAdapter(sites, site_mixers, True, 0, _read_weights(_weight_files(folder, variant), modules))
 
 
-def write(
+def write_linfusion(
     directory: str | os.PathLike[str],
-    unet: nn.Module,
+    host: Host,
     sites: Iterable[Site],
-    recipes: Mapping[str, Recipe],
+    site_mixers: Mapping[str, SiteMixer],
     min_tokens: int,
     student: nn.Module,
 ) -> None:
-    """Write a student in the published format; projections that it does not train are copied from the UNet.
+    """Write a student in the published format; projections that it does not train are copied from the model.
 
-    LoRAs that are not fused are no part of it. Cost: one copy of the weights.
+    LoRAs that are not fused are not part of it. Cost: one copy of the weights.
 
     Raises:
-        ValueError: the format has no place for a mixer or an option of this student.
+        ValueError: the format cannot express a mixer or an option of this student.
         RuntimeError: a LoRA is fused, or weights are on the meta device.
     """
     if min_tokens:
-        raise ValueError(f"the LinFusion format has no place for min_tokens={min_tokens}: use save_pretrained")
+        raise ValueError(f"the LinFusion format cannot express min_tokens={min_tokens}: use save_pretrained")
     sites = list(sites)
-    check_host(unet, sites, "save in the LinFusion format")
-    modules = [_module(site, recipes[site.name]) for site in sites]
+    layers = {site.name: host.model.get_submodule(site.name) for site in sites}
+    check_weights(host.model, layers, "save in the LinFusion format")
+    modules = [_describe(site, site_mixers[site.name]) for site in sites]
     for site in sites:
-        _check_projections(unet, site)
+        _check_projections(host.model, site)
     ours = student.state_dict()
     weights = {}
     for index, module in enumerate(modules):
-        for part in module.parts(index):
-            tensor = ours[part.ours] if part.ours in ours else _of_the_host(unet, part.ours)
+        for part in module.tensors(index):
+            tensor = ours[part.ours] if part.ours in ours else _host_tensor(host.model, part.ours)
             weights[part.published] = (tensor.detach().cpu() / part.factor).contiguous()
     entries = [asdict(module) for module in modules]
     config = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__, "modules_list": entries}
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = [folder / f"{name}.{os.getpid()}.tmp" for name in (WEIGHTS[0], CONFIG)]
-    try:
-        save_file(weights, aside[0], metadata={"format": "pt"})
-        aside[1].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path, name in zip(aside, (WEIGHTS[0], CONFIG), strict=True):
-            os.replace(path, folder / name)
-    finally:
-        for path in aside:
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        config_path = stack.enter_context(atomic_path(folder / CONFIG, durable=True))
+        weights_path = stack.enter_context(atomic_path(folder / WEIGHTS, durable=True))
+        write_tensors(weights_path, weights, {"format": "pt"}, shown_as=folder / WEIGHTS)
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _of_the_host(unet: nn.Module, name: str) -> Tensor:
-    layer, _, key = name.rpartition(".")
-    return base_layer(unet.get_submodule(layer)).get_parameter(key)
+def _host_tensor(model: nn.Module, name: str) -> Tensor:
+    layer_name, _, key = name.rpartition(".")
+    layer = base_layer(model.get_submodule(layer_name))
+    reason = why_not_trainable(layer)
+    if reason is not None:
+        raise ValueError(f"{layer_name}: {reason}, so it cannot be written in the LinFusion format")
+    return layer.get_parameter(key)
 
 
-def _module(site: Site, recipe: Recipe) -> Module:
-    if recipe.mixer not in (WITH_MLP, WITHOUT_MLP):
+def _describe(site: Site, site_mixer: SiteMixer) -> LinFusionModule:
+    if site_mixer.mixer not in (WITH_MLP, WITHOUT_MLP):
         raise ValueError(
             f"the LinFusion format holds {WITH_MLP}, and {WITHOUT_MLP} with eps={EPS}; "
-            f"{site.name} is {recipe.mixer}: use save_pretrained"
+            f"{site.name} is {site_mixer.mixer}: use save_pretrained"
         )
-    mid = recipe.config.get("mid_dim") if recipe.mixer == WITH_MLP else NO_MLP
-    module = Module(site.name, site.dim, site.heads, mid)
-    theirs = create_mixer(recipe.mixer, site.dim, site.heads, eps=EPS, own_projections=False).config.to_dict()
-    theirs["feature_map"] = "elu_plus_one"
-    ours = {**recipe.config, "feature_map": recipe.config.get("feature_map") or "elu_plus_one"}
-    other = {k: v for k, v in ours.items() if k not in WITHOUT_MEANING | OF_THE_SITE and v != theirs.get(k)}
-    if other:
-        listed = ", ".join(f"{key}={value!r} (it has {theirs.get(key)!r})" for key, value in other.items())
-        raise ValueError(f"the LinFusion format has no place for {listed} of {site.name}: use save_pretrained")
-    return module
+    mid_dim = site_mixer.config.get("mid_dim") if site_mixer.mixer == WITH_MLP else NO_MLP
+    published = create_mixer(site_mixer.mixer, site.dim, site.heads, eps=EPS, own_projections=False).config.to_dict()
+    published["feature_map"] = "elu_plus_one"
+    ours = {**site_mixer.config, "feature_map": site_mixer.config.get("feature_map") or "elu_plus_one"}
+    others = {k: v for k, v in ours.items() if k not in IGNORED_OPTIONS | OF_THE_SITE and v != published.get(k)}
+    if others:
+        listing = ", ".join(f"{key}={value!r} (it has {published.get(key)!r})" for key, value in others.items())
+        raise ValueError(f"the LinFusion format cannot express {listing} of {site.name}: use save_pretrained")
+    return LinFusionModule(site.name, site.dim, site.heads, mid_dim)
 
 
-def _check_projections(unet: nn.Module, site: Site) -> None:
-    expected = {p: {"weight", "bias"} if p == "to_out.0" else {"weight"} for p in PROJECTIONS}
-    for name, keys in expected.items():
-        layer = base_layer(unet.get_submodule(f"{site.name}.{name}"))
-        found = {key for key, _ in layer.named_parameters(recurse=False)}
-        if found != keys:
+def _check_projections(model: nn.Module, site: Site) -> None:
+    for name in PROJECTIONS:
+        expected = {"weight", "bias"} if name == "to_out.0" else {"weight"}
+        parameters = base_layer(model.get_submodule(f"{site.name}.{name}")).named_parameters(recurse=False)
+        actual = {key for key, _ in parameters}
+        if actual != expected:
             raise ValueError(
-                f"{site.name}.{name} of the UNet has {' and '.join(sorted(found))}; "
-                f"in the LinFusion format it has {' and '.join(sorted(keys))}"
+                f"{site.name}.{name} of the model has {' and '.join(sorted(actual))}; "
+                f"in the LinFusion format it has {' and '.join(sorted(expected))}"
             )
 
 
-def _match(modules: list[Module], unet: nn.Module, path: Path) -> None:
-    theirs = {module.module_name: {"dim": module.dim_n, "heads": module.heads} for module in modules}
-    here = fingerprint(unet)
-    differing = [name for name, site in theirs.items() if here.get(name) != site]
+def _require_sites(modules: list[LinFusionModule], host: Host, path: Path) -> None:
+    saved_sites = {module.module_name: {"dim": module.dim_n, "heads": module.heads} for module in modules}
+    host_sites = host.fingerprint()
+    differing = [name for name, site in saved_sites.items() if host_sites.get(name) != site]
     if differing:
         first = differing[0]
-        saved, found = theirs[first], here.get(first)
-        there = f"dim {found['dim']}, heads {found['heads']} here" if found else "no such site here"
+        saved = saved_sites[first]
+        site = host_sites.get(first)
+        here = f"dim {site['dim']}, heads {site['heads']} here" if site else "no such site here"
         raise ValueError(
-            f"{path} is for {_called(profile_with(theirs))} and this UNet is {_called(profile_of(unet))}: {first} "
-            f"(dim {saved['dim']}, heads {saved['heads']} there; {there}) is the first of {len(differing)} modules "
-            "that do not fit"
+            f"{path} is for {_profile_name(profile_with_sites(saved_sites))} and this UNet is "
+            f"{_profile_name(find_profile(host.model))}: {first} (dim {saved['dim']}, heads {saved['heads']} there; "
+            f"{here}) is the first of {len(differing)} modules that do not fit"
         )
 
 
-def _called(profile: Profile | None) -> str:
+def _profile_name(profile: UNetProfile | None) -> str:
     return "a UNet without a published profile" if profile is None else profile.name
 
 
-def _modules(path: Path) -> list[Module]:
+def _read_modules(path: Path) -> list[LinFusionModule]:
     if not path.is_file():
-        ours = (
-            f"; it is an adapter for from_pretrained ({DESCRIPTION})" if (path.parent / DESCRIPTION).is_file() else ""
-        )
-        raise FileNotFoundError(f"{path} does not exist: not a LinFusion folder{ours}")
+        other = path.parent / DESCRIPTION
+        reason = f"; it is an adapter for from_pretrained ({DESCRIPTION})" if other.is_file() else ""
+        raise FileNotFoundError(f"{path} does not exist: not a LinFusion folder{reason}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if kind != CLASS:
-        raise ValueError(f"{path} describes {kind or 'nothing of diffusers'}, expected _class_name {CLASS!r}")
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    if class_name != CLASS:
+        raise ValueError(f"{path} describes {class_name or 'no diffusers model'}, expected _class_name {CLASS!r}")
     entries = config.get("modules_list")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} is damaged: modules_list should be a list of modules")
-    modules = [_parse(entry, index, path) for index, entry in enumerate(entries)]
+    modules = [_parse_entry(entry, index, path) for index, entry in enumerate(entries)]
     names = [module.module_name for module in modules]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path} is damaged: it lists {twice[0]} more than once")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path} is damaged: it lists {repeated[0]} more than once")
     return modules
 
 
-def _parse(entry: Any, index: int, path: Path) -> Module:
-    def whole(value: Any) -> bool:
-        return type(value) is int and value > 0
-
+def _parse_entry(entry: Any, index: int, path: Path) -> LinFusionModule:
     fields = {"module_name", "dim_n", "heads", "projection_mid_dim"}
-    given = {key: value for key, value in entry.items() if key in fields} if isinstance(entry, dict) else {}
-    if given.keys() == fields:
-        module = Module(**given)
-        mid = module.projection_mid_dim
-        sizes = whole(module.dim_n) and whole(module.heads) and module.dim_n % module.heads == 0
-        if isinstance(module.module_name, str) and sizes and (mid is None or mid == NO_MLP or whole(mid)):
-            return module
+    values = {key: value for key, value in entry.items() if key in fields} if isinstance(entry, dict) else {}
+    if values.keys() == fields and _is_valid(LinFusionModule(**values)):
+        return LinFusionModule(**values)
     raise ValueError(
         f"{path} is damaged: entry {index} of modules_list should have a module_name, dim_n that heads divides, and "
         f"projection_mid_dim (null, -1 or positive), got {json.dumps(entry)[:200]}"
     )
 
 
-def _weights_file(folder: Path) -> Path:
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
-    reason = f"{pickled[0]} is a pickle, which is never read" if pickled else "LinFusion weights are read from there"
-    raise FileNotFoundError(f"{folder} has no {WEIGHTS[0]}: {reason}")
+def _is_valid(module: LinFusionModule) -> bool:
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value > 0
+
+    mid_dim = module.projection_mid_dim
+    if not (is_count(module.dim_n) and is_count(module.heads) and module.dim_n % module.heads == 0):
+        return False
+    return isinstance(module.module_name, str) and (mid_dim is None or mid_dim == NO_MLP or is_count(mid_dim))
 
 
-def _read_weights(path: Path, modules: list[Module]) -> dict[str, Tensor]:
-    parts = {part.published: part for index, module in enumerate(modules) for part in module.parts(index)}
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    if variant is not None:
+        return find_weight_files(folder, STEM, variant)
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-            faults = [f"{name} is missing" for name in parts if name not in slices]
-            faults += [f"{name} is left over" for name in slices if name not in parts]
-            for name, part in parts.items():
-                shape = tuple(slices[name].get_shape()) if name in slices else part.shape
-                if shape != part.shape:
-                    faults.append(f"{name} is {shape}, expected {part.shape}")
-                elif name in slices and slices[name].get_dtype() not in FLOATS:
-                    faults.append(
-                        f"{name} is stored as {slices[name].get_dtype()}, expected one of {', '.join(FLOATS)}"
-                    )
-            if faults:
-                more = f", and {len(faults) - 1} more of the kind" if len(faults) > 1 else ""
-                raise ValueError(f"{path} does not fit its {CONFIG}: {faults[0]}{more}")
-            weights = {part.ours: file.get_tensor(name) * part.factor for name, part in parts.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
-    spoilt = [name for name, part in parts.items() if not bool(weights[part.ours].isfinite().all())]
-    if spoilt:
-        raise ValueError(f"{path} is damaged: {spoilt[0]} has values that are not finite numbers")
+        return find_weight_files(folder, STEM)
+    except FileNotFoundError:
+        variants = list_variants(folder, STEM)
+        if len(variants) != 1:
+            raise
+        return find_weight_files(folder, STEM, variants[0])
+
+
+def _read_weights(files: list[Path], modules: list[LinFusionModule]) -> dict[str, Tensor]:
+    expected = {part.published: part for index, module in enumerate(modules) for part in module.tensors(index)}
+    weights: dict[str, Tensor] = {}
+    stored: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                _check_tensors(path, file, expected, stored)
+                stored |= set(file.keys())
+                for name in file.keys():  # noqa: SIM118 -- not a mapping
+                    part = expected[name]
+                    weights[part.ours] = file.get_tensor(name) * part.factor
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+    path = files[0]
+    missing = [f"{name} is missing" for name in expected if name not in stored]
+    _raise_misfit(path, missing)
+    infinite = [name for name, part in expected.items() if not bool(weights[part.ours].isfinite().all())]
+    if infinite:
+        raise ValueError(f"{path} is damaged: {infinite[0]} has values that are not finite numbers")
     return weights
+
+
+def _check_tensors(path: Path, file: Any, expected: Mapping[str, TensorMapping], stored: set[str]) -> None:
+    names = list(file.keys())
+    faults = []
+    for name in [*(n for n in expected if n in names), *(n for n in names if n not in expected)]:
+        view = file.get_slice(name)
+        if name not in expected:
+            faults.append(f"{name} is left over")
+        elif name in stored:
+            faults.append(f"{name} is in another shard, too")
+        elif tuple(view.get_shape()) != expected[name].shape:
+            faults.append(f"{name} is {tuple(view.get_shape())}, expected {expected[name].shape}")
+        elif view.get_dtype() not in FLOATS:
+            faults.append(f"{name} is stored as {view.get_dtype()}, expected one of {', '.join(FLOATS)}")
+    _raise_misfit(path, faults)
+
+
+def _raise_misfit(path: Path, faults: list[str]) -> None:
+    if faults:
+        more = f", and {len(faults) - 1} more of the kind" if len(faults) > 1 else ""
+        raise ValueError(f"{path} does not fit its {CONFIG}: {faults[0]}{more}")

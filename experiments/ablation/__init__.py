@@ -1,21 +1,22 @@
 """Grids of variants × seeds: cells that run, resume and record."""
 
 from experiments.ablation.budget import fit_budget, parse_duration
-from experiments.ablation.grid import load_grid
-from experiments.ablation.product import distinct, product
-from experiments.ablation.run import chosen, run_grid
-from experiments.ablation.spread import in_processes, in_turn
+from experiments.ablation.executors import run_in_processes, run_serially
+from experiments.ablation.grid import list_grids, load_grid
+from experiments.ablation.run import run_grid, select_cells
 from experiments.ablation.status import read_status
+from experiments.ablation.variants import combine_variants, is_distinct
 
 __all__ = [
-    "chosen",
-    "distinct",
+    "combine_variants",
     "fit_budget",
-    "in_processes",
-    "in_turn",
+    "is_distinct",
+    "list_grids",
     "load_grid",
     "parse_duration",
-    "product",
     "read_status",
     "run_grid",
+    "run_in_processes",
+    "run_serially",
+    "select_cells",
 ]

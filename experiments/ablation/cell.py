@@ -1,108 +1,183 @@
-"""THE flow of one cell: config -> adapter -> distil -> evaluate -> record."""
+"""THE flow of one cell: config -> student -> distillation -> evaluation -> result."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import shutil
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-from experiments.ablation import store
+from torch import Tensor
+
+from experiments.ablation.result import CellResult, write_result
 from experiments.config import CellConfig, Grid
-from experiments.distil import Setting, build_student, open_setting, run_stages
-from experiments.distil.student import seeded, stage_folders
-from experiments.evaluate.measure import Report, measure
-from experiments.training import elapsed, forget
+from experiments.core.files import read_json, write_json, write_text
+from experiments.core.fingerprints import TensorVersions, tensor_versions
+from experiments.core.progress import ProgressCallback
+from experiments.distill import DistillationContext, build_student, open_context, run_stages
+from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders
+from experiments.evaluate.measure import measure_student
+from experiments.evaluate.protocol import teacher_fingerprint
+from experiments.metrics.inputs.student import EvaluatedStudent
+from experiments.training import delete_checkpoints, training_seconds
+from mixers import registry
 from unet_adapters import MixerAdapter
 
-METRICS, TRAINED = "metrics.jsonl", "trained.json"
+LOG = "metrics.jsonl"
+TRAINED = "trained.json"
+STARTED = "training.json"
 
 
-def setting_of(config: CellConfig | Grid) -> Setting:
-    """The teacher and the pictures of a cell, or of a grid, whose cells share them."""
+def open_cell_context(config: CellConfig | Grid) -> DistillationContext:
+    """Open the teacher and the images of a cell, or of a grid, whose cells share them."""
     plan = config.distillation
-    return open_setting(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
+    return open_context(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
 
 
-def run_cell(config: CellConfig, setting: Setting, directory: Path, report: Report) -> dict[str, Any]:
-    """Distil and measure one variant; the record is also written to `directory/result.json`, last.
+def training_key(config: CellConfig, context: DistillationContext) -> str:
+    """Return the SHA-256 of everything that a cell's weights depend on.
+
+    That is its configuration, the teacher's weights, the encoded training images, and the source of a mixer that is not
+    the library's own.
+    """
+    mixer = registry.get_mixer_entry(config.variant.mixer).mixer
+    encoded = _encoded_digest(context, tensor_versions(_encoded_tensors(context)))
+    parts = [config.training, teacher_fingerprint(context), encoded, _source_digest(mixer)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def run_cell(
+    config: CellConfig, context: DistillationContext, directory: Path, progress: ProgressCallback
+) -> CellResult:
+    """Distill and measure one variant; its record is also written to `directory/result.json`, last.
 
     Args:
         config: the cell; its JSON is written first.
-        setting: the teacher and its data, as `setting_of` gives them.
-        directory: of this cell; an unfinished training there is taken up where it stopped.
-        report: called as (phase, done, total).
+        context: the teacher and its data, from `open_cell_context`.
+        directory: of this cell; an interrupted training there is resumed.
+        progress: called as (phase, done, total).
     """
-    store.write_json(directory / "config.json", config.model_dump(mode="json"))
-    began, variant, plan = perf_counter(), config.variant, config.distillation
-    adapter, seconds = student(config, setting, directory, report)
+    write_json(directory / "config.json", config.model_dump(mode="json"))
+    start = perf_counter()
+    variant = config.variant
+    plan = config.distillation
+    key = training_key(config, context)
+    adapter, seconds = train_student(config, context, key, directory, progress)
     try:
-        record = measure(setting, adapter, config.evaluation, config.data, plan.image_size, directory, report)
+        student = EvaluatedStudent(context, adapter, config.evaluation, config.data, config.seed)
+        measurements = measure_student(student, plan.image_size, directory, progress)
     finally:
         adapter.unmount()
-    trained = sum(p.numel() for p in adapter.student.parameters()) if variant.trained else 0
-    steps = sum(stage.fit.steps for stage in plan.stages) if variant.trained else 0
-    result = {
-        "cell": config.id,
-        "variant": variant.name,
-        "seed": config.seed,
-        "status": "done",
-        "error": None,
-        "trained_parameters": trained,
-        "train_seconds": seconds,
-        "seconds": perf_counter() - began,
-        "steps": steps,
-        **record,
-    }
-    store.write_json(directory / "result.json", result)
-    for folder in stage_folders(config.distillation, directory):
-        forget(folder)
+    result = CellResult(
+        cell=config.id,
+        variant=variant.name,
+        seed=config.seed,
+        status="done",
+        trained_parameters=sum(p.numel() for p in adapter.student.parameters()) if variant.trained else 0,
+        train_seconds=seconds,
+        seconds=perf_counter() - start,
+        steps=sum(stage.fit.steps for stage in plan.stages) if variant.trained else 0,
+        training_key=key,
+        measurements=measurements,
+    )
+    write_result(directory, result)
+    for folder in stage_folders(plan, directory):
+        delete_checkpoints(folder)
     return result
 
 
-def student(config: CellConfig, setting: Setting, directory: Path, report: Report) -> tuple[MixerAdapter, float]:
-    """The trained adapter, not mounted, and the seconds of its training.
+def train_student(
+    config: CellConfig, context: DistillationContext, key: str, directory: Path, progress: ProgressCallback
+) -> tuple[MixerAdapter, float]:
+    """Return the trained adapter, not mounted, and the seconds of its training.
 
-    Where this cell or one beside it, which differs in nothing but the evaluation, is trained, that is read back.
+    A student with the same key, of this cell or of one that differs only in its evaluation, is loaded instead of
+    trained. An interrupted training with another key is discarded.
     """
-    beside = directory.parent.glob(f"*/{TRAINED}")
-    known = next((path for path in beside if store.read_json(path).get("training") == config.training), None)
-    if known is not None:
-        adapter = MixerAdapter.from_pretrained(known.with_name("adapter"), setting.pipe)
-        if known.parent != directory:
-            shutil.copy(known.with_name(METRICS), directory / METRICS)
-        return adapter, float(store.read_json(known)["seconds"])
-    adapter = build_student(setting.teacher, config.variant.mixer, config.variant, config.distillation, config.seed)
-    seconds = distil(config, setting, adapter, directory, report)
+    trained = next((p for p in directory.parent.glob(f"*/{TRAINED}") if read_json(p).get("training") == key), None)
+    if trained is not None:
+        adapter = MixerAdapter.from_pretrained(trained.with_name("adapter"), context.pipe)
+        if trained.parent != directory:
+            shutil.copy(trained.with_name(LOG), directory / LOG)
+        return adapter, float(read_json(trained)["seconds"])
+    if read_json(directory / STARTED).get("training") != key:
+        _discard_training(config, directory)
+        write_json(directory / STARTED, {"training": key})
+    adapter = build_student(context.teacher, config.variant.mixer, config.variant, config.distillation, config.seed)
+    seconds = distill_cell(config, context, adapter, directory, progress)
     adapter.save_pretrained(directory / "adapter")
     if config.variant.trained:
-        store.write_json(directory / TRAINED, {"training": config.training, "seconds": seconds})
+        write_json(directory / TRAINED, {"training": key, "seconds": seconds})
     return adapter, seconds
 
 
-def distil(config: CellConfig, setting: Setting, adapter: MixerAdapter, directory: Path, report: Report) -> float:
-    """Train the adapter in place; returns the seconds spent, those before a stop included."""
+def distill_cell(
+    config: CellConfig,
+    context: DistillationContext,
+    adapter: MixerAdapter,
+    directory: Path,
+    progress: ProgressCallback,
+) -> float:
+    """Train the adapter in place and return the seconds spent, those before an interruption included."""
     if not config.variant.trained:
         return 0.0
-    plan = seeded(config.distillation, config.seed)
+    plan = seed_stages(config.distillation, config.seed)
     records = run_stages(
-        setting.teacher,
+        context.teacher,
         adapter,
         plan,
-        setting.batch,
+        context.batch,
         directory,
-        lambda _, done, steps, __: report("distil", done, steps),
+        lambda _, done, steps, __: progress("distill", done, steps),
     )
     if len(records) > 1:
-        _join_logs([(record["log"], record["steps"]) for record in records], directory / METRICS)
-    return sum(elapsed(folder) for folder in stage_folders(plan, directory))
+        _join_logs([(record["log"], record["steps"]) for record in records], directory / LOG)
+    return sum(training_seconds(folder) for folder in stage_folders(plan, directory))
+
+
+def _discard_training(config: CellConfig, directory: Path) -> None:
+    """Delete checkpoints, logs, output gains and the mark of trained weights that belong to another key."""
+    for folder in stage_folders(config.distillation, directory):
+        delete_checkpoints(folder)
+        (folder / LOG).unlink(missing_ok=True)
+    for name in (LOG, TRAINED, OUTPUT_GAINS):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _join_logs(stages: list[tuple[list[dict[str, float]], int]], path: Path) -> None:
-    """One log of all stages, with the steps counted through."""
-    lines, before = [], 0
+    """Write one log of all stages, whose steps are counted from the first stage on."""
+    lines = []
+    offset = 0
     for log, steps in stages:
-        lines += [json.dumps({**row, "step": row["step"] + before}) + "\n" for row in log]
-        before += steps
-    path.write_text("".join(lines), encoding="utf-8")
+        lines += [json.dumps({**row, "step": row["step"] + offset}) + "\n" for row in log]
+        offset += steps
+    write_text(path, "".join(lines))
+
+
+def _encoded_tensors(context: DistillationContext) -> list[Tensor]:
+    return [tensor for batch in context.encoded.sizes.values() for tensor in batch.values()]
+
+
+@lru_cache(maxsize=2)
+def _encoded_digest(context: DistillationContext, versions: TensorVersions) -> str:
+    digest = hashlib.sha256()
+    for size, batch in context.encoded.sizes.items():
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{size} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _source_digest(mixer: type) -> str:
+    """SHA-256 of the file of every class that a user's mixer inherits from; of the library's classes, their names."""
+    digest = hashlib.sha256()
+    for base in mixer.__mro__[:-1]:
+        digest.update(f"{base.__module__}.{base.__qualname__}".encode())
+        if base.__module__.partition(".")[0] not in ("mixers", "torch", "builtins"):
+            with suppress(OSError, TypeError):  # there is no file behind a shell's classes
+                digest.update(Path(inspect.getfile(base)).read_bytes())
+    return digest.hexdigest()

@@ -1,86 +1,90 @@
-"""Run a grid: its unfinished cells, one after another or spread over processes and machines."""
+"""Run a grid: its unfinished cells, through an executor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import time
-from typing import Any
 
-from experiments.ablation import store
-from experiments.ablation.budget import note
-from experiments.ablation.cell import setting_of
-from experiments.ablation.spread import Spread, Work, in_turn
-from experiments.config import CellConfig, Evaluation, Grid
-from experiments.data.emoji import LICENCE
-from experiments.distil import Setting
-from experiments.evaluate.pictures import save_samples
-from experiments.evaluate.protocol import FILE, freeze, protocol_of
+from experiments.ablation.budget import describe_budget
+from experiments.ablation.cell import open_cell_context, training_key
+from experiments.ablation.description import FILE, Budget, describe_run
+from experiments.ablation.executors import CellExecutor, RunSettings, run_serially
+from experiments.ablation.result import CellResult, is_done, read_result
+from experiments.config import CellConfig, EvaluationConfig, Grid
+from experiments.core.files import read_json, write_json
+from experiments.distill import DistillationContext
+from experiments.evaluate.protocol import FILE as PROTOCOL
+from experiments.evaluate.protocol import freeze_protocol, protocol_of
+from experiments.evaluate.samples import save_samples
 from mixers import registry
 from mixers.suggest import hint
 
-Report = Callable[[int, int, str, str, int, int], None]
+RunProgressCallback = Callable[[int, int, str, str, int, int], None]
+"""Called as (cells done, cells, label, phase, done, total)."""
 
 
 def run_grid(
     grid: Grid,
     directory: Path,
-    report: Report,
+    progress: RunProgressCallback,
     *,
     only: str = "*",
-    spread: Spread = in_turn,
+    executor: CellExecutor = run_serially,
     plugins: Sequence[Path] = (),
-    budget: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Run every cell that is not finished; returns the records of the cells that ran.
+    budget: Budget | None = None,
+) -> list[CellResult]:
+    """Run every cell that is not finished and return the results of the cells that ran.
 
-    A cell that fails records its error and the others go on. Killed and started again with the
-    same grid, finished cells are kept and the running one goes on from its last checkpoint; with a
-    changed grid, cells whose configuration is unchanged are kept. Two runs of one folder at once
-    share its cells.
+    A cell that fails records its error and the others continue. After an interruption, the same grid keeps finished
+    cells and resumes the running one from its last checkpoint; a changed grid keeps the cells whose configuration,
+    teacher and data are unchanged. Two runs of one folder at once share its cells.
 
     Args:
         grid: what to run.
         directory: receives grid.json, protocol.json, teacher/, cells/<id>/.
-        report: called as (cells done, cells, label, phase, done, total).
-        only: run the variants whose name matches this pattern.
-        spread: how; `in_processes` and `on_ray` are others.
-        plugins: files that register mixers, for other processes; here they are loaded already.
-        budget: what scaled the grid, as `fit_budget` gives it; kept in grid.json, and told in its notes.
+        progress: called as (cells done, cells, label, phase, done, total).
+        only: run the variants whose name matches this wildcard pattern.
+        executor: how cells are executed; `run_in_processes` and `run_on_ray` are others.
+        plugins: files that register mixers, objectives or metrics, for other processes; here they are loaded already.
+        budget: what scaled the grid, from `fit_budget`; recorded in grid.json.
 
     Raises:
-        ValueError: no variant of that name, no such mixer, teacher or data; the directory holds a run of a grid of
-            another name; or finished cells of this grid were measured by another protocol, as where the teacher's
-            weights have changed.
+        ValueError: there is no variant of that name, no such mixer, teacher or data; the directory holds a run of
+            another grid; or finished cells of this grid were measured by another protocol.
     """
-    cells, since = chosen(grid, only), time()
-    there = store.read_json(directory / "grid.json").get("name", grid.name)
-    if there != grid.name:
-        raise ValueError(f"{directory} holds a run of the grid {there}, not of {grid.name}: give another --out.")
+    cells = select_cells(grid, only)
+    existing = read_json(directory / FILE).get("name", grid.name)
+    if existing != grid.name:
+        raise ValueError(f"{directory} holds a run of the grid {existing}, not of {grid.name}: give another --out.")
     for variant in grid.variants:
-        registry.entry(variant.mixer)  # an unknown name fails here, before any work
-    report(0, len(cells), "teacher", "load", 0, 1)
-    work, setting = Work(directory.absolute(), since, tuple(path.absolute() for path in plugins)), setting_of(grid)
-    before = store.read_json(directory / FILE).get("hash")
-    now = freeze(protocol_of(setting, grid.evaluation, grid.data), directory, protocols(grid, work))
-    store.write_json(directory / "grid.json", describe(grid, budget))
-    show_teacher(setting, grid.evaluation, directory / "teacher", again=before != now)
-    waiting = [cell for cell in cells if not store.finished(work.folder(cell))]
-    done, records = len(cells) - len(waiting), []
+        registry.get_mixer_entry(variant.mixer)  # an unknown name fails here, before any work
+    progress(0, len(cells), "teacher", "load", 0, 1)
+    settings = RunSettings(directory.absolute(), time(), tuple(path.absolute() for path in plugins))
+    context = open_cell_context(grid)
+    before = read_json(directory / PROTOCOL).get("hash")
+    protocol = protocol_of(context, grid.evaluation, grid.data)
+    now = freeze_protocol(protocol, directory, measured_protocols(grid, settings))
+    note = describe_budget(budget) if budget else ""
+    write_json(directory / FILE, describe_run(grid, budget, note).model_dump(mode="json"))
+    sample_teacher(context, grid.evaluation, directory / "teacher", again=before != now)
+    waiting = [cell for cell in cells if not is_done(settings.cell_folder(cell), training_key(cell, context))]
+    done = len(cells) - len(waiting)
+    results = []
 
-    def tell(cell: CellConfig, phase: str, step: int, steps: int) -> None:
-        report(done, len(cells), f"{cell.variant.label}, seed {cell.seed}", phase, step, steps)
+    def report(cell: CellConfig, phase: str, step: int, steps: int) -> None:
+        progress(done, len(cells), f"{cell.variant.label}, seed {cell.seed}", phase, step, steps)
 
-    for record in spread(waiting, work, tell):
+    for result in executor(waiting, settings, report):
         done += 1
-        records += [record] if record else []
-    report(done, len(cells), "all cells", "done", 1, 1)
-    return records
+        results += [result] if result else []
+    progress(done, len(cells), "all cells", "done", 1, 1)
+    return results
 
 
-def chosen(grid: Grid, only: str = "*") -> list[CellConfig]:
-    """The cells of the variants whose name matches a wildcard pattern.
+def select_cells(grid: Grid, only: str = "*") -> list[CellConfig]:
+    """Return the cells of the variants whose name matches a wildcard pattern.
 
     Raises:
         ValueError: there is none.
@@ -92,50 +96,16 @@ def chosen(grid: Grid, only: str = "*") -> list[CellConfig]:
     return cells
 
 
-def protocols(grid: Grid, work: Work) -> set[str]:
-    """By which protocols, as hashes, the finished cells were measured; older records tell none."""
-    folders = [work.folder(cell) for cell in grid.cells()]
-    records = [store.read_json(folder / "result.json") for folder in folders if store.finished(folder)]
-    return {record["protocol"] for record in records if "protocol" in record}
+def measured_protocols(grid: Grid, settings: RunSettings) -> set[str]:
+    """Return the hashes of the protocols that the grid's finished cells were measured by."""
+    results = [read_result(settings.cell_folder(cell)) for cell in grid.cells()]
+    return {result.measurements.protocol for result in results if result and result.measurements}
 
 
-def describe(grid: Grid, budget: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """grid.json: what the report needs to know of the grid; variants with their defaults filled in."""
-    evaluation = grid.evaluation
-    variants = []
-    for variant in grid.variants:
-        entry, row = registry.entry(variant.mixer), variant.model_dump(mode="json")
-        row["causality"] = variant.causality or entry.default_causality
-        row["normalize"] = entry.default_normalize if variant.normalize is None else variant.normalize
-        variants.append(row)
-    return {
-        "name": grid.name,
-        "question": grid.question,
-        "teacher": grid.teacher,
-        "data": grid.data,
-        "train_size": grid.distillation.image_size,
-        "sizes": list(evaluation.sizes),
-        "sample_sizes": list(evaluation.sample_sizes),
-        "prompts": list(evaluation.prompts),
-        "seeds": list(grid.seeds),
-        "reference": grid.reference or next((v.name for v in grid.variants if v.trained), None),
-        "variants": variants,
-        "claims": [claim.model_dump(mode="json") for claim in grid.claims],
-        "cells": [{"id": cell.id, "variant": cell.variant.name, "seed": cell.seed} for cell in grid.cells()],
-        "protocol": {
-            "distillation": grid.distillation.model_dump(mode="json"),
-            "evaluation": evaluation.model_dump(mode="json"),
-        },
-        "environment": store.environment(),
-        "notes": [*([LICENCE] if grid.data == "emoji" else []), *([note(budget)] if budget else [])],
-        "budget": dict(budget) if budget else None,
-    }
-
-
-def show_teacher(setting: Setting, plan: Evaluation, directory: Path, again: bool = False) -> None:
-    """The teacher's own samples, once; `again` where those there are of another protocol."""
+def sample_teacher(context: DistillationContext, plan: EvaluationConfig, directory: Path, again: bool = False) -> None:
+    """Save the teacher's own samples unless they exist; `again` replaces those of another protocol."""
     if not plan.sample_sizes or not plan.prompts:
         return
     last = directory / "samples" / str(plan.sample_sizes[-1]) / f"{len(plan.prompts) - 1}.png"
     if again or not last.exists():
-        save_samples(setting.pipe, plan, directory / "samples")
+        save_samples(context.pipe, plan, directory / "samples")

@@ -1,4 +1,4 @@
-"""How far a run is, from its files alone: what is done, running, failed and waiting, and how long is left."""
+"""The state of a run from its files alone: which cells are done, running, failed and waiting, and the time left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from statistics import mean
 from time import time
 from typing import Any
 
-from experiments.ablation import store
+from pydantic import ValidationError
+
+from experiments.ablation.description import FILE, CellDescription, RunDescription
+from experiments.ablation.executors import PROGRESS
+from experiments.ablation.result import read_result
+from experiments.core.files import read_json
+from experiments.core.locks import is_locked
 
 STATES = ("done", "running", "failed", "waiting")
 
@@ -21,10 +27,11 @@ class CellStatus:
     """One cell.
 
     Attributes:
+        id, variant, seed: of the cell.
         state: one of STATES.
         seconds: that it took, or has run for.
-        left: seconds that it still needs, about; NaN where nothing is known yet.
-        told: its phase, or its error.
+        seconds_left: estimate; NaN if nothing is known yet.
+        message: its phase if it runs, its error if it failed.
     """
 
     id: str
@@ -32,8 +39,8 @@ class CellStatus:
     seed: int
     state: str
     seconds: float
-    left: float
-    told: str
+    seconds_left: float
+    message: str
 
 
 @dataclass(frozen=True)
@@ -47,71 +54,73 @@ class RunStatus:
     @property
     def counts(self) -> dict[str, int]:
         """Cells by state."""
-        found = Counter(cell.state for cell in self.cells)
-        return {state: found[state] for state in STATES}
+        counter = Counter(cell.state for cell in self.cells)
+        return {state: counter[state] for state in STATES}
 
     @property
-    def left(self) -> float:
-        """Seconds to the end with as many cells at a time as now run, at least one; NaN where nothing is known yet.
+    def seconds_left(self) -> float:
+        """Seconds to the end with as many cells at a time as now run, at least one; NaN if nothing is known yet.
 
         Failed cells are not counted: only a new run tries them again.
         """
-        return sum(cell.left for cell in self.cells) / max(1, self.counts["running"])
+        return sum(cell.seconds_left for cell in self.cells) / max(1, self.counts["running"])
 
 
 def read_status(directory: Path) -> RunStatus:
-    """The state of a run's folder, whether or not it is running.
+    """Read the state of a run's folder, whether or not it is running.
 
     Raises:
-        ValueError: there is no grid.json, or one without cells.
+        ValueError: there is no grid.json, or it has no cells.
     """
-    grid = store.read_json(directory / "grid.json")
     try:
-        cells = [{key: row[key] for key in ("id", "variant", "seed")} for row in grid["cells"]]
-        labels = {str(v["name"]): str(v["label"]) for v in grid["variants"]}
-        name = str(grid["name"])
-    except (KeyError, TypeError):
-        cells = []
-    if not cells:
+        description = RunDescription.model_validate(read_json(directory / FILE))
+    except ValidationError:
+        description = RunDescription(name="")
+    if not description.cells:
         raise ValueError(
-            f"{directory} is no run's folder: expected a grid.json with cells there, as `mixlab ablate` writes it."
+            f"{directory} is not the folder of a run: expected a {FILE} with cells there, as `mixlab ablate` writes it."
         )
-    found = [(row, *_look(directory / "cells" / row["id"])) for row in cells]
-    took: dict[str | None, list[float]] = {}
-    for row, state, notes in found:
+    states = [(cell, *_inspect(directory / "cells" / cell.id)) for cell in description.cells]
+    durations: dict[str | None, list[float]] = {}
+    for cell, state, details in states:
         if state == "done":
-            for key in (row["variant"], None):
-                took.setdefault(key, []).append(float(notes.get("seconds", math.nan)))
-    paces = [pace for _, state, notes in found if state == "running" for pace in _pace(notes)]
+            for key in (cell.variant, None):
+                durations.setdefault(key, []).append(float(details["seconds"]))
+    projections = [seconds for _, state, details in states if state == "running" for seconds in _project(details)]
 
     def expected(variant: str) -> float:
-        """Of a whole cell: what this variant took, else what any did, else by the trainings that run."""
-        return mean(took.get(variant) or took.get(None) or paces or [math.nan])
+        """Seconds of a whole cell: the variant's mean, any cell's, or extrapolated from the running cells."""
+        return mean(durations.get(variant) or durations.get(None) or projections or [math.nan])
 
-    told = (_status(row, state, notes, expected(row["variant"])) for row, state, notes in found)
-    return RunStatus(name, labels, tuple(told))
-
-
-def _look(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The state of a cell's folder, and its record or progress."""
-    if store.claimed(folder):
-        return "running", store.read_json(folder / store.PROGRESS)
-    record = store.read_json(folder / store.RESULT)
-    return (record["status"] if record.get("status") in STATES else "waiting"), record
+    labels = {variant.name: variant.label for variant in description.variants}
+    cells = tuple(_status(cell, state, details, expected(cell.variant)) for cell, state, details in states)
+    return RunStatus(description.name, labels, cells)
 
 
-def _pace(progress: dict[str, Any]) -> Iterable[float]:
-    """Seconds for the whole of what is now counted."""
+def _inspect(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the state of a cell's folder, and its progress or what its result says."""
+    if is_locked(folder):
+        return "running", read_json(folder / PROGRESS)
+    result = read_result(folder)
+    if result is None:
+        return "waiting", {}
+    return result.status, {"seconds": result.seconds, "error": result.error}
+
+
+def _project(progress: dict[str, Any]) -> Iterable[float]:
+    """Extrapolate the present phase to its end, in seconds."""
     if progress.get("done") and progress.get("total"):
-        yield (progress["time"] - progress["began"]) * progress["total"] / progress["done"]
+        yield (progress["time"] - progress["start"]) * progress["total"] / progress["done"]
 
 
-def _status(row: dict[str, Any], state: str, notes: dict[str, Any], expected: float) -> CellStatus:
-    left, seconds, told = {"waiting": expected}.get(state, 0.0), float(notes.get("seconds", 0.0)), ""
+def _status(cell: CellDescription, state: str, details: dict[str, Any], expected: float) -> CellStatus:
+    seconds = float(details.get("seconds", 0.0))
+    seconds_left = expected if state == "waiting" else 0.0
+    message = ""
     if state == "failed":
-        told = str(notes.get("error"))
+        message = str(details["error"])
     elif state == "running":
-        seconds = time() - notes.get("began", time())
-        left = max(0.0, expected - seconds)
-        told = "{phase} {done}/{total}".format_map({"phase": "starting", "done": 0, "total": 1, **notes})
-    return CellStatus(row["id"], row["variant"], row["seed"], state, seconds, left, told)
+        seconds = time() - details.get("start", time())
+        seconds_left = max(0.0, expected - seconds)
+        message = "{phase} {done}/{total}".format_map({"phase": "starting", "done": 0, "total": 1, **details})
+    return CellStatus(cell.id, cell.variant, cell.seed, state, seconds, seconds_left, message)

@@ -1,1 +1,1 @@
-"""What mixers cost on the machine at hand."""
+"""Benchmarks: time and memory of operators, mixers and UNets, against other implementations and hardware limits."""

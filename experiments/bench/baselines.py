@@ -1,38 +1,46 @@
-"""What ours is compared with: formulas as others publish them, and others' blocks. Imported when they are asked for."""
+"""Implementations to compare with: published formulas and other libraries, which are imported when they are used."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Call = Callable[[], object]
-
 
 def published_linfusion(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-4) -> Tensor:
-    """LinFusion's formula in eager torch, as its published code orders the steps; (b, l, h, ·), as views of
-    projections.
+    """Compute LinFusion's attention in eager PyTorch, with the operations in the order of its published code.
 
-    q, k <- elu + 1;  z = q · mean k + eps;  y = q (l^-1/2 kᵀ · l^-1/2 v) / z.
+    q, k ← elu + 1;  z = q · mean(k) + eps;  y = q (l^-1/2 kᵀ · l^-1/2 v) / z.
+
+    Args:
+        q: queries (b, l, h, k), like all inputs a view of a projection.
+        k: keys (b, l, h, k).
+        v: values (b, l, h, v).
+        eps: added to the denominator.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    q, k = F.elu(q) + 1, F.elu(k) + 1
+    q = F.elu(q) + 1
+    k = F.elu(k) + 1
     z = q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + eps
-    root = k.shape[-2] ** -0.5
-    return (q @ ((k.transpose(-2, -1) * root) @ (v * root)) / z).transpose(1, 2)
+    scale = k.shape[-2] ** -0.5
+    return (q @ ((k.transpose(-2, -1) * scale) @ (v * scale)) / z).transpose(1, 2)
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention by torch (flash where the device has it); (b, l, h, ·)."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute softmax attention by PyTorch's fused kernel (flash where the device has it); all (b, l, h, ·)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """fla's causal kernels, not normalised: simple_gla, or gla with a gate a channel."""
+def fla_causal(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+    """Run fla's own causal kernel, unnormalized: GLA for one decay per key channel, simple GLA otherwise.
+
+    Args:
+        q: queries (b, l, h, k).
+        k: keys (b, l, h, k).
+        v: values (b, l, h, v).
+        log_decay: (b, l, h) or (b, l, h, k); None: no decay.
+    """
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -42,7 +50,7 @@ def fla_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor
 
 
 def transformers_mamba(dim: int) -> torch.nn.Module:
-    """transformers' Mamba block at its defaults; on a CPU its own path in torch."""
+    """Build transformers' Mamba block at its defaults; on a CPU it runs its PyTorch path."""
     from transformers import MambaConfig
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -50,37 +58,11 @@ def transformers_mamba(dim: int) -> torch.nn.Module:
 
 
 def transformers_mamba2(dim: int) -> torch.nn.Module:
-    """transformers' Mamba-2 block at its defaults; on a CPU its own path in torch."""
+    """Build transformers' Mamba-2 block at its defaults; on a CPU it runs its PyTorch path."""
     from transformers import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-    heads = 2 * dim // 64
-    return Mamba2Mixer(
-        Mamba2Config(hidden_size=dim, num_heads=heads, head_dim=64, state_size=128, n_groups=1, chunk_size=256),
-        layer_idx=0,
+    config = Mamba2Config(
+        hidden_size=dim, num_heads=2 * dim // 64, head_dim=64, state_size=128, n_groups=1, chunk_size=256
     )
-
-
-def forward(function: Callable[..., Any], *tensors: Any) -> Call:
-    """A call without gradients."""
-
-    def run() -> object:
-        with torch.no_grad():
-            return function(*tensors)
-
-    return run
-
-
-def with_backward(function: Callable[..., Any], *tensors: Any) -> Call:
-    """A call and the gradients of its floating tensors."""
-    leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in tensors]
-    wanted = [t for t in leaves if isinstance(t, Tensor)]
-    dy: list[Tensor] = []
-
-    def run() -> object:
-        y = function(*leaves)
-        if not dy:
-            dy.append(torch.randn_like(y))
-        return torch.autograd.grad(y, wanted, dy[0], allow_unused=True)
-
-    return run
+    return Mamba2Mixer(config, layer_idx=0)

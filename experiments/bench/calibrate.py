@@ -1,113 +1,153 @@
-"""Measure which backend is the fastest, call by call, and write the table that `auto` goes by on this machine."""
+"""Measure which backend is the fastest for every kind of call, and write the table that `backend="auto"` follows."""
 
 from __future__ import annotations
 
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.bench import baselines
-from experiments.bench.contest import Report
-from experiments.bench.contests import Setup, gated, states, written
-from experiments.bench.timing import interleaved
+from experiments.bench.calls import forward_call
+from experiments.bench.config import BenchmarkConfig
+from experiments.bench.inputs import InputFactory, delta_inputs, linear_inputs, scan_inputs
+from experiments.core.progress import ProgressCallback, ignore_progress
+from experiments.core.timing import time_interleaved
 from mixers import operators
-from mixers.operators.choice import FORMULATIONS, LAST_RESORT
-from mixers.operators.preference import VARIABLE, Row, default_path, device_name, save_table
+from mixers.operators.backend import FORMULATIONS, LAST_RESORT
+from mixers.operators.backend_table import TABLE_VARIABLE, BackendPreference, default_path, device_name, save_table
 
-RECURRENT = "recurrent"  # never the fastest; a truth for tests
-LADDER = (16, 64, 256, 1024, 4096, 16384)
-LEAD = 0.9  # of the last resort's time: what is chosen over it is faster by more than chance
+RECURRENT = "recurrent"  # never the fastest
+DENSE = "dense"
+MAX_DENSE_TOKENS = 1024
+LENGTHS = (16, 64, 256, 1024, 4096, 16384)
+REQUIRED_SHARE = 0.9
+"""A backend is preferred over the last resort if it takes less than this share of its time, so not by chance."""
 
-Timed = Mapping[int, Mapping[str, float]]
-"""Number of tokens -> seconds of one call, by backend."""
+
+@dataclass(frozen=True)
+class CallKind:
+    """A kind of operator call that the table has a row for.
+
+    Attributes:
+        operator: "linear", "scan" or "delta".
+        causality: of the call.
+        decay: "none", "scalar" or "vector".
+        function: the operator in that mode; it takes the inputs and `backend`.
+        inputs: makes its inputs.
+    """
+
+    operator: str
+    causality: str
+    decay: str
+    function: Callable[..., Any]
+    inputs: InputFactory
 
 
-def calibrate(
-    setup: Setup, path: Path | None = None, ladder: Sequence[int] = LADDER, report: Report | None = None
-) -> tuple[Path, list[Row]]:
-    """Time every backend that can run here on every kind of call, and write the table; returns its path and rows.
+def calibrate_backends(
+    config: BenchmarkConfig,
+    path: Path | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    budget_seconds: float = math.inf,
+    progress: ProgressCallback = ignore_progress,
+) -> tuple[Path, list[BackendPreference]]:
+    """Time every backend that can run here on every kind of call, and write the table.
 
     Args:
-        setup: device, dtype, batch; the first of its heads is measured.
-        path: None is where `auto` looks.
-        ladder: numbers of tokens.
+        config: device, dtype and batch size; the first of its heads is measured.
+        path: of the table; None: where `backend="auto"` looks.
+        lengths: numbers of tokens.
+        budget_seconds: no kind of call is started after this time; those that are left out get no row, so that
+            `backend="auto"` runs the chunked formulation for them.
+        progress: called with every kind of call.
+
+    Returns:
+        The path of the table and its rows.
 
     Cost: a minute or two on a CPU.
     """
-    heads, width = setup.heads[0]
+    heads, width = config.heads[0]
+    kinds = list(call_kinds())
+    deadline = time.perf_counter() + budget_seconds
     rows = []
-    for operator, causality, decay, call in _kinds():
-        if report is not None:
-            report(f"{operator}, {causality}, decay {decay}")
-        timed = {}
-        for length in ladder:
-            timed[length] = time_backends(setup, call, length, heads, width)
-        rows.append(Row(operator, causality, decay, tuple(best(timed))))
-    target = path or Path(os.environ.get(VARIABLE) or default_path())
-    save_table(target, device_name(torch.device(setup.device)), rows)
+    for number, kind in enumerate(kinds):
+        if time.perf_counter() >= deadline:
+            break
+        progress(f"{kind.operator}, {kind.causality}, decay {kind.decay}", number, len(kinds))
+        times = {length: time_backends(config, kind, length, heads, width) for length in lengths}
+        rows.append(BackendPreference(kind.operator, kind.causality, kind.decay, tuple(order_backends(times))))
+    progress("measured", len(rows), len(kinds))
+    target = path or Path(os.environ.get(TABLE_VARIABLE) or default_path())
+    save_table(target, device_name(torch.device(config.device)), rows)
     return target, rows
 
 
-def best(timed: Timed) -> list[tuple[str, int | None]]:
-    """(backend, up to how many tokens): the fastest at each length, those that win side by side joined.
+def order_backends(times: Mapping[int, Mapping[str, float]]) -> list[tuple[str, int | None]]:
+    """Turn measured times into the order in which backends are tried.
 
-    The last resort, which runs everywhere, gives way only to what takes less than LEAD of its time.
+    The fastest backend wins at each length; adjacent lengths with the same winner are joined. The last resort, which
+    runs everywhere, gives way only to a backend that takes less than `REQUIRED_SHARE` of its time.
 
-    Between two measured lengths with different winners the bound is their geometric mean; the last winner has none.
+    Args:
+        times: number of tokens -> seconds per call, by backend.
+
+    Returns:
+        (backend, largest number of tokens that it is used for; None: no bound). Between two lengths with different
+        winners the bound is their geometric mean.
     """
     order: list[tuple[str, int | None]] = []
-    lengths = sorted(timed)
-    for length, following in zip(lengths, [*lengths[1:], None], strict=True):
-        if not timed[length]:
+    lengths = sorted(times)
+    for length, next_length in zip(lengths, [*lengths[1:], None], strict=True):
+        if not times[length]:
             continue
-        name = min(timed[length], key=lambda n: timed[length][n] * (LEAD if n == LAST_RESORT else 1))
-        bound = None if following is None else round(math.sqrt(length * following))
-        if order and order[-1][0] == name:
+        winner = _fastest(times[length])
+        bound = None if next_length is None else round(math.sqrt(length * next_length))
+        if order and order[-1][0] == winner:
             order.pop()
-        order.append((name, bound))
-    if order and order[-1][0] == "dense":  # quadratic: not beyond what was measured
-        return [*order[:-1], ("dense", lengths[-1]), (LAST_RESORT, None)]
+        order.append((winner, bound))
+    if order and order[-1][0] == DENSE:  # quadratic: it is not used beyond what was measured
+        return [*order[:-1], (DENSE, lengths[-1]), (LAST_RESORT, None)]
     if order:
         order[-1] = (order[-1][0], None)
     return order
 
 
-def time_backends(setup: Setup, call: Any, length: int, heads: int, width: int) -> dict[str, float]:
-    """Median seconds of a forward pass by backend, of those that can run it; the dense form up to 1,024 tokens."""
-    function, streams = call
-    tensors = streams(setup, length, heads, width)
+def _fastest(times: Mapping[str, float]) -> str:
+    return min(times, key=lambda name: times[name] * (REQUIRED_SHARE if name == LAST_RESORT else 1))
+
+
+def time_backends(config: BenchmarkConfig, kind: CallKind, length: int, heads: int, width: int) -> dict[str, float]:
+    """Return median seconds of a forward pass of every backend that can run it; dense up to `MAX_DENSE_TOKENS`."""
+    inputs = kind.inputs(config, length, heads, width)
     runs: dict[str, Callable[[], object]] = {}
-    for name in (*FORMULATIONS, *setup.kernels):
-        if name == RECURRENT or (name == "dense" and length > 1024):
+    for name in (*FORMULATIONS, *config.available_kernels()):
+        if name == RECURRENT or (name == DENSE and length > MAX_DENSE_TOKENS):
             continue
-        run = baselines.forward(partial(function, backend=name), *tensors)
+        run = forward_call(partial(kind.function, backend=name), *inputs)
         try:
             run()
-        except Exception:  # it cannot compute this: it is not in the table
+        except Exception:  # it cannot compute this call, so it is not in the table
             continue
         runs[name] = run
-    times = interleaved(runs, 5, device=setup.device, min_seconds=0.002)
-    return {name: statistics.median(of) for name, of in times.items()}
+    times = time_interleaved(runs, 5, device=config.device, min_seconds=0.002)
+    return {name: statistics.median(turns) for name, turns in times.items()}
 
 
-def _kinds() -> list[tuple[str, str, str, Any]]:
-    """(operator, causality, decay, (function, its tensors)) of every row of the table."""
-    elu: dict[str, Any] = {"feature_map": "elu_plus_one"}
-    delta: Any = operators.delta_rule
-    found: list[tuple[str, str, str, Any]] = []
+def call_kinds() -> Iterator[CallKind]:
+    """Yield every kind of call that the table has a row for."""
     linear: Any = operators.linear_attention
     scan: Any = operators.selective_scan
+    delta: Any = operators.delta_rule
     for causality in ("noncausal", "causal", "bidirectional"):
         for decay in ("none", "scalar", "vector"):
-            function = partial(linear, causality=causality, **elu)
-            found.append(("linear", causality, decay, (function, partial(gated, decay))))
-        found.append(("scan", causality, "vector", (partial(scan, causality=causality), states)))
+            function = partial(linear, causality=causality, feature_map="elu_plus_one")
+            yield CallKind("linear", causality, decay, function, partial(linear_inputs, decay))
+        yield CallKind("scan", causality, "vector", partial(scan, causality=causality), scan_inputs)
     for causality in ("causal", "bidirectional"):
-        found.append(("delta", causality, "scalar", (partial(delta, causality=causality), written)))
-    return found
+        yield CallKind("delta", causality, "scalar", partial(delta, causality=causality), delta_inputs)

@@ -1,334 +1,267 @@
-"""From how many tokens on a mixer is at least as fast as the softmax attention it stands in for.
+"""The number of tokens from which a mixer is at least as fast as the softmax attention that it replaces.
 
-ladder 64, 128, 256, …  ->  one attention layer, stock and mounted, timed in turns  ->  ratio mounted / stock
-ratio ≤ 1 from here on  ->  `MixerAdapter.build(..., min_tokens=N)`
+One attention layer, stock and with the mixer mounted, is timed at 64, 128, 256, … tokens. From where the ratio
+mounted / stock stays at 1 or below, `MixerAdapter.build(..., min_tokens=N)` is worthwhile.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-from diffusers import UNet2DConditionModel
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-
-from experiments.ablation.store import write_json
-from experiments.bench.timing import BATCH, STOCK, Bench, CannotRun, Kind, Spread, machine
-from experiments.report import style
-from experiments.teacher import load
+from experiments.bench.attention_layer import (
+    BATCH,
+    STOCK,
+    AttentionLayerTimer,
+    MixerCannotRun,
+    SiteShape,
+    choose_site_shapes,
+)
+from experiments.bench.config import DTYPES, check_device
+from experiments.bench.machine import describe_machine
+from experiments.core.progress import ProgressCallback, ignore_progress
+from experiments.core.timing import Clock, Quartiles
 from mixers import list_mixers
-from unet_adapters.sites import all_sites
+from mixers.suggest import unknown_name
 
-FIRST = 64  # tokens; the ladder doubles from here
+MIN_TOKENS = 64
+"""The smallest number of tokens that is measured; the others double from here."""
 
-PROFILES: dict[str, tuple[Kind, ...]] = {
-    "sd15": (Kind(320, 8), Kind(640, 8), Kind(1280, 8)),
-    "sd21": (Kind(320, 5), Kind(640, 10), Kind(1280, 20)),
-    "sdxl": (Kind(640, 10), Kind(1280, 20)),
-}
-EMBEDDED = "embedded"
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-
-# (kind, tokens, names) -> seconds of one call by name, STOCK among them, one number a turn.
-Measure = Callable[[Kind, int, Sequence[str]], dict[str, list[float]]]
-Report = Callable[[int, int, str], None]
+TimeLayers = Callable[[SiteShape, int, Sequence[str]], dict[str, list[float]]]
+"""Takes (site shape, tokens, mixers) and returns seconds per call, one value per turn, by mixer and for `STOCK`."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measurement. `ratio`: mounted / stock, the median over turns, so that slow moments of a machine cancel."""
+class CrossoverPoint:
+    """One measurement.
+
+    Attributes:
+        tokens: number of tokens.
+        stock: seconds per call of softmax attention.
+        mounted: seconds per call with the mixer.
+        ratio: mounted / stock, the median over turns, so that slow moments of the machine cancel.
+    """
 
     tokens: int
-    stock: Spread
-    mounted: Spread
+    stock: Quartiles
+    mounted: Quartiles
     ratio: float
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A mixer at sites of one kind. `note` says why it was not measured further, where it was not."""
+class CrossoverCurve:
+    """A mixer at sites of one shape.
+
+    Attributes:
+        mixer: its name.
+        site: the shape of the site.
+        points: the measurements, tokens increasing.
+        note: why it was not measured at more tokens; None if it was.
+    """
 
     mixer: str
-    kind: Kind
-    points: tuple[Point, ...] = ()
+    site: SiteShape
+    points: tuple[CrossoverPoint, ...] = ()
     note: str | None = None
 
     @property
     def ratios(self) -> list[tuple[int, float]]:
-        """(tokens, mounted / stock)."""
+        """(tokens, mounted / stock) of every measurement."""
         return [(point.tokens, point.ratio) for point in self.points]
 
     @property
     def crossover(self) -> float | None:
-        """See `find_crossover`."""
+        """The number of tokens at which the curve crosses 1; see `find_crossover`."""
         return find_crossover(self.ratios)
 
     @property
     def fast_from(self) -> int | None:
-        """The crossover, rounded up to a measured number of tokens."""
-        start = _start(self.ratios)
+        """The crossover, rounded up to a measured number of tokens; None if there is none."""
+        start = _index_after_last_loss(self.ratios)
         return self.points[start].tokens if start < len(self.points) else None
 
 
 @dataclass(frozen=True)
-class Crossovers:
-    """All that was measured, and the machine."""
+class CrossoverResult:
+    """All curves, and the machine that they were measured on."""
 
     machine: dict[str, Any]
-    curves: tuple[Curve, ...] = field(default_factory=tuple)
+    curves: tuple[CrossoverCurve, ...] = field(default_factory=tuple)
 
     @property
     def min_tokens(self) -> dict[str, int | None]:
-        """For each mixer, the largest number over the kinds; None where it does not win at one of them."""
-        names = dict.fromkeys(curve.mixer for curve in self.curves)
-        found = {name: [c.fast_from for c in self.curves if c.mixer == name] for name in names}
-        return {n: None if None in f else max(t for t in f if t is not None) for n, f in found.items()}
+        """For each mixer, the threshold for all sites: the largest of them; None if it does not win at one of them."""
+        thresholds: dict[str, list[int | None]] = {}
+        for curve in self.curves:
+            thresholds.setdefault(curve.mixer, []).append(curve.fast_from)
+        return {
+            name: None if None in values else max(value for value in values if value is not None)
+            for name, values in thresholds.items()
+        }
 
 
 def find_crossover(ratios: Sequence[tuple[int, float]]) -> float | None:
-    """The number of tokens from which a mixer stays at least as fast.
+    """Find the number of tokens from which a mixer stays at least as fast.
+
+    A single ratio above 1 counts, noise or not: the number errs towards softmax attention.
 
     Args:
-        ratios: (tokens, time mounted / time stock), tokens rising.
+        ratios: (tokens, time mounted / time stock), tokens increasing.
 
     Returns:
-        Where the line between the last measured ratio above 1 and the next one crosses 1, straight in log-log axes.
-        The first number of tokens if no ratio is above 1; None if the last one is, or nothing was measured. A single
-        ratio above 1 counts, noise or not: the number errs towards softmax attention.
+        Where the line between the last measured ratio above 1 and the next one crosses 1, straight on logarithmic axes;
+        the first number of tokens if no ratio is above 1; None if the last one is, or nothing was measured.
     """
-    start = _start(ratios)
+    start = _index_after_last_loss(ratios)
     if start == len(ratios):
         return None
-    (low, above), (high, below) = ratios[max(start - 1, 0)], ratios[start]
+    low, above = ratios[max(start - 1, 0)]
+    high, below = ratios[start]
     share = math.log(above) / (math.log(above) - math.log(below)) if start else 0.0
     return min(max(low * (high / low) ** share, low), high)
 
 
-def _start(ratios: Sequence[tuple[int, float]]) -> int:
-    """The index from which on no ratio is above 1."""
+def _index_after_last_loss(ratios: Sequence[tuple[int, float]]) -> int:
+    """Return the index from which on no ratio is above 1."""
     return max((i + 1 for i, (_, ratio) in enumerate(ratios) if not ratio <= 1), default=0)
 
 
-def ladder(max_tokens: int) -> list[int]:
-    """64, 128, … up to `max_tokens`.
+def doubling_lengths(max_tokens: int) -> list[int]:
+    """Return 64, 128, … up to `max_tokens`.
 
     Raises:
-        ValueError: not even two steps.
+        ValueError: that is less than two lengths.
     """
-    if max_tokens < 2 * FIRST:
+    if max_tokens < 2 * MIN_TOKENS:
         raise ValueError(
-            f"max_tokens={max_tokens}: the measurement doubles from {FIRST} tokens, so give {2 * FIRST} up."
+            f"Cannot find a crossover with max_tokens={max_tokens}: lengths double from {MIN_TOKENS}, so pass "
+            f"{2 * MIN_TOKENS} or more."
         )
-    return [FIRST << i for i in range(int(math.log2(max_tokens / FIRST)) + 1)]
-
-
-def kinds_of(unet: nn.Module) -> tuple[Kind, ...]:
-    """The kinds of sites of a UNet, narrow ones first."""
-    return tuple(sorted({Kind(site.dim, site.heads) for site in all_sites(unet)}))
-
-
-def choose_kinds(profile: str = EMBEDDED, dim: int | None = None, heads: int | None = None) -> tuple[Kind, ...]:
-    """The kinds of sites of `embedded` or of one of `PROFILES`; or, where both are given, of this dim and heads.
-
-    Raises:
-        ValueError: no such profile, one number without the other, or heads that do not divide.
-    """
-    if (dim is None) != (heads is None):
-        raise ValueError("A kind of site has both a dim and heads: give the other one too.")
-    if dim is not None and heads is not None:
-        return (Kind(dim, heads),)
-    if profile == EMBEDDED:
-        config = UNet2DConditionModel.load_config(str(load.EMBEDDED), subfolder="unet")
-        return kinds_of(UNet2DConditionModel.from_config(config))
-    if profile not in PROFILES:
-        raise ValueError(f"No profile {profile!r}: expected one of {', '.join((EMBEDDED, *PROFILES))}.")
-    return PROFILES[profile]
+    return [MIN_TOKENS << i for i in range(int(math.log2(max_tokens / MIN_TOKENS)) + 1)]
 
 
 def measure_crossovers(
     pattern: str = "*",
-    kinds: Sequence[Kind] | None = None,
+    shapes: Sequence[SiteShape] | None = None,
     *,
     max_tokens: int = 65536,
     dtype: str = "float32",
     device: str = "cpu",
     repeats: int = 7,
-    report: Report | None = None,
-) -> Crossovers:
-    """Measure where the mixers that match a pattern start to win, at their published defaults, on this machine.
+    budget_seconds: float = math.inf,
+    progress: ProgressCallback = ignore_progress,
+) -> CrossoverResult:
+    """Measure from how many tokens the mixers that match a pattern are faster, at their published defaults.
 
     Args:
         pattern: wildcard pattern of registered names; mixers whose cost is not linear are left out.
-        kinds: None for those of the embedded teacher.
-        max_tokens: the ladder ends here, or after one call of softmax attention has taken two seconds.
-        repeats: turns; medians are over these.
-        report: called with (measurements done, their number, the one that runs).
+        shapes: of the sites; None: those of the embedded teacher.
+        max_tokens: the largest number of tokens. A site is not measured beyond the first length at which softmax
+            attention takes two seconds.
+        dtype: of weights and tokens.
+        device: "cpu" or "cuda", optionally with an index.
+        repeats: number of turns that medians are taken over.
+        budget_seconds: no measurement starts after this time; the curves say where they end.
+        progress: called with every measurement.
 
     Raises:
-        ValueError: no such mixer, dtype, device or ladder.
+        ValueError: no such mixer, dtype or device, or `max_tokens` is too small.
 
-    Cost: a minute or so for a mixer on a CPU; forward passes only, of single layers with random weights.
+    Cost: about a minute per mixer on a CPU; forward passes of single layers with random weights.
     """
     names = list_mixers(pattern, linear=True)
     if not names:
-        raise ValueError(f"No linear mixer matches {pattern!r}: expected {', '.join(list_mixers(linear=True))}.")
+        available = ", ".join(list_mixers(linear=True))
+        raise ValueError(f"No linear mixer matches {pattern!r}: expected one of {available}.")
     if dtype not in DTYPES:
-        raise ValueError(f"No dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"No device {device!r}: expected cpu or cuda.")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch finds no GPU here; use the cpu.")
-    bench = Bench(DTYPES[dtype], device, repeats)
-    curves = walk(names, kinds or choose_kinds(), ladder(max_tokens), bench, report=report)
-    return Crossovers({**machine(device), "dtype": dtype, "batch": BATCH}, curves)
+        raise ValueError(unknown_name("dtype", dtype, DTYPES))
+    check_device(device)
+    timer = AttentionLayerTimer(DTYPES[dtype], device, repeats)
+    shapes = shapes or choose_site_shapes()
+    curves = measure_curves(
+        names, shapes, doubling_lengths(max_tokens), timer, budget_seconds=budget_seconds, progress=progress
+    )
+    return CrossoverResult({**describe_machine(device), "dtype": dtype, "batch": BATCH}, curves)
 
 
-def walk(
+def measure_curves(
     names: Sequence[str],
-    kinds: Sequence[Kind],
-    steps: Sequence[int],
-    measure: Measure,
+    shapes: Sequence[SiteShape],
+    lengths: Sequence[int],
+    time_layers: TimeLayers,
     *,
-    budget: float = 2.0,
-    report: Report | None = None,
-) -> tuple[Curve, ...]:
-    """Climb the ladder for every kind.
+    slow_seconds: float = 2.0,
+    budget_seconds: float = math.inf,
+    progress: ProgressCallback = ignore_progress,
+    clock: Clock = time.perf_counter,
+) -> tuple[CrossoverCurve, ...]:
+    """Measure every mixer at every shape, with increasing numbers of tokens.
 
-    A kind is done once a stock call takes `budget` seconds; a mixer, once it is slower than stock and takes as long.
-    A mixer that cannot be built or run there ends with a note. Curves are by mixer, then by kind.
+    Args:
+        names: of the mixers.
+        shapes: of the sites.
+        lengths: numbers of tokens, increasing.
+        time_layers: times the layers.
+        slow_seconds: a shape is finished once softmax attention takes this long; a mixer, once it is slower than
+            softmax attention and takes this long.
+        budget_seconds: no measurement starts after this time. Shapes that it leaves no time for have no points.
+        progress: called with every measurement.
+        clock: source of the time, in seconds.
+
+    Returns:
+        Curves by mixer, then by shape. A mixer that cannot be built or run has a note that says so.
     """
-    curves = {(name, kind): Curve(name, kind) for name in names for kind in kinds}
-    for row, kind in enumerate(kinds):
+    curves = {(name, shape): CrossoverCurve(name, shape) for name in names for shape in shapes}
+    total = len(shapes) * len(lengths)
+    deadline = clock() + budget_seconds
+    for row, shape in enumerate(shapes):
         running = list(names)
-        for step, tokens in enumerate(steps):
-            if report:
-                report(row * len(steps) + step, len(kinds) * len(steps), f"{kind}: {tokens:,} tokens")
-            times = _measured(measure, kind, tokens, running, curves)
-            running = [name for name in running if name in times]
-            if not running:
+        for step, tokens in enumerate(lengths):
+            progress(f"{shape}: {tokens:,} tokens", row * len(lengths) + step, total)
+            if clock() >= deadline:
+                note = f"not measured from {tokens:,} tokens on: the time budget is spent"
+                curves |= {(name, shape): replace(curves[name, shape], note=note) for name in running}
                 break
-            for name in running:
-                curve = curves[name, kind]
-                curves[name, kind] = replace(curve, points=(*curve.points, _point(tokens, times[STOCK], times[name])))
-                curves[name, kind] = replace(curves[name, kind], note=_why_stop(curves[name, kind], budget))
-            running = [name for name in running if curves[name, kind].note is None]
-            if not running or statistics.median(times[STOCK]) >= budget:
+            times = _time_runnable(time_layers, shape, tokens, running, curves)
+            for name in times.keys() & set(running):
+                curves[name, shape] = _extend(curves[name, shape], tokens, times[STOCK], times[name], slow_seconds)
+            running = [name for name in running if name in times and curves[name, shape].note is None]
+            if not running or statistics.median(times[STOCK]) >= slow_seconds:
                 break
-    if report:
-        report(len(kinds) * len(steps), len(kinds) * len(steps), "measured")
+    progress("measured", total, total)
     return tuple(curves.values())
 
 
-def _measured(
-    measure: Measure, kind: Kind, tokens: int, names: Sequence[str], curves: dict[tuple[str, Kind], Curve]
+def _time_runnable(
+    time_layers: TimeLayers,
+    shape: SiteShape,
+    tokens: int,
+    names: Sequence[str],
+    curves: dict[tuple[str, SiteShape], CrossoverCurve],
 ) -> dict[str, list[float]]:
-    """The times of those mixers that run; the others get a note."""
+    """Return the times of the mixers that can run; the others get a note."""
     names = list(names)
     while names:
         try:
-            return measure(kind, tokens, names)
-        except CannotRun as error:
+            return time_layers(shape, tokens, names)
+        except MixerCannotRun as error:
             names.remove(error.mixer)
-            key = error.mixer, kind
+            key = error.mixer, shape
             curves[key] = replace(curves[key], note=f"cannot run with {tokens:,} tokens: {error}")
     return {}
 
 
-def _point(tokens: int, stock: list[float], mounted: list[float]) -> Point:
+def _extend(
+    curve: CrossoverCurve, tokens: int, stock: list[float], mounted: list[float], slow_seconds: float
+) -> CrossoverCurve:
+    """Add a point to a curve, and a note if the mixer is too slow to go on."""
     ratio = statistics.median(m / s for m, s in zip(mounted, stock, strict=True))
-    return Point(tokens, Spread.of(stock), Spread.of(mounted), ratio)
-
-
-def _why_stop(curve: Curve, budget: float) -> str | None:
-    last = curve.points[-1]
-    if last.ratio <= 1 or last.mounted.median < budget:
-        return None
-    return f"slower, and {last.mounted.median:.1f} s a call with {last.tokens:,} tokens: not measured beyond"
-
-
-def save(result: Crossovers, directory: Path) -> Path:
-    """Write `crossover.json`; returns its path."""
-    curves = [{**asdict(curve), "crossover": curve.crossover, "fast_from": curve.fast_from} for curve in result.curves]
-    path = directory / "crossover.json"
-    write_json(path, {"machine": result.machine, "min_tokens": result.min_tokens, "curves": curves})
-    return path
-
-
-def show(result: Crossovers, console: Console) -> None:
-    """Print a row a mixer and kind, why some were not measured, and the lines to copy; fits 80 columns."""
-    table = Table("mixer", "sites", "wins from", "first", "last", caption="first, last: time / softmax's time")
-    for curve in result.curves:
-        found = curve.crossover
-        first, *_, last = (f"{p.ratio:.2f} at {p.tokens:,}" for p in curve.points) if curve.points[1:] else ("–", "–")
-        number = "–" if found is None else f"{'≤ ' if found == FIRST else ''}{found:,.0f}"
-        table.add_row(curve.mixer, f"{curve.kind.dim} × {curve.kind.heads}", number, first, last)
-    console.print(table)
-    for curve in result.curves:
-        if curve.note:
-            console.print(f"{curve.mixer} ({curve.kind}): {curve.note}", soft_wrap=True, highlight=False, markup=False)
-    m = result.machine
-    threads = f", threads: {m['threads']}" if m["threads"] else ""
-    console.print(f"{m['device']}{threads}, torch {m['torch']}, {m['dtype']}, batch {m['batch']}. To copy:\n")
-    for name, least in result.min_tokens.items():
-        lines = [f'MixerAdapter.build(pipe, "{name}", min_tokens={least})']
-        if least is None:
-            slow = [c for c in result.curves if c.mixer == name and c.fast_from is None]
-            lines = [
-                f"# {name}: no win up to {c.points[-1].tokens if c.points else 0:,} tokens, {c.kind}" for c in slow
-            ]
-        for line in lines:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def draw(result: Crossovers, path: Path) -> None:
-    """Draw time against tokens, a panel a mixer: stock dashed, mounted solid, a ring where they cross."""
-    mixers = list(result.min_tokens)
-    columns = min(3, len(mixers))
-    rows = -(-len(mixers) // columns)
-    with rc_context(style.RC):
-        canvas = Canvas(figsize=(3.6 * columns + 0.6, 3.0 * rows + 0.5), layout="constrained")
-        canvas.suptitle("Dashed: softmax attention; solid: with the mixer", fontsize=9)
-        for place, name in enumerate(mixers):
-            axes = canvas.add_subplot(rows, columns, place + 1)
-            axes.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="ms a call")
-            curves = [curve for curve in result.curves if curve.mixer == name]
-            for curve, color, below in zip(curves, cycle(style.PALETTE), cycle((True, False))):
-                _draw_curve(axes, curve, color, below)
-            axes.xaxis.set_major_locator(LogLocator(base=4))
-            axes.xaxis.set_minor_locator(NullLocator())
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
-            if curves[0].points:
-                axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def _draw_curve(axes: Axes, curve: Curve, color: str, below: bool) -> None:
-    tokens = [p.tokens for p in curve.points]
-    axes.plot(tokens, [1e3 * p.stock.median for p in curve.points], color=color, linestyle="--", alpha=0.6)
-    mounted = [1e3 * p.mounted.median for p in curve.points]
-    axes.plot(tokens, mounted, color=color, label=f"{curve.kind}")
-    axes.fill_between(
-        tokens, [1e3 * p.mounted.low for p in curve.points], [1e3 * p.mounted.high for p in curve.points],
-        color=color, alpha=0.15, linewidth=0,
-    )  # fmt: skip
-    found = curve.crossover
-    if found is not None:
-        height = math.exp(np.interp(math.log(found), np.log(tokens), np.log(mounted)))
-        axes.plot([found], [height], "o", color=color, fillstyle="none", markersize=9)
-        offset, side = ((6, -11), "left") if below else ((-6, 5), "right")
-        axes.annotate(f"{found:,.0f}", (found, height), xytext=offset, ha=side, textcoords="offset points", color=color)
+    point = CrossoverPoint(tokens, Quartiles.from_times(stock), Quartiles.from_times(mounted), ratio)
+    note = None
+    if ratio > 1 and point.mounted.median >= slow_seconds:
+        note = f"slower, and {point.mounted.median:.1f} s a call with {tokens:,} tokens: not measured beyond"
+    return replace(curve, points=(*curve.points, point), note=note)

@@ -1,6 +1,16 @@
-"""`mixlab`: every verb is also a function; these files only parse, show progress and print. One file a room."""
+"""`mixlab`: every command is also a function; these files only parse options, show progress and print."""
 
-from experiments.cli import ablate, bench, distill, evaluate, highres, mixers, report, teacher  # noqa: F401 - they add their verbs
+from experiments.cli import (  # noqa: F401 - each module adds its commands to the app
+    ablate,
+    bench,
+    compatibility,
+    distill,
+    evaluate,
+    highres,
+    mixers,
+    report,
+    teacher,
+)
 from experiments.cli.app import app, main
 
 __all__ = ["app", "main"]

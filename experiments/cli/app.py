@@ -1,77 +1,87 @@
-"""What every verb shares: the app, the console, progress bars, clean errors, common options."""
+"""What every verb shares: the app, the consoles, progress, error messages, common options."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from experiments.core.progress import ProgressDisplay, show_progress
+from experiments.core.signals import Interrupted, raise_on_sigterm
+from mixers.allocator import keep_freed_tensors
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
 )
 console = Console()
+error_console = Console(stderr=True)
 
 Out = Annotated[Path, typer.Option("--out", help="folder that receives everything")]
 Settings = Annotated[list[str], typer.Option("--set", help="override, as dotted.key=value; repeat as needed")]
-Plugins = Annotated[list[Path], typer.Option("--plugin", help="a .py file that registers mixers; repeat as needed")]
+Plugins = Annotated[
+    list[Path], typer.Option("--plugin", help="a .py file that registers mixers, objectives …; repeat as needed")
+]
 
 
 def main() -> None:
-    """The console script."""
-    _quiet()
+    """Run the console script."""
+    _silence_libraries()
+    keep_freed_tensors()
+    if threading.current_thread() is threading.main_thread():
+        raise_on_sigterm()
     app()
 
 
-def load(plugins: list[Path]) -> None:
-    """Run the plug-ins, which register their mixers; a broken one is one sentence."""
-    from mixers.registry import load_plugin
+def load_plugins(paths: list[Path]) -> None:
+    """Run the plug-ins, which register their mixers and so on; a broken one is reported in one sentence."""
+    from experiments.core.plugins import load_plugin
 
     with clean_errors():
-        for path in plugins:
+        for path in paths:
             load_plugin(path)
 
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """Bars with counts, the time spent and the time left."""
-    columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bars:
-        yield bars
+def progress() -> AbstractContextManager[ProgressDisplay]:
+    """Show progress on the console: bars if it is a terminal, otherwise lines."""
+    return show_progress(console)
+
+
+def print_error(message: str) -> None:
+    """Print an error message to stderr."""
+    error_console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """What a user can mend is one sentence, not a traceback."""
+    """Report what a user can fix in one sentence on stderr, without a traceback, and exit with a fitting code."""
     try:
         yield
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
-        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        print_error(str(error))
         raise typer.Exit(2) from None
+    except Interrupted as interruption:
+        error_console.print(str(interruption), soft_wrap=True, highlight=False)
+        raise typer.Exit(interruption.exit_code) from None
     except KeyboardInterrupt:
-        console.print("Stopped. Start the same command again to go on.")
+        error_console.print("Interrupted.")
         raise typer.Exit(130) from None
 
 
-def _quiet() -> None:
-    """Libraries' start-up chatter is not ours to show."""
+def _silence_libraries() -> None:
+    """Hide the start-up messages of libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -1,4 +1,4 @@
-"""`mixlab distill`: trainings."""
+"""`mixlab distill` and `mixlab teacher`: trainings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import TaskID
 
-from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load, progress
+from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load_plugins, progress
 
 
 @app.command()
@@ -20,34 +19,33 @@ def distill(
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
-    """Distil a mixer into a teacher, stage by stage, as a recipe says. Start it again after a stop: it goes on."""
-    from experiments.distil.recipe import load_recipe
-    from experiments.distil.run import run_recipe
+    """Distill a mixer into a teacher, stage by stage, as a recipe says. Run it again after a stop to continue."""
+    from experiments.distill.recipe import load_recipe
+    from experiments.distill.run import run_recipe
     from experiments.training.processes import this_process
 
-    console.quiet = not this_process().is_main_process  # of several, one tells
-    load(plugins)
+    console.quiet = not this_process().is_main_process
+    load_plugins(plugins)
     with clean_errors():
         plan = load_recipe(recipe, settings)
-        console.print(f"[bold]{plan.name}[/]: {plan.about}")
-        batches = {stage.name: stage.fit.batch_size for stage in plan.distillation.stages}
-        with progress() as bars:
-            tasks: dict[str, TaskID] = {}
+        console.print(f"[bold]{plan.name}[/]: {plan.about}", soft_wrap=True)
+        batch_sizes = {stage.name: stage.fit.batch_size for stage in plan.distillation.stages}
+        with progress() as display:
 
-            def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=steps)
-                speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
-                told = told_losses(stage, losses, speed and speed * batches[stage], console.width)
-                bars.update(tasks[stage], completed=step, description=told)
+            def after_step(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+                speed = display.speed(stage)
+                images = None if speed is None else speed * batch_sizes[stage]
+                display.update(stage, step, steps, describe_losses(stage, losses, images, console.width))
 
-            card = run_recipe(plan, out or Path("runs/distill") / plan.name, show)
+            card = run_recipe(plan, out or Path("runs/distill") / plan.name, after_step)
     console.print(f"Card: {card.resolve()}", soft_wrap=True)
 
 
-def told_losses(stage: str, losses: dict[str, float], speed: float | None, width: int) -> str:
-    """The loss; where the terminal is wide enough, its terms and the pictures a second as well."""
-    told = f"{stage}: loss {losses['loss']:.3g}"
+def describe_losses(stage: str, losses: dict[str, float], speed: float | None, width: int) -> str:
+    """Describe a stage by its loss and its speed in images a second, and by the loss's terms if the width allows it."""
+    text = f"{stage}: loss {losses['loss']:.3g}"
     terms = ", ".join(f"{name} {value:.2g}" for name, value in losses.items() if name != "loss")
-    more = [f" ({terms})" if len(losses) > 2 else "", f" · {speed:.3g} images/s" if speed else ""]
-    return told + "".join(more) if width >= len(told) + sum(map(len, more)) + 50 else told + more[1]
+    terms = f" ({terms})" if len(losses) > 2 else ""
+    rate = f" · {speed:.3g} images/s" if speed else ""
+    bar_width = 50
+    return text + terms + rate if width >= len(text + terms + rate) + bar_width else text + rate

@@ -1,55 +1,81 @@
-"""`mixlab generate` and `mixlab plan`: large images, and what they need."""
+"""`mixlab plan` and `mixlab generate`: large images, and what they need before any work."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Plugins, app, clean_errors, console, load_plugins, progress
 
-SizeOption = Annotated[str, typer.Option("--size", help="width x height in pixels, as in 16384x8192")]
+SizeOption = Annotated[str, typer.Option("--size", help="width x height in pixels, such as 16384x8192")]
 ModelOption = Annotated[str, typer.Option("--model", help="embedded, a folder, a Hub id, or random:SD-1.5")]
-Adapter = Annotated[str | None, typer.Option(help="folder or Hub id of a distilled adapter, ours or LinFusion's")]
-Mixer = Annotated[str | None, typer.Option(help="mount this mixer as it is, untrained")]
-Memory = Annotated[str | None, typer.Option(help="what may be used, as in 24GB; savings are chosen so that it holds")]
-Base = Annotated[int | None, typer.Option(min=1, help="side of the first stage; default: what the model was made for")]
-Strengths = Annotated[str, typer.Option(help="share of the schedule that each later stage runs")]
-Steps = Annotated[int, typer.Option(min=1, help="of the first stage")]
-Guidance = Annotated[float, typer.Option(min=1.0, help="1 is none, in half the time")]
-Mode = Annotated[str, typer.Option(help="progressive, or direct: from noise at the full size, for study")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU")]
-PUBLISHED = "0.4,0.3,0.2,0.1"
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="folder or Hub id of a distilled adapter")]
+MixerOption = Annotated[str | None, typer.Option("--mixer", help="mount this mixer, untrained")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="memory budget, such as 24GB; default: no limit")]
+BaseSizeOption = Annotated[
+    int | None, typer.Option("--base-size", min=1, help="side of the first stage; default: that of the training images")
+]
+StrengthsOption = Annotated[str, typer.Option("--strengths", help="share of the schedule that each later stage runs")]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="scheduler steps of the first stage")]
+GuidanceOption = Annotated[
+    float, typer.Option("--guidance", min=1.0, help="guidance scale; 1 is none, at half the time")
+]
+ModeOption = Annotated[
+    str, typer.Option("--mode", help="progressive, or direct: from noise at the full size, for study")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: a GPU if there is one")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: bfloat16, float32 on a CPU")
+]
+VariantOption = Annotated[str | None, typer.Option("--variant", help="weight files to read, such as fp16")]
+SkipResidualOption = Annotated[
+    float | None, typer.Option("--skip-residual", help="power of DemoFusion's skip residual, such as 3; default: none")
+]
+StageDirOption = Annotated[
+    Path | None, typer.Option("--stage-dir", help="folder for finished stages; default: NAME.stages beside the image")
+]
+DEFAULT_STRENGTHS = "0.4,0.3,0.2,0.1"
 
 
 @app.command()
 def plan(
     size: SizeOption,
     model: ModelOption = "embedded",
-    adapter: Adapter = None,
-    mixer: Mixer = None,
-    memory: Memory = None,
-    base: Base = None,
-    strengths: Strengths = PUBLISHED,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
-    mode: Mode = "progressive",
-    tflops: Annotated[float | None, typer.Option(min=1e-6, help="rate to reckon with; default: measured")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    adapter: AdapterOption = None,
+    mixer: MixerOption = None,
+    memory: MemoryOption = None,
+    base_size: BaseSizeOption = None,
+    strengths: StrengthsOption = DEFAULT_STRENGTHS,
+    steps: StepsOption = 50,
+    guidance: GuidanceOption = 7.5,
+    mode: ModeOption = "progressive",
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="throughput, 10^12 operations per second; default: measured")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    variant: VariantOption = None,
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
-    """Tell what a large image needs, stage by stage, before any work; a GPU need not be there to plan for it."""
-    load(plugins)
+    """Print what a large image needs, stage by stage, before any work; the GPU need not be present."""
+    load_plugins(plugins)
     with clean_errors():
-        from experiments.highres import commands
-        from unet_adapters.highres import Request
+        from experiments.highres import commands, options, pipelines
 
-        chosen: dict[str, Any] = {"base": base, "steps": steps, "guidance": guidance, "mode": mode}
-        request = Request("", size=commands.parse_size(size), strengths=commands.parse_strengths(strengths), **chosen)
-        commands.plan(commands.Model(model, adapter, mixer, device, dtype), request, memory, tflops, console)
+        request = commands.GenerationRequest(
+            prompt="",
+            size=options.parse_size(size),
+            base_size=base_size,
+            strengths=options.parse_strengths(strengths),
+            steps=steps,
+            guidance=guidance,
+            mode=mode,  # type: ignore[arg-type]  # checked by the request
+        )
+        commands.plan_image(
+            pipelines.PipelineOptions(model, adapter, mixer, device, dtype, variant), request, memory, tflops, console
+        )
 
 
 @app.command()
@@ -58,43 +84,51 @@ def generate(
     size: SizeOption = "1024x1024",
     out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("runs/image.png"),
     model: ModelOption = "embedded",
-    adapter: Adapter = None,
-    mixer: Mixer = None,
-    memory: Memory = None,
-    base: Base = None,
-    strengths: Strengths = PUBLISHED,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    negative: Annotated[str, typer.Option(help="what it does not show")] = "",
-    mode: Mode = "progressive",
-    enlarge: Annotated[str, typer.Option(help="a stage's image as pixels, or as latents")] = "pixels",
-    residual: Annotated[float | None, typer.Option(help="power of DemoFusion's skip residual, as in 3")] = None,
-    dilation: Annotated[int, typer.Option(min=1, help="of the last stage's inner convolutions")] = 1,
-    image: Annotated[Path | None, typer.Option(help="a picture to make larger, or with --strength to change")] = None,
-    strength: Annotated[float | None, typer.Option(help="how much of --image to change, up to 1")] = None,
-    control: Annotated[str | None, typer.Option(help="a ControlNet's folder or Hub id")] = None,
-    control_image: Annotated[Path | None, typer.Option(help="what the ControlNet looks at")] = None,
-    control_scale: Annotated[float, typer.Option()] = 1.0,
-    keep: Annotated[Path | None, typer.Option(help="folder of finished stages; default: beside the image")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    adapter: AdapterOption = None,
+    mixer: MixerOption = None,
+    memory: MemoryOption = None,
+    base_size: BaseSizeOption = None,
+    strengths: StrengthsOption = DEFAULT_STRENGTHS,
+    steps: StepsOption = 50,
+    guidance: GuidanceOption = 7.5,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
+    negative: Annotated[str | None, typer.Option(help="what the image does not show")] = None,
+    mode: ModeOption = "progressive",
+    upscale: Annotated[str, typer.Option(help="upscale between stages as pixels or as latents")] = "pixels",
+    skip_residual: SkipResidualOption = None,
+    dilation: Annotated[int, typer.Option(min=1, help="dilation of the last stage's inner convolutions")] = 1,
+    image: Annotated[Path | None, typer.Option(help="an image to enlarge, or to change with --strength")] = None,
+    strength: Annotated[float | None, typer.Option(help="how much to change --image, above 0 and up to 1")] = None,
+    control: Annotated[str | None, typer.Option(help="folder or Hub id of a ControlNet")] = None,
+    control_image: Annotated[Path | None, typer.Option(help="input image of the ControlNet")] = None,
+    control_scale: Annotated[float, typer.Option(help="factor of the ControlNet's residuals")] = 1.0,
+    stage_dir: StageDirOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    variant: VariantOption = None,
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
-    """Make a large image in stages; stopped or killed, the same command goes on after the last finished stage."""
-    load(plugins)
+    """Generate a large image in stages; if it is stopped, the same command resumes after the last finished stage."""
+    load_plugins(plugins)
     with clean_errors():
-        from experiments.highres import commands
-        from unet_adapters.highres import Request
+        from experiments.highres import commands, options, pipelines
 
-        if (control is None) != (control_image is None):
-            raise ValueError("A ControlNet needs both: --control for the network and --control-image for its picture.")
-        chosen: dict[str, Any] = {"base": base, "steps": steps, "guidance": guidance, "seed": seed, "mode": mode}
-        chosen |= {"strengths": commands.parse_strengths(strengths), "enlarge": enlarge}
-        chosen |= {"residual": residual, "dilation": dilation}
-        request = Request(prompt, negative, commands.parse_size(size), **chosen)
-        commands.make(
-            commands.Model(model, adapter, mixer, device, dtype),
+        request = commands.GenerationRequest(
+            prompt=prompt,
+            negative_prompt=negative,
+            size=options.parse_size(size),
+            base_size=base_size,
+            strengths=options.parse_strengths(strengths),
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            skip_residual=skip_residual,
+            dilation=dilation,
+            mode=mode,  # type: ignore[arg-type]  # checked by the request
+            upscale=upscale,  # type: ignore[arg-type]
+        )
+        commands.generate_image(
+            pipelines.PipelineOptions(model, adapter, mixer, device, dtype, variant),
             request,
             out,
             progress,
@@ -102,7 +136,6 @@ def generate(
             memory=memory,
             image=image,
             strength=strength,
-            control=None if control is None or control_image is None else (control, control_image, control_scale),
-            keep=keep,
+            control=commands.ControlNetOptions.from_options(control, control_image, control_scale),
+            stage_dir=stage_dir,
         )
-    console.print(f"Image: {out.resolve()}", soft_wrap=True)

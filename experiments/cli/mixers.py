@@ -1,4 +1,4 @@
-"""`mixlab list`, `check` and `structure`: the mixers themselves."""
+"""`mixlab list`, `check` and `structure`: what mixers exist, whether they conform, and what their matrices are."""
 
 from __future__ import annotations
 
@@ -8,36 +8,48 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load, progress
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
 
 if TYPE_CHECKING:
-    from mixers.registry import Entry
+    from experiments.studies.structure import MatrixAnalysis
+    from mixers.registry import MixerEntry
 
 
 @app.command("list")
 def list_(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*",
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
+    metrics: Annotated[bool, typer.Option("--metrics", help="list the metrics of an evaluation instead")] = False,
 ) -> None:
-    """List the mixers with what they offer, and the ready-made grids."""
+    """List the mixers with the switches that they offer, and the ready-made grids; or the metrics."""
     from experiments.ablation.grid import list_grids
     from mixers import list_mixers, registry
     from mixers.traits import CAUSALITIES
 
-    load(plugins)
+    load_plugins(plugins)
+    if metrics:
+        _list_metrics(pattern)
+        return
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
     for name in names:
-        entry = registry.entry(name)
-        offered = [_offer(c, entry.causalities, entry.default_causality) for c in CAUSALITIES]
+        entry = registry.get_mixer_entry(name)
+        offered = [_format_offer(c, entry.causalities, entry.default_causality) for c in CAUSALITIES]
         normal = sorted(entry.normalizations, key=lambda n: n != entry.default_normalize)
-        table.add_row(name, *offered, " / ".join("yes" if n else "no" for n in normal), _promises(entry))
+        table.add_row(name, *offered, " / ".join("yes" if n else "no" for n in normal), _format_promises(entry))
     console.print(table)
     console.print("● as published  ○ offered  – refused, and `create_mixer` says why", soft_wrap=True)
     if len(names) <= 3:
         for name in names:
-            console.print(f"[bold]{name}[/]: {registry.entry(name).summary}", soft_wrap=True, highlight=False)
+            console.print(f"[bold]{name}[/]: {registry.get_mixer_entry(name).summary}", soft_wrap=True, highlight=False)
     console.print(f"Grids: {', '.join(list_grids())}")
+
+
+def _list_metrics(pattern: str) -> None:
+    from experiments.metrics import list_metrics, metric_class
+
+    for name in list_metrics(pattern):
+        console.print(f"[bold]{name}[/]: {metric_class(name).summary()}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -46,18 +58,15 @@ def check(
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
     deep: Annotated[bool, typer.Option(help="also run the slow checks on every configuration")] = False,
 ) -> None:
-    """Prove that mixers keep their promises: the conformance suite on every configuration, as a table."""
-    from experiments.check import check_mixers, show
+    """Run the conformance suite on every configuration of the mixers, and print a table of the outcomes."""
+    from experiments.cli.conformance import check_mixers, print_results
 
-    load(plugins)
+    load_plugins(plugins)
     with clean_errors():
-        with progress() as bars:
-            task = bars.add_task("checking", total=1)
-            results = check_mixers(
-                pattern, deep, lambda n, of, what: bars.update(task, completed=n, total=of, description=what)
-            )
-        show(results, console)
-    if any(result.failed for result in results):
+        with progress() as display:
+            results = check_mixers(pattern, deep, display.callback("checks"))
+        print_results(results, console)
+    if any(result.failures for result in results):
         raise typer.Exit(1)
 
 
@@ -65,35 +74,47 @@ def check(
 def structure_(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern of mixers' names")] = "*",
     out: Out = Path("runs/structure"),
-    scanned: Annotated[str | None, typer.Option(help="show the scan orders by this mixer, with decay")] = None,
+    scan_mixer: Annotated[str | None, typer.Option(help="the mixer that shows the scan orders; needs a decay")] = None,
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
-    """Look at mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
-    from experiments.structure import decaying, draw, records
+    """Analyze mixers as matrices: ranks, row sums, triangularity, receptive fields; a table and figures."""
+    from experiments.studies.structure import analyze_mixers, choose_scan_mixer, draw_figures
 
-    load(plugins)
-    with clean_errors(), progress() as bars:
-        task = bars.add_task("matrices", total=1)
-        found = records(pattern, lambda n, of, what: bars.update(task, completed=n, total=of, description=what))
-        paths = draw(found, out, scanned or decaying(found))
+    load_plugins(plugins)
+    with clean_errors(), progress() as display:
+        analyses = analyze_mixers(pattern, display.callback("matrices"))
+        paths = draw_figures(analyses, out, scan_mixer or choose_scan_mixer(analyses))
     columns = ("mixer", "causality", "rank", "below", "above", "row sums", "radius")
     table = Table(*(Column(name, no_wrap=True) for name in columns), pad_edge=False, padding=(0, 0))
-    for r in found:
-        least, most = (f"{bound:.3g}" for bound in (r.matrix.sum(-1).min(), r.matrix.sum(-1).max()))
-        spread = least if least == most else f"{least} … {most}"
-        table.add_row(r.mixer, r.causality, str(r.rank), str(r.lower), str(r.upper), spread, f"{r.radius:.2f}")
+    for analysis in analyses:
+        table.add_row(*_structure_row(analysis))
     console.print(table)
     console.print("below, above: the largest rank of a block on that side of the diagonal", soft_wrap=True)
     console.print(f"Figures: {', '.join(path.name for path in paths)} in {out.resolve()}", soft_wrap=True)
 
 
-def _offer(value: str, offered: tuple[str, ...], default: str) -> str:
+def _structure_row(analysis: MatrixAnalysis) -> tuple[str, ...]:
+    sums = analysis.matrix.sum(-1)
+    lowest = f"{sums.min():.3g}"
+    highest = f"{sums.max():.3g}"
+    return (
+        analysis.mixer,
+        analysis.causality,
+        str(analysis.rank),
+        str(analysis.lower_rank),
+        str(analysis.upper_rank),
+        lowest if lowest == highest else f"{lowest} … {highest}",
+        f"{analysis.radius:.2f}",
+    )
+
+
+def _format_offer(value: str, offered: tuple[str, ...], default: str) -> str:
     return "–" if value not in offered else "●" if value == default else "○"
 
 
-def _promises(entry: Entry) -> str:
-    """What the published form promises; a mixer that cannot be built must not take the list away."""
+def _format_promises(entry: MixerEntry) -> str:
+    """Return what the published form promises; a mixer that cannot be built must not break the list."""
     try:
-        return entry.promises
+        return entry.trait_summary
     except Exception:
         return "[red]broken[/]: see mixlab check"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import TaskID
 
 from experiments.cli.app import app, clean_errors, console, progress
 
@@ -32,12 +31,9 @@ def train(
     with clean_errors():
         recipe = TeacherRecipe().scaled(share).with_batch_size(batch_size)
         with progress() as bars:
-            tasks: dict[str, TaskID] = {}
 
             def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=steps)
-                bars.update(tasks[stage], completed=step, description=f"{stage}: loss {losses['loss']:.4f}")
+                bars.update(stage, step, steps, f"{stage}: loss {losses['loss']:.4f}")
 
             train_teacher(state / "state", recipe, show, device=device, seconds=seconds)
 
@@ -55,10 +51,9 @@ def decay(
     with clean_errors(), progress() as bars:
         recipe = TeacherRecipe()
         recipe = recipe.model_copy(update={"decay": steps or recipe.decay})
-        task = bars.add_task("decay", total=None)
 
         def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-            bars.update(task, completed=step, total=steps, description=f"{stage}: loss {losses['loss']:.4f}")
+            bars.update(stage, step, steps, f"{stage}: loss {losses['loss']:.4f}")
 
         decay_learning_rate(state / "state", open_encoder(state / "state", recipe), recipe, show, device=device)
 

@@ -1,8 +1,8 @@
 """Captioned images for distillation and evaluation, available at any resolution.
 
-`open_dataset("scenes")` is the embedded set of scenes of Twemoji drawings; `open_dataset("emoji")` has one drawing an
-image; `open_dataset("path/to/folder")` is a folder of your own images in
-the Hub's imagefolder convention; Parquet, Arrow and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
+`open_dataset("scenes")` is the embedded set of scenes of Twemoji drawings, `open_dataset("emoji")` has one drawing per
+image; `open_dataset("path/to/folder")` is a folder of your own images in the Hub's imagefolder convention; Parquet, Arrow
+and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
 """
 
 from collections.abc import Callable
@@ -13,48 +13,51 @@ from experiments.data.example import (
     BadRecord,
     CaptionedImages,
     DataError,
+    DataRecord,
     Example,
-    Record,
-    Records,
+    RecordSource,
     Size,
     batch,
     extent,
 )
 from experiments.data.folder import ImageFolder
 from experiments.data.hub import TableImages, TableStream, is_table
+from experiments.data.image import crop_and_resize, read_image
 from experiments.data.scenes import SceneSet
 
 __all__ = [
     "BadRecord",
     "CaptionedImages",
     "DataError",
+    "DataRecord",
     "EmojiSet",
     "Example",
     "ImageFolder",
-    "Record",
-    "Records",
+    "RecordSource",
     "SceneSet",
     "Size",
     "TableImages",
     "TableStream",
     "batch",
+    "crop_and_resize",
     "extent",
     "open_dataset",
     "open_records",
+    "read_image",
 ]
 
-Table = TypeVar("Table", TableImages, TableStream)
+TableT = TypeVar("TableT", TableImages, TableStream)
 
 EMBEDDED: dict[str, Callable[[str], EmojiSet | SceneSet]] = {"scenes": SceneSet, "emoji": EmojiSet}
 """Data sets that need no files: name -> their class, called with the split."""
 
 
 def open_dataset(source: str, *, split: str = "train") -> EmojiSet | SceneSet | ImageFolder | TableImages:
-    """Open captioned images, which have a length and are drawn one by one in any order.
+    """Open captioned images that have a length and can be read in any order.
 
     Args:
-        source: `"scenes"`; `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar files; a directory
-            written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables: `SOURCE#image=COLUMN&text=COLUMN`.
+        source: `"scenes"`; `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar
+            files; a directory written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables: `SOURCE#image=COLUMN&text=COLUMN`.
         split: `"train"` or `"held_out"`; the same fixed, content-keyed split for all sources.
 
     Raises:
@@ -64,14 +67,14 @@ def open_dataset(source: str, *, split: str = "train") -> EmojiSet | SceneSet | 
 
 
 def open_records(source: str, *, split: str = "train") -> EmojiSet | SceneSet | ImageFolder | TableStream:
-    """Open captioned images to be read once, in order, as a cache does: tables are streamed, without a copy on disk.
+    """Open captioned images that are read once, in order, as a cache does: tables are streamed, without a copy on disk.
 
     Arguments and errors are those of `open_dataset`.
     """
     return _open(source, split, TableStream)
 
 
-def _open(source: str, split: str, table: Callable[[str, str], Table]) -> EmojiSet | SceneSet | ImageFolder | Table:
+def _open(source: str, split: str, table: Callable[[str, str], TableT]) -> EmojiSet | SceneSet | ImageFolder | TableT:
     if source in EMBEDDED:
         return EMBEDDED[source](split)
     return table(source, split) if is_table(source) else ImageFolder(source, split=split)

@@ -8,24 +8,33 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from mixers.suggest import unknown_name
+
 SPLITS = ("train", "held_out")
-NAMED = 10  # of the records that are skipped, so many are named in the log; all are counted
+MAX_LOGGED = 10
+"""How many skipped records of a source are named in the log; all are counted."""
+
+DIGEST_SIZE = 32
+"""Pixels at which rendered items are compared."""
+DIGEST_RECORDS = 1024
+"""How many records represent a source's content."""
 
 Size = int | tuple[int, int]
 """In pixels: the side of a square, or (height, width)."""
 
+_BYTE_ORDER_MARK = "\ufeff"
 _log = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """The data cannot be used as asked; the message says why and what to do."""
+    """The data cannot be used as requested; the message says why and what to do."""
 
 
 class BadRecord(DataError):
@@ -34,7 +43,13 @@ class BadRecord(DataError):
 
 @dataclass(frozen=True)
 class Example:
-    """One captioned image: `image` is (3, h, w) float32 in [-1, 1]."""
+    """One captioned image.
+
+    Attributes:
+        image: (3, h, w) float32 in [-1, 1].
+        caption: its text.
+        key: its name; decides its split.
+    """
 
     image: Tensor
     caption: str
@@ -44,8 +59,8 @@ class Example:
 class CaptionedImages(Protocol):
     """A data set. `example(i, size, variation)` is a pure function of its three numbers.
 
-    The same (index, variation) at two sizes shows the same scene at two resolutions, so the
-    truth at a resolution never trained on is at hand.
+    The same (index, variation) at two sizes shows the same scene at two resolutions, so the ground truth is available
+    at resolutions that were never trained on.
     """
 
     def __len__(self) -> int: ...
@@ -53,30 +68,33 @@ class CaptionedImages(Protocol):
     def example(self, index: int, size: Size, variation: int = 0) -> Example: ...
 
 
-class Record(Protocol):
-    """An item of a data set, not drawn yet."""
+class DataRecord(Protocol):
+    """An item of a data set whose image is not decoded or rendered yet."""
 
     @property
     def key(self) -> str:
-        """Its name; what decides its split."""
+        """Its name; decides its split."""
 
     def example(self, size: Size, variation: int = 0) -> Example:
-        """Draw it; `BadRecord` where it cannot be used."""
+        """Decode or render it; raises BadRecord if it cannot be used."""
+
+    def digest(self) -> str:
+        """Return a hash of its content, caption included, whether or not it can be used."""
 
 
-class Records(Protocol):
-    """What is read once, in order, and may have no length: a data set or a stream. A cache is built from it."""
+class RecordSource(Protocol):
+    """Records that are read once, in order, perhaps without a length: a data set or a stream for a cache."""
 
     @property
     def name(self) -> str:
-        """What it is, for messages, and to tell it from other data."""
+        """What it is, for messages, and to distinguish it from other data."""
 
-    def records(self, seed: int = 0) -> Iterator[Record]:
-        """All records, in an order that never changes; `seed` decides it where the set can be read in any order."""
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
+        """Iterate over all records in an order that never changes; `seed` decides it if any order is possible."""
 
 
 class RandomAccess(ABC):
-    """Captioned images that are `Records`, too."""
+    """Captioned images in any order; also a `RecordSource`."""
 
     name: str
 
@@ -89,20 +107,25 @@ class RandomAccess(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """The name of an item; what decides its split."""
+        """Return the name of an item; it decides its split."""
 
-    def record(self, index: int) -> Record:
-        """An item, not drawn yet."""
-        return _Item(self, index)
+    def digest(self, index: int) -> str:
+        """Return a hash of an item's content. By default the item is rendered; override it if that is slow."""
+        example = self.example(index, DIGEST_SIZE)
+        return content_digest(example.key, example.caption, example.image.numpy().tobytes())
 
-    def records(self, seed: int = 0) -> Iterator[Record]:
-        """All items, shuffled by `seed`."""
+    def record(self, index: int) -> DataRecord:
+        """Return an item, not decoded or rendered yet."""
+        return _IndexedRecord(self, index)
+
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
+        """Iterate over all items, shuffled by `seed`."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return map(self.record, order.tolist())
 
 
 @dataclass(frozen=True)
-class _Item:
+class _IndexedRecord:
     data: RandomAccess
     index: int
 
@@ -113,34 +136,40 @@ class _Item:
     def example(self, size: Size, variation: int = 0) -> Example:
         return self.data.example(self.index, size, variation)
 
+    def digest(self) -> str:
+        return self.data.digest(self.index)
 
-class Skipped(Counter[str]):
-    """Reason -> how many records were skipped for it; `NAMED` of them are named in the log."""
+
+class SkipCounter(Counter[str]):
+    """Reason -> how many records were skipped for it; the first MAX_LOGGED of them are named in the log."""
 
     def add(self, record: str, reason: object) -> None:
-        """Count one, and log it."""
+        """Count one record, and log it."""
         self[str(reason)] += 1
-        if self.total() <= NAMED:
+        if self.total() <= MAX_LOGGED:
             _log.warning("Skipped %s: %s", record, reason)
 
-    def tell(self, source: str, used: int) -> None:
-        """Log how many there were, if any."""
+    def log_summary(self, source: str, used: int) -> None:
+        """Log how many were used and skipped, if any were skipped."""
         if self:
             reasons = ", ".join(f"{count} × {reason}" for reason, count in self.most_common())
             _log.warning("%s: %d used, %d skipped (%s)", source, used, self.total(), reasons)
 
 
-def caption_of(value: object) -> str:
-    """A record's caption.
+def parse_caption(value: object) -> str:
+    """Return a record's caption without surrounding white space or a byte-order mark.
 
     Raises:
-        BadRecord: it is none.
+        BadRecord: it is missing, empty or no text.
     """
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None:
         raise BadRecord("no caption")
     if not isinstance(value, str):
         raise BadRecord(f"its caption is no text ({type(value).__name__})")
-    return value.strip()
+    caption = value.strip().removeprefix(_BYTE_ORDER_MARK).strip()
+    if not caption:
+        raise BadRecord("no caption")
+    return caption
 
 
 def batch(
@@ -152,27 +181,41 @@ def batch(
 
 
 def in_split(key: str, split: str) -> bool:
-    """Whether the item named `key` is in `split`: one key in ten is held out, by hash, for ever the same."""
+    """Return whether the item named `key` is in `split`: about one key in ten is held out, by its hash, forever.
+
+    Raises:
+        DataError: unknown split.
+    """
     if split not in SPLITS:
-        raise DataError(f"Unknown split {split!r}: expected one of {', '.join(SPLITS)}.")
+        raise DataError(unknown_name("split", split, SPLITS))
     held_out = hashlib.sha256(key.encode()).digest()[0] < 26
     return held_out == (split == "held_out")
 
 
+def content_digest(*parts: object) -> str:
+    """Return the SHA-256 of the parts of an item: bytes as they are, everything else as text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(f"{len(content)} ".encode() + content)
+    return digest.hexdigest()
+
+
+def digest_records(data: RecordSource, seed: int = 0, count: int | None = None) -> str:
+    """Return a hash of the content of a source's first records, to notice that the data changed.
+
+    Args:
+        data: the source.
+        seed: of the order of its records.
+        count: how many records; None: DIGEST_RECORDS.
+    """
+    records = islice(data.records(seed), DIGEST_RECORDS if count is None else count)
+    return content_digest(*(record.digest() for record in records))
+
+
 def extent(size: Size) -> tuple[int, int]:
-    """(height, width)."""
+    """Return (height, width)."""
     return (size, size) if isinstance(size, int) else size
-
-
-def photograph(image: Image.Image, size: Size, variation: int = 0) -> Tensor:
-    """A picture (3, h, w) in [-1, 1]: the centre, cropped to the shape and resized; odd variations are mirrored."""
-    height, width = extent(size)
-    scale = min(image.height / height, image.width / width)
-    tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
-    left, top = (image.width - wide) // 2, (image.height - tall) // 2
-    cropped = image.convert("RGB").crop((left, top, left + wide, top + tall))
-    pixels = np.asarray(cropped.resize((width, height), Image.Resampling.LANCZOS))
-    return to_tensor(pixels[:, ::-1].copy() if variation % 2 else pixels)
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

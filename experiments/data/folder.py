@@ -9,31 +9,42 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from experiments.data.example import (
     BadRecord,
     DataError,
     Example,
     RandomAccess,
     Size,
-    caption_of,
+    content_digest,
     in_split,
-    photograph,
+    parse_caption,
 )
+from experiments.data.image import OTHER_SUFFIXES, SUFFIXES, crop_and_resize, read_image
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+METADATA = "metadata.jsonl"
+TABLE_SUFFIXES = frozenset({".parquet", ".arrow", ".tar"})
 _log = logging.getLogger(__name__)
+
+
+def has_captioned_images(folder: Path) -> bool:
+    """Return whether a folder follows the imagefolder convention: it has metadata.jsonl, or an image with a caption."""
+    if (folder / METADATA).is_file():
+        return True
+    return any(path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file() for path in folder.rglob("*"))
 
 
 class ImageFolder(RandomAccess):
     """Images with captions, in the Hub's imagefolder convention.
 
-    Captions come from `metadata.jsonl` (lines with `file_name` and `text`) where there is one,
-    else from a text file beside each image (`cat.png`, `cat.txt`). Images are turned upright (EXIF),
-    cropped to their centre and resized; odd `variation`s are mirrored left to right.
-    Images that cannot be read or have no caption, and damaged lines, are named in the log, counted in `skipped` and
-    left out. Opening verifies every file once.
+    Captions come from `metadata.jsonl` (lines with `file_name` and `text`) if there is one, otherwise from a text file
+    beside each image (`cat.png`, `cat.txt`). Images are read as `read_image` does, cropped to their center and resized;
+    odd `variation`s are mirrored left to right. Images that cannot be read or have no caption, image formats that are
+    not read, stray tables and damaged lines are named in the log, counted in `skipped` and left out. Opening decodes
+    every file once.
+
+    Args:
+        path: the folder.
+        split: `"train"` or `"held_out"`, by file name; None: everything.
 
     Raises:
         DataError: not a folder, or no usable image in it.
@@ -53,8 +64,9 @@ class ImageFolder(RandomAccess):
         for name, read in self._candidates():
             try:
                 image, caption = read()
-                _upright(image)
-                self.items.append((image, caption_of(caption)))
+                parsed = parse_caption(caption)
+                read_image(image)
+                self.items.append((image, parsed))
             except BadRecord as error:
                 self.skipped[name] = str(error)
                 _log.warning("Skipped %s in %s: %s", name, self.path, error)
@@ -63,30 +75,33 @@ class ImageFolder(RandomAccess):
         if not self.items:
             raise DataError(
                 f"No usable image in {self.path} ({len(self.skipped)} skipped). Expected images "
-                f"({', '.join(sorted(_SUFFIXES))}) with captions in metadata.jsonl or in .txt files beside them."
+                f"({', '.join(sorted(SUFFIXES))}) with captions in {METADATA} or in .txt files beside them."
             )
         if split is not None:
-            self._take(split)
+            self._keep_split(split)
 
-    def _take(self, split: str) -> None:
-        chosen = [item for item in self.items if in_split(item[0].name, split)]
-        # With a handful of images the hash may leave a split empty; using all of them is honest and is logged.
-        if not chosen:
+    def _keep_split(self, split: str) -> None:
+        items = [item for item in self.items if in_split(item[0].name, split)]
+        if not items:  # with a handful of images the hash may leave a split empty
             _log.warning("%s: too few images for the split %r, using all %d", self.path, split, len(self.items))
-        self.items = chosen or self.items
+        self.items = items or self.items
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[], tuple[Path, Any]]]]:
-        """What there may be to use: its name in the log, and how its image's path and its caption are read."""
-        metadata = self.path / "metadata.jsonl"
+        """Yield what may be usable: its name in the log, and a function that returns its image's path and caption."""
+        metadata = self.path / METADATA
         if metadata.is_file():
             for number, line in enumerate(metadata.read_bytes().splitlines(), start=1):
                 if line.strip():
-                    yield f"metadata.jsonl, line {number}", partial(self._record, line)
+                    yield f"{METADATA}, line {number}", partial(self._parse_line, line)
             return
-        for image in sorted(p for p in self.path.rglob("*") if p.suffix.lower() in _SUFFIXES):
-            yield image.name, partial(_beside, image)
+        for path in sorted(self.path.rglob("*")):
+            suffix = path.suffix.lower()
+            if suffix in SUFFIXES:
+                yield path.name, partial(_with_caption_file, path)
+            elif suffix in OTHER_SUFFIXES | TABLE_SUFFIXES:
+                yield path.name, partial(_refuse, f"{suffix} files are not read from a folder of images")
 
-    def _record(self, line: bytes) -> tuple[Path, Any]:
+    def _parse_line(self, line: bytes) -> tuple[Path, Any]:
         try:
             record = json.loads(line)
             return self.path / record["file_name"], record.get("text")
@@ -97,26 +112,27 @@ class ImageFolder(RandomAccess):
         return len(self.items)
 
     def key(self, index: int) -> str:
-        """Its file's name."""
+        """Return its file's name."""
         return self.items[index][0].name
 
-    def example(self, index: int, size: Size, variation: int = 0) -> Example:
-        """Item `index` at a size; odd variations are mirrored."""
+    def digest(self, index: int) -> str:
+        """Return a hash of the file and its caption."""
         path, caption = self.items[index]
-        return Example(photograph(_upright(path), size, variation), caption, path.name)
+        return content_digest(path.name, caption, path.read_bytes())
+
+    def example(self, index: int, size: Size, variation: int = 0) -> Example:
+        """Return item `index` at a size; odd variations are mirrored."""
+        path, caption = self.items[index]
+        return Example(crop_and_resize(read_image(path), size, variation), caption, path.name)
 
 
-def _upright(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # PIL's readers of damaged files raise whatever they come across
-        raise BadRecord(f"cannot be read ({type(error).__name__})") from error
-
-
-def _beside(image: Path) -> tuple[Path, str]:
+def _with_caption_file(image: Path) -> tuple[Path, str | None]:
     text = image.with_suffix(".txt")
     try:
-        return image, text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        return image, text.read_text(encoding="utf-8-sig") if text.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise BadRecord(f"its caption {text.name} cannot be read ({type(error).__name__})") from error
+
+
+def _refuse(reason: str) -> tuple[Path, str]:
+    raise BadRecord(reason)

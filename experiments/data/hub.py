@@ -19,63 +19,78 @@ from urllib.parse import parse_qsl
 
 from PIL import Image
 
+from experiments.core.errors import first_line
 from experiments.data.example import (
     BadRecord,
     DataError,
+    DataRecord,
     Example,
     RandomAccess,
-    Record,
     Size,
-    Skipped,
-    caption_of,
+    SkipCounter,
+    content_digest,
     in_split,
-    photograph,
+    parse_caption,
 )
+from experiments.data.folder import has_captioned_images
+from experiments.data.image import crop_and_resize, large_images_allowed, to_rgb
 
 _log = logging.getLogger(__name__)
 
 HUB = "hub:"
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-IMAGES, TEXTS, KEYS = ("image", "jpg", "png", "jpeg", "webp"), ("text", "caption", "txt", "prompt"), ("__key__",)
-_NAME = "Name the columns: SOURCE#image=COLUMN&text=COLUMN."
+USUAL_COLUMNS = {
+    "image": ("image", "jpg", "png", "jpeg", "webp"),
+    "text": ("text", "caption", "txt", "prompt"),
+    "key": ("__key__",),
+}
+"""The names under which a column is found if the source does not name it."""
+_NAME_THE_COLUMNS = "Name the columns: SOURCE#image=COLUMN&text=COLUMN."
 
 
 def is_table(source: str) -> bool:
-    """Whether `source` is one of this module's."""
-    path, _ = _parsed(source)
-    return path.startswith(HUB) or _is_saved(path) or bool(_files(path)) or "*" in path
+    """Return whether `source` is a table; a folder of captioned images is none, whatever files are beside them."""
+    path, _ = _parse_source(source)
+    if path.startswith(HUB) or _is_saved(path) or "*" in path:
+        return True
+    return bool(_table_files(path)) and not has_captioned_images(Path(path))
 
 
 class TableImages(RandomAccess):
-    """A table, row by row in any order: memory-mapped Arrow files, for which `datasets` copies Parquet and tars once.
+    """A table in random access, from memory-mapped Arrow files; `datasets` copies Parquet and tars to such files once.
 
-    Opening reads the captions alone. Rows without a caption are left out; one whose image turns out to be broken is
+    Opening reads the captions only. Rows without a caption are left out; a row whose image turns out to be damaged is
     replaced by the next one, always the same. Both are counted in `skipped` and logged. Odd `variation`s are mirrored.
-    Rows are split by their key: the column `key`, else a tar's `__key__`, else the caption.
+    Rows are split by their key: the column `key`, otherwise a tar's `__key__`, otherwise the caption.
+
+    Args:
+        source: see the module.
+        split: `"train"` or `"held_out"`; None: everything.
 
     Raises:
-        DataError: nothing to read there, no such column, an unknown option or split, no usable row; or `datasets` is
-            not installed.
+        DataError: there is nothing to read, no such column, an unknown option or split, no usable row; or `datasets`
+            is not installed.
     """
 
     def __init__(self, source: str, split: str | None = None) -> None:
         self._table = _Table(source, stream=False)
         self.name = ", ".join([self._table.name, *([split] if split else [])])
-        self.skipped = Skipped()
-        columns, rows = self._table.columns, self._table.rows
-        captions, self._keys = (list(rows[column]) for column in (columns["text"], columns["key"]))
+        self.skipped = SkipCounter()
+        columns = self._table.columns
+        captions = list(self._table.rows[columns["text"]])
+        self._keys = list(self._table.rows[columns["key"]])
         usable = []
         for number, caption in enumerate(captions):
             try:
-                caption_of(caption)
+                parse_caption(caption)
                 usable.append(number)
             except BadRecord as error:
                 self.skipped.add(f"row {number}", error)
-        chosen = [n for n in usable if split is None or in_split(str(self._keys[n]), split)]
-        if usable and not chosen:
+        selected = [n for n in usable if split is None or in_split(str(self._keys[n]), split)]
+        if usable and not selected:
             _log.warning("%s: too few rows for the split %r, using all %d", self._table.name, split, len(usable))
-        self._rows = chosen or usable
-        self.skipped.tell(self.name, len(usable))
+        self._rows = selected or usable
+        self.skipped.log_summary(self.name, len(usable))
         if not usable:
             raise DataError(f"No usable row in {source}: none of {len(captions)} has a caption in {columns['text']!r}.")
 
@@ -83,28 +98,28 @@ class TableImages(RandomAccess):
         return len(self._rows)
 
     def key(self, index: int) -> str:
-        """What the row is split by."""
+        """Return what the row is split by."""
         return str(self._keys[self._rows[index]])
 
-    def record(self, index: int) -> Record:
-        """A row, which may turn out to be bad."""
+    def record(self, index: int) -> DataRecord:
+        """Return a row, which may turn out to be unusable."""
         return _Row(self.key(index), lambda: self._table.rows[self._rows[index]], self._table)
 
     def example(self, index: int, size: Size, variation: int = 0) -> Example:
-        """Row `index`, or the next good one."""
-        for place in [*range(index, len(self)), *range(index)]:
+        """Return row `index`, or the next usable one."""
+        for candidate in [*range(index, len(self)), *range(index)]:
             try:
-                return self.record(place).example(size, variation)
+                return self.record(candidate).example(size, variation)
             except BadRecord as error:
-                self.skipped.add(f"row {self._rows[place]}", error)
+                self.skipped.add(f"row {self._rows[candidate]}", error)
         raise DataError(f"No usable row in {self.name}: {self.skipped.most_common(1)[0][0]}.")
 
 
 class TableStream:
-    """A table read from its start to its end, without a copy and without a length; `Records` for a cache.
+    """A table read from start to end, without a copy and without a length; a `RecordSource` for a cache.
 
     Raises:
-        DataError: as `TableImages`, and in iteration where the files cannot be read on.
+        DataError: as `TableImages`, and during iteration if the files cannot be read to their end.
     """
 
     def __init__(self, source: str, split: str | None = None) -> None:
@@ -112,40 +127,40 @@ class TableStream:
         self._split = split
         self.name = ", ".join([self._table.name, *([split] if split else [])])
         if split is not None:
-            in_split("", split)  # an unknown one is refused here
+            in_split("", split)  # refuses an unknown split
 
-    def records(self, seed: int = 0) -> Iterator[Record]:
-        """The rows in their files' order, whatever the seed."""
-        columns, rows = self._table.columns, iter(self._table.rows)
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
+        """Iterate over the rows in their files' order, whatever the seed."""
+        rows = iter(self._table.rows)
         while True:
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # a damaged file: the decoders of Arrow, tar, … have errors of their own
-                raise DataError(f"Cannot read on in {self.name}: {_told(error)}") from error
-            key = str(row[columns["key"]])
+            except Exception as error:  # the decoders of Arrow, tar and so on raise errors of their own
+                raise DataError(f"Cannot read {self.name} to its end: {first_line(error)}") from error
+            key = str(row[self._table.columns["key"]])
             if self._split is None or in_split(key, self._split):
                 yield _Row(key, partial(dict, row), self._table)
 
 
 class _Table:
-    """Rows as `datasets` opens them, images not decoded, and which columns are what."""
+    """Rows as `datasets` opens them, images not decoded, and the roles of their columns."""
 
     def __init__(self, source: str, stream: bool) -> None:
-        path, options = _parsed(source)
-        datasets = _library()
+        path, options = _parse_source(source)
+        datasets = _import_datasets()
         try:
             rows = _load(datasets, path, options, stream)
             names = rows.column_names or list(next(iter(rows)))
-            self.columns = _columns(names, options, source)
+            self.columns = _assign_columns(names, options, source)
             self.image = datasets.Image()
             rows = rows.select_columns(list(dict.fromkeys(self.columns.values())))
             self.rows = rows.cast_column(self.columns["image"], datasets.Image(decode=False))
         except DataError:
             raise
-        except Exception as error:  # whatever the reader of the format, or the network, has to say
-            raise DataError(f"Cannot open {source} as data: {_told(error)}") from error
+        except Exception as error:  # of the format's reader, or of the network
+            raise DataError(f"Cannot open {source} as data: {first_line(error)}") from error
         self.name = Path(path).name if not path.startswith(HUB) else path
 
 
@@ -157,21 +172,30 @@ class _Row:
 
     def example(self, size: Size, variation: int = 0) -> Example:
         image, caption = self._usable
-        return Example(photograph(image, size, variation), caption, self.key)
+        return Example(crop_and_resize(image, size, variation), caption, self.key)
+
+    def digest(self) -> str:
+        row = self.read()
+        image = row[self.table.columns["image"]] or {}
+        return content_digest(self.key, row[self.table.columns["text"]], image.get("bytes"), image.get("path"))
 
     @cached_property
     def _usable(self) -> tuple[Image.Image, str]:
-        row, columns = self.read(), self.table.columns
-        caption, image = caption_of(row[columns["text"]]), row[columns["image"]]
+        row = self.read()
+        caption = parse_caption(row[self.table.columns["text"]])
+        image = row[self.table.columns["image"]]
         if image is None:
             raise BadRecord("no image")
         try:
-            return self.table.image.decode_example(image).convert("RGB"), caption
-        except Exception as error:  # PIL's readers of damaged files raise whatever they come across
+            with large_images_allowed():
+                return to_rgb(self.table.image.decode_example(image)), caption
+        except BadRecord:
+            raise
+        except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
             raise BadRecord(f"its image cannot be read ({type(error).__name__})") from error
 
 
-def _library() -> Any:
+def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -184,70 +208,77 @@ def _library() -> Any:
 def _load(datasets: Any, path: str, options: dict[str, str], stream: bool) -> Any:
     split = options.get("split", "train")
     if path.startswith(HUB):
-        config, revision = options.get("config"), options.get("revision")
         return datasets.load_dataset(
-            path.removeprefix(HUB), name=config, revision=revision, split=split, streaming=stream
+            path.removeprefix(HUB),
+            name=options.get("config"),
+            revision=options.get("revision"),
+            split=split,
+            streaming=stream,
         )
     if _is_saved(path):
         saved = datasets.load_from_disk(path)
-        chosen = saved[split] if isinstance(saved, dict) else saved
-        return chosen.to_iterable_dataset() if stream else chosen
-    files = _files(path)
+        rows = saved[split] if isinstance(saved, dict) else saved
+        return rows.to_iterable_dataset() if stream else rows
+    files = _table_files(path)
     kinds = {BUILDERS[Path(file).suffix] for file in files}
     if len(kinds) != 1:
         raise DataError(
             f"Cannot open {path} as data: expected files of one kind of {', '.join(BUILDERS)}, got {len(kinds)} kinds."
         )
     (kind,) = kinds
-    more = {"data_files": files, "split": "train", "streaming": stream}
+    arguments = {"data_files": files, "split": "train", "streaming": stream}
     if kind == "webdataset":
-        return _load_tars(datasets, options, more)
-    return datasets.load_dataset(kind, **more)
+        return _load_tars(datasets, options, arguments)
+    return datasets.load_dataset(kind, **arguments)
 
 
-def _load_tars(datasets: Any, options: dict[str, str], more: dict[str, Any]) -> Any:
-    """Tars; the library guesses columns from the first five records, and refuses where one of these is incomplete."""
+def _load_tars(datasets: Any, options: dict[str, str], arguments: dict[str, Any]) -> Any:
+    """Tars. Without named columns, the library infers them from the first five records and needs these complete."""
     if "image" in options and "text" in options:
         texts = ("__key__", options["text"], options.get("key", "__key__"))
         features = datasets.Features({name: datasets.Value("string") for name in texts})
         features[options["image"]] = datasets.Image(decode=False)
-        return datasets.load_dataset("webdataset", features=features, **more)
+        return datasets.load_dataset("webdataset", features=features, **arguments)
     try:
-        return datasets.load_dataset("webdataset", **more)
+        return datasets.load_dataset("webdataset", **arguments)
     except ValueError as error:
         raise DataError(
-            f"Cannot open {more['data_files'][0]} as data: {error} If not all records have the same fields: {_NAME}"
+            f"Cannot open {arguments['data_files'][0]} as data: {error} If not all records have the same fields: "
+            f"{_NAME_THE_COLUMNS}"
         ) from error
 
 
-def _columns(names: list[str], options: dict[str, str], source: str) -> dict[str, str]:
-    """image, text and key: the column of each, as asked for, or the first that has one of the usual names."""
-    usual = {"image": IMAGES, "text": TEXTS, "key": KEYS}
-    found: dict[str, str] = {}
-    for what, known in usual.items():
-        candidates = [options[what]] if what in options else [*known, *([found["text"]] if what == "key" else [])]
-        chosen = next((name for name in candidates if name in names), None)
-        if chosen is None:
+def _assign_columns(names: list[str], options: dict[str, str], source: str) -> dict[str, str]:
+    """image, text and key -> the column that the source names for it, or the first that has a usual name."""
+    columns: dict[str, str] = {}
+    for role, usual in USUAL_COLUMNS.items():
+        candidates = [options[role]] if role in options else list(usual)
+        if role == "key" and role not in options:
+            candidates.append(columns["text"])
+        column = next((name for name in candidates if name in names), None)
+        if column is None:
             raise DataError(
                 f"Cannot open {source} as data: expected a column {' or '.join(candidates)}, got {', '.join(names)}. "
-                f"{_NAME}"
+                f"{_NAME_THE_COLUMNS}"
             )
-        found[what] = chosen
-    return found
+        columns[role] = column
+    return columns
 
 
-def _parsed(source: str) -> tuple[str, dict[str, str]]:
-    """A source's path and options."""
+def _parse_source(source: str) -> tuple[str, dict[str, str]]:
+    """Return a source's path and options."""
     path, _, fragment = source.rpartition("#") if "=" in source.rpartition("#")[2] else (source, "", "")
     options = dict(parse_qsl(fragment))
-    known = ["image", "text", "key"]
+    allowed = ["image", "text", "key"]
     if path.startswith(HUB) or _is_saved(path):
-        known.append("split")
+        allowed.append("split")
     if path.startswith(HUB):
-        known += ["config", "revision"]
-    unknown = [name for name in options if name not in known]
+        allowed += ["config", "revision"]
+    unknown = [name for name in options if name not in allowed]
     if unknown:
-        raise DataError(f"Cannot open {source} as data: expected options among {', '.join(known)}, got {unknown[0]!r}.")
+        raise DataError(
+            f"Cannot open {source} as data: expected options among {', '.join(allowed)}, got {unknown[0]!r}."
+        )
     return path, options
 
 
@@ -255,13 +286,7 @@ def _is_saved(path: str) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _files(path: str) -> list[str]:
-    """The files of a table, in the order of their names."""
-    found = [path] if Path(path).is_file() else glob(path if "*" in path else f"{escape(path)}/**", recursive=True)
-    return sorted(f for f in found if Path(f).suffix in BUILDERS and Path(f).stem != "metadata")
-
-
-def _told(error: Exception) -> str:
-    """The first line of an error, or of the one that it hides."""
-    origin = error.__cause__ or error
-    return (str(origin).splitlines() or [type(origin).__name__])[0]
+def _table_files(path: str) -> list[str]:
+    """Return the files of a table, in the order of their names."""
+    files = [path] if Path(path).is_file() else glob(path if "*" in path else f"{escape(path)}/**", recursive=True)
+    return sorted(f for f in files if Path(f).suffix in BUILDERS and Path(f).stem != "metadata")

@@ -1,1 +1,1 @@
-"""What is measured of a student: agreement with its teacher, pictures, mixing matrices, time and memory."""
+"""Evaluation of one student: all its metrics, samples and mixing matrices, under a frozen protocol."""

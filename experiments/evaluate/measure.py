@@ -1,86 +1,98 @@
-"""All measurements of one student, in order: what a cell of an ablation and `mixlab evaluate` record."""
+"""THE flow of an evaluation: a student -> metrics, mixing matrices, samples -> one typed record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from experiments.config import Evaluation
-from experiments.distil.setting import Setting, open_setting
-from experiments.evaluate.fidelity import agreement
-from experiments.evaluate.inside import look_inside
-from experiments.evaluate.metrics import image_metrics
-from experiments.evaluate.pictures import save_samples
-from experiments.evaluate.protocol import freeze, protocol_of
-from experiments.evaluate.speed import speed
+from experiments.config import EvaluationConfig
+from experiments.core.environment import describe_environment
+from experiments.core.files import write_json
+from experiments.core.progress import ProgressCallback
+from experiments.core.registries import METRICS
+from experiments.distill.context import open_context
+from experiments.evaluate.measurements import Measurements
+from experiments.evaluate.mixing_arrays import mixing_arrays
+from experiments.evaluate.protocol import freeze_protocol, protocol_of
+from experiments.evaluate.samples import save_samples
+from experiments.metrics.base import Metric
+from experiments.metrics.inputs.student import EvaluatedStudent
 from unet_adapters import MixerAdapter
+from unet_adapters.files import save_tensors
 
-Report = Callable[[str, int, int], None]
+RESULT = "evaluation.json"
 
 
-def measure(
-    setting: Setting,
-    adapter: MixerAdapter,
-    plan: Evaluation,
-    data: str,
-    size: int,
-    directory: Path,
-    report: Report,
-) -> dict[str, Any]:
-    """The record of a student that is not mounted; its arrays and samples are written to `directory`.
+def measure_student(
+    student: EvaluatedStudent, training_size: int, directory: Path, progress: ProgressCallback
+) -> Measurements:
+    """Measure a student and write its arrays and samples to `directory`.
 
     Args:
-        setting: the teacher, and the pictures that predictions are compared on.
+        student: not mounted, and not mounted afterwards.
+        training_size: side in pixels of the image whose mixing matrix is recorded.
+        directory: receives arrays.safetensors and samples/.
+        progress: called as (phase, done, total).
+    """
+    metrics: list[Metric] = [METRICS.get(name)(options) for name, options in student.plan.metric_options()]
+    total = len(metrics) + 2
+    directory.mkdir(parents=True, exist_ok=True)
+    protocol = protocol_of(student.context, student.plan, student.data).hash
+    progress("mixing matrices", 0, total)
+    save_tensors(directory / "arrays.safetensors", mixing_arrays(student, training_size))
+    progress("sample", 1, total)
+    with student.adapter.mounted():
+        save_samples(student.context.pipe, student.plan, directory / "samples")
+    rows = {}
+    for done, metric in enumerate(metrics, 2):
+        progress(f"measure {metric.name}", done, total)
+        rows[metric.name] = tuple(metric.measure(student))
+    progress("measured", total, total)
+    return Measurements(protocol=protocol, metrics=rows)
+
+
+def evaluate_adapter(
+    source: str, teacher: str, data: str, plan: EvaluationConfig, directory: Path, progress: ProgressCallback
+) -> Path:
+    """Measure a saved adapter and its teacher.
+
+    Args:
+        source: a folder or Hub id of an adapter, in this project's format or in LinFusion's.
+        teacher: "embedded", a folder in diffusers format, or a Hub id.
+        data: as in a grid; its held-out images are compared.
         plan: what is measured.
-        data: where true pictures are from, if the plan names no others.
-        size: in pixels, at which a mixer is looked into.
-        report: called as (phase, done, total).
+        directory: receives evaluation.json, protocol.json, samples/, teacher/samples/ and arrays.safetensors.
+        progress: called as (phase, done, total).
 
     Returns:
-        protocol (its hash), fidelity, timesteps, sites, images, speed: rows as their functions give them.
-    """
-    report("compare", 0, 5)
-    record: dict[str, Any] = {"protocol": protocol_of(setting, plan, data).hash}
-    record |= agreement(setting, adapter, plan)
-    report("look inside", 1, 5)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(look_inside(setting, adapter, size), directory / "arrays.safetensors")
-    report("sample", 2, 5)
-    with adapter.mounted():
-        save_samples(setting.pipe, plan, directory / "samples")
-    report("judge", 3, 5)
-    record["images"] = image_metrics(setting, adapter, plan, data)
-    report("time", 4, 5)
-    record["speed"] = speed(setting, adapter, plan)
-    return record
-
-
-def evaluate(source: Path, teacher: str, data: str, plan: Evaluation, directory: Path, report: Report) -> Path:
-    """Measure a saved adapter and its teacher; returns the path of `evaluation.json`, beside the protocol and samples.
-
-    Args:
-        source: the adapter's folder.
-        teacher: "embedded", a folder in diffusers format, or a Hub id.
-        data: as in a grid; held-out pictures are compared.
-        report: called as (phase, done, total).
+        The path of `evaluation.json`.
 
     Raises:
-        ValueError: the adapter does not fit the teacher, something is not at hand, or `directory` holds results of
+        ValueError: the adapter does not fit the teacher, something is not available, or `directory` holds results of
             another protocol.
+        OSError: the disk is full.
     """
-    from experiments.ablation import store  # which imports this module
-
-    report("load", 0, 5)
+    progress("load", 0, 1)
     size = min(min(extent) for extent in plan.extents)
-    setting = open_setting(teacher, data, size, images=1)
-    protocol = protocol_of(setting, plan, data)
-    adapter = MixerAdapter.from_pretrained(source, setting.pipe).unmount()
-    freeze(protocol, directory)  # not before: what cannot be opened leaves the folder as it was
-    save_samples(setting.pipe, plan, directory / "teacher" / "samples")
-    record = measure(setting, adapter, plan, data, size, directory, report)
-    path = directory / "evaluation.json"
-    store.write_json(path, {"adapter": str(source), "environment": store.environment(), **record})
+    context = open_context(teacher, data, size, images=1)
+    protocol = protocol_of(context, plan, data)
+    adapter = open_adapter(source, context.pipe)
+    freeze_protocol(protocol, directory)  # after the adapter is open, so that a wrong one leaves the folder as it was
+    save_samples(context.pipe, plan, directory / "teacher" / "samples")
+    student = EvaluatedStudent(context, adapter, plan, data)
+    measurements = measure_student(student, size, directory, progress)
+    path = directory / RESULT
+    record = {"adapter": source, "environment": describe_environment(), **measurements.model_dump(mode="python")}
+    write_json(path, record)
     return path
+
+
+def open_adapter(source: str, pipe: Any) -> MixerAdapter:
+    """Open an adapter without mounting it; a `config.json` marks LinFusion's published format.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such adapter, or it does not fit the teacher.
+    """
+    is_linfusion = Path(source, "config.json").is_file()
+    load = MixerAdapter.from_linfusion if is_linfusion else MixerAdapter.from_pretrained
+    return load(source, pipe).unmount()

@@ -9,30 +9,34 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments.config import Evaluation, Frozen
-from experiments.distil.setting import Setting
-from experiments.evaluate.features import open_network, weights_digest
-from experiments.evaluate.reference import open_reference
+from torch import nn
+
+from experiments.config import EvaluationConfig, FrozenModel
+from experiments.core.files import write_json
+from experiments.core.fingerprints import TensorVersions, weights_digest, weights_version
+from experiments.distill.context import DistillationContext
+from experiments.metrics.inputs.feature_networks import open_network
+from experiments.metrics.inputs.true_images import open_true_images
 
 FILE = "protocol.json"
 
 
-class Protocol(Frozen):
-    """All that decides an evaluation's numbers but the student and the machine.
+class Protocol(FrozenModel):
+    """Everything that decides an evaluation's numbers, except the student and the machine.
 
     Attributes:
         prompts, prompts_sha256: of the samples.
         seeds: of each prompt's noise.
-        sampler: the scheduler's class and settings, steps, guidances.
-        resize: what happens to pictures before a network sees them.
-        image_format: what the networks see.
-        data: names of the pictures that are compared, and SHA-256s of which they are.
+        sampler: the scheduler's class and settings, steps, guidance scales.
+        resize: what happens to images before a feature network.
+        image_format: what the networks receive.
+        data: names of the images that are compared, and SHA-256s of which they are.
         features: SHA-256s of the weights of feature networks.
-        teacher: the SHA-256 of all its weights and settings.
-        evaluation: everything else that was asked for.
+        teacher: SHA-256 of all its weights and settings.
+        evaluation: everything else in the evaluation's configuration.
     """
 
-    version: int = 1
+    version: int = 2
     prompts: tuple[str, ...]
     prompts_sha256: str
     seeds: tuple[int, ...]
@@ -46,27 +50,21 @@ class Protocol(Frozen):
 
     @property
     def hash(self) -> str:
-        """The SHA-256 of all of it."""
+        """SHA-256 of all of it."""
         return _sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
-@lru_cache(maxsize=4)
-def protocol_of(setting: Setting, plan: Evaluation, data: str) -> Protocol:
-    """The protocol of an evaluation; the UNet must be as the teacher has it: nothing mounted.
+def protocol_of(context: DistillationContext, plan: EvaluationConfig, data: str) -> Protocol:
+    """Return the protocol of an evaluation; nothing may be mounted in the UNet.
 
-    Costs about a second per GB of weights, once.
+    Costs about a second per GB of weights, once for each state of the weights.
 
     Raises:
-        ValueError: the true pictures or a feature network are not at hand.
+        ValueError: the true images or a feature network are not available.
     """
-    metrics, scheduler, held_out = plan.metrics, setting.pipe.scheduler, setting.held_out
-    compared = {"held_out": getattr(held_out, "name", data)}
-    if hasattr(held_out, "key"):
-        compared["held_out_sha256"] = _sha256("\n".join(held_out.key(i) for i in range(len(held_out))))
-    if metrics.images:
-        reference = open_reference(data, plan)
-        compared |= {"metrics": reference.data.name, "metrics_sha256": reference.digest}
-    known = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
+    scheduler = context.pipe.scheduler
+    settings = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
+    generated = plan.generated
     return Protocol(
         prompts=plan.prompts,
         prompts_sha256=_sha256("\n".join(plan.prompts)),
@@ -76,67 +74,88 @@ def protocol_of(setting: Setting, plan: Evaluation, data: str) -> Protocol:
             "steps": plan.sample_steps,
             "guidance": plan.guidance,
             "guidances": list(plan.all_guidances),
-            "settings": json.loads(json.dumps(known, default=str)),
+            "settings": json.loads(json.dumps(settings, default=str)),
         },
-        resize=f"centre crop, Lanczos to {metrics.resize or 'the size drawn'}; then the network's own",
-        data=compared,
-        features={name: open_network(name).fingerprint for name in metrics.features} if metrics.images else {},
-        teacher=teacher_fingerprint(setting),
+        resize=f"center crop, Lanczos to {generated.resize or 'the generated size'}; then the network's own",
+        data=_compared_data(context, plan, data),
+        features={name: open_network(name).fingerprint for name in generated.features} if generated.images else {},
+        teacher=teacher_fingerprint(context),
         evaluation=plan.model_dump(mode="json", exclude={"prompts", "sample_steps", "guidance", "guidances"}),
     )
 
 
-def freeze(protocol: Protocol, directory: Path, measured: Collection[str] | None = None) -> str:
-    """Write `directory/protocol.json`, or make sure that the one there is the same; returns its hash.
+def freeze_protocol(protocol: Protocol, directory: Path, measured: Collection[str] | None = None) -> str:
+    """Write `directory/protocol.json`, or check that the existing one is the same.
 
     Args:
-        measured: the protocols, as hashes, of the results that stay in the directory; None: the file's own. Where none
-            of them is another, the file may change.
+        protocol: of the results that are to be added.
+        directory: of the results.
+        measured: hashes of the protocols of the results that stay in the directory; if all are this protocol's, the
+            file may change. None: the file's own.
+
+    Returns:
+        The protocol's hash.
 
     Raises:
-        ValueError: it is another, or damaged; the message says what differs.
+        ValueError: the existing protocol is another, or damaged; the message says what differs.
     """
-    from experiments.ablation import store  # which imports this module
-
-    path, wanted = directory / FILE, protocol.model_dump(mode="json")
+    path = directory / FILE
+    new = {**protocol.model_dump(mode="json"), "hash": protocol.hash}
     if not path.is_file() or (measured is not None and set(measured) <= {protocol.hash}):
-        store.write_json(path, {**wanted, "hash": protocol.hash})
+        write_json(path, new)
         return protocol.hash
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = differences(there, {**wanted, "hash": protocol.hash})
+        changes = differences(json.loads(path.read_text(encoding="utf-8")), new)
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"Cannot read the protocol {path}: {error}. Give another folder with --out.") from error
-    if differing:
-        told = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+    if changes:
+        rest = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
         raise ValueError(
-            f"The results in {directory} were measured by another protocol: {told}. Numbers of two protocols are not "
-            "compared: give another folder with --out, or ask for what was asked for then."
+            f"The results in {directory} were measured by another protocol: {'; '.join(changes[:4])}{rest}. Numbers of "
+            "two protocols cannot be compared: give another folder with --out, or use the settings of that run."
         )
     return protocol.hash
 
 
-def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What two protocols' files differ in, as sentences without their stops; hashes only where nothing else tells."""
-    old, new = _flat(there), _flat(asked)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    telling = [key for key in keys if key not in ("hash", "prompts_sha256")] or keys
-    return [f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}" for key in telling]
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """List what two protocols' files differ in, one clause each; hashes only if nothing else differs."""
+    old_values = _flatten(old)
+    new_values = _flatten(new)
+    keys = [key for key in {**old_values, **new_values} if old_values.get(key) != new_values.get(key)]
+    readable = [key for key in keys if key not in ("hash", "prompts_sha256")] or keys
+    return [f"{key} was {_shorten(old_values.get(key))} and is now {_shorten(new_values.get(key))}" for key in readable]
 
 
-def teacher_fingerprint(setting: Setting) -> str:
-    """The SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    return _sha256(f"{setting.teacher.fingerprint} {weights_digest(setting.teacher.unet)}")
+def teacher_fingerprint(context: DistillationContext) -> str:
+    """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
+    digest = _unet_digest(context.teacher.unet, weights_version(context.teacher.unet))
+    return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
 
 
-def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: str) -> dict[str, str]:
+    held_out = context.held_out
+    compared = {"held_out": getattr(held_out, "name", data)}
+    if hasattr(held_out, "key"):
+        compared["held_out_sha256"] = _sha256("\n".join(held_out.key(i) for i in range(len(held_out))))
+    if plan.generated.images:
+        reference = open_true_images(data, plan)
+        compared |= {"generated": reference.data.name, "generated_sha256": reference.digest}
+    return compared
+
+
+@lru_cache(maxsize=4)
+def _unet_digest(unet: nn.Module, version: TensorVersions) -> str:
+    return weights_digest(unet)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def _short(value: Any, length: int = 60) -> str:
+def _shorten(value: Any, length: int = 60) -> str:
     text = "missing" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= length else text[: length - 1] + "…"
 

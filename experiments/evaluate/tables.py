@@ -1,39 +1,41 @@
-"""An evaluation in a terminal: one table of errors, one of pictures over a sweep of guidances."""
+"""Measurements in a terminal: one table for each metric, with columns from the registry."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-Row = dict[str, Any]
+from experiments.evaluate.measurements import Measurements
+from experiments.metrics.base import Metric, MetricRow, list_metrics, metric_class
+
+LONGEST = 40
+"""Rows of a table; longer ones stay in the record."""
 
 
-def fidelity_table(rows: list[Row]) -> Table:
-    """Errors to the teacher, and to the truth over the teacher's own, by size and shape."""
-    table = Table("size", "error to teacher", "relative", "error to truth ÷ teacher's", title="Agreement")
-    for row in rows:
-        values = (row["error_to_teacher"], row["relative_error_to_teacher"], row["error_ratio"])
-        table.add_row(f"{row['height']} × {row['width']}", *(f"{value:.4g}" for value in values))
+def measurement_tables(measurements: Measurements) -> list[Table]:
+    """Return a table for every metric that has rows and is registered."""
+    registered = set(list_metrics())
+    return [
+        _table(metric_class(name), rows) for name, rows in measurements.metrics.items() if rows and name in registered
+    ]
+
+
+def _table(metric: type[Metric], rows: Sequence[MetricRow]) -> Table:
+    keys = metric.key_fields()
+    arrows = {"lower": " ↓", "higher": " ↑", "neither": ""}
+    heads = [f"{quantity.label}{arrows[quantity.better]}" for quantity in metric.quantities]
+    table = Table(*(key.replace("_", " ") for key in keys), *heads, title=metric.title)
+    for row in rows[:LONGEST]:
+        values = [getattr(row, name) for name in (*keys, *(quantity.field for quantity in metric.quantities))]
+        table.add_row(*map(_text, values))
+    if len(rows) > LONGEST:
+        table.caption = f"{LONGEST} of {len(rows)} rows; the others are in the record"
     return table
 
 
-def sweep_table(rows: list[Row]) -> Table:
-    """A line a size, network and guidance; a column a metric: student / teacher (/ true pictures)."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    lines: dict[tuple[str, str, str], Row] = {}
-    for row in rows:
-        place = (f"{row['height']} × {row['width']}", row["features"], f"{row['guidance']:g}")
-        lines.setdefault(place, {})[row["metric"]] = row
-    names = [f"{name.replace('_', ' ')}: student / teacher" for name in metrics]
-    table = Table("size", "features", "guidance", *names, title=f"{rows[0]['images']} pictures")
-    for place, found in lines.items():
-        table.add_row(*place, *(_values(found.get(metric)) for metric in metrics))
-    return table
-
-
-def _values(row: Row | None) -> str:
-    if row is None:
+def _text(value: Any) -> str:
+    if value is None:
         return "–"
-    told = f"{row['student']:.4g} / {row['teacher']:.4g}"
-    return told if row["truth"] is None else f"{told} (true pictures {row['truth']:.4g})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

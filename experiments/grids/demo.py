@@ -1,40 +1,35 @@
-"""Which features of a linear mixer matter for images? Normalisation × causality, within ten minutes on two cores."""
+"""Which features of a linear mixer matter for images? Normalization × causality, within ten minutes on two cores."""
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
-from experiments.grids import PAPER, SOFTMAX
-from experiments.training import FitConfig
+from experiments.ablation.variants import combine_variants
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, GeneratedImagesConfig, Grid, Variant
+from experiments.grids.shared import PAPER_CLAIMS, controls
 
-_LINEAR = [
-    Variant(
-        name=f"linear_{causality}_{'normalized' if normalize else 'unnormalized'}",
-        label=f"linear attention, {causality}, {'normalised' if normalize else 'not normalised'}",
-        mixer="linear_attention",
-        causality=causality,
-        normalize=normalize,
-    )
-    for causality in ("noncausal", "causal")
-    for normalize in (True, False)
-]
+PLAN = DistillationConfig(
+    fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20), calibrate_outputs=True
+)
 
 GRID = Grid(
     name="demo",
-    question="Which features of a linear mixer matter for images: attention normalisation, or causality?",
+    question="Which features of a linear mixer matter for images: attention normalization, or causality?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         Variant(name="linfusion", label="LinFusion", mixer="linfusion"),
-        *_LINEAR,
-        Variant(name="linfusion_unnormalized", label="LinFusion, not normalised", mixer="linfusion", normalize=False),
+        *combine_variants(
+            {"linear_attention": "linear attention"}, causalities=("noncausal", "causal"), mean_scale=True
+        ),
+        Variant(name="linfusion_unnormalized", label="LinFusion, not normalized", mixer="linfusion", normalize=False),
         Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
     ),
     seeds=(0,),
-    claims=PAPER,
-    distillation=Distillation(
-        fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20)
-    ),
-    evaluation=Evaluation(  # what ten minutes allow
-        sizes=(64, 128, 256),
+    reference="linear_attention_noncausal_normalized",
+    claims=PAPER_CLAIMS,
+    distillation=PLAN,
+    evaluation=EvaluationConfig(  # what ten minutes allow; the other grids evaluate more images and timesteps
         shapes=(),
-        metrics=Metrics(images=0),
+        images=16,
+        held_in_images=0,
+        timesteps=(100, 300, 500, 700, 900, 950, 999),
+        generated=GeneratedImagesConfig(images=0),
         sample_steps=12,
         prompts=(
             "red apple, teal background",
@@ -42,5 +37,6 @@ GRID = Grid(
             "full moon, black background",
             "cat face, purple background",
         ),
+        metrics={"fidelity": {}, "timesteps": {}, "sites": {"images": 4}, "cost": {"sizes": (64, 128, 256)}},
     ),
 )

@@ -1,20 +1,22 @@
-"""Which feature map should a linear attention have? Signed ones (`identity`) cannot be normalised."""
+"""Which feature map should linear attention have? Signed ones (`identity`) cannot be normalized."""
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
-from mixers.stages.feature_maps import FEATURE_MAPS
+from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation
+from mixers.feature_maps import FEATURE_MAPS
 
 _MIXERS = {"linear_attention": "linear attention", "linfusion": "LinFusion"}
+
+PLAN = recommended_distillation()
 
 GRID = Grid(
     name="features",
     question="Which feature map should linear attention have: elu + 1, ReLU, none, or the focused one?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         *(
             Variant(
                 name=f"{mixer}_{feature_map}{'' if normalize else '_unnormalized'}",
-                label=f"{label}, {feature_map}{'' if normalize else ', not normalised'}",
+                label=f"{label}, {feature_map}{'' if normalize else ', not normalized'}",
                 mixer=mixer,
                 normalize=normalize,
                 options={"feature_map": feature_map},
@@ -30,6 +32,7 @@ GRID = Grid(
         ),
     ),
     seeds=SEEDS,
-    distillation=ours(),
+    reference=f"linear_attention_{next(iter(FEATURE_MAPS))}",
+    distillation=PLAN,
     evaluation=EVALUATION,
 )

@@ -4,7 +4,7 @@ Training alternates between two sizes, so that with `min_tokens` every site is t
 """
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, at_sizes, ours
+from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation, train_at_sizes
 
 _LINEAR: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "all": ("no softmax", "all"),
@@ -18,11 +18,13 @@ _LINEAR: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "third": ("linear at every 3rd site", "every:3"),
 }
 
+PLAN = train_at_sizes(recommended_distillation(30, 30), (64, 64, 64, 128))
+
 GRID = Grid(
     name="hybrid",
     question="How many sites should keep softmax attention, and which: the outer ones, or those with few tokens?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         *(
             Variant(name=name, label=label, mixer="linfusion", select=select)
             for name, (label, select) in _LINEAR.items()
@@ -38,6 +40,7 @@ GRID = Grid(
         ),
     ),
     seeds=SEEDS,
-    distillation=at_sizes(ours(30, 30), (64, 64, 64, 128)),
+    reference="all",
+    distillation=PLAN,
     evaluation=EVALUATION,
 )

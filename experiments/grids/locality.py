@@ -1,11 +1,11 @@
-"""Is it nearness that decays bring? The same mixers without any, with decays of any kind, and with nearness alone.
+"""Do decays help because they favor near tokens? Mixers with no decay, with a fixed and with a learned one.
 
-A decay makes near tokens weigh more; RetNet's depends on nothing else, and a 3 × 3 convolution of the values adds the
-neighbours and nothing else. Non-causal forms have no order for a decay to run along: they keep it as a weight of a key.
+A decay gives near tokens more weight; RetNet's depends on nothing else, and a 3 × 3 convolution of the values adds the
+neighbors and nothing else. Non-causal forms have no order for a decay to act along, so it becomes a weight of each key.
 """
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, PAPER, SEEDS, SOFTMAX, ours
+from experiments.grids.shared import EVALUATION, NONCAUSAL_IS_BETTER, SEEDS, controls, recommended_distillation
 
 _MIXERS = {"linear_attention": "no decay", "retnet": "fixed decay", "mamba2": "learned decay"}
 
@@ -18,15 +18,17 @@ def _row(mixer: str, causality: str, convolution: int = 0) -> Variant:
         mixer=mixer,
         causality=causality,
         normalize=True,
-        options={"local_convolution": convolution} if convolution else {},
+        options={"local_conv_size": convolution} if convolution else {},
     )
 
 
+PLAN = recommended_distillation()
+
 GRID = Grid(
     name="locality",
-    question="Why do mixers with decay gain from an order here: because near tokens weigh more?",
+    question="Why do mixers with decay gain from an order: because near tokens get more weight?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         _row("linear_attention", "noncausal"),
         _row("linear_attention", "noncausal", convolution=3),
         _row("linear_attention", "causal"),
@@ -38,7 +40,7 @@ GRID = Grid(
     ),
     seeds=SEEDS,
     reference="linear_attention_noncausal",
-    claims=PAPER[1:2],
-    distillation=ours(),
+    claims=(NONCAUSAL_IS_BETTER,),
+    distillation=PLAN,
     evaluation=EVALUATION,
 )

@@ -1,41 +1,45 @@
-"""How should a student be distilled? Objectives on and off, and the published recipe against ours.
+"""How should a student be distilled? Objectives on and off, and the published plan.
 
-Every row has the same pictures and seeds and, by its number of steps, about the same 70 seconds of one core. A step
-of batch 16, measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's terms 0.48 s, matrix 0.35 s, local
-0.27 s (no gradient goes through the UNet); a step of batch 96 is 2.8 s.
+Every row has the same images and seeds, and as many steps as take about 70 seconds of one core. A step of batch 16,
+measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's terms 0.48 s, matrix 0.35 s, local 0.27 s (no
+gradient passes through the UNet); a step of batch 96 takes 2.8 s.
 """
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Stage, Variant
-from experiments.grids import SEEDS, SOFTMAX, fit, ours, terms
+from experiments.config import DistillationConfig, Grid, TrainingStage, Variant
+from experiments.grids.shared import EVALUATION, SEEDS, controls, fit_config, loss_terms, recommended_distillation
 
-_PUBLISHED = terms(noise=1.0, output=0.5, features=0.5)
+_PUBLISHED = loss_terms(noise=1.0, output=0.5, features=0.5)
 _IMAGES = 1024
 
 
-def _row(name: str, label: str, plan: Distillation) -> Variant:
+def _row(name: str, label: str, plan: DistillationConfig) -> Variant:
     return Variant(name=name, label=label, mixer="linfusion", distillation=plan)
 
 
-def _one(steps: int, **weights: float) -> Distillation:
-    return Distillation(objectives=terms(**weights), fit=fit(steps), images=_IMAGES)
+def _one(steps: int, **weights: float) -> DistillationConfig:
+    return DistillationConfig(
+        objectives=loss_terms(**weights), fit=fit_config(steps), images=_IMAGES, calibrate_outputs=True
+    )
 
 
-_MATRIX = Stage(name="matrix", objectives=terms(matrix=1.0), fit=fit(30, 3e-3))
+_MATRIX = TrainingStage(name="matrix", objectives=loss_terms(matrix=1.0), fit=fit_config(30, 3e-3))
+
+PLAN = DistillationConfig(fit=fit_config(146), images=_IMAGES, calibrate_outputs=True)
 
 GRID = Grid(
     name="objectives",
     question="How should a student be distilled: with which objectives, from which start, in which order?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         _row(
             "published",
             "published: all three terms, random q, k, v, batch 96, rate 1e-4",
-            Distillation(start="random", objectives=_PUBLISHED, fit=fit(25, 1e-4, 96, 0), images=_IMAGES),
+            DistillationConfig(start="random", objectives=_PUBLISHED, fit=fit_config(25, 1e-4, 96, 0), images=_IMAGES),
         ),
         _row(
             "published_small_batches",
             "all three terms, random q, k, v",
-            Distillation(start="random", objectives=_PUBLISHED, fit=fit(146), images=_IMAGES),
+            DistillationConfig(start="random", objectives=_PUBLISHED, fit=fit_config(146), images=_IMAGES),
         ),
         _row("all_terms", "noise + output/2 + features/2", _one(146, noise=1.0, output=0.5, features=0.5)),
         _row("noise", "noise", _one(194, noise=1.0)),
@@ -44,19 +48,21 @@ GRID = Grid(
         _row("output_features", "output + features/2", _one(146, output=1.0, features=0.5)),
         _row("noise_output", "noise + output/2", _one(146, noise=1.0, output=0.5)),
         _row("local", "local", _one(260, local=1.0)),
-        _row("ours", "ours: local, then output + features/2", ours(100, 88)),
-        _row("matrix_local", "matrix, local, then output + features/2", ours(80, 77, before=(_MATRIX,))),
+        _row("local_output", "local, then output + features/2", recommended_distillation(100, 88)),
+        _row(
+            "matrix_local",
+            "matrix, local, then output + features/2",
+            recommended_distillation(80, 77, before=(_MATRIX,)),
+        ),
     ),
     seeds=SEEDS,
-    distillation=Distillation(fit=fit(146), images=_IMAGES),
-    evaluation=Evaluation(
-        sizes=(64, 128, 256),
-        shapes=(),
-        metrics=Metrics(images=0),
-        speed_sizes=(64,),
-        speed_repeats=1,
-        sample_sizes=(64,),
-        sample_steps=12,
-        prompts=("red apple, teal background", "cat face, purple background"),
+    reference="all_terms",
+    distillation=PLAN,
+    evaluation=EVALUATION.model_copy(
+        update={
+            "shapes": (),
+            "sample_sizes": (64,),
+            "metrics": {**EVALUATION.metrics, "cost": {"sizes": (64,), "repeats": 1}},
+        }
     ),
 )

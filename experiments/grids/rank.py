@@ -1,13 +1,15 @@
-"""The generalised low-rank form at rank r of F Gᵀ (2409.02097 §3.3): features and state grow r times."""
+"""The generalized low-rank form at rank r of F Gᵀ (2409.02097 §3.3): features and state grow r times."""
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation
+
+PLAN = recommended_distillation()
 
 GRID = Grid(
     name="rank",
-    question="How large a rank does the generalised low-rank form of linear attention need?",
+    question="How large a rank does the generalized low-rank form of linear attention need?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         *(
             Variant(name=f"rank_{rank}", label=f"rank {rank}", mixer="linfusion_low_rank", options={"rank": rank})
             for rank in (1, 2, 4, 8, 16, 32, 64)
@@ -16,6 +18,6 @@ GRID = Grid(
     ),
     seeds=SEEDS,
     reference="linfusion",
-    distillation=ours(),
+    distillation=PLAN,
     evaluation=EVALUATION,
 )

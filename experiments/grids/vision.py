@@ -1,12 +1,12 @@
 """Linear mixers made for images, each with its published causality.
 
-In their plain forms, which start from the teacher's projections; where the paper adds a convolution of the values over
-the image, a second row has it. VSSD and Hydra are normalised: as published they have a norm behind them, which the
-plain form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
+Mixers are in their drop-in forms, which start from the teacher's projections. Where the paper adds a convolution of the
+values over the image, a second row has it. VSSD and Hydra are normalized: as published they have a norm behind them,
+which the drop-in form leaves out, and without either they start 10³ to 10⁵ times as far from the teacher as the others.
 """
 
 from experiments.config import Grid, Variant
-from experiments.grids import EVALUATION, SEEDS, SOFTMAX, ours
+from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation
 
 _MIXERS = {
     "linfusion": "LinFusion",
@@ -15,16 +15,18 @@ _MIXERS = {
     "focused": "FLatten, focused",
     "mila": "MILA",
     "inline": "InLine",
-    "vssd": "VSSD, normalised",
-    "hydra": "Hydra, normalised",
+    "vssd": "VSSD, normalized",
+    "hydra": "Hydra, normalized",
     "gated_deltanet": "Gated DeltaNet",
 }
+
+PLAN = recommended_distillation()
 
 GRID = Grid(
     name="vision",
     question="Which of the linear mixers made for images is best in place of softmax attention?",
     variants=(
-        SOFTMAX,
+        *controls(PLAN),
         *(
             Variant(name=mixer, label=label, mixer=mixer, normalize=True if mixer in ("vssd", "hydra") else None)
             for mixer, label in _MIXERS.items()
@@ -34,7 +36,7 @@ GRID = Grid(
                 name=f"{mixer}_convolution",
                 label=f"{_MIXERS[mixer]}, with its convolution",
                 mixer=mixer,
-                options={"local_convolution": None},
+                options={"local_conv_size": None},
             )
             for mixer in ("focused", "mila", "inline")
         ),
@@ -46,6 +48,7 @@ GRID = Grid(
         ),
     ),
     seeds=SEEDS,
-    distillation=ours(),
+    reference="linfusion",
+    distillation=PLAN,
     evaluation=EVALUATION,
 )

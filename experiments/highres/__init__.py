@@ -1,1 +1,1 @@
-"""Large images from the command line, and what they cost."""
+"""Large images from the command line, and measurements of what they cost."""

@@ -1,8 +1,8 @@
-"""`mixlab generate` and `mixlab plan`: from options as people write them to images and tables."""
+"""`mixlab plan` and `mixlab generate`, from parsed options to a table and an image."""
 
 from __future__ import annotations
 
-import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,254 +11,174 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
-from experiments.bench.memory import return_freed_memory
-from experiments.highres.models import mount, open_model
-from experiments.highres.rate import measure_rate
-from unet_adapters.highres import Control, Plan, Request, Result, generate, make_plan
-from unet_adapters.highres.ladder import Size, shown
-from unet_adapters.highres.plan import told
+from experiments.core.memory import return_freed_memory
+from experiments.core.progress import ProgressDisplay
+from experiments.core.signals import Interrupted
+from experiments.highres.controlnet import load_controlnet
+from experiments.highres.options import open_image, parse_bytes
+from experiments.highres.pipelines import PipelineOptions
+from experiments.highres.plan_table import print_plan
+from experiments.highres.throughput import measure_throughput
+from mixers.files import atomic_path
+from unet_adapters.highres import (
+    ControlNetCondition,
+    GenerationRequest,
+    GenerationResult,
+    MemoryPlan,
+    generate,
+)
+from unet_adapters.highres.generation import plan_request
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Bars = Callable[[], AbstractContextManager[Any]]
+DisplayFactory = Callable[[], AbstractContextManager[ProgressDisplay]]
 
 
 @dataclass(frozen=True)
-class Model:
-    """What makes the image, as the command line names it.
+class ControlNetOptions:
+    """A ControlNet as the command line names it.
 
     Attributes:
-        model: embedded, a folder, a Hub id, or random:SD-1.5 for an architecture alone.
-        adapter: folder or Hub id of a distilled adapter, ours or LinFusion's; None is none.
-        mixer: one to mount as it is, untrained; None is none.
-        device, dtype: None: a GPU where there is one; float32 on a CPU, else bfloat16.
+        source: folder or Hub id.
+        image: its input image.
+        scale: factor of its residuals.
     """
 
-    model: str = "embedded"
-    adapter: str | None = None
-    mixer: str | None = None
-    device: str | None = None
-    dtype: str | None = None
+    source: str
+    image: Path
+    scale: float = 1.0
 
-    @contextmanager
-    def opened(self, *, planned: bool = False) -> Iterator[tuple[Any, str]]:
-        """The pipeline with its mixer in it, and the device of the work: with `planned`, perhaps one not at hand."""
-        device, dtype = place(self.device, self.dtype, planned=planned)
-        if self.adapter is not None and self.mixer is not None:
-            raise ValueError("Give --adapter, which is trained, or --mixer, which is not; not both.")
-        pipe = open_model(self.model, dtype, device if torch.cuda.is_available() else "cpu", filled=not planned)
-        mounted = mount(pipe, self.adapter, self.mixer)
-        try:
-            yield pipe, device
-        finally:
-            if mounted is not None:
-                mounted.unmount()
+    @classmethod
+    def from_options(cls, source: str | None, image: Path | None, scale: float) -> ControlNetOptions | None:
+        """Return the options, or None if neither the network nor the image is named.
 
+        Raises:
+            ValueError: If only one of the two is named.
+        """
+        if source is None and image is None:
+            return None
+        if source is None or image is None:
+            raise ValueError("A ControlNet needs both --control (the network) and --control-image (its input).")
+        return cls(source, image, scale)
 
-def place(device: str | None, dtype: str | None, *, planned: bool = False) -> tuple[str, torch.dtype]:
-    """The device and the dtype of the work; with `planned`, perhaps a GPU that is not there.
+    def open(self, pipe: Any) -> ControlNetCondition:
+        """Load the network and the image for `pipe`.
 
-    Raises:
-        ValueError: an unknown device or dtype, or a GPU that is not there.
-    """
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = dtype or ("float32" if chosen == "cpu" else "bfloat16")
-    if name not in DTYPES:
-        raise ValueError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}.")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", chosen):
-        raise ValueError(f"--device {chosen!r}: expected cpu or cuda.")
-    if chosen != "cpu" and not torch.cuda.is_available() and not planned:
-        raise ValueError(f"--device {chosen}: torch finds no GPU here; use cpu.")
-    return chosen, DTYPES[name]
+        Raises:
+            ValueError: If there is no ControlNet for this model, or the image cannot be read.
+        """
+        values = torch.from_numpy(np.asarray(open_image(self.image, "--control-image")).copy())
+        image = values.permute(2, 0, 1)[None] / 255
+        network = load_controlnet(self.source, pipe.unet)
+        return ControlNetCondition(network, image.to(pipe.unet.device), self.scale)
 
 
-def parse_size(text: str) -> Size:
-    """ "WIDTHxHEIGHT" -> (height, width).
-
-    Raises:
-        ValueError: not two numbers.
-    """
-    found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
-    if not found:
-        raise ValueError(f"--size {text!r} is no size: expected width x height in pixels, as in 2048x1024.")
-    return int(found[2]), int(found[1])
-
-
-def parse_bytes(text: str) -> int:
-    """ "24GB", "800 MiB" -> bytes; GB and GiB are both 2³⁰.
-
-    Raises:
-        ValueError: not an amount of memory.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
-    if not found:
-        raise ValueError(f"--memory {text!r} is no amount of memory: expected a number and a unit, as in 24GB.")
-    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2].upper()) + 1))
-
-
-def parse_strengths(text: str) -> tuple[float, ...]:
-    """ "0.4,0.3" -> numbers.
-
-    Raises:
-        ValueError: not numbers.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--strengths {text!r}: expected numbers with commas between them, as in 0.4,0.3.") from None
-
-
-def open_picture(path: Path, option: str) -> Image.Image:
-    """A picture in RGB.
-
-    Raises:
-        ValueError: none there.
-    """
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{option} {path}: cannot be read as a picture ({error}).") from error
-
-
-def plan(model: Model, request: Request, memory: str | None, tflops: float | None, console: Console) -> Plan:
-    """Foresee an image and print what it needs.
+def plan_image(
+    options: PipelineOptions,
+    request: GenerationRequest,
+    memory: str | None,
+    tflops: float | None,
+    console: Console,
+) -> MemoryPlan:
+    """Plan an image and print what it needs.
 
     Args:
-        tflops: 10¹² operations a second to reckon with; None measures them here, where the work is to be done here.
+        options: the pipeline.
+        request: the image.
+        memory: the budget, such as "24GB"; None: no limit.
+        tflops: throughput in 10¹² operations per second; None: measured, if the device is present.
+        console: where the plan is printed.
     """
-    budget = None if memory is None else parse_bytes(memory)
-    with model.opened(planned=True) as (pipe, device):
-        rate = None if tflops is None else tflops * 1e12
-        if rate is None and torch.device(device).type == pipe.unet.device.type:
-            rate = measure_rate(pipe)
-        found = make_plan(pipe, request.size, **_asked(request), budget=budget, rate=rate, device=device)
-    show_plan(found, console)
-    return found
+    memory_budget = None if memory is None else parse_bytes(memory)
+    with options.open(for_plan=True) as (pipe, device):
+        throughput = None if tflops is None else tflops * 1e12
+        if throughput is None and torch.device(device).type == pipe.unet.device.type:
+            throughput = measure_throughput(pipe)
+        plan = plan_request(pipe, request, memory_budget=memory_budget, throughput=throughput, device=device)
+    print_plan(plan, console)
+    return plan
 
 
-def _asked(request: Request) -> dict[str, Any]:
-    of_plan = {name: getattr(request, name) for name in ("base", "strengths", "steps", "guidance")}
-    return {**of_plan, "direct": request.mode == "direct"}
-
-
-def show_plan(plan: Plan, console: Console) -> None:
-    """Print a row a stage, and the savings."""
-    table = Table("stage", "runs", "steps", "denoising", "pixels", "largest", "TFLOP", "time", padding=(0, 0))
-    for stage in plan.stages:
-        seconds = "–" if stage.seconds is None else duration(stage.seconds)
-        share = "from noise" if stage.stage.strength == 1 else f"last {stage.stage.strength:g}"
-        cells = (
-            told(stage.denoising),
-            told(stage.decoding),
-            f"{_three(stage.largest / 1e6)} M",
-            _three(stage.flops / 1e12),
-        )
-        table.add_row(shown(stage.stage.size), share, str(stage.steps), *cells, seconds)
-    console.print(table)
-    console.print("Memory at the peak, the weights included; elements of the largest tensor.", style="dim")
-    total = "" if plan.seconds is None else f" Denoising takes about {duration(plan.seconds)}."
-    console.print(
-        f"Peak {told(plan.peak)}. Savings: {', '.join(plan.savings)}; pixels in tiles of "
-        f"{plan.tiling.tile} latent places.{total}",
-        soft_wrap=True,
-    )
-
-
-def _three(value: float) -> str:
-    """Three digits, without an exponent where there are more before the point."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:,.0f} min"
-
-
-def make(
-    model: Model,
-    request: Request,
+def generate_image(
+    options: PipelineOptions,
+    request: GenerationRequest,
     out: Path,
-    bars: Bars,
+    show: DisplayFactory,
     console: Console,
     *,
     memory: str | None = None,
     image: Path | None = None,
     strength: float | None = None,
-    control: tuple[str, Path, float] | None = None,
-    keep: Path | None = None,
-) -> Result:
-    """Make one image and write it as a PNG that tells how it was made; a bar for every stage.
+    control: ControlNetOptions | None = None,
+    stage_dir: Path | None = None,
+) -> GenerationResult:
+    """Generate one image and write it as a PNG whose metadata says how it was made.
 
     Args:
-        image, strength: a picture to make larger or to change.
-        control: a ControlNet's folder or Hub id, its picture and its scale.
-        keep: folder for finished stages; None: beside the image, `NAME.stages`.
+        options: the pipeline.
+        request: the image.
+        out: the PNG to write.
+        show: opens the display of progress.
+        console: where the plan is printed.
+        memory: the budget, such as "24GB"; None: no limit.
+        image: an image to enlarge, or to change with `strength`.
+        strength: share of the schedule that runs on `image`.
+        control: a ControlNet and its image.
+        stage_dir: folder for finished stages; None: `NAME.stages` beside the image.
     """
     if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: expected a name that ends in .png, which holds the metadata.")
+        raise ValueError(f"--out {out}: expected a file name that ends in .png, because the metadata needs a PNG.")
     if strength is not None and (image is None or not 0 < strength <= 1):
-        raise ValueError(f"--strength {strength}: expected a number above 0 and up to 1, beside an --image to change.")
-    budget = None if memory is None else parse_bytes(memory)
-    given = None if image is None else open_picture(image, "--image")
-    if budget is not None:
-        return_freed_memory()  # or what a CPU holds is more than what tensors do
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _memory_told(), model.opened() as (pipe, _), bars() as shown_bars:
-        found = make_plan(pipe, request.size, **_asked(request), budget=budget)
-        show_plan(found, console)
+        raise ValueError(f"--strength {strength}: expected a number above 0 and up to 1, together with --image.")
+    memory_budget = None if memory is None else parse_bytes(memory)
+    start_image = None if image is None else open_image(image, "--image")
+    if memory_budget is not None:
+        return_freed_memory()  # otherwise the process holds more than its tensors on a CPU
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails early
+    stage_dir = stage_dir or out.with_suffix(".stages")
+    with _explain_interruption(stage_dir), _explain_out_of_memory(), options.open() as (pipe, _), show() as display:
+        plan = plan_request(pipe, request, memory_budget=memory_budget)
+        print_plan(plan, console)
         result = generate(
             pipe,
             **vars(request),
-            plan=found,
-            image=given,
+            plan=plan,
+            image=start_image,
             strength=strength,
-            control=None if control is None else _control(pipe, *control),
-            keep=keep or out.with_suffix(".stages"),
-            report=_Bars(shown_bars),
+            control=None if control is None else control.open(pipe),
+            stage_dir=stage_dir,
+            progress=display.update,
         )
-    made_with = {"model": model.model, "adapter": model.adapter, "mixer": model.mixer}
-    aside = out.with_suffix(".partial")
-    result.save(aside, **made_with)
-    aside.replace(out)
-    if result.resumed:
-        console.print(f"Went on after {result.resumed} of {len(result.stages)} stages, which were there already.")
+    with atomic_path(out) as partial:
+        result.save(partial, model=options.model, adapter=options.adapter, mixer=options.mixer)
+    if result.restored_stages:
+        console.print(f"Resumed after {result.restored_stages} of {len(result.stages)} stages, restored from files.")
+    console.print(f"Image: {out.resolve()}", soft_wrap=True)
     return result
 
 
-class _Bars:
-    """A bar for every part of the work, made when it begins."""
-
-    def __init__(self, bars: Any) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.bars.add_task(what, total=total)
-        self.bars.update(self.tasks[what], completed=done)
-
-
-def _control(pipe: Any, source: str, picture: Path, scale: float) -> Control:
-    from diffusers import ControlNetModel
-
-    seen = torch.from_numpy(np.asarray(open_picture(picture, "--control-image")).copy())
-    pixels = seen.permute(2, 0, 1)[None] / 255
-    network = ControlNetModel.from_pretrained(source, dtype=pipe.unet.dtype).to(pipe.unet.device)
-    return Control(network.requires_grad_(False).eval(), pixels.to(pipe.unet.device), scale)
-
-
 @contextmanager
-def _memory_told() -> Iterator[None]:
-    """Too little memory is one sentence."""
+def _explain_out_of_memory() -> Iterator[None]:
+    """Report an out-of-memory error as one line that says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(
-            "The memory was not enough. Give --memory what there is, and savings are chosen so that it holds; finished "
-            "stages are kept."
+            "Out of memory. Pass --memory with the available amount, so that savings are chosen with which the image "
+            "fits; finished stages are kept."
         ) from error
+
+
+@contextmanager
+def _explain_interruption(stage_dir: Path) -> Iterator[None]:
+    """Add to an interruption what was saved and how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        number = interruption.signal_number if isinstance(interruption, Interrupted) else signal.SIGINT
+        count = len(list(stage_dir.glob("*.safetensors")))
+        saved = "No stage was finished." if count == 0 else f"Finished stages are kept in {stage_dir}."
+        message = f"Interrupted. {saved} Start the same command again to {'resume' if count else 'generate the image'}."
+        raise Interrupted(message, number) from None

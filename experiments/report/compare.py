@@ -1,184 +1,227 @@
-"""Two runs beside each other: the rows that both have, paired by seed."""
+"""Two runs side by side: the rows that both have, paired by seed and image."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rich.markup
 import rich.table
 
+from experiments.ablation.description import VariantDescription
+from experiments.core.files import write_text
+from experiments.core.statistics import Interval, holm, interval_over_seeds, log_ratios
 from experiments.evaluate.protocol import FILE, differences
-from experiments.report.effects import seeds_of
+from experiments.report.effects import SIGNIFICANCE
+from experiments.report.errors import errors_by_seed
 from experiments.report.html import render
-from experiments.report.records import Run, Variant, load_run
-from experiments.report.statistics import Interval, bootstrap, log_ratios
-from experiments.report.tables import Entry, Row, Table, markdown, number
+from experiments.report.run_files import DESIGN_FIELDS, RunRecord, load_run
+from experiments.report.tables import ReportTable, TableCell, TableRow, format_number, markdown
 
 
 @dataclass(frozen=True)
-class Change:
-    """A row's error at a size in the second run over that in the first, seed by seed."""
+class ErrorChange:
+    """A row's error at a size in the second run over that in the first, seed by seed and image by image.
+
+    Attributes:
+        label, size: of the row.
+        first, second: mean errors.
+        ratio: second over first.
+        adjusted_p: p-value after Holm's correction for all changes of the comparison.
+    """
 
     label: str
     size: int
     first: float
     second: float
     ratio: Interval
+    adjusted_p: float = math.nan
+
+    @property
+    def significant(self) -> bool:
+        """Whether the change is distinguishable from noise."""
+        return self.adjusted_p < SIGNIFICANCE
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs, named after their folders, share, and what only one of them has."""
+    """What two runs, named after their folders, share, and what only one of them has.
+
+    Attributes:
+        names: of the runs.
+        changes: of the shared rows.
+        unshared: labels of the rows that only one run has, for each run.
+        redefined: sentences about rows of one name that are not the same in both.
+    """
 
     names: tuple[str, str]
-    changes: list[Change]
-    alone: tuple[list[str], list[str]]
-    unlike: list[str]
+    changes: list[ErrorChange]
+    unshared: tuple[list[str], list[str]]
+    redefined: list[str]
 
     @property
     def notes(self) -> list[str]:
-        """Which rows only one has, and which are not of the same thing in both."""
-        pairs = zip(self.names, self.alone, strict=True)
-        return [*self.unlike, *(f"Only in {name}: {', '.join(rows)}." for name, rows in pairs if rows)]
+        """Sentences about what cannot be compared."""
+        pairs = zip(self.names, self.unshared, strict=True)
+        return [*self.redefined, *(f"Only in {name}: {', '.join(rows)}." for name, rows in pairs if rows)]
 
 
-def compare(first: Path, second: Path) -> Comparison:
+def compare_runs(first: Path, second: Path) -> Comparison:
     """Compare the errors to the teacher of two runs of one protocol.
 
     Raises:
-        ValueError: a folder is no run's; the runs were measured by different protocols, whose differences are named;
+        ValueError: a folder is not a run's; the runs were measured by different protocols, whose differences are named;
             or they share no finished row and seed.
     """
-    one, two = load_run(first), load_run(second)
-    _same_protocol(first, second)
-    mine, theirs = ({v.name: v for v in run.variants} for run in (one, two))
-    changes = [change for n, v in mine.items() if n in theirs for change in _changes(one, two, v, theirs[n])]
+    runs = (load_run(first), load_run(second))
+    _check_protocols(first, second)
+    old = {variant.name: variant for variant in runs[0].variants}
+    new = {variant.name: variant for variant in runs[1].variants}
+    shared = [(variant, new[name]) for name, variant in old.items() if name in new]
+    changes = [change for before, after in shared for change in _changes(*runs, before, after)]
     if not changes:
-        raise ValueError(f"Nothing to compare: {first} and {second} share no variant with a finished cell of one seed.")
-    alone = [v.label for n, v in mine.items() if n not in theirs], [v.label for n, v in theirs.items() if n not in mine]
-    names = (first.resolve().name, second.resolve().name)
-    unlike = [told for n, v in mine.items() if n in theirs for told in _unlike(one, two, v, theirs[n])]
-    return Comparison(names if names[0] != names[1] else (str(first), str(second)), changes, alone, unlike)
-
-
-def as_table(found: Comparison) -> Table:
-    """A row a variant and size."""
-    first, second = found.names
-    rows = [
-        Row(
-            change.label,
-            [
-                Entry(f"{change.size} px", change.size),
-                *(Entry(number(value), value) for value in (change.first, change.second)),
-                Entry.of_ratio(change.ratio),
-                Entry(str(change.ratio.seeds), change.ratio.seeds),
-            ],
+        raise ValueError(
+            f"Nothing to compare: {first} and {second} share no variant with a finished cell of the same seed."
         )
-        for change in found.changes
-    ]
-    return Table(["Variant", "Size", first, second, f"{second} ÷ {first}", "Seeds"], rows)
-
-
-def for_terminal(found: Comparison) -> rich.table.Table:
-    """The same for a terminal."""
-    table = as_table(found)
-    shown = rich.table.Table(*(rich.markup.escape(c) for c in table.columns), title="Error to the teacher")
-    for row in table.rows:
-        shown.add_row(*(rich.markup.escape(text) for text in (row.label, *(e.text for e in row.entries))))
-    return shown
-
-
-def summary(found: Comparison) -> str:
-    """How many rows changed beyond chance, and which most."""
-    first, second = found.names
-    marked = [c for c in found.changes if c.ratio.excludes(1.0)]
-    higher = sum(c.ratio.low > 1 for c in marked)
-    told = (
-        f"Of {len(found.changes)} rows and sizes, {len(marked) - higher} have a lower error to the teacher in {second} "
+    adjusted = holm([change.ratio.p_value for change in changes])
+    changes = [replace(change, adjusted_p=p) for change, p in zip(changes, adjusted, strict=True)]
+    names = (first.resolve().name, second.resolve().name)
+    return Comparison(
+        names=names if names[0] != names[1] else (str(first), str(second)),
+        changes=changes,
+        unshared=(
+            [v.label for name, v in old.items() if name not in new],
+            [v.label for name, v in new.items() if name not in old],
+        ),
+        redefined=[sentence for before, after in shared for sentence in _redefined(*runs, before, after)],
     )
-    told += f"than in {first} beyond chance, and {higher} a higher one."
-    if marked:
-        most = max(marked, key=lambda c: abs(math.log(c.ratio.mean)) if c.ratio.mean > 0 else math.inf)
-        told += f" The largest: {most.label} at {most.size} px, {Entry.of_ratio(most.ratio).text}."
-    seeds = min(c.ratio.seeds for c in found.changes)
-    if seeds < 3:
-        told += f" Some rows share only {seeds} seed{'s' * (seeds > 1)}: too few to tell a change from chance."
-    return told
+
+
+def comparison_table(comparison: Comparison) -> ReportTable:
+    """Return a row for each variant and size."""
+    first, second = comparison.names
+    rows = []
+    for change in comparison.changes:
+        mark = ("▲ " if change.ratio.mean > 1 else "▼ ") if change.significant else ""
+        cells = [
+            TableCell(f"{change.size} px", change.size),
+            TableCell(format_number(change.first), change.first),
+            TableCell(format_number(change.second), change.second),
+            TableCell.of_interval(change.ratio, mark),
+            TableCell(str(change.ratio.count), change.ratio.count),
+        ]
+        rows.append(TableRow(change.label, cells))
+    return ReportTable(["Variant", "Size", first, second, f"{second} ÷ {first}", "Seeds"], rows)
+
+
+def terminal_table(comparison: Comparison) -> rich.table.Table:
+    """Return the same table for a terminal."""
+    table = comparison_table(comparison)
+    columns = [rich.markup.escape(column) for column in table.columns]
+    terminal = rich.table.Table(*columns, title="Error to the teacher")
+    for row in table.rows:
+        terminal.add_row(*(rich.markup.escape(text) for text in (row.label, *(cell.text for cell in row.cells))))
+    return terminal
+
+
+def summarize_comparison(comparison: Comparison) -> str:
+    """Say how many rows changed beyond noise, and which one most."""
+    first, second = comparison.names
+    significant = [change for change in comparison.changes if change.significant]
+    higher = sum(change.ratio.mean > 1 for change in significant)
+    summary = (
+        f"Of {len(comparison.changes)} rows and sizes, {len(significant) - higher} have a lower error to the teacher "
+        f"in {second} than in {first} beyond noise, and {higher} a higher one."
+    )
+    if significant:
+        most = max(significant, key=lambda change: abs(math.log(change.ratio.mean)) if change.ratio.mean > 0 else 0)
+        summary += f" The largest change: {most.label} at {most.size} px, {TableCell.of_interval(most.ratio).text}."
+    seeds = min(change.ratio.count for change in comparison.changes)
+    if seeds == 1:
+        summary += " Some rows share a single seed, which gives no interval."
+    elif seeds == 2:
+        summary += " Some rows share only 2 seeds, whose intervals are wide."
+    return summary
 
 
 NOTE = (
-    "Error to the teacher, means over the seeds that both runs have; their ratio, seed by seed, with its 95 % "
-    "bootstrap interval over seeds; ▼ lower and ▲ higher where the interval excludes 1."
+    "Error to the teacher, relative to its mean square, as a mean over the seeds that both runs have; the ratio is a "
+    "geometric mean over seeds and images with its 95 % t interval; ▼ lower and ▲ higher if p < 0.05 after Holm's "
+    "correction for the number of comparisons."
 )
 
 
-def as_markdown(found: Comparison) -> str:
-    """For a repository."""
-    title = f"# {found.names[1]} against {found.names[0]}"
-    return "\n\n".join([title, summary(found), NOTE, markdown(as_table(found)).strip(), *found.notes]) + "\n"
+def as_markdown(comparison: Comparison) -> str:
+    """Return the comparison in Markdown."""
+    title = f"# {comparison.names[1]} against {comparison.names[0]}"
+    table = markdown(comparison_table(comparison)).strip()
+    return "\n\n".join([title, summarize_comparison(comparison), NOTE, table, *comparison.notes]) + "\n"
 
 
-def as_html(found: Comparison) -> str:
-    """A page that sorts and filters, in the report's dress."""
-    title = f"{found.names[1]} against {found.names[0]}"
-    table = as_table(found)
-    return render("compare.html.j2", title=title, table=table, summary=summary(found), note=NOTE, alone=found.notes)
+def as_html(comparison: Comparison) -> str:
+    """Return a self-contained page that sorts and filters."""
+    return render(
+        "compare.html.j2",
+        title=f"{comparison.names[1]} against {comparison.names[0]}",
+        table=comparison_table(comparison),
+        summary=summarize_comparison(comparison),
+        note=NOTE,
+        notes=comparison.notes,
+    )
 
 
-def write(found: Comparison, path: Path) -> None:
-    """The page as HTML or Markdown, by the ending of the file's name.
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page as HTML or Markdown, by the suffix of the file's name.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another suffix.
     """
-    forms = {".html": as_html, ".md": as_markdown}
-    if path.suffix not in forms:
-        raise ValueError(f"Cannot write {path}: a comparison is a page, .html or .md; got the ending {path.suffix!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(forms[path.suffix](found), encoding="utf-8")
+    writers = {".html": as_html, ".md": as_markdown}
+    if path.suffix not in writers:
+        raise ValueError(f"Cannot write {path}: expected a name that ends in .html or .md, got {path.suffix!r}.")
+    write_text(path, writers[path.suffix](comparison))
 
 
-def _changes(one: Run, two: Run, before: Variant, after: Variant) -> list[Change]:
-    found = []
+def _changes(
+    one: RunRecord, two: RunRecord, before: VariantDescription, after: VariantDescription
+) -> list[ErrorChange]:
+    changes: list[ErrorChange] = []
     for size in sorted(set(one.sizes) & set(two.sizes)):
-        first, second = seeds_of(one, before, size), seeds_of(two, after, size)
-        ratios = log_ratios(second, first)
-        if ratios and not before.untouched:
-            old, new = (sum(values[s] for s in ratios) / len(ratios) for values in (first, second))
-            found.append(Change(before.label, size, old, new, bootstrap(list(ratios.values())).exp()))
-    return found
+        first = errors_by_seed(one, before, size)
+        second = errors_by_seed(two, after, size)
+        logs = log_ratios(second, first)
+        if logs and not before.untouched:
+            means = [sum(errors[seed].mean() for seed in logs) / len(logs) for errors in (first, second)]
+            changes.append(ErrorChange(before.label, size, means[0], means[1], interval_over_seeds(logs).exp()))
+    return changes
 
 
-def _unlike(one: Run, two: Run, before: Variant, after: Variant) -> list[str]:
+def _redefined(one: RunRecord, two: RunRecord, before: VariantDescription, after: VariantDescription) -> list[str]:
     """What two rows of one name differ in, themselves or in how they were distilled."""
-    old, new = (
-        {
-            **{f: getattr(v, f) for f in Variant.DESIGN},
-            "distillation": v.distillation or run.protocol.get("distillation"),
-        }
-        for run, v in ((one, before), (two, after))
-    )
-    if before.untouched or old == new:
+    designs = []
+    for run, variant in ((one, before), (two, after)):
+        design = {field: getattr(variant, field) for field in DESIGN_FIELDS if field != "distillation"}
+        own = variant.distillation.model_dump(mode="json") if variant.distillation else None
+        designs.append({**design, "distillation": own or run.description.protocol.get("distillation")})
+    if before.untouched or designs[0] == designs[1]:
         return []
-    told = differences(old, new)
-    more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
-    return [f"“{before.label}” is not the same in both: from the first to the second, {'; '.join(told[:3])}{more}."]
+    clauses = differences(*designs)
+    more = f"; and {len(clauses) - 3} more" if len(clauses) > 3 else ""
+    return [f"“{before.label}” is not the same in both: from the first to the second, {'; '.join(clauses[:3])}{more}."]
 
 
-def _same_protocol(first: Path, second: Path) -> None:
-    """Runs older than protocols have none, and are compared by what they say."""
-    found = []
+def _check_protocols(first: Path, second: Path) -> None:
+    protocols = []
     for directory in (first, second):
         path = directory / FILE
         try:
-            found.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+            protocols.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the protocol {path}: {error}.") from error
-    if all(found) and found[0].get("hash") != found[1].get("hash"):
+    if all(protocols) and protocols[0].get("hash") != protocols[1].get("hash"):
         raise ValueError(
             f"{first} and {second} were measured by different protocols: from the first to the second, "
-            f"{'; '.join(differences(*found)[:4])}. Numbers of two protocols are not compared."
+            f"{'; '.join(differences(*protocols)[:4])}. Numbers of two protocols cannot be compared."
         )

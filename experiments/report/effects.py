@@ -1,4 +1,9 @@
-"""What a factor of the design does to the error: rows that differ in it alone, compared seed by seed."""
+"""What a factor of the design does to the error: rows that differ in it alone, compared seed by seed, image by image.
+
+The pairs of rows are fixed by the grid, before anything is measured. A pair with an unfinished or failed row makes its
+effect incomplete; it is never left out for its outcome. Normalized and unnormalized rows are never pooled: the effect
+of causality is one of normalized rows, and another one of unnormalized rows.
+"""
 
 from __future__ import annotations
 
@@ -9,195 +14,266 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from experiments.report.records import Run, Variant
-from experiments.report.statistics import Interval, bootstrap, log_ratios, mean_by_seed
+import numpy as np
+from numpy.typing import NDArray
 
-METRIC = "relative_error_to_teacher"
+from experiments.ablation.description import VariantDescription
+from experiments.core.statistics import Interval, holm, interval_over_seeds
+from experiments.report.errors import log_ratios_of
+from experiments.report.run_files import DESIGN_FIELDS, RunRecord
+
+CONTROL = "control"
+SIGNIFICANCE = 0.05
+"""Largest p-value, after Holm's correction, of an effect that counts as distinguishable from noise."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A switch of the design, and the value that the others are compared with."""
+    """A switch of the design, two of whose values are compared.
+
+    Attributes:
+        name: as claims name it.
+        field: of a variant, that is the factor.
+        value, reference: of the field.
+        above, below: the same for readers.
+        within: (field, value) that both rows must have; None: any.
+    """
 
     name: str
     field: str
+    value: Any
     reference: Any
-    values: dict[Any, str]
+    above: str
+    below: str
+    within: tuple[str, str] | None = None
+
+    @property
+    def rows(self) -> str:
+        """Which rows both must be, for readers: "normalized", "unnormalized"; empty if any."""
+        return self.within[1].replace("not normalized", "unnormalized") if self.within else ""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it compares a control with a mixer."""
+        return self.name == CONTROL
+
+
+def _causality(value: str, reference: str, level: str) -> Factor:
+    readable = {"causal": "causal", "bidirectional": "bidirectional", "noncausal": "non-causal"}
+    return Factor(
+        "causality", "causality", value, reference, readable[value], readable[reference], ("normalization", level)
+    )
 
 
 FACTORS = (
-    Factor("normalisation", "normalize", True, {False: "not normalised"}),
-    Factor("causality", "causality", "noncausal", {"causal": "causal", "bidirectional": "bidirectional"}),
-    Factor("causality", "causality", "causal", {"bidirectional": "bidirectional over causal"}),
+    Factor("normalization", "normalization", "not normalized", "normalized", "not normalized", "normalized"),
+    Factor("bounded sum", "normalization", "not normalized", "mean scale", "not normalized", 'scale="mean"'),
+    Factor("normalized rows", "normalization", "mean scale", "normalized", 'scale="mean"', "normalized"),
+    *(
+        _causality(value, reference, level)
+        for level in ("normalized", "mean scale", "not normalized")
+        for value, reference in (("causal", "noncausal"), ("bidirectional", "noncausal"), ("bidirectional", "causal"))
+    ),
 )
-TOLD = {True: "normalised", False: "not normalised", "noncausal": "non-causal"}
-SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalize": "normalisation"}
+"""Normalization as a whole, and its two parts: that sums are bounded, and that each row sums to 1."""
+READABLE = {"noncausal": "non-causal"}
+SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalization": "normalization"}
 """What an effect may depend on."""
-OTHERS = {
-    "options": "an option of the mixer",
+OTHER_FIELDS = {
+    "other_options": "an option of the mixer",
     "select": "the choice of sites",
-    "min_tokens": "the least number of tokens",
+    "min_tokens": "the minimum number of tokens",
     "distillation": "the distillation",
 }
-"""What else rows may differ in: each is compared with the reference row where it differs in that alone."""
-ZEROS = 1.0
-"""Error of a prediction of zeros. What a factor does to a row that is as wrong as that is nothing."""
+"""What else rows may differ in: each is compared with the reference row if it differs in that alone."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row, the one that it is compared with, and the log ratio of their errors by seed, at one size."""
+    """Two rows that differ in one factor, and the log ratios of their errors (images,) by seed, at one size."""
 
-    above: Variant
-    below: Variant
-    logs: Mapping[int, float]
+    above: VariantDescription
+    below: VariantDescription
+    logs: Mapping[int, NDArray[np.float64]]
 
-    @property
+    @cached_property
     def ratio(self) -> Interval:
-        """Of the errors."""
-        return bootstrap(list(self.logs.values())).exp()
+        """Ratio of the errors, as a geometric mean over seeds and images."""
+        return interval_over_seeds(self.logs).exp()
 
     def values(self, fields: Iterable[str]) -> tuple[Any, ...]:
-        """Of other factors, which both rows share."""
+        """Return the values of other factors, which both rows share."""
         return tuple(getattr(self.below, field) for field in fields)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The error with a factor at one value over the error at its reference, everything else alike.
+    """The error with a factor at one value over the error at its reference, everything else alike, at one size.
 
     Attributes:
-        factor, value: as claims name them.
-        field: the variants' field that is the factor.
-        above, below: value and reference for readers.
-        pairs: of rows that differ in the factor alone, and whose reference is nearer to the teacher than zeros are.
-        hopeless: how many more pairs there are, whose reference is not.
+        factor: what differs.
+        size: side of the images in pixels.
+        pairs: all pairs of the grid that are measured.
+        planned: how many pairs the grid has.
+        seeds: how many seeds the grid has.
+        adjusted_p: p-value after Holm's correction for all effects of the report; NaN for a single seed.
     """
 
-    factor: str
-    value: str
-    field: str
-    above: str
-    below: str
+    factor: Factor
     size: int
     pairs: tuple[Pair, ...]
-    hopeless: int = 0
+    planned: int
+    seeds: int = 0
+    adjusted_p: float = math.nan
 
     @cached_property
     def ratio(self) -> Interval:
-        """Geometric mean over pairs of rows, with its interval over seeds; 1 is no effect."""
-        return bootstrap(mean_by_seed([p.logs for p in self.pairs])).exp()
+        """Geometric mean over pairs, seeds and images, with its 95 % interval over seeds and images; 1 is no effect."""
+        shared = sorted(set.intersection(*(set(pair.logs) for pair in self.pairs)))
+        images = min(len(pair.logs[seed]) for pair in self.pairs for seed in shared) if shared else 0
+        if not images:
+            return Interval(math.nan, math.nan, math.nan, 0)
+        return interval_over_seeds(
+            {seed: np.mean([pair.logs[seed][:images] for pair in self.pairs], axis=0) for seed in shared}
+        ).exp()
 
     @property
-    def marked(self) -> bool:
-        """Whether the interval excludes no effect."""
-        return self.ratio.excludes(1.0)
+    def name(self) -> str:
+        """ "not normalized ÷ normalized", with the level of normalization if the effect is of one."""
+        within = f" ({self.factor.rows} rows)" if self.factor.within else ""
+        return f"{self.factor.above} ÷ {self.factor.below}{within}"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair of the grid is measured with every seed."""
+        return len(self.pairs) == self.planned and all(len(pair.logs) >= self.seeds for pair in self.pairs)
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is distinguishable from noise after correction for the number of comparisons."""
+        return self.adjusted_p < SIGNIFICANCE
 
     def parts(self, *fields: str) -> dict[tuple[Any, ...], Effect]:
-        """The effect among the rows of each combination of values of other factors."""
-        keys = list(dict.fromkeys(p.values(fields) for p in self.pairs))
-        return {k: replace(self, pairs=tuple(p for p in self.pairs if p.values(fields) == k)) for k in keys}
+        """Return the effect among the rows of each combination of values of other factors."""
+        keys = list(dict.fromkeys(pair.values(fields) for pair in self.pairs))
+        groups = {key: tuple(pair for pair in self.pairs if pair.values(fields) == key) for key in keys}
+        return {key: replace(self, pairs=pairs, planned=len(pairs)) for key, pairs in groups.items()}
 
-    def among(self, field: str) -> dict[Any, Effect]:
-        """The effect among the rows of each value of another factor; nothing where there is only one."""
-        found = {value: part for (value,), part in self.parts(field).items()}
-        return {} if field == self.field or len(found) < 2 else found
+    def split_by(self, field: str) -> dict[Any, Effect]:
+        """Return the effect among the rows of each value of another factor; nothing if there is only one value."""
+        parts = {value: part for (value,), part in self.parts(field).items()}
+        return {} if field == self.factor.field or len(parts) < 2 else parts
 
     @cached_property
     def depends(self) -> str | None:
-        """The field among whose values the effect goes both ways, each beyond chance; None if no field is that.
+        """The field among whose values the effect has opposite signs, each beyond its interval; None if there is none.
 
-        A mean over such rows is no answer. One seed knows no chance: there any two sides count.
+        A mean over such rows answers nothing. With a single seed, any two opposite signs count.
         """
         opposed = {}
         for field in SPLITS:
-            parts = [e.ratio for e in self.among(field).values()]
-            means = [r.mean for r in parts if r.excludes(1.0) or (r.seeds < 2 and math.isfinite(r.mean))]
+            ratios = [effect.ratio for effect in self.split_by(field).values()]
+            means = [r.mean for r in ratios if r.excludes(1.0) or (not r.has_bounds and math.isfinite(r.mean))]
             if means and 0 < min(means) < 1 < max(means):
                 opposed[field] = max(means) / min(means)
         return max(opposed, key=lambda field: opposed[field]) if opposed else None
 
 
-def effects(run: Run) -> list[Effect]:
-    """Every factor's effect at every size: normalisation, causality, the mixer, and whatever else rows differ in."""
-    found = []
-    for factor in (*FACTORS, *_families(run)):
-        for value, told in factor.values.items():
-            matched = list(_pairs(run, factor, value))
-            for size in run.sizes:
-                effect = _effect(run, factor, value, told, matched, size)
-                found += [effect] if effect else []
-    for variant, reference, field in _others(run):
-        other = Factor(OTHERS[field], field, None, {})
-        for size in run.sizes:
-            effect = _effect(run, other, variant.name, variant.name, [(variant, reference)], size)
-            found += [replace(effect, above=variant.label, below=reference.label)] if effect else []
-    return found
+def compute_effects(run: RunRecord) -> list[Effect]:
+    """Compute every factor's effect at every size, with p-values corrected for their number.
+
+    Factors are normalization and its parts, causality, the mixer, and whatever else rows differ in.
+    """
+    planned = [(factor, list(_pairs(run, factor))) for factor in (*FACTORS, *_mixer_factors(run))]
+    planned += [*_other_factors(run), *_planned_comparisons(run)]
+    effects = [
+        effect
+        for factor, pairs in planned
+        if pairs
+        for size in run.sizes
+        if (effect := _effect(run, factor, pairs, size)) is not None
+    ]
+    adjusted = holm([effect.ratio.p_value for effect in effects])
+    return [replace(effect, adjusted_p=p) for effect, p in zip(effects, adjusted, strict=True)]
 
 
-def seeds_of(run: Run, variant: Variant, size: int, metric: str = METRIC) -> dict[int, float]:
-    """A metric of a variant's finished cells by seed."""
-    cells = run.done(variant.name)
-    return {c.seed: getattr(c.fidelity[size], metric) for c in cells if c.seed is not None and size in c.fidelity}
-
-
-def against(run: Run, variant: Variant, reference: Variant, size: int) -> Interval | None:
-    """The row's error over the reference row's, seed by seed; None where they share no seed."""
-    ratios = log_ratios(seeds_of(run, variant, size), seeds_of(run, reference, size))
-    return bootstrap(list(ratios.values())).exp() if ratios else None
-
-
-def reads(run: Run, value: Any) -> str:
-    """A factor's value as readers know it."""
-    return TOLD.get(value) or run.mixers.get(value) or str(value)
+def readable(run: RunRecord, value: Any) -> str:
+    """Return a factor's value as readers know it."""
+    return READABLE.get(value) or run.mixer_labels.get(value) or str(value)
 
 
 def _effect(
-    run: Run, factor: Factor, value: Any, told: str, matched: list[tuple[Variant, Variant]], size: int
+    run: RunRecord, factor: Factor, pairs: list[tuple[VariantDescription, VariantDescription]], size: int
 ) -> Effect | None:
-    pairs = [Pair(*v, log_ratios(seeds_of(run, v[0], size), seeds_of(run, v[1], size))) for v in matched]
-    most = max((len(p.logs) for p in pairs), default=0)
-    pairs = [p for p in pairs if p.logs and len(p.logs) == most]  # unfinished pairs would cost seeds
-    sound = [p for p in pairs if _mean(seeds_of(run, p.below, size)) < ZEROS]
-    if not mean_by_seed([p.logs for p in sound]):
+    measured = [Pair(above, below, log_ratios_of(run, above, below, size)) for above, below in pairs]
+    measured = [pair for pair in measured if pair.logs]
+    if not measured:
         return None
-    names = reads(run, value), reads(run, factor.reference)
-    return Effect(factor.name, told, factor.field, *names, size, tuple(sound), len(pairs) - len(sound))
+    effect = Effect(factor, size, tuple(measured), len(pairs), len(run.description.seeds))
+    return effect if effect.ratio.count else None
 
 
-def _pairs(run: Run, factor: Factor, value: Any) -> Iterator[tuple[Variant, Variant]]:
-    """Rows that differ in the factor alone."""
-    trained = [v for v in run.variants if not v.untouched]
-    references = {_key(v, factor): v for v in trained if getattr(v, factor.field) == factor.reference}
-    for variant in trained:
-        below = references.get(_key(variant, factor))
-        if below is not None and getattr(variant, factor.field) == value:
+def _pairs(run: RunRecord, factor: Factor) -> Iterator[tuple[VariantDescription, VariantDescription]]:
+    """Rows of the grid that differ in the factor alone."""
+    rows = run.trained
+    if factor.within is not None:
+        field, level = factor.within
+        rows = [variant for variant in rows if getattr(variant, field) == level]
+    references = {_design(v, factor.field): v for v in rows if getattr(v, factor.field) == factor.reference}
+    for variant in rows:
+        below = references.get(_design(variant, factor.field))
+        if below is not None and getattr(variant, factor.field) == factor.value:
             yield variant, below
 
 
-def _others(run: Run) -> Iterator[tuple[Variant, Variant, str]]:
-    """Rows that differ from the reference row in one field alone that is no factor of its own; both, and the field."""
+def _design(variant: VariantDescription, without: str) -> str:
+    parts = [getattr(variant, field) for field in DESIGN_FIELDS if field != without]
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _mixer_factors(run: RunRecord) -> list[Factor]:
+    """Mixers against that of the reference row."""
+    order = list(dict.fromkeys(variant.mixer for variant in run.trained))
+    if len(order) < 2 or run.reference is None:
+        return []
+    first = run.reference.mixer
+    controls = {variant.mixer for variant in run.trained if variant.control is not None}
+    return [
+        Factor(
+            CONTROL if mixer in controls else "mixer",
+            "mixer",
+            mixer,
+            first,
+            readable(run, mixer),
+            readable(run, first),
+        )
+        for mixer in order
+        if mixer != first
+    ]
+
+
+def _planned_comparisons(
+    run: RunRecord,
+) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
+    """Pairs of rows that the grid names."""
+    rows = {variant.name: variant for variant in run.trained}
+    for planned in run.description.comparisons:
+        above = rows.get(planned.above)
+        below = rows.get(planned.below)
+        if above is not None and below is not None:
+            factor = Factor(planned.name, "name", above.name, below.name, above.label, below.label)
+            yield factor, [(above, below)]
+
+
+def _other_factors(run: RunRecord) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
+    """Rows that differ from the reference row in one field alone that is no factor of its own."""
     reference = run.reference
     if reference is None:
         return
-    for variant in (v for v in run.variants if not v.untouched):
-        differing = [f for f in Variant.DESIGN if getattr(variant, f) != getattr(reference, f)]
-        if len(differing) == 1 and differing[0] in OTHERS:
-            yield variant, reference, differing[0]
-
-
-def _mean(values: Mapping[int, float]) -> float:
-    return math.fsum(values.values()) / len(values)
-
-
-def _key(variant: Variant, factor: Factor) -> str:
-    return json.dumps([getattr(variant, f) for f in Variant.DESIGN if f != factor.field], sort_keys=True, default=str)
-
-
-def _families(run: Run) -> list[Factor]:
-    """Mixers against that of the reference row."""
-    order = list(dict.fromkeys(str(v.mixer) for v in run.variants if not v.untouched))
-    if len(order) < 2 or run.reference is None:
-        return []
-    first = str(run.reference.mixer)
-    return [Factor("mixer", "mixer", first, {mixer: mixer for mixer in order if mixer != first})]
+    for variant in run.trained:
+        differing = [field for field in DESIGN_FIELDS if getattr(variant, field) != getattr(reference, field)]
+        if len(differing) == 1 and differing[0] in OTHER_FIELDS:
+            field = differing[0]
+            name = OTHER_FIELDS[field]
+            factor = Factor(name, field, variant.name, reference.name, variant.label, reference.label)
+            yield factor, [(variant, reference)]

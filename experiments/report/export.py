@@ -1,94 +1,112 @@
-"""The numbers for other programs: CSV and Parquet of every cell, LaTeX of the main table."""
+"""The numbers for other programs: CSV and Parquet of every cell and metric, LaTeX of the main table."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from experiments.report.records import Run, Variant
-from experiments.report.tables import METRICS, Table, best_row, over_seeds
+from experiments.ablation.description import VariantDescription
+from experiments.metrics import Metric, MetricRow
+from experiments.report.errors import METRIC
+from experiments.report.run_files import RunRecord
+from experiments.report.sections import reported_metrics
+from experiments.report.tables import ReportTable, best_row, summarize_fidelity
 
-COLUMNS = (
-    "kind",
-    "variant",
-    "label",
-    "causality",
-    "normalize",
-    "seed",
-    "seeds",
-    "size",
-    "height",
-    "width",
-    *METRICS,
-    "best",
-)
+IDENTITY = ("kind", "variant", "label", "causality", "normalization", "seed", "seeds", "metric")
 _LATEX = {"\\": r"\textbackslash{}", "×": r"$\times$", "÷": r"$\div$", "±": r"$\pm$", "–": "--", "▲": r"$\uparrow$"}
 _LATEX |= {"▼": r"$\downarrow$", "→": r"$\to$", "^": r"\^{}", "~": r"\~{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
-def write_numbers(run: Run, table: Table, directory: Path) -> None:
+def write_numbers(run: RunRecord, table: ReportTable, directory: Path) -> None:
     """Write results.csv, results.parquet and results.tex into `directory`."""
-    rows = results(run)
+    rows = list(result_rows(run))
+    columns = result_columns()
     with (directory / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    kinds = {name: pyarrow.float64() for name in METRICS} | dict.fromkeys(
-        ("seed", "seeds", "size", "height", "width"), pyarrow.int64()
-    )
-    kinds |= dict.fromkeys(("normalize", "best"), pyarrow.bool_())
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    schema = pyarrow.schema([(name, _arrow_type(name, rows)) for name in columns])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), directory / "results.parquet")
     (directory / "results.tex").write_text(latex(table), encoding="utf-8")
 
 
-def results(run: Run) -> list[dict[str, Any]]:
-    """A row a cell and size, unrounded, and one a variant and size with the means over seeds.
+def result_columns() -> list[str]:
+    """Return the columns: what a row is of, then the fields of all registered metrics' rows, then the best mark."""
+    fields = [field for metric in reported_metrics() for field in _fields(metric)]
+    return list(dict.fromkeys([*IDENTITY, *fields, "best"]))
 
-    `size` is the side of a square, none at other aspect ratios.
+
+def result_rows(run: RunRecord) -> Iterator[dict[str, Any]]:
+    """Iterate over all numbers: a row for each row of each metric of each cell, unrounded, and means of fidelity.
+
+    Means over seeds are of square held-out images.
     """
-    rows = []
     for variant in run.variants:
-        about = _about(variant)
         for cell in run.done(variant.name):
-            squares = [((size, size), found) for size, found in sorted(cell.fidelity.items())]
-            for (height, width), found in [*squares, *sorted(cell.shapes.items())]:
-                extent = {"size": height if height == width else None, "height": height, "width": width}
-                numbers = {m: getattr(found, m) for m in METRICS}
-                rows.append({"kind": "cell", **about, "seed": cell.seed, "seeds": 1, **extent, **numbers})
+            about = {"kind": "cell", **_about(variant), "seed": cell.seed, "seeds": 1}
+            for metric in reported_metrics():
+                for row in cell.rows(metric.name, metric.row):
+                    yield {**about, "metric": metric.name, **_values(metric, row)}
+    quantities = ("error_to_teacher", METRIC, "error_to_truth", "teacher_error_to_truth", "error_ratio")
     for size in run.sizes:
-        values = [over_seeds(run, v, size, "relative_error_to_teacher") for v in run.variants]
-        best = best_row(run, values)
-        for place, (variant, value) in enumerate(zip(run.variants, values, strict=True)):
-            if value is None:
+        best = best_row(run, [summarize_fidelity(run, v, size, METRIC) for v in run.variants])
+        for position, variant in enumerate(run.variants):
+            values = {q: summarize_fidelity(run, variant, size, q) for q in quantities}
+            main = values[METRIC]
+            if main is None:
                 continue
-            means = {m: over_seeds(run, variant, size, m) for m in METRICS}
-            numbers = {m: None if v is None else v.mean for m, v in means.items()}
-            extent = dict.fromkeys(("size", "height", "width"), size)
-            rows.append({"kind": "mean", **_about(variant), "seeds": value.seeds, **extent, **numbers})
-            rows[-1]["best"] = place == best
-    return rows
+            yield {
+                "kind": "mean",
+                **_about(variant),
+                "seeds": main.seeds,
+                "metric": "fidelity",
+                "size": size,
+                "height": size,
+                "width": size,
+                "split": "held_out",
+                **{q: None if value is None else value.mean for q, value in values.items()},
+                "best": position == best,
+            }
 
 
-def latex(table: Table) -> str:
-    """The main table for a paper, with booktabs; the best of a column is bold."""
+def latex(table: ReportTable) -> str:
+    """Return the main table for a paper, with booktabs; the best of a column is bold."""
     lines = [r"\begin{tabular}{ll" + "r" * (len(table.columns) - 2) + "}", r"\toprule"]
-    lines += [" & ".join(_escaped(c) for c in table.columns) + r" \\", r"\midrule"]
+    lines += [" & ".join(_escape(column) for column in table.columns) + r" \\", r"\midrule"]
     for row in table.rows:
-        texts = [_escaped(e.text) for e in row.entries]
-        texts = [rf"\textbf{{{t}}}" if e.best else t for t, e in zip(texts, row.entries, strict=True)]
-        lines.append(" & ".join([_escaped(row.label), *texts]) + r" \\")
+        texts = [_escape(cell.text) for cell in row.cells]
+        cells = [rf"\textbf{{{text}}}" if cell.best else text for text, cell in zip(texts, row.cells, strict=True)]
+        lines.append(" & ".join([_escape(row.label), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in text)
+def _escape(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def _about(variant: Variant) -> dict[str, Any]:
-    names = ("name", "label", "causality", "normalize")
-    return dict(zip(("variant", *names[1:]), (getattr(variant, n) for n in names), strict=True))
+def _about(variant: VariantDescription) -> dict[str, Any]:
+    fields = ("label", "causality", "normalization")
+    return {"variant": variant.name, **{field: getattr(variant, field) for field in fields}}
+
+
+def _fields(metric: type[Metric]) -> list[str]:
+    """Fields with single values; those with one per image stay in the cells' records."""
+    return [*metric.key_fields(), *(quantity.field for quantity in metric.quantities)]
+
+
+def _values(metric: type[Metric], row: MetricRow) -> dict[str, Any]:
+    return {field: getattr(row, field) for field in _fields(metric)}
+
+
+def _arrow_type(name: str, rows: list[dict[str, Any]]) -> pyarrow.DataType:
+    kinds = {type(row[name]) for row in rows if row.get(name) is not None}
+    if kinds == {bool}:
+        return pyarrow.bool_()
+    if kinds == {int}:
+        return pyarrow.int64()
+    return pyarrow.float64() if kinds and kinds <= {int, float} else pyarrow.string()

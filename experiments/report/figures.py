@@ -1,4 +1,4 @@
-"""The figures, as PNG and SVG files; each comes with a caption that says what to see."""
+"""All figures of a report, with captions and alternative texts; those of metrics come from the registry."""
 
 from __future__ import annotations
 
@@ -10,117 +10,143 @@ from pathlib import Path
 from matplotlib import rc_context
 from PIL import Image
 
-from experiments.report import curves, heat, pictures, points, style
+from experiments.core.figures import RC
+from experiments.metrics import HeatMap, LinePlot, Metric
+from experiments.report import effect_plots, heat_maps, image_grids, line_plots, style
 from experiments.report.effects import Effect
-from experiments.report.records import Run
+from experiments.report.run_files import RunRecord
+from experiments.report.sections import reported_metrics
 
-KEY = "Solid: normalised; dashed: not. Circle: non-causal; triangle: causal; diamond: bidirectional."
-BAND = f"{KEY} Line: mean over seeds; band: smallest to largest."
-GROWTH = "The number is the growth exponent over the three largest sizes: 1 is linear in tokens, 2 quadratic."
-
-
-Plan = tuple[str, str, Callable[[Path], bool], str, str]
-"""kind, name, what draws it, alt text, caption"""
+LEGEND = 'Dashed: not normalized; dash-dotted: scale="mean"; marker: causality.'
+BAND = f"{LEGEND} Band: smallest to largest over seeds, if there are several."
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A picture of the report."""
+class ReportFigure:
+    """A figure that was drawn.
 
-    kind: str
+    Attributes:
+        section: title of the section it belongs to.
+        path: of its PNG.
+        caption, alt: texts for readers.
+    """
+
+    section: str
     path: Path
     caption: str
     alt: str
 
     @property
     def width(self) -> int:
-        """In CSS pixels: letters as large as the page's small ones."""
+        """Width in CSS pixels at 96 per inch."""
         with Image.open(self.path) as image:
             return round(image.width * 96 / style.DPI)
 
 
-def draw_all(run: Run, found: list[Effect], directory: Path) -> list[Figure]:
-    """Draw every figure for which there is data into `directory`."""
+@dataclass(frozen=True)
+class _Plan:
+    section: str
+    name: str
+    draw: Callable[[Path], bool]
+    alt: str
+    caption: str
+
+
+def draw_figures(run: RunRecord, effects: list[Effect], directory: Path) -> list[ReportFigure]:
+    """Draw every figure for which there is data into `directory`, which is emptied of older ones."""
     directory.mkdir(parents=True, exist_ok=True)
     for old in (*directory.glob("*.png"), *directory.glob("*.svg")):
         old.unlink()
-    with rc_context(style.RC):
+    plans = [*_effect_figures(run, effects), *_metric_figures(run), *_image_figures(run)]
+    with rc_context(RC):
         return [
-            Figure(kind, directory / f"{name}.png", caption, alt)
-            for kind, name, draw, alt, caption in (*_numbers(run, found), *_pictures(run))
-            if draw(directory / f"{name}.png")
+            ReportFigure(plan.section, directory / f"{plan.name}.png", plan.caption, plan.alt)
+            for plan in plans
+            if plan.draw(directory / f"{plan.name}.png")
         ]
 
 
-def _numbers(run: Run, found: list[Effect]) -> Iterator[Plan]:
-    """Those that show numbers."""
-    flat = "A line that stays flat carries over to resolutions never trained on; one that rises does not."
-    yield (
-        *("effects", "effects", partial(points.effects, run, found), "Ratio of errors by factor and size"),
-        "What each factor does to the error to the teacher. Stroke: geometric mean over pairs of rows that differ in "
-        "it alone; bar: 95 % bootstrap interval over seeds; grey: the interval holds 1. Markers: the pairs; where they "
-        "lie on both sides of 1, the effect depends on the other factors.",
+def _effect_figures(run: RunRecord, effects: list[Effect]) -> Iterator[_Plan]:
+    yield _Plan(
+        "Factors",
+        "effects",
+        partial(effect_plots.plot_effects, run, effects),
+        "Ratio of errors by factor and size",
+        "Effect of each factor on the error to the teacher. Stroke: geometric mean over pairs of rows that differ in "
+        "it alone; bar: 95 % interval over seeds and images; gray: not distinguishable from noise after correction for "
+        "the number of comparisons. Markers: the pairs; if they lie on both sides of 1, the effect depends on the "
+        "other factors.",
     )
-    teacher, truth = "Error to the teacher", "Error to the truth over the teacher's own (1: as good as it)"
-    for name, metric, what in (
-        ("error_to_teacher", "relative_error_to_teacher", teacher),
-        ("error_ratio", "error_ratio", truth),
-    ):
-        draw = partial(curves.against_size, run, metric)
-        alt = f"{what} against resolution, one line per variant"
-        yield "error", name, draw, alt, f"{what} against resolution. {flat} {BAND}"
-    yield (
-        *("pareto", "pareto", partial(points.pareto, run), "Error against time and against state size"),
+    yield _Plan(
+        "Quality against cost",
+        "pareto",
+        partial(effect_plots.plot_pareto, run),
+        "Error against time and against state size",
         "Quality against cost: error at the largest size, and time and state of one forward pass at the largest size "
-        "timed. Down and left is better; nothing beats the rows on the grey steps in both.",
+        "timed. Down and left is better; no row beats those on the gray steps in both.",
     )
-    yield (
-        *("sites", "sites", partial(heat.sites, run), "Error of every site of the UNet, rows: variants"),
-        "Error of each self-attention layer's output in the student's own flow, from the way down (left) to the way up "
-        "(right); layers are named by block and place. Errors add up along the flow. 1 is as wrong as an output of "
-        "zeros; red: beyond it.",
+    yield _Plan(
+        "Training curves",
+        "training",
+        partial(line_plots.plot_training, run),
+        "Distillation loss against training step",
+        "Training curves, one line per seed, failed and unfinished cells included. If lines are still falling at the "
+        f"right edge, the comparison is of short training. Stages differ in what their loss is. {LEGEND}",
     )
-    yield (
-        *("timesteps", "timesteps", partial(heat.timesteps, run), "Error at every timestep, rows: variants"),
-        "Error to the teacher by timestep; at high timesteps the picture is nearly noise. Red: 1 and more, as wrong as "
-        "a prediction of zeros.",
-    )
-    yield (
-        *("training", "training", partial(curves.training, run), "Distillation loss against training step"),
-        "Training curves, one line per seed, failed and unfinished cells included. Lines that are still falling at the "
-        f"right edge mean that the comparison is of short training; stages differ in what their loss is. {KEY}",
-    )
-    for name, attribute, what in (
-        ("cost_time", "seconds", "Time"),
-        ("cost_memory", "peak_bytes", "Memory"),
-        ("cost_flops", "flops", "Operations"),
-    ):
-        yield (
-            *("cost", name, partial(curves.cost, run, attribute), f"{what} against the number of tokens"),
-            f"{what} of one UNet forward pass, batch 1. {GROWTH} At few tokens the rest of the network dominates. "
-            "What else ran on the machine is in its times, and not in operations.",
-        )
 
 
-def _pictures(run: Run) -> Iterator[Plan]:
-    """Those that show pictures and matrices."""
-    for size in run.sample_sizes:
-        seen = "the size trained on" if size == run.train_size else "a size never trained on"
-        yield (
-            *("samples", f"samples_{size}", partial(pictures.sample_grid, run, size)),
+def _metric_figures(run: RunRecord) -> Iterator[_Plan]:
+    for metric in reported_metrics():
+        for spec in metric.figures:
+            if isinstance(spec, LinePlot):
+                yield _line_plot(run, metric, spec)
+            elif isinstance(spec, HeatMap):
+                label = metric.quantity(spec.quantity).label
+                yield _Plan(
+                    metric.title,
+                    f"{metric.name}_{spec.quantity}",
+                    partial(heat_maps.plot_heat_map, run, metric, spec),
+                    f"{label[0].upper()}{label[1:]} by {spec.column}, rows: variants",
+                    spec.caption,
+                )
+
+
+def _line_plot(run: RunRecord, metric: type[Metric], spec: LinePlot) -> _Plan:
+    label = metric.quantity(spec.quantity).label
+    return _Plan(
+        metric.title,
+        f"{metric.name}_{spec.quantity}",
+        partial(line_plots.plot_metric, run, metric, spec),
+        f"{label[0].upper()}{label[1:]} against {spec.x_label}, one line per variant",
+        f"{spec.caption} {BAND}".strip(),
+    )
+
+
+def _image_figures(run: RunRecord) -> Iterator[_Plan]:
+    for size in sorted(run.description.sample_sizes):
+        trained = "the training size" if size == run.train_size else "a size that was not trained at"
+        yield _Plan(
+            "Samples",
+            f"samples_{size}",
+            partial(image_grids.plot_samples, run, size),
             f"Samples at {size} px, rows: variants, columns: prompts",
-            f"Samples at {size} px, {seen}: the teacher, then each variant with its first finished seed, from the same "
-            f"prompts and starting noise. A good mixer's row repeats the teacher's. {pictures.LICENCE}",
+            f"Samples at {size} px, {trained}: the teacher, then each variant's first finished seed, from the same "
+            f"prompts and starting noise. A good mixer's row repeats the teacher's. {image_grids.LICENSE}",
         )
-    yield (
-        *("matrices", "mixing_matrices", partial(pictures.matrices, run), "Mixing matrix of each variant"),
-        f"Mixing matrices: the weights with which one head mixes tokens of one {run.train_size} px image; row: the "
-        "token written, column: the token read, in raster order. Each panel has its own scale, white at 0; red is "
-        "positive, blue negative. A causal mixer leaves the upper triangle empty. The teacher's is what a student "
-        "should recover.",
+    yield _Plan(
+        "Mixing matrices and receptive fields",
+        "mixing_matrices",
+        partial(image_grids.plot_mixing_matrices, run),
+        "Mixing matrix of each variant",
+        f"Mixing matrices of one head for one {run.train_size} px image; row: the token that is written, column: the "
+        "token that is read, in raster order. Each panel has its own scale, white at 0; red is positive, blue "
+        "negative. A causal mixer leaves the upper triangle empty. The teacher's is what a student should recover.",
     )
-    yield (
-        *("matrices", "receptive_fields", partial(pictures.fields, run), "Receptive field of each variant"),
-        "Receptive fields: the share of weight by offset from the token that is written (centre), mean over tokens; "
-        "darker is more, each panel on its own scale.",
+    yield _Plan(
+        "Mixing matrices and receptive fields",
+        "receptive_fields",
+        partial(image_grids.plot_receptive_fields, run),
+        "Receptive field of each variant",
+        "Receptive fields: the share of weight by offset from the token that is written (center), as a mean over "
+        "tokens; darker is more, each panel on its own scale.",
     )

@@ -1,4 +1,4 @@
-"""Self-contained HTML: templates with their styles, script and pictures inline."""
+"""Self-contained HTML: templates with their styles, script and images inline."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from experiments.report.viewer import webp
+from experiments.report.sample_viewer import encode_webp
 
 
 def render(template: str, **values: Any) -> str:
-    """One of templates/, which needs no network."""
+    """Render one of templates/; the result needs no network."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -22,27 +22,32 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": _data_uri, "pretty": _pretty, "anchor": _anchor, "spread": _spread}
+    environment.filters |= {
+        "data_uri": _data_uri,
+        "pretty": _pretty,
+        "anchor": _anchor,
+        "split_spread": _split_spread,
+    }
     return environment.get_template(template).render(**values)
 
 
 def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    return "".join(letter if letter.isalnum() else "-" for letter in title.lower())
 
 
-def _spread(text: str) -> Markup:
+def _split_spread(text: str) -> Markup:
     """A value with its spread or interval on a line of its own."""
     for sign, first in ((" ± ", "± "), (" [", "[")):
-        value, found, rest = text.partition(sign)
-        if found:
+        value, separator, rest = text.partition(sign)
+        if separator:
             return escape(value) + Markup("<small>") + escape(first + rest) + Markup("</small>")
     return escape(text)
 
 
 def _data_uri(path: Path) -> str:
-    """As WebP, a third of the PNG's size or less: lossless where there are lines and letters alone."""
+    """As WebP, a third of the PNG's size or less; lossless if the figure consists of lines and letters."""
     with Image.open(path) as image:
-        return webp(image.convert("RGB"), lossless=path.with_suffix(".svg").is_file())
+        return encode_webp(image.convert("RGB"), lossless=path.with_suffix(".svg").is_file())
 
 
 def _pretty(value: Any) -> str:

@@ -4,121 +4,166 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.report.figures import Figure
-from experiments.report.finding import Finding
+from experiments.metrics import ValueTable
+from experiments.report.conclusions import Conclusions
+from experiments.report.controls import control_rows
+from experiments.report.figures import ReportFigure
 from experiments.report.html import render
-from experiments.report.pictures import LICENCE
-from experiments.report.records import Cell, Run
-from experiments.report.tables import SPREAD, Table, effects_table, markdown, picture_table, shape_table
-from experiments.report.viewer import samples
+from experiments.report.image_grids import LICENSE
+from experiments.report.metric_tables import metric_table
+from experiments.report.run_files import CellRecord, RunRecord
+from experiments.report.sample_viewer import collect_samples
+from experiments.report.sections import report_sections, reported_metrics
+from experiments.report.tables import (
+    SPREAD,
+    ReportTable,
+    controls_table,
+    effects_table,
+    markdown,
+    shape_table,
+    splits_table,
+)
 
 TABLE_NOTE = (
-    "Error to teacher: mean squared difference of the two predictions over the mean square of the teacher's. "
-    "Error ratio to truth: the student's error against the true target over the teacher's own; 1 is as good as the "
-    f"teacher. Values: {SPREAD}. Best among the trained variants: "
+    "Error to teacher: mean squared difference of the two predictions on held-out images, over the mean square of the "
+    "teacher's. Error ratio to truth: the student's squared error against the true target over the teacher's own; 1 is "
+    f"as good as the teacher. Values: {SPREAD}. Best among the trained variants: "
 )
-SHAPES = "Other aspect ratios"
-SHAPES_NOTE = "Error to teacher, width × height."
-SECTIONS = (
-    ("Factors", "effects", "Rows that differ in one thing alone, compared seed by seed."),
-    ("Error against resolution", "error", ""),
-    ("Samples", "samples", "Choose a picture of the wall; the slider lays it over the teacher's."),
-    ("Quality against cost", "pareto", ""),
-    ("Error by site", "sites", ""),
-    ("Error by timestep", "timesteps", ""),
-    ("Mixing matrices and receptive fields", "matrices", ""),
-    ("Training curves", "training", ""),
-    ("Time and memory", "cost", ""),
+EFFECTS_NOTE = (
+    "Ratios of errors to the teacher with their 95 % t intervals for new seeds and images; ▼ lower and ▲ higher if "
+    "p < 0.05 after Holm's correction for the number of effects of all rows. Among: which rows are compared."
 )
+CONTROLS_NOTE = (
+    "Excess: the error minus that of softmax attention distilled from scratch with the same recipe, in shares of the "
+    "teacher's mean square; 0 is as good as the recipe can be expected to get. Share of identity's error: 1 is as far "
+    "from the teacher as a student that mixes nothing."
+)
+SPLITS_NOTE = "Error to teacher on held-out images, and on images whose objects were trained on."
+SHAPES_NOTE = "Error to teacher on held-out images, width × height."
 
 
-def as_html(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
-    """The self-contained page: styles, script and pictures inline, no network."""
+def as_html(run: RunRecord, conclusions: Conclusions, table: ReportTable, figures: list[ReportFigure]) -> str:
+    """Return the self-contained page: styles, script and images inline, no network."""
+    sections = [
+        (title, introduction, [figure for figure in figures if figure.section == title], section_tables(run, title))
+        for title, introduction in report_sections()
+    ]
     return render(
         "page.html.j2",
         title=run.name,
         run=run,
-        finding=finding,
+        conclusions=conclusions,
         table=table,
-        factors=effects_table(run, finding.effects),
         table_note=TABLE_NOTE,
-        shapes_title=SHAPES,
-        shapes_note=SHAPES_NOTE,
-        reference_note=_reference(run),
-        shapes=shape_table(run),
-        pictures=picture_table(run),
-        samples=samples(run),
-        sections=[(title, [f for f in figures if f.kind == kind], note) for title, kind, note in SECTIONS],
-        steps=" or ".join(sorted({f"{c.steps}" for c in run.cells if c.steps})),
-        counts=_counts(run),
-        facts=_facts,
-        failed=[c for c in run.cells if c.status in ("failed", "damaged")],
+        reference_note=_reference_note(run),
+        extra_tables=extra_tables(run),
+        factors=effects_table(run, conclusions.effects),
+        factors_note=EFFECTS_NOTE,
+        sections=sections,
+        samples=collect_samples(run),
+        steps=" or ".join(sorted({str(c.result.steps) for c in run.cells if c.result and c.result.steps})),
+        counts=_count_cells(run),
+        describe_cell=_describe_cell,
+        failed=[cell for cell in run.cells if cell.state in ("failed", "damaged")],
         unfinished=_unfinished(run),
-        environment=_flat(run.grid.get("environment")),
-        protocol=_flat(run.protocol),
-        notes=[str(n) for n in run.grid.get("notes") or []],
-        licence=LICENCE,
+        environment=_flatten(run.description.environment),
+        protocol=_flatten(run.protocol),
+        notes=run.description.notes,
+        license=LICENSE,
     )
 
 
-def as_markdown(run: Run, finding: Finding, table: Table, figures: list[Figure]) -> str:
-    """The page in Markdown, pictures beside it in figures/."""
-    parts = [f"# {run.name}", run.question, _counts(run), "## Finding"]
-    parts += [f"> **{b}**" for b in finding.broken]
-    parts += [finding.sentences[0], "\n".join(f"- {s}" for s in finding.sentences[1:]), finding.judged]
-    parts += [f"> Caution: {w}" for w in finding.warnings]
-    if finding.verdicts:
+def as_markdown(run: RunRecord, conclusions: Conclusions, table: ReportTable, figures: list[ReportFigure]) -> str:
+    """Return the page in Markdown, with images beside it in figures/."""
+    parts = [f"# {run.name}", run.description.question, _count_cells(run), "## Conclusions"]
+    parts += [f"> **{fault}**" for fault in conclusions.broken]
+    sentences = "\n".join(f"- {sentence}" for sentence in conclusions.sentences[1:])
+    parts += [conclusions.sentences[0], sentences, conclusions.method]
+    parts += [f"> Caution: {warning}" for warning in conclusions.warnings]
+    if conclusions.verdicts:
         parts.append("## Claims")
-        parts += [f"- **{v.told}**: {v.state}. {v.sentence}" for v in finding.verdicts]
-    parts += ["## Results", markdown(table), f"{TABLE_NOTE}bold. {_reference(run)}"]
-    for title, kind, _ in SECTIONS:
-        chosen = [f for f in figures if f.kind == kind]
-        parts += [f"## {title}"] if chosen else []
-        parts += [f"![{f.alt}](figures/{f.path.name})\n\n*{f.caption}*" for f in chosen]
-        parts += [markdown(effects_table(run, finding.effects))] if chosen and kind == "effects" else []
-    shapes = shape_table(run)
-    parts += [f"## {SHAPES}", markdown(shapes), SHAPES_NOTE] if shapes.rows else []
-    pictures = picture_table(run)
-    parts += ["## Pictures against true ones", markdown(pictures)] if pictures.rows else []
+        parts += [f"- **{v.statement}**: {v.state}. {v.evidence}" for v in conclusions.verdicts]
+    parts += ["## Results", markdown(table), f"{TABLE_NOTE}bold. {_reference_note(run)}"]
+    for title, extra, note in extra_tables(run):
+        parts += [f"## {title}", markdown(extra), note]
+    for title, introduction in report_sections():
+        parts += _markdown_section(run, conclusions, title, introduction, figures)
     parts.append("## Exact configuration")
-    parts += [f"- `cells/{c.id}/config.json`: {c.variant}, seed {c.seed}, {c.status}" for c in run.cells]
-    for title, value in (("Environment", run.grid.get("environment")), ("Protocol", run.protocol)):
-        rows = "\n".join(f"| {k} | {v} |" for k, v in _flat(value))
+    parts += [f"- `cells/{c.id}/config.json`: {c.variant}, seed {c.seed}, {c.state}" for c in run.cells]
+    for title, value in (("Environment", run.description.environment), ("Protocol", run.protocol)):
+        rows = "\n".join(f"| {key} | {text} |" for key, text in _flatten(value))
         parts += [f"## {title}", f"| | |\n| --- | --- |\n{rows}" if rows else "Not recorded."]
-    parts += [f"- {n}" for n in run.grid.get("notes") or []]
+    parts += [f"- {note}" for note in run.description.notes]
     parts.append("## Failed, unfinished and damaged")
-    lines = [f"- {c.id}: {c.status}. {c.error or ''}" for c in run.cells if c.status in ("failed", "damaged")]
-    lines += [f"- {u}" for u in _unfinished(run)] + [f"- {p}" for p in run.problems]
-    parts += ["\n".join(lines) or "None.", LICENCE]
-    return "\n\n".join(p.strip() for p in parts if p) + "\n"
+    lines = [f"- {c.id}: {c.state}. {c.error or ''}" for c in run.cells if c.state in ("failed", "damaged")]
+    lines += [f"- {line}" for line in (*_unfinished(run), *run.problems)]
+    parts += ["\n".join(lines) or "None.", LICENSE]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _counts(run: Run) -> str:
-    states = ("done", "failed", "damaged", "unfinished")
-    found = {s: sum(c.status == s for c in run.cells) for s in states}
-    found["unfinished"] += len(run.missing())
-    texts = {"done": "finished"}
-    return "Cells: " + ", ".join(f"{n} {texts.get(s, s)}" for s, n in found.items() if n or s == "done") + "."
+def extra_tables(run: RunRecord) -> list[tuple[str, ReportTable, str]]:
+    """Return (title, table, note) of the tables below the main one that have rows."""
+    tables = (
+        ("Controls", controls_table(run, control_rows(run)), CONTROLS_NOTE),
+        ("Held-out and held-in images", splits_table(run), SPLITS_NOTE),
+        ("Other aspect ratios", shape_table(run), SHAPES_NOTE),
+    )
+    return [(title, table, note) for title, table, note in tables if table.rows]
 
 
-def _unfinished(run: Run) -> list[str]:
-    started = [f"{c.id}: unfinished, {_steps(c)}" for c in run.cells if c.status == "unfinished"]
-    return started + [f"{v}, seed {s}: not started" for v, s in run.missing()]
+def section_tables(run: RunRecord, title: str) -> list[tuple[ReportTable, str]]:
+    """Return (table, caption) of the tables that a section's metrics declare, if they have rows."""
+    specs = [
+        (metric, spec)
+        for metric in reported_metrics()
+        if metric.title == title
+        for spec in metric.figures
+        if isinstance(spec, ValueTable)
+    ]
+    tables = [(metric_table(run, metric, spec), spec.caption) for metric, spec in specs]
+    return [(table, caption) for table, caption in tables if table.rows]
 
 
-def _steps(cell: Cell) -> str:
-    return f"{cell.metrics[-1]['step']:.0f} training steps recorded" if cell.metrics else "no training step recorded"
+def _markdown_section(
+    run: RunRecord, conclusions: Conclusions, title: str, introduction: str, figures: list[ReportFigure]
+) -> list[str]:
+    own = [figure for figure in figures if figure.section == title]
+    tables = section_tables(run, title)
+    if not own and not tables:
+        return []
+    parts = [f"## {title}", introduction]
+    parts += [f"![{figure.alt}](figures/{figure.path.name})\n\n*{figure.caption}*" for figure in own]
+    if title == "Factors":
+        parts += [markdown(effects_table(run, conclusions.effects)), EFFECTS_NOTE]
+    for table, caption in tables:
+        parts += [markdown(table), caption]
+    return parts
 
 
-def _facts(cell: Cell) -> str:
-    facts = [f"seed {cell.seed}", cell.status]
-    if cell.status == "done":
-        facts += [f"{cell.steps} steps"] if cell.steps is not None else []
-        facts += [f"{cell.train_seconds:.0f} s of training"] if cell.train_seconds is not None else []
+def _count_cells(run: RunRecord) -> str:
+    counts = {state: sum(cell.state == state for cell in run.cells) for state in ("done", "failed", "damaged")}
+    counts["unfinished"] = sum(cell.state == "unfinished" for cell in run.cells) + len(run.missing())
+    names = {"done": "finished"}
+    return "Cells: " + ", ".join(f"{n} {names.get(s, s)}" for s, n in counts.items() if n or s == "done") + "."
+
+
+def _unfinished(run: RunRecord) -> list[str]:
+    started = [f"{c.id}: unfinished, {_steps_logged(c)}" for c in run.cells if c.state == "unfinished"]
+    return started + [f"{variant}, seed {seed}: not started" for variant, seed in run.missing()]
+
+
+def _steps_logged(cell: CellRecord) -> str:
+    return f"{cell.log[-1]['step']:.0f} training steps recorded" if cell.log else "no training step recorded"
+
+
+def _describe_cell(cell: CellRecord) -> str:
+    facts = [f"seed {cell.seed}", cell.state]
+    if cell.state == "done" and cell.result is not None:
+        facts += [f"{cell.result.steps} steps", f"{cell.result.train_seconds:.0f} s of training"]
     return ", ".join(facts)
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """(dotted key, text) pairs of a nested object."""
     if not isinstance(value, dict):
         return [(prefix, "" if value is None else str(value))] if prefix else []
@@ -128,16 +173,16 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(item, list) and any(isinstance(i, dict) for i in item):
             item = {str(k): i for k, i in enumerate(item)}
         if isinstance(item, dict) and item:
-            rows += _flat(item, name)
+            rows += _flatten(item, name)
         else:
             rows.append((name, ", ".join(map(str, item)) if isinstance(item, list) else str(item)))
     return rows
 
 
-def _reference(run: Run) -> str:
+def _reference_note(run: RunRecord) -> str:
     if run.reference is None:
         return ""
     return (
-        f"÷ reference: the error over that of “{run.reference.label}”, seed by seed, with its 95 % bootstrap interval; "
-        "▼ lower and ▲ higher where the interval excludes 1."
+        f"÷ reference: the error over that of “{run.reference.label}”, seed by seed and image by image, with its 95 % "
+        "t interval; ▼ lower and ▲ higher if the interval excludes 1 (not corrected for the number of rows)."
     )

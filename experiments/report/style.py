@@ -1,104 +1,86 @@
-"""What a variant looks like, the same in every figure; and the small things that all figures share."""
+"""How a variant looks, the same in every figure of a report; and what figures of lines and points share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from experiments.report.records import Run, Variant
+from experiments.ablation.description import VariantDescription
+from experiments.core.figures import GRAY, PALETTE
+from experiments.report.run_files import RunRecord
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#332288", "#999933")
-MANY = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
-GREY = "#555555"
+MANY_COLORS = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
 DPI = 150
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
-RC: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "lines.linewidth": 1.7,
-    "lines.markersize": 5,
-    "svg.hashsalt": "report",  # the same numbers, the same file
-}
 
 
-def groups(run: Run) -> list[tuple[str, list[Variant]]]:
-    """(title, rows) of the panels of a figure of lines: one, or one a mixer where there are too many lines for one."""
-    trained = [v for v in run.variants if not v.untouched]
-    by_mixer: dict[str, list[Variant]] = {}
-    for variant in trained:
-        by_mixer.setdefault(str(variant.mixer), []).append(variant)
-    if len(trained) <= len(PALETTE) or len(by_mixer) in (1, len(trained)):
-        return [("", run.variants)]
-    return [(run.mixers[mixer], rows) for mixer, rows in by_mixer.items()]
+def group_variants(run: RunRecord) -> list[tuple[str, list[VariantDescription]]]:
+    """Return (title, rows) for the panels of a figure of lines: one panel, or one per mixer if there are many lines."""
+    by_mixer: dict[str, list[VariantDescription]] = {}
+    for variant in run.trained:
+        by_mixer.setdefault(variant.mixer, []).append(variant)
+    if len(run.trained) <= len(PALETTE) or len(by_mixer) in (1, len(run.trained)):
+        return [("", list(run.variants))]
+    return [(run.mixer_labels[mixer], rows) for mixer, rows in by_mixer.items()]
 
 
-def line(run: Run, variant: Variant) -> dict[str, Any]:
-    """Colour by variant, or by causality in a panel of its own; dashes if not normalised, marker by causality."""
+def line_style(run: RunRecord, variant: VariantDescription) -> dict[str, Any]:
+    """Color by variant, or by causality in a panel of one mixer; dashed unless normalized; marker by causality."""
     if variant.untouched:
-        return {"color": GREY, "linestyle": "-", "marker": "s"}
-    title, rows = next((t, r) for t, r in groups(run) if variant in r)
-    trained = [v for v in rows if not v.untouched]
-    marker = MARKERS.get(variant.causality or "", "o")
-    if title and by_switch(rows):
+        return {"color": GRAY, "linestyle": "-", "marker": "s"}
+    title, rows = next((title, rows) for title, rows in group_variants(run) if variant in rows)
+    trained = [row for row in rows if not row.untouched]
+    marker = MARKERS.get(variant.causality, "o")
+    if title and differ_in_switches(rows):
         color: Any = PALETTE[list(MARKERS.values()).index(marker)]
     else:
-        palette = PALETTE if len(trained) <= len(PALETTE) else MANY
+        palette = PALETTE if len(trained) <= len(PALETTE) else MANY_COLORS
         color = palette[trained.index(variant) % len(palette)]
-    return {"color": color, "linestyle": "--" if variant.normalize is False else "-", "marker": marker}
+    dashes = {"normalized": "-", "not normalized": "--", "mean scale": "-."}
+    return {"color": color, "linestyle": dashes[variant.normalization], "marker": marker}
 
 
-def by_switch(rows: list[Variant]) -> bool:
-    """Whether causality and normalisation tell these rows apart."""
-    return len({(v.causality, v.normalize) for v in rows}) == len(rows)
+def differ_in_switches(rows: list[VariantDescription]) -> bool:
+    """Whether causality and normalization distinguish these rows."""
+    return len({(row.causality, row.normalization) for row in rows}) == len(rows)
 
 
-def by_mixer(run: Run) -> dict[str, Any]:
-    """A colour for every mixer, for figures whose points are rows."""
-    names = list(dict.fromkeys(str(v.mixer) for v in run.variants if not v.untouched))
-    palette = PALETTE if len(names) <= len(PALETTE) else MANY
+def color_by_mixer(run: RunRecord) -> dict[str, Any]:
+    """Return a color for every mixer, for figures whose points are rows."""
+    names = list(dict.fromkeys(variant.mixer for variant in run.trained))
+    palette = PALETTE if len(names) <= len(PALETTE) else MANY_COLORS
     return {name: palette[k % len(palette)] for k, name in enumerate(names)}
 
 
-def panels(count: int, width: float, height: float, columns: int = 3, sharex: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, `width` × `height` inches each, which share their axes."""
+def make_panels(
+    count: int, width: float, height: float, columns: int = 3, sharex: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels, each `width` × `height` inches, which share their axes."""
     columns = min(columns, count)
     rows = -(-count // columns)
     canvas = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    found = canvas.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
-    for axes in found[count:]:
+    panels = canvas.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=True).ravel().tolist()
+    for axes in panels[count:]:
         axes.set_axis_off()
-    for axes in found[max(0, count - columns) : count]:
-        axes.tick_params(labelbottom=True)  # the lowest of its column, where the last row is not full
-    return canvas, found[:count]
+    for axes in panels[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)  # the lowest panel of its column, if the last row is not full
+    return canvas, panels[:count]
 
 
-def ticks(axes: Axes, values: list[int]) -> None:
-    """Ticks at these values alone."""
+def set_ticks(axes: Axes, values: list[Any]) -> None:
+    """Put ticks at these values alone."""
     axes.xaxis.set_major_locator(FixedLocator(values))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
 
 
-def plain_log(axes: Axes, which: str = "y") -> None:
-    """Label a log axis with plain numbers: at 1, 2 and 5 of each decade, over many decades at 1, within one evenly."""
+def use_plain_log_labels(axes: Axes, which: str = "y") -> None:
+    """Label a log axis with plain numbers: at 1, 2 and 5 of a decade, at 1 over many decades, evenly within one."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = sorted(axis.get_view_interval())
     span = high / max(low, 1e-300)
@@ -108,13 +90,13 @@ def plain_log(axes: Axes, which: str = "y") -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
 
 
-def legend(axes: Axes, columns: int = 2) -> None:
-    """Below the axes, where it hides nothing."""
+def add_legend(axes: Axes, columns: int = 2) -> None:
+    """Add a legend below the axes, where it hides nothing."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns, handlelength=3)
 
 
-def bare(axes: Axes) -> None:
-    """No ticks, no grid, no frame."""
+def remove_frame(axes: Axes) -> None:
+    """Remove ticks, grid and frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -122,9 +104,9 @@ def bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def save(canvas: Figure, path: Path, vector: bool = True) -> None:
-    """PNG at `path`, and SVG beside it."""
+def save_figure(canvas: Figure, path: Path, vector: bool = True) -> None:
+    """Write a PNG, and an SVG beside it if `vector`."""
     canvas.savefig(path, dpi=DPI, metadata={"Software": None})
     if vector:
-        canvas.set_layout_engine("none")  # everything has its place by now
+        canvas.set_layout_engine("none")  # the layout is final by now
         canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})

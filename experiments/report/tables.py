@@ -1,21 +1,23 @@
-"""Numbers over seeds: the main table."""
+"""Tables of the report: what they are made of, and the main one."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from experiments.report.effects import SPLITS, Effect, against, reads
-from experiments.report.records import Run, Variant
-from experiments.report.statistics import Interval
+from experiments.ablation.description import VariantDescription
+from experiments.core.statistics import Interval
+from experiments.report.controls import ControlRows, excess_error, share_of_identity
+from experiments.report.effects import SPLITS, Effect, readable
+from experiments.report.errors import METRIC, ratio
+from experiments.report.run_files import RunRecord
 
-METRICS = ("error_to_teacher", "relative_error_to_teacher", "error_to_truth", "teacher_error_to_truth", "error_ratio")
-SPREAD = "mean ± half the range over seeds; no ± where there is one seed"
+SPREAD = "mean ± half the range over seeds; no ± if there is one seed"
 
 
 @dataclass(frozen=True)
-class Value:
+class SeedSummary:
     """A mean over seeds with its spread, half of (largest − smallest)."""
 
     mean: float
@@ -29,51 +31,53 @@ class Value:
             return "0"
         if not math.isfinite(self.mean):
             return "not finite"
-        return number(self.mean) + (f" ± {number(self.half_range)}" if self.seeds > 1 else "")
+        return format_number(self.mean) + (f" ± {format_number(self.half_range)}" if self.seeds > 1 else "")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A table's cell: what it says, what it is sorted by, and whether it is the best of its column."""
+class TableCell:
+    """A table's cell: its text, what it is sorted by, and whether it is the best of its column."""
 
     text: str
     key: float | str
     best: bool = False
 
     @classmethod
-    def of(cls, value: Value | None, best: bool = False) -> Entry:
-        """A dash, which sorts last, where there is no value."""
-        missing = value is None or math.isnan(value.mean)
-        return cls("–" if value is None else str(value), math.inf if missing or value is None else value.mean, best)
+    def of_summary(cls, value: SeedSummary | None, best: bool = False) -> TableCell:
+        """Show a mean; a dash, which sorts last, if there is none."""
+        if value is None:
+            return cls("–", math.inf, best)
+        return cls(str(value), math.inf if math.isnan(value.mean) else value.mean, best)
 
     @classmethod
-    def of_ratio(cls, ratio: Interval | None) -> Entry:
-        """▼ lower and ▲ higher where the interval over seeds excludes 1; without brackets of one seed."""
-        if ratio is None or math.isnan(ratio.mean):
-            return cls("–" if ratio is None else "not finite", math.inf)
-        inside = f" [{number(ratio.low)}, {number(ratio.high)}]" if ratio.seeds > 1 else ""
-        mark = ("▲ " if ratio.low > 1 else "▼ ") if ratio.excludes(1.0) else ""
-        return cls(f"{mark}{number(ratio.mean)}{inside}", ratio.mean)
+    def of_interval(cls, interval: Interval | None, mark: str = "") -> TableCell:
+        """Show an estimate with its interval in brackets; no brackets if a single seed gives none."""
+        if interval is None:
+            return cls("–", math.inf)
+        if math.isnan(interval.mean):
+            return cls("not finite", math.inf)
+        bounds = f" [{format_number(interval.low)}, {format_number(interval.high)}]" if interval.has_bounds else ""
+        return cls(f"{mark}{format_number(interval.mean)}{bounds}", interval.mean)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a table, and what it is of."""
+class TableRow:
+    """A row of a table: its label and its cells."""
 
     label: str
-    entries: list[Entry]
+    cells: list[TableCell]
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table for the page, Markdown and LaTeX alike; the first column is the rows' labels."""
+class ReportTable:
+    """A table for the page, Markdown and LaTeX alike; the first column holds the rows' labels."""
 
     columns: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
-def number(value: float) -> str:
-    """Three significant digits, scientific only where it must be."""
+def format_number(value: float) -> str:
+    """Format with three significant digits, scientific only for very small and large numbers."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
@@ -83,141 +87,175 @@ def number(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
-def summarise(values: list[float]) -> Value | None:
-    """Mean and half range; None of nothing."""
+def summarize(values: Sequence[float]) -> SeedSummary | None:
+    """Return mean and half range; None of no values."""
     if not values:
         return None
     if not all(math.isfinite(v) for v in values):
-        return Value(math.nan, math.nan, math.nan, math.nan, len(values))
-    low, high = min(values), max(values)
-    return Value(math.fsum(values) / len(values), (high - low) / 2, low, high, len(values))
+        return SeedSummary(math.nan, math.nan, math.nan, math.nan, len(values))
+    low = min(values)
+    high = max(values)
+    return SeedSummary(math.fsum(values) / len(values), (high - low) / 2, low, high, len(values))
 
 
-def over_seeds(run: Run, variant: Variant, size: int, metric: str) -> Value | None:
-    """A fidelity metric of a variant at a size."""
-    return summarise([getattr(c.fidelity[size], metric) for c in run.done(variant.name) if size in c.fidelity])
+def summarize_fidelity(run: RunRecord, variant: VariantDescription, size: int, quantity: str) -> SeedSummary | None:
+    """Summarize a quantity of `fidelity` on held-out images of a size over seeds."""
+    cells = [cell for cell in run.done(variant.name) if size in cell.fidelity]
+    return summarize([getattr(cell.fidelity[size], quantity) for cell in cells])
 
 
-def main_table(run: Run) -> Table:
-    """Relative error to the teacher, that over the reference row's, and the error ratio to the truth, at each size.
+def best_row(run: RunRecord, values: Sequence[SeedSummary | None], higher: bool = False) -> int | None:
+    """Return the position of the best mean among the trained variants."""
+    candidates = [
+        (-value.mean if higher else value.mean, position)
+        for position, (variant, value) in enumerate(zip(run.variants, values, strict=True))
+        if value and not variant.untouched and math.isfinite(value.mean)
+    ]
+    return min(candidates)[1] if candidates else None
+
+
+def main_table(run: RunRecord) -> ReportTable:
+    """Relative error to the teacher, the same over the reference row's, and the error ratio to the truth, by size.
 
     The untouched softmax cannot be the best.
     """
-    keys = [(size, m) for m in ("relative_error_to_teacher", "error_ratio") for size in run.sizes]
-    heads = {"relative_error_to_teacher": "Error to teacher", "error_ratio": "Error ratio to truth"}
-    values = {v.name: [over_seeds(run, v, size, m) for size, m in keys] for v in run.variants}
-    marked = [best_row(run, [values[v.name][k] for v in run.variants]) for k in range(len(keys))]
+    heads = {METRIC: "Error to teacher", "error_ratio": "Error ratio to truth"}
+    keys = [(size, quantity) for quantity in heads for size in run.sizes]
+    values = {v.name: [summarize_fidelity(run, v, *key) for key in keys] for v in run.variants}
+    best = [best_row(run, [values[v.name][k] for v in run.variants]) for k in range(len(keys))]
+    split = len(run.sizes)
     rows = []
-    for place, variant in enumerate(run.variants):
-        done = run.done(variant.name)
-        counts = {c.trained_parameters for c in done if c.trained_parameters is not None}
-        entries = [Entry(_feature(variant), _feature(variant)), Entry(str(len(done)), len(done))]
-        entries.append(Entry(" / ".join(f"{n:,}" for n in sorted(counts)) or "–", max(counts, default=math.inf)))
-        found = zip(values[variant.name], marked, strict=True)
-        errors = [Entry.of(x, place == best) for x, best in found]
-        split = len(run.sizes)
-        rows.append(Row(variant.label, [*entries, *errors[:split], *_compared(run, variant), *errors[split:]]))
-    errors_at = [f"{heads[m]}, {size} px" for size, m in keys]
-    than = [f"÷ reference, {size} px" for size in run.sizes] if run.reference else []
+    for position, variant in enumerate(run.variants):
+        pairs = zip(values[variant.name], best, strict=True)
+        errors = [TableCell.of_summary(value, position == which) for value, which in pairs]
+        cells = [*_facts(run, variant), *errors[:split], *_against_reference(run, variant), *errors[split:]]
+        rows.append(TableRow(variant.label, cells))
+    errors_at = [f"{heads[quantity]}, {size} px" for size, quantity in keys]
+    against = [f"÷ reference, {size} px" for size in run.sizes] if run.reference else []
     first = ["Variant", "Features", "Seeds", "Trained parameters"]
-    return Table([*first, *errors_at[: len(run.sizes)], *than, *errors_at[len(run.sizes) :]], rows)
+    return ReportTable([*first, *errors_at[:split], *against, *errors_at[split:]], rows)
 
 
-def effects_table(run: Run, effects: list[Effect]) -> Table:
-    """What each factor does at each size: over all rows, among those of each value of the others, and pair by pair."""
-    found: dict[tuple[str, str], dict[int, Effect]] = {}
+def controls_table(run: RunRecord, controls: ControlRows) -> ReportTable:
+    """Errors as the excess over distilled softmax and as a share of identity's, by size; no rows without controls."""
+    columns = ["Variant"]
+    columns += [f"Excess over distilled softmax, {size} px" for size in run.sizes if controls.distilled_softmax]
+    columns += [f"Share of identity's error, {size} px" for size in run.sizes if controls.identity]
+    rows = []
+    for variant in run.trained if len(columns) > 1 else []:
+        cells = []
+        if controls.distilled_softmax:
+            cells += [TableCell.of_interval(excess_error(run, variant, controls, size)) for size in run.sizes]
+        if controls.identity:
+            cells += [TableCell.of_interval(share_of_identity(run, variant, controls, size)) for size in run.sizes]
+        rows.append(TableRow(variant.label, cells))
+    return ReportTable(columns, rows)
+
+
+def splits_table(run: RunRecord) -> ReportTable:
+    """Relative error to the teacher on held-out and held-in images, by size; no rows without held-in images."""
+    columns = ["Variant", *(f"{split}, {size} px" for size in run.sizes for split in ("held out", "held in"))]
+    rows = []
+    for variant in run.trained:
+        cells = []
+        for size in run.sizes:
+            for errors in ([c.fidelity for c in run.done(variant.name)], [c.held_in for c in run.done(variant.name)]):
+                values = [by_size[size].relative_error_to_teacher for by_size in errors if size in by_size]
+                cells.append(TableCell.of_summary(summarize(values)))
+        rows.append(TableRow(variant.label, cells))
+    measured = any(cell.held_in for cell in run.cells)
+    return ReportTable(columns, rows if measured else [])
+
+
+def effects_table(run: RunRecord, effects: list[Effect]) -> ReportTable:
+    """Each factor's effect at each size: over all rows, among those of each value of the others, and pair by pair."""
     by_name: dict[str, list[Effect]] = {}
     for effect in effects:
-        by_name.setdefault(f"{effect.above} ÷ {effect.below}", []).append(effect)
+        by_name.setdefault(effect.name, []).append(effect)
+    lines: dict[tuple[str, str], dict[int, Effect]] = {}
     for name, at_sizes in by_name.items():
-        found[name, "all rows"] = {effect.size: effect for effect in at_sizes}
-        split = [field for field in SPLITS if any(effect.among(field) for effect in at_sizes)]
+        lines[name, "all rows"] = {effect.size: effect for effect in at_sizes}
+        split = [field for field in SPLITS if any(effect.split_by(field) for effect in at_sizes)]
         for fields in (*([field] for field in split), *([split] if len(split) > 1 else [])):
             for effect in at_sizes:
                 for values, part in effect.parts(*fields).items():
-                    told = ", ".join(reads(run, value) for value in values)
-                    found.setdefault((name, told), {})[effect.size] = part
+                    among = ", ".join(readable(run, value) for value in values)
+                    lines.setdefault((name, among), {})[effect.size] = part
     rows = []
-    for (name, among), by_size in found.items():
-        counts = max(len(e.pairs) for e in by_size.values()), max(e.ratio.seeds for e in by_size.values())
-        ratios = [Entry.of_ratio(by_size[s].ratio if s in by_size else None) for s in run.sizes]
-        rows.append(Row(name, [Entry(among, among), *ratios, *(Entry(str(n), n) for n in counts)]))
-    return Table(["Factor", "Among", *(f"{s} px" for s in run.sizes), "Pairs", "Seeds"], rows)
+    for (name, among), by_size in lines.items():
+        ratios = [TableCell.of_interval(e.ratio, effect_mark(e)) if (e := by_size.get(s)) else _DASH for s in run.sizes]
+        pairs = max(len(effect.pairs) for effect in by_size.values())
+        planned = max(effect.planned for effect in by_size.values())
+        seeds = max(effect.ratio.count for effect in by_size.values())
+        counted = TableCell(str(pairs) if pairs == planned else f"{pairs} of {planned}", pairs)
+        rows.append(TableRow(name, [TableCell(among, among), *ratios, counted, TableCell(str(seeds), seeds)]))
+    return ReportTable(["Factor", "Among", *(f"{s} px" for s in run.sizes), "Pairs", "Seeds"], rows)
 
 
-def shape_table(run: Run) -> Table:
-    """Relative error to the teacher at other aspect ratios, no rows if there are none."""
-    shapes = sorted({shape for v in run.variants for c in run.done(v.name) for shape in c.shapes})
-    found = {
+def shape_table(run: RunRecord) -> ReportTable:
+    """Relative error to the teacher at other aspect ratios; no rows if none was measured."""
+    shapes = sorted({shape for variant in run.variants for cell in run.done(variant.name) for shape in cell.shapes})
+    values = {
         v.label: [
-            summarise([c.shapes[s].relative_error_to_teacher for c in run.done(v.name) if s in c.shapes])
+            summarize([c.shapes[s].relative_error_to_teacher for c in run.done(v.name) if s in c.shapes])
             for s in shapes
         ]
         for v in run.variants
     }
-    best = [best_row(run, [values[k] for values in found.values()]) for k in range(len(shapes))]
+    best = [best_row(run, [row[k] for row in values.values()]) for k in range(len(shapes))]
     rows = [
-        Row(label, [Entry.of(x, place == b) for x, b in zip(values, best, strict=True)])
-        for place, (label, values) in enumerate(found.items())
+        TableRow(label, [TableCell.of_summary(x, position == b) for x, b in zip(row, best, strict=True)])
+        for position, (label, row) in enumerate(values.items())
     ]
-    return Table(["Variant", *(f"{w} × {h} px" for h, w in shapes)], rows if shapes else [])
+    return ReportTable(["Variant", *(f"{w} × {h} px" for h, w in shapes)], rows if shapes else [])
 
 
-def picture_table(run: Run) -> Table:
-    """Fréchet and kernel distance and text-image score of each row's pictures, no rows if there are none."""
-    places = list(dict.fromkeys(_place(r) for v in run.variants for c in run.done(v.name) for r in c.images))
-    rows: list[Row] = []
-    teacher: dict[Any, Value | None] = {}
-    for variant in run.variants if places else []:
-        measured = [r for c in run.done(variant.name) for r in c.images]
-        found = {place: [r for r in measured if _place(r) == place] for place in places}
-        teacher |= {place: _mean_of(rows, "teacher") for place, rows in found.items() if rows}
-        rows.append(Row(variant.label, [Entry.of(_mean_of(rows, "student")) for rows in found.values()]))
-    if places:
-        rows.insert(0, Row("teacher", [Entry.of(teacher[place]) for place in places]))
-    heads = [
-        f"{m.replace('_', ' ')}, {f}, {h} px" + ("" if h == w else f" × {w}") + f", guidance {g:g}"
-        for m, f, h, w, g in places
-    ]
-    return Table(["Variant", *heads], rows)
+def effect_mark(effect: Effect) -> str:
+    """▼ for a lower and ▲ for a higher error, if the effect is distinguishable from noise; otherwise empty."""
+    if not effect.significant:
+        return ""
+    return "▲ " if effect.ratio.mean > 1 else "▼ "
 
 
-def _place(row: dict[str, Any]) -> tuple[str, str, int, int, float]:
-    return row["metric"], row["features"], row["height"], row["width"], float(row["guidance"])
+def interval_mark(interval: Interval) -> str:
+    """▼ and ▲ by the interval alone, for comparisons that are not tested together."""
+    return ("▲ " if interval.low > 1 else "▼ ") if interval.excludes(1.0) else ""
 
 
-def _mean_of(rows: list[dict[str, Any]], name: str) -> Value | None:
-    return summarise([math.nan if r[name] is None else float(r[name]) for r in rows])
-
-
-def _compared(run: Run, variant: Variant) -> list[Entry]:
-    """Ratios to the reference row."""
-    if run.reference is None:
-        return []
-    if variant == run.reference:
-        return [Entry("1", 1.0) for _ in run.sizes]
-    ratios = [None if variant.untouched else against(run, variant, run.reference, size) for size in run.sizes]
-    return [Entry.of_ratio(ratio) for ratio in ratios]
-
-
-def markdown(table: Table) -> str:
-    """The table in Markdown; the best of a column is bold."""
+def markdown(table: ReportTable) -> str:
+    """Return the table in Markdown; the best of a column is bold."""
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     for row in table.rows:
-        cells = [f"**{e.text}**" if e.best else e.text for e in row.entries]
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in [row.label, *cells]) + " |")
+        texts = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
+        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in [row.label, *texts]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def best_row(run: Run, values: list[Value | None]) -> int | None:
-    """Place of the smallest mean among the trained variants."""
-    pairs = zip(run.variants, values, strict=True)
-    found = [(x.mean, k) for k, (v, x) in enumerate(pairs) if x and not v.untouched and math.isfinite(x.mean)]
-    return min(found)[1] if found else None
+_DASH = TableCell("–", math.inf)
 
 
-def _feature(variant: Variant) -> str:
+def _facts(run: RunRecord, variant: VariantDescription) -> list[TableCell]:
+    cells = run.done(variant.name)
+    counts = sorted({cell.result.trained_parameters for cell in cells if cell.result})
+    features = _describe_features(variant)
+    return [
+        TableCell(features, features),
+        TableCell(str(len(cells)), len(cells)),
+        TableCell(" / ".join(f"{n:,}" for n in counts) or "–", max(counts, default=math.inf)),
+    ]
+
+
+def _against_reference(run: RunRecord, variant: VariantDescription) -> list[TableCell]:
+    if run.reference is None:
+        return []
+    if variant == run.reference:
+        return [TableCell("1", 1.0) for _ in run.sizes]
+    ratios = [None if variant.untouched else ratio(run, variant, run.reference, size) for size in run.sizes]
+    return [TableCell.of_interval(value, interval_mark(value) if value else "") for value in ratios]
+
+
+def _describe_features(variant: VariantDescription) -> str:
     if variant.untouched:
         return "the teacher's own"
-    normal = {True: "normalised", False: "unnormalised", None: "default normalisation"}[variant.normalize]
-    return f"{(variant.causality or 'default order').replace('noncausal', 'non-causal')}, {normal}"
+    levels = {"normalized": "normalized", "not normalized": "unnormalized", "mean scale": 'unnormalized, scale="mean"'}
+    return f"{variant.causality.replace('noncausal', 'non-causal')}, {levels[variant.normalization]}"

@@ -11,7 +11,7 @@ from jinja2 import Template
 from transformers import CLIPModel
 
 from experiments.data import SceneSet
-from experiments.data.emoji import LICENCE
+from experiments.data.emoji import LICENSE
 from experiments.data.scenes.catalogue import drawings_of_split
 from experiments.teacher import gates
 from experiments.teacher.load import load_teacher
@@ -52,7 +52,7 @@ def write_card(folder: Path, recipe: TeacherRecipe, measured: dict[str, Any] | N
         megabytes=sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6,
         drawings={split: len(drawings_of_split(split)) for split in ("train", "held_out")},
         hidden=_hidden_share(),
-        licence=LICENCE,
+        license=LICENSE,
         sheet=SHEET,
         guidance=GUIDANCE,
         steps=STEPS,

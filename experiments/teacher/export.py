@@ -15,7 +15,7 @@ from experiments.teacher import networks
 from experiments.teacher.objectives import JointDenoising
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import build_denoiser, caption_words, checkpoint_step, newest_checkpoint
-from experiments.training import elapsed as training_seconds
+from experiments.training import training_seconds
 
 
 def load_averaged(directory: Path, model: torch.nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from experiments.data import SceneSet, batch
-from experiments.data.scenes import Scene, render_scene
 from experiments.data.example import to_tensor
+from experiments.data.scenes import Scene, render_scene
 from experiments.teacher.inspect_images import background_accuracy, count_objects
 from experiments.teacher.judge import top1_accuracy
 from experiments.teacher.need import control_errors, encode_scenes

@@ -14,7 +14,7 @@ from experiments.teacher.objectives import Contrastive
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import encode_captions
 from experiments.teacher.train import Report
-from experiments.training import fit, pick
+from experiments.training import batch_indices, fit
 
 NAMED_KINDS = ("single", "counted", "shapes")
 
@@ -33,7 +33,7 @@ def train_judge(
     tokens = encode_captions(words, [e.caption for e in examples])
 
     def pairs(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        rows = pick(step, recipe.judge, count)
+        rows = batch_indices(step, recipe.judge, count)
         return images[rows].float() / 127.5 - 1, tokens[rows], attention_mask(tokens[rows], words)
 
     def watch(step: int, losses: dict[str, float]) -> None:

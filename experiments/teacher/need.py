@@ -54,7 +54,7 @@ def velocity_errors(
 
 
 def control_errors(pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> dict[str, Errors]:
-    """Return the errors of the pipeline's own attention ("softmax") and of every control put in its place, untrained."""
+    """Return the errors of the pipeline's attention ("softmax") and of every control in its place, untrained."""
     result: dict[str, Errors] = {}
     for name in ("softmax", *CONTROLS):
         with nullcontext() if name == "softmax" else fixed_mixing(pipe.unet, name):

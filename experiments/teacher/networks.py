@@ -122,7 +122,7 @@ def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """DDIM on velocities with zero terminal signal, so that a plain background's colour can start from noise alone."""
+    """DDIM on velocities with zero terminal signal, so that a plain background's color can start from noise alone."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,

@@ -1,4 +1,4 @@
-"""What each stage of the teacher's training minimises: modules from a batch to a dictionary of losses."""
+"""What each stage of the teacher's training minimizes: modules from a batch to a dictionary of losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Contrastive(nn.Module):
 
 
 class Reconstruction(nn.Module):
-    """Absolute and squared error of pixels, absolute error of their differences, and 1e-6 KL; batch: pixels (b, 3, s, s) in [-1, 1]."""
+    """Absolute and squared error of pixels, absolute error of their differences, and 1e-6 KL.
+
+    Batch: pixels (b, 3, s, s) in [-1, 1].
+    """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from experiments.training import FitConfig
+from experiments.config import FitConfig
 
 
 class TeacherRecipe(BaseModel):

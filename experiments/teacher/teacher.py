@@ -1,10 +1,9 @@
-"""A teacher as distillation sees it: encoders, a UNet and the noise it was trained with, whatever the family."""
+"""A teacher for distillation: encoders, a UNet and the noise schedule it was trained with, whatever the family."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ Batch = dict[str, Tensor]
 CONDITIONS = ("text", "pooled", "time_ids")
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-_PROVENANCE = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # of a configuration: no setting
+_PROVENANCE = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # entries that change no result
 
 
 class Teacher:
     """One of Stable Diffusion 1.5, 2.1 or XL, or the embedded one.
 
-    What differs between the families is in the batch: where a pipeline pools its captions, `encode` gives `pooled` and
-    `time_ids` too, and `predict` hands them to the UNet.
+    What differs between the families is in the batch: if a pipeline pools its captions, `encode` also returns `pooled`
+    and `time_ids`, and `predict` passes them to the UNet.
 
     Attributes:
         pipe: the diffusers pipeline.
@@ -42,21 +41,21 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline is."""
+        """The device of the pipeline."""
         return torch.device(self.pipe.device)
 
     @property
     def train_timesteps(self) -> int:
-        """How many steps of noise there are."""
+        """The number of timesteps of the noise schedule."""
         return int(self.scheduler.config.num_train_timesteps)
 
     def encode(self, images: Tensor, captions: list[str]) -> Batch:
-        """Images (b, 3, h, w) in [-1, 1] and their captions -> a batch."""
+        """Encode images (b, 3, h, w) in [-1, 1] and their captions as a batch."""
         return {**self.encode_images(images), **self.conditions(captions)}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Batch:
-        """Images (b, 3, h, w) in [-1, 1] -> their part of a batch: latents, the posterior's means, scaled; time_ids.
+        """Encode images (b, 3, h, w) in [-1, 1]: latents, which are the posterior's scaled means, and time_ids.
 
         Latents have the autoencoder's dtype.
         """
@@ -69,44 +68,45 @@ class Teacher:
 
     @property
     def pools(self) -> bool:
-        """Whether the UNet is told pooled captions and the image's size, as SDXL's is."""
+        """Whether the UNet is conditioned on pooled captions and the image's size, as SDXL's is."""
         return self.unet.config.addition_embed_type == "text_time"
 
     def time_ids(self, count: int, size: tuple[int, int]) -> Tensor:
-        """SDXL's micro-conditioning (b, 6): original size, crop, target size; of images that were not cropped.
+        """SDXL's micro-conditioning (b, 6) of images that were not cropped: original size, crop, target size.
 
-        In float32: bfloat16 has no 1,032.
+        In float32, because bfloat16 cannot represent 1,032.
         """
         return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device).repeat(count, 1)
 
     @torch.no_grad()
     def conditions(self, captions: list[str]) -> Batch:
-        """What the text encoders make of captions: text, and pooled where there are two encoders."""
-        text, _, *pooled = self._prompt(captions, guided=False)
+        """Encode captions: text, and pooled if there are two text encoders."""
+        text, _, *pooled = self._encode_prompt(captions, guided=False)
         return {"text": text, "pooled": pooled[0]} if pooled else {"text": text}
 
-    @cached_property
+    @property
     def unconditional(self) -> Batch:
-        """What the pipeline guides away from, of one sample: an empty caption's conditions; zeros, for SDXL."""
+        """What guidance starts from, of one sample: an empty caption's conditions, or zeros for SDXL."""
         with torch.no_grad():
-            _, text, *pooled = self._prompt([""], guided=True)
+            _, text, *pooled = self._encode_prompt([""], guided=True)
         return {"text": text[0], "pooled": pooled[1][0]} if pooled else {"text": text[0]}
 
-    def _prompt(self, captions: list[str], guided: bool) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = self.pipe.encode_prompt(
+    def _encode_prompt(self, captions: list[str], guided: bool) -> tuple[Tensor, ...]:
+        embeddings: tuple[Tensor, ...] = self.pipe.encode_prompt(
             captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
         )
-        return found
+        return embeddings
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        """What the UNet, as it is mounted now, makes of noisy latents (b, c, h, w) at timesteps (b,); in its dtype."""
-        added, dtype = {}, self.unet.dtype
+        """Run the UNet, as it is mounted now, on noisy latents (b, c, h, w) at timesteps (b,), in its dtype."""
+        dtype = self.unet.dtype
+        conditions = {}
         if "pooled" in batch:
-            added["added_cond_kwargs"] = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
-        return self.unet(noisy.to(dtype), timesteps, batch["text"].to(dtype), **added).sample
+            conditions["added_cond_kwargs"] = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
+        return self.unet(noisy.to(dtype), timesteps, batch["text"].to(dtype), **conditions).sample
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a perfect model predicts, for the scheduler's prediction type.
+        """Return what a perfect model predicts, for the scheduler's prediction type.
 
         Raises:
             ValueError: the scheduler predicts neither noise nor velocity.
@@ -116,39 +116,56 @@ class Teacher:
             return noise
         if kind == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
-        raise ValueError(f"Cannot distil a model that predicts {kind!r}: expected epsilon or v_prediction.")
+        raise ValueError(f"Cannot distill a model that predicts {kind!r}: expected epsilon or v_prediction.")
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """A SHA-256 of all that `encode` depends on: configurations and weights of the autoencoder, the text encoders
-        and the tokenizers, in their precision. About a second per GB of weights.
+    @property
+    def encoder_fingerprint(self) -> str:
+        """A SHA-256 of everything that `encode` depends on: autoencoder, text encoders and tokenizers.
+
+        Configurations, weights and precision count. Computed at every call, at about a second per GB of weights.
         """
         digest = hashlib.sha256(json.dumps(self.pipe.config.get("force_zeros_for_empty_prompt")).encode())
         for name in TOKENIZERS:
-            digest.update(f"{name} {_tokenizer(getattr(self.pipe, name, None))}".encode())
+            digest.update(f"{name} {_describe_tokenizer(getattr(self.pipe, name, None))}".encode())
         for name in ENCODERS:
-            network = getattr(self.pipe, name, None)
-            digest.update(f"{name} {_config(network)}".encode())
-            for key, tensor in network.state_dict().items() if network else ():
-                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            _add_network(digest, name, getattr(self.pipe, name, None))
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """A SHA-256 of everything that a distillation depends on: the encoders, the UNet and the noise schedule.
+
+        No adapter may be mounted. Computed at every call, at about a second per GB of weights.
+        """
+        schedule = {key: value for key, value in self.scheduler.config.items() if key[0] != "_"}
+        digest = hashlib.sha256(self.encoder_fingerprint.encode())
+        digest.update(json.dumps(schedule, sort_keys=True, default=str).encode())
+        _add_network(digest, "unet", self.unet)
         return digest.hexdigest()
 
 
-def _config(network: Any) -> str:
-    """A network's configuration, without what depends on where it was read from and by which version."""
+def _add_network(digest: Any, name: str, network: Any) -> None:
+    """Add a network's configuration and weights to a digest."""
+    digest.update(f"{name} {_describe_config(network)}".encode())
+    for key, tensor in network.state_dict().items() if network else ():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _describe_config(network: Any) -> str:
+    """A network's configuration, without where it was read from and by which version."""
     if network is None:
         return ""
     config = network.config
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    kept = {key: value for key, value in values.items() if key[0] != "_" and key not in _PROVENANCE}
-    return json.dumps(kept, sort_keys=True, default=str)
+    relevant = {key: value for key, value in values.items() if key[0] != "_" and key not in _PROVENANCE}
+    return json.dumps(relevant, sort_keys=True, default=str)
 
 
-def _tokenizer(tokenizer: Any) -> str:
-    """What a tokenizer does, without the padding that its last call asked for."""
+def _describe_tokenizer(tokenizer: Any) -> str:
+    """A tokenizer's rules, without the padding that its last call used."""
     if tokenizer is None:
         return ""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    return json.dumps([kept, tokenizer.special_tokens_map, tokenizer.model_max_length], sort_keys=True, default=str)
+    rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return json.dumps([rules, tokenizer.special_tokens_map, tokenizer.model_max_length], sort_keys=True, default=str)

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from experiments.config import FitConfig
 from experiments.data import SceneSet
 from experiments.data.emoji import BACKGROUNDS
 from experiments.data.scenes.catalogue import SHAPE_COLORS, SHAPES, load_drawings
@@ -23,7 +24,7 @@ from experiments.teacher import networks
 from experiments.teacher.objectives import JointDenoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
-from experiments.training import FitConfig, fit, pick
+from experiments.training import batch_indices, fit
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 
@@ -96,7 +97,7 @@ def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: Report | N
     slack = recipe.image_size - recipe.vae_crop
 
     def crops(step: int) -> Tensor:
-        rows = pick(step, recipe.vae, len(images)).tolist()
+        rows = batch_indices(step, recipe.vae, len(images)).tolist()
         corners = torch.randint(0, slack + 1, (len(rows), 2)).tolist()
         side = recipe.vae_crop
         parts = [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(rows, corners, strict=True)]
@@ -119,7 +120,7 @@ def train_decoder(
     images = render_images(recipe, 5000 if recipe.decoder.steps > 100 else 64, first_variation=50_000)
 
     def batch(step: int) -> Tensor:
-        return images[pick(step, recipe.decoder, len(images))].float() / 127.5 - 1
+        return images[batch_indices(step, recipe.decoder, len(images))].float() / 127.5 - 1
 
     fit(Reconstruction(coder), batch, recipe.decoder, directory / "decoder", _prefix(report, "decoder", recipe.decoder))
     return coder.eval()

@@ -9,33 +9,42 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from experiments.training.checkpoints import write_file
+from experiments.core.files import write_bytes
 
 _log = logging.getLogger(__name__)
 
 
-class Log:
+class MetricsLog:
     """One record every few steps, written by the main process.
 
-    The file depends on the training alone, so that it can be compared: what takes time is told to the trackers only.
+    The file depends on the training alone, so that two runs can be compared byte for byte: learning rate and speed go
+    to the trackers only.
     """
 
     def __init__(self, directory: Path, accelerator: Accelerator) -> None:
-        self._file, self._accelerator = directory / "metrics.jsonl", accelerator
+        self._file = directory / "metrics.jsonl"
+        self._accelerator = accelerator
         self._last = (0, time.perf_counter())
-        self._cut = False  # whether the last line may be half a line
+        self._cut = False  # whether the last line may be incomplete
 
-    def until(self, step: int) -> list[dict[str, float]]:
-        """The records up to a step; later ones, of a run that was killed, are dropped."""
+    def truncate(self, step: int) -> list[dict[str, float]]:
+        """Drop the records after a step, which a killed run left, and return those up to it."""
         self._last = (step, time.perf_counter())
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        kept = [record for record in map(_record, lines) if record is not None and record["step"] <= step]
+        records = [record for record in map(_parse, lines) if record is not None and record["step"] <= step]
         if self._accelerator.is_main_process:
-            write_file(self._file, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        return kept
+            write_bytes(self._file, "".join(json.dumps(record) + "\n" for record in records).encode())
+        return records
 
     def write(self, step: int, losses: dict[str, float], rate: float, items: int) -> dict[str, float]:
-        """Add a record; the trackers also get the learning rate, and the samples a second of `items` a step."""
+        """Add a record and return it.
+
+        Args:
+            step: completed steps.
+            losses: by name.
+            rate: the learning rate, for the trackers.
+            items: samples a step, for the trackers' samples a second.
+        """
         record = {"step": step, **losses}
         if self._accelerator.is_main_process:
             try:
@@ -44,20 +53,21 @@ class Log:
                 self._cut = False
             except OSError as error:  # a full disk: the training is worth more than its log
                 self._cut = True
-                _log.warning("Step %d is not in %s: %s.", step, self._file, error)
-        (before, then), now = self._last, time.perf_counter()
+                _log.warning("Cannot write step %d to %s: %s.", step, self._file, error)
+        before, then = self._last
+        now = time.perf_counter()
         self._last = (step, now)
         speed = (step - before) * items / (now - then)
         self._accelerator.log({**losses, "learning_rate": rate, "samples_per_second": speed}, step=step)
         return record
 
     def close(self) -> None:
-        """Finish the trackers; the processes stay together, for the next training."""
+        """Finish the trackers; the processes stay connected for the next training."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
 
-def _record(line: str) -> dict[str, float] | None:
+def _parse(line: str) -> dict[str, float] | None:
     try:
         record: dict[str, float] = json.loads(line)
     except ValueError:  # half a line, of a run that was killed or of a disk that was full

@@ -1,10 +1,10 @@
 """fit: the only training loop.
 
     batch(step)  ->  this process's part, in micro-batches  ->  model(part) -> {"loss": …, terms…}  ->  backward
-    ->  guard  ->  clip  ->  AdamW  ->  EMA  ->  log, checkpoint, report
+    ->  guard  ->  clip  ->  AdamW  ->  EMA  ->  log, checkpoint, callback
 
-Everything random in a step is a function of (seed, step), so a run that is killed and started again gives the same
-weights, to the last bit on one CPU, as one that was not; and so do two processes, up to rounding.
+Everything random in a step is a function of (seed, step). A run that is killed and started again therefore ends with
+the same weights as an undisturbed one, bit-identical on one CPU; two processes give the weights of one, up to rounding.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from experiments.training.checkpoints import Trainee, resume, save, trainable
+from experiments.config import FitConfig
+from experiments.core.signals import Interrupted
+from experiments.training.checkpoints import resume, save
 from experiments.training.guard import check_gradients, check_losses
-from experiments.training.log import Log
-from experiments.training.plan import FitConfig, learning_rate_factor
-from experiments.training.processes import agreed, open_accelerator, shares
+from experiments.training.log import MetricsLog
+from experiments.training.processes import agree_on_start, open_accelerator, split_batch
+from experiments.training.schedule import learning_rate_factor
+from experiments.training.state import TrainingState, trainable_parameters
 
-Report = Callable[[int, dict[str, float]], None]
+LossCallback = Callable[[int, dict[str, float]], None]
+"""Called after each step as (completed steps, losses by name)."""
 
-
-class Interrupted(KeyboardInterrupt):
-    """The process was asked to stop (SIGTERM); the step it was in is done."""
+StageCallback = Callable[[str, int, int, dict[str, float]], None]
+"""Called after each step of a training in stages as (stage, completed steps, steps, losses by name)."""
 
 
 def fit(
@@ -39,61 +42,64 @@ def fit(
     batch: Callable[[int], Any],
     config: FitConfig,
     directory: Path,
-    report: Report | None = None,
+    callback: LossCallback | None = None,
     *,
     watched: nn.Module | None = None,
 ) -> list[dict[str, float]]:
-    """Train the parameters of `model` that require gradients, where they are; the trained values are left in `model`.
+    """Train the parameters of `model` that require gradients, in place and on their device.
+
+    SIGINT and SIGTERM end the training after the running step, whose state is saved; a second SIGINT ends it at once.
 
     Args:
         model: `model(batch) -> {"loss": scalar, …}`; the other entries are logged beside the loss.
         batch: step number -> the batch of that update, for all processes together: tensors, or tuples, lists or
-            dictionaries of them, with the batch first. It must depend on nothing but the number and torch's seeded RNG.
+            dictionaries of them, with the batch as the first axis. It must depend on the number and on torch's seeded
+            generator alone.
         config: steps, rates and so on.
-        directory: receives `checkpoints/` (resumed from where there are some) and `metrics.jsonl`.
-        report: called after each step with its number and losses, for progress, pictures and the like.
-        watched: the network in whose layers a number that is not finite is looked for; `model` where there is none.
+        directory: receives `checkpoints/` (resumed from if there are some) and `metrics.jsonl`.
+        callback: called after each step, for progress, samples and the like.
+        watched: the network whose layers are searched if a number is not finite; None: `model`.
 
     Returns:
         The logged metrics, one record per `log_every` steps.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the state from before that step is saved.
-        Interrupted: a process got a SIGTERM; the state after the last step is saved.
-        ValueError: checkpoints of another model, a batch that cannot be shared out, or what `open_accelerator` refuses.
+        Interrupted: a process received SIGINT or SIGTERM; the state after the last step is saved.
+        ValueError: checkpoints of another model, a batch that cannot be divided, or what `open_accelerator` refuses.
     """
     accelerator = open_accelerator(config, model, directory)
-    trainee = _trainee(model, config, accelerator)
-    start, log = agreed(resume(directory, trainee)), Log(directory, accelerator)
-    history = log.until(start)
-    # In a shell, as accelerate changes the `forward` of what it is given.
-    stepper, optimizer = accelerator.prepare(nn.Sequential(model), trainee.optimizer)
-    with closing(log), _stoppable(accelerator) as stopped:
+    state = _initial_state(model, config, accelerator)
+    start = agree_on_start(resume(directory, state))
+    log = MetricsLog(directory, accelerator)
+    history = log.truncate(start)
+    # The Sequential protects `model`: accelerate changes the `forward` of what it prepares.
+    stepper, optimizer = accelerator.prepare(nn.Sequential(model), state.optimizer)
+    with closing(log), _stop_requests(accelerator) as requested_signal:
         for step in range(start, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             try:
                 losses = _update(accelerator, stepper, optimizer, batch(step), config, step, watched or model)
             except FloatingPointError:
-                save(directory, step, trainee, config.keep)
+                save(directory, step, state, config.keep)
                 raise
-            _average(trainee.ema, model, config.ema, step)
-            done, stop = step + 1, stopped()
-            if done % config.log_every == 0 or done == config.steps:
-                history.append(log.write(done, losses, optimizer.param_groups[0]["lr"], config.batch_size))
-            if done % config.checkpoint_every == 0 or done == config.steps or stop:
-                save(directory, done, trainee, config.keep)
-            if report:
-                report(done, losses)
-            if stop:
-                raise Interrupted(f"Stopped after step {done} of {config.steps}; start the same command to go on.")
-    with torch.no_grad():
-        for name, value in trainee.ema.items():
-            trainable(model)[name].copy_(value)
+            _update_average(state.ema, model, config.ema, step)
+            completed = step + 1
+            stop = requested_signal()
+            if completed % config.log_every == 0 or completed == config.steps:
+                history.append(log.write(completed, losses, optimizer.param_groups[0]["lr"], config.batch_size))
+            is_due = completed % config.checkpoint_every == 0 or completed == config.steps or stop is not None
+            saved = is_due and save(directory, completed, state, config.keep)
+            if callback:
+                callback(completed, losses)
+            if stop is not None:
+                raise Interrupted(_stop_message(completed, config.steps, saved), stop)
+    _apply_average(state.ema, model)
     return history
 
 
-def _trainee(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> Trainee:
-    parameters = trainable(model)
+def _initial_state(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> TrainingState:
+    parameters = trainable_parameters(model)
     on_cpu = all(p.device.type == "cpu" for p in parameters.values())
     optimizer = torch.optim.AdamW(
         parameters.values(),
@@ -102,7 +108,7 @@ def _trainee(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> T
         fused=on_cpu or None,  # On CPUs the default is one operation after another for every parameter.
     )
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
-    return Trainee(model, optimizer, ema, accelerator.scaler, writes=accelerator.is_main_process)
+    return TrainingState(model, optimizer, ema, accelerator.scaler, writes=accelerator.is_main_process)
 
 
 def _update(
@@ -114,9 +120,9 @@ def _update(
     step: int,
     watched: nn.Module,
 ) -> dict[str, float]:
-    """One step; returns the losses, averaged over micro-batches and processes."""
-    parts = shares(batch, accelerator.process_index, accelerator.num_processes, config.accumulation)
-    shell, scaler = accelerator.unwrap_model(stepper), accelerator.scaler
+    """Run one step; returns the losses, averaged over micro-batches and processes."""
+    parts = split_batch(batch, accelerator.process_index, accelerator.num_processes, config.accumulation)
+    unwrapped = accelerator.unwrap_model(stepper)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * learning_rate_factor(step, config)
     optimizer.zero_grad()
@@ -126,43 +132,66 @@ def _update(
             losses: dict[str, Tensor] = stepper(part)
             accelerator.backward(losses["loss"].float() / len(parts))
         sums = {name: sums.get(name, 0.0) + loss.detach().float() / len(parts) for name, loss in losses.items()}
-    means = accelerator.reduce(torch.stack(list(sums.values())), "mean")  # a share that broke breaks the mean
+    means = accelerator.reduce(torch.stack(list(sums.values())), "mean")  # not finite if one process's is not
     values: dict[str, float] = dict(zip(sums, means.tolist(), strict=True))
-    check_losses(values, step, lambda: [shell(part) for part in parts], watched)
+    check_losses(values, step, lambda: [unwrapped(part) for part in parts], watched)
     norm = accelerator.clip_grad_norm_([p for p in stepper.parameters() if p.requires_grad], config.clip)
+    scaler = accelerator.scaler
     if scaler is None or scaler.get_scale() < 1:  # above, float16's scaler skips such steps and halves its scale
-        check_gradients(shell[0], norm, step)
+        check_gradients(unwrapped[0], norm, step)
     optimizer.step()
     return values
 
 
 @torch.no_grad()
-def _average(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    weight = 1 - min(decay, (1 + step) / (10 + step))  # a young average must not remember the start
-    parameters = trainable(model)
+def _update_average(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    weight = 1 - min(decay, (1 + step) / (10 + step))  # early on, so that the initial values are soon forgotten
+    parameters = trainable_parameters(model)
     for name, value in ema.items():
         value.lerp_(parameters[name], weight)
 
 
-@contextmanager
-def _stoppable(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Whether a SIGTERM came to any of the processes, so that all finish the same step; in the main thread only."""
-    asked = threading.Event()
+@torch.no_grad()
+def _apply_average(ema: dict[str, Tensor], model: nn.Module) -> None:
+    parameters = trainable_parameters(model)
+    for name, value in ema.items():
+        parameters[name].copy_(value)
 
-    def stopped() -> bool:
-        if asked.is_set():
+
+def _stop_message(completed: int, steps: int, saved: bool) -> str:
+    consequence = "Run the same command again to continue." if saved else "Its state could not be saved."
+    return f"Stopped after step {completed} of {steps}. {consequence}"
+
+
+@contextmanager
+def _stop_requests(accelerator: Accelerator) -> Iterator[Callable[[], int | None]]:
+    """Yield a function that returns the signal by which some process was asked to stop, or None.
+
+    Signals are handled in the main thread only. All processes get the same answer, so that they finish the same step.
+    """
+    received: list[int] = []
+
+    def requested_signal() -> int | None:
+        if received:
             accelerator.set_trigger()
-        return bool(accelerator.check_trigger())
+        if not accelerator.check_trigger():
+            return None
+        return received[0] if received else signal.SIGTERM
 
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield requested_signal
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
 
-    before = signal.signal(signal.SIGTERM, ask)
+    # A worker process that ignores SIGINT, because its parent handles it, keeps ignoring it.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield stopped
+        yield requested_signal
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

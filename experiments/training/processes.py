@@ -1,4 +1,4 @@
-"""The processes that train together: what accelerate sets up for one of them, and its part of each batch."""
+"""The processes that train together: the set-up of one of them by accelerate, and its part of each batch."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from experiments.training.plan import FitConfig
+from experiments.config import FitConfig
 
 
 def this_process() -> PartialState:
-    """This process among those that were launched together, by accelerate, torchrun or a cluster.
+    """Return this process among those that were launched together by accelerate, torchrun or a cluster.
 
-    Accelerate alone does not look for others where there is no accelerator, and each of them would train by itself.
+    On a machine without an accelerator, accelerate by itself does not connect the processes, so that each would train
+    alone.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Accelerator:
-    """Accelerate, for a model that stays on the device where it is.
+    """Set accelerate up for a model that stays on its device.
+
+    Args:
+        config: its precision and trackers.
+        model: checked against the device of this process.
+        directory: of the training, for the trackers; created.
 
     Raises:
-        ValueError: a tracker is not installed, or the model cannot be trained in this precision, on this device, or in
-            the way that `accelerate launch` was told.
+        ValueError: a tracker is not installed, or the model cannot be trained in this precision, on this device, or
+            with the strategy that `accelerate launch` was configured for.
     """
     for name in config.trackers:
         if find_spec(name) is None:
@@ -37,12 +43,12 @@ def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Ac
                 f"The tracker {name!r} is not installed: pip install {name}, or leave it out of `trackers`."
             )
     this_process()
-    AcceleratorState._reset_state()  # the precision is of this training, not of the first in the process
+    AcceleratorState._reset_state()  # it would keep the precision of the first training in this process
     accelerator = Accelerator(
         device_placement=False,
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # ours; the launcher's would come on top
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a stage may train a part
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `fit` accumulates itself
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a stage may use some
         log_with=list(config.trackers) or None,
         project_dir=str(directory),
     )
@@ -54,8 +60,8 @@ def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Ac
     return accelerator
 
 
-def agreed(start: int) -> int:
-    """The step that every process starts from.
+def agree_on_start(start: int) -> int:
+    """Return the step that every process starts from.
 
     Raises:
         ValueError: they do not start from the same one.
@@ -63,17 +69,23 @@ def agreed(start: int) -> int:
     starts = gather_object([start])
     if len(set(starts)) > 1:
         raise ValueError(
-            f"Cannot go on: the processes found checkpoints of steps {', '.join(map(str, starts))}. All of them must "
-            "see the same folder."
+            f"Cannot resume: the processes have checkpoints of different steps, {', '.join(map(str, starts))}. All of "
+            "them must see the same folder."
         )
     return start
 
 
-def shares(batch: Any, process: int, processes: int, accumulation: int) -> list[Any]:
-    """The micro-batches of one process: its part of every tensor, cut along the first axis.
+def split_batch(batch: Any, process: int, processes: int, accumulation: int) -> list[Any]:
+    """Return the micro-batches of one process: its part of every tensor, cut along the first axis.
+
+    Args:
+        batch: of all processes: tensors, or tuples, lists or dictionaries of them.
+        process: the number of this one, from 0.
+        processes: how many there are.
+        accumulation: micro-batches per process.
 
     Raises:
-        ValueError: the batch does not divide.
+        ValueError: the batch cannot be divided evenly.
     """
     parts = processes * accumulation
     if parts == 1:
@@ -81,15 +93,14 @@ def shares(batch: Any, process: int, processes: int, accumulation: int) -> list[
     sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or next(iter(sizes)) % parts:
         raise ValueError(
-            f"A batch of {sorted(sizes)} items cannot be shared out evenly among {processes} processes × "
+            f"A batch of {sorted(sizes)} items cannot be divided evenly among {processes} processes × "
             f"{accumulation} micro-batches: choose a batch_size that is a multiple of {parts}."
         )
-    each = next(iter(sizes)) // parts
-    first = process * accumulation
+    size = next(iter(sizes)) // parts
 
     def cut(number: int) -> Any:
-        start = (first + number) * each
-        return tree_map(lambda leaf: leaf[start : start + each] if isinstance(leaf, Tensor) else leaf, batch)
+        start = (process * accumulation + number) * size
+        return tree_map(lambda leaf: leaf[start : start + size] if isinstance(leaf, Tensor) else leaf, batch)
 
     return [cut(number) for number in range(accumulation)]
 
@@ -98,8 +109,8 @@ def _check(accelerator: Accelerator, config: FitConfig, model: nn.Module) -> Non
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(
-            f"Cannot train by {kind}: every process holds the whole student here, as only that is trained. Launch with "
-            "plain data parallelism (accelerate launch --multi_gpu)."
+            f"Cannot train with {kind}: every process holds the whole student here, which is small. Launch with plain "
+            "data parallelism (accelerate launch --multi_gpu)."
         )
     if config.mixed_precision == "no" and accelerator.num_processes == 1:
         return

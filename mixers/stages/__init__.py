@@ -1,1 +1,1 @@
-"""The parts a mixer is chosen from."""
+"""The stages that mixers are composed of: projections, convolutions, decays, rotary embeddings, outputs."""

@@ -1,64 +1,81 @@
-"""Rotary positions: channels turn by angles that grow with the token's place, so that q·k sees differences alone."""
+"""Rotary position embeddings: channels are rotated by angles proportional to the position of their token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mixers.operators.common import precision
+from mixers.image_grid import Grid, require_grid
+from mixers.precision import accumulation_dtype
 
 
-def rotary(x: Tensor, *, base: float = 10000.0, adjacent: bool = True, start: int = 0) -> Tensor:
-    """Turn channels by the token's number: (b, l, h, k) -> the same.
+def rotary(
+    x: Tensor, *, base: float = 10000.0, adjacent: bool = True, start: int = 0, inclusive: bool = False
+) -> Tensor:
+    """Rotate channels by the position of the token in the sequence: (b, l, h, k) -> (b, l, h, k).
 
-    Pair i of n = ⌊k/2⌋ turns by t · base^(−i/n) at token t (RoFormer 2104.09864; RetNet 2307.08621, as in fla).
-    rotary(q)_s · rotary(k)_t depends on s − t alone, and norms stay. A last odd channel stays as it is. Angles are
-    float32 at least; l·n sines and cosines a call, which heads share.
+    Pair i of n = ⌊k/2⌋ rotates by t · base^(−i/n) at token t (RoFormer 2104.09864; fla), or by t · base^(−i/(n−1)) if
+    `inclusive` (RetNet's code, torchscale). rotary(q)_s · rotary(k)_t depends on s − t only, and norms are preserved.
+    If k is odd, the last channel is not rotated. Angles are float64; a call computes l·n sines and cosines, which all
+    heads share.
 
     Args:
-        adjacent: pairs are channels (2i, 2i + 1); else (i, i + n), as in fla's layers.
-        start: number of the first token, for a stream in parts.
+        x: queries or keys.
+        base: of the geometric sequence of frequencies.
+        adjacent: pairs are channels (2i, 2i + 1); otherwise (i, i + n), as in fla's layers.
+        start: position of the first token, for streaming.
+        inclusive: the last frequency is exactly 1/base.
 
     Raises:
         ValueError: k < 2.
     """
-    places = torch.arange(start, start + x.shape[1], device=x.device)
-    return _turn(x, [places], base, adjacent)
+    positions = torch.arange(start, start + x.shape[1], device=x.device)
+    return _rotate(x, [positions], base, adjacent, inclusive)
 
 
-def rotary_2d(x: Tensor, grid: tuple[int, int] | None, *, base: float = 10000.0, adjacent: bool = True) -> Tensor:
-    """Turn half of the channels by the token's row and half by its column: (b, l, h, k) -> the same, in raster order.
+def rotary_2d(x: Tensor, grid: Grid | None, *, base: float = 10000.0, adjacent: bool = True) -> Tensor:
+    """Rotate half of the channels by the row of the token and half by its column: (b, l, h, k) -> (b, l, h, k).
 
-    With n = ⌊k/4⌋, pair i < n turns by row · base^(−i/n), and pair n + i by column · base^(−i/n) (MILA 2405.16605).
-    rotary_2d(q)_s · rotary_2d(k)_t depends on the differences of rows and of columns alone. The last k − 4n channels
-    stay as they are: 2 of a head of 6. MILA turns the full width before it splits the heads: that is x (b, l, 1, d).
+    With n = ⌊k/4⌋, pair i < n rotates by row · base^(−i/n), and pair n + i by column · base^(−i/n) (MILA 2405.16605).
+    rotary_2d(q)_s · rotary_2d(k)_t depends on the differences of rows and of columns only. The last k − 4n channels
+    are not rotated: 2 of a head of 6. MILA rotates the full width before splitting heads: pass x as (b, l, 1, d).
 
     Args:
+        x: queries or keys, in raster order.
         grid: (height, width) with height · width = l.
-        adjacent: as in `rotary`.
+        base, adjacent: as in `rotary`.
 
     Raises:
-        ValueError: there is no grid, it does not fit, or k < 4.
+        ValueError: The grid is missing or does not fit, or k < 4.
     """
-    if grid is None:
-        raise ValueError("Rotary positions in two dimensions need the size of the image: pass grid=(height, width).")
-    height, width = grid
-    if height * width != x.shape[1]:
-        raise ValueError(f"The grid {(height, width)} has {height * width} places for {x.shape[1]} tokens.")
-    places = torch.arange(x.shape[1], device=x.device)
-    return _turn(x, [places // width, places % width], base, adjacent)
+    _, width = require_grid(grid, x.shape[1], "A rotary embedding in two dimensions")
+    positions = torch.arange(x.shape[1], device=x.device)
+    return _rotate(x, [positions // width, positions % width], base, adjacent)
 
 
-def _turn(x: Tensor, axes: list[Tensor], base: float, adjacent: bool) -> Tensor:
+def _rotate(x: Tensor, axes: list[Tensor], base: float, adjacent: bool, inclusive: bool = False) -> Tensor:
     n = x.shape[-1] // (2 * len(axes))
     if n == 0:
-        raise ValueError(f"Heads of {x.shape[-1]} channels are too small to turn: {2 * len(axes)} are needed.")
-    dtype, turned = precision(x), 2 * n * len(axes)
-    frequencies = base ** (-torch.arange(n, device=x.device, dtype=dtype) / n)
-    angles = torch.cat([places.to(dtype)[:, None] * frequencies for places in axes], dim=-1)[:, None]  # (l, 1, pairs)
-    cos, sin = angles.cos(), angles.sin()
-    pairs = x[..., :turned].to(dtype).unflatten(-1, (-1, 2) if adjacent else (2, -1))
-    side = -1 if adjacent else -2
-    real, imaginary = pairs.unbind(side)
-    result = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=side).flatten(-2)
-    return torch.cat([result.to(x.dtype), x[..., turned:]], dim=-1)
+        raise ValueError(
+            f"A rotary embedding needs heads of at least {2 * len(axes)} channels, got {x.shape[-1]} channels."
+        )
+    cos, sin = _cos_sin(axes, base ** (-_exponents(n, inclusive, x.device)), accumulation_dtype(x))
+    rotated = 2 * n * len(axes)
+    pairs = x[..., :rotated].to(cos.dtype).unflatten(-1, (-1, 2) if adjacent else (2, -1))
+    pair_axis = -1 if adjacent else -2
+    real, imaginary = pairs.unbind(pair_axis)
+    result = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=pair_axis).flatten(-2)
+    return torch.cat([result.to(x.dtype), x[..., rotated:]], dim=-1)
+
+
+def _exponents(n: int, inclusive: bool, device: torch.device) -> Tensor:
+    # float32 angles are off by 0.14 at 4 million tokens; devices without float64 (MPS) have to do with them.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.arange(n, device=device, dtype=dtype) / (max(n - 1, 1) if inclusive else n)
+
+
+def _cos_sin(axes: list[Tensor], frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions times frequencies, (l, 1, pairs) each."""
+    angles = torch.cat([positions.to(frequencies.dtype)[:, None] * frequencies for positions in axes], dim=-1)
+    angles = angles.remainder(2 * torch.pi).to(dtype)[:, None]
+    return angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""Token shift: what the projections see is x, moved towards the token before it by as much as x says."""
+"""Token shift: data-dependent interpolation of each token with the previous one."""
 
 from __future__ import annotations
 
@@ -7,42 +7,45 @@ from torch import Tensor, nn
 
 
 class TokenShift(nn.Module):
-    """RWKV-6's data-dependent linear interpolation, "ddlerp" (2404.05892 §4.2): (b, l, d) -> one (b, l, d) a stream.
+    """RWKV-6's data-dependent linear interpolation, "ddlerp" (2404.05892 §4.2): (b, l, d) -> one (b, l, d) per stream.
 
         y_s = x + δ ⊙ (μ_s + up_s tanh(down_s (x + δ ⊙ μ))),    δ_i = x_{i−1} − x_i, x_{−1} = 0
 
-    A token sees itself and the token before it in the order of the scan, whatever the causality of the mixer.
-    2·streams·rank·d multiply-adds a token.
+    A token sees itself and the previous token in scan order, whatever the causality of the mixer. Costs
+    2·streams·rank·d multiply-adds per token.
 
-    Parameters, as published but for the layout: `mu` (d,), time_maa_x; `offsets` (streams, d), time_maa_w and its
-    like; `down.weight` (streams·rank, d), time_maa_w1, zeros at first; `up` (streams, rank, d), time_maa_w2.
+    Parameters, as published except for the layout: `mu` (d,), time_maa_x; `offsets` (streams, d), time_maa_w and its
+    siblings; `down.weight` (streams·rank, d), time_maa_w1, initially zero; `up` (streams, rank, d), time_maa_w2.
 
     Args:
-        streams: how many; the μ of all start alike, from near 1 in the first channel to near 0 in the last.
-        rank: of down and up, for each stream.
-        depth: of the layer in its network, 0 at the input to 1 at the output: μ starts at 1 − (i/d)^(1 − depth).
+        mu: initial μ (d,).
+        offsets: initial μ_s of each stream, (streams, d).
+        rank: width of down and up, per stream.
+
+    Raises:
+        ValueError: There are no streams, or rank < 1.
     """
 
-    def __init__(self, dim: int, streams: int = 5, rank: int = 32, depth: float = 0.5) -> None:
+    def __init__(self, mu: Tensor, offsets: Tensor, rank: int = 32) -> None:
         super().__init__()
+        streams, dim = offsets.shape
         if streams < 1 or rank < 1:
-            raise ValueError(f"Expected at least one stream and rank ≥ 1, got {streams} and {rank}.")
-        start = 1 - (torch.arange(dim) / dim) ** (1 - depth)
+            raise ValueError(f"TokenShift: expected at least one stream and rank ≥ 1, got {streams} and {rank}.")
         self.streams = streams
-        self.mu = nn.Parameter(start)
-        self.offsets = nn.Parameter(start.repeat(streams, 1))
+        self.mu = nn.Parameter(mu)
+        self.offsets = nn.Parameter(offsets)
         self.down = nn.Linear(dim, streams * rank, bias=False)
         self.up = nn.Parameter(torch.empty(streams, rank, dim).uniform_(-0.01, 0.01))
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(b, l, d) -> (b, l, d) for each stream."""
-        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-        delta = before - x
-        low = self.down(x + delta * self.mu).tanh().unflatten(-1, (self.streams, -1))
-        amounts = self.offsets + torch.einsum("blsr,srd->blsd", low, self.up)
-        return (x[:, :, None] + delta[:, :, None] * amounts).unbind(2)
+        """Map (b, l, d) to (b, l, d) for each stream."""
+        previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        delta = previous - x
+        low_rank = self.down(x + delta * self.mu).tanh().unflatten(-1, (self.streams, -1))
+        weights = self.offsets + torch.einsum("blsr,srd->blsd", low_rank, self.up)
+        return (x[:, :, None] + delta[:, :, None] * weights).unbind(2)
 
     def flops(self, length: int) -> int:
-        """Multiply-adds × 2 of one forward over `length` tokens; elementwise work is not counted."""
+        """Return the floating-point operations of a forward over `length` tokens; elementwise work is not counted."""
         return 4 * length * self.up.numel()

@@ -1,10 +1,10 @@
-"""One file per mixer, found by a scan: adding a file here is all it takes."""
+"""The mixers that ship, one file each; every file in this folder is imported, so adding one registers its mixer."""
 
 import importlib
 import pkgutil
 
 
 def load() -> None:
-    """Import every mixer in this folder, which registers it."""
+    """Import every module of this folder, which registers its mixers."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

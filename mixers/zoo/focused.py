@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mixers.mixer import Streams, upcast
-from mixers.registry import register_mixer
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
+from mixers.precision import accumulation_dtype
 from mixers.stages.focused import FocusedMap
+from mixers.stages.position_table import PositionTable
+from mixers.stages.projections import Projections
+from mixers.streams import Streams
+from mixers.traits import Traits
 from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
+
+TABLE_SIZE = 14  # tokens per side at 224 px in the stage with 16 px patches
 
 
 @dataclass(frozen=True)
@@ -18,40 +26,83 @@ class FocusedConfig(LinearAttentionConfig):
     """Options of `focused`.
 
     Attributes:
-        power: p of the map; 1 leaves directions as they are.
+        power: p of the feature map; 1 leaves directions unchanged.
+        position_table_size: side of the table of positions added to the keys; 0: none. None: as published; 0 for causal
+            mixers and for scans other than raster.
+        qkv_bias: whether to_q, to_k and to_v have a bias.
     """
 
-    published_local_convolution: ClassVar[int] = 5
+    default_local_conv_size: ClassVar[int] = 5
 
     power: float = 3.0
+    position_table_size: int | None = None
+    qkv_bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.position_table_size is None:
+            size = TABLE_SIZE if self.causality != "causal" and self.scan == "raster" else 0
+            object.__setattr__(self, "position_table_size", size)
+        if (self.position_table_size or 0) < 0:
+            raise ValueError(f"Expected position_table_size ≥ 0, got {self.position_table_size}.")
+        if self.position_table_size and self.scan != "raster":
+            raise ValueError(
+                f"position_table_size={self.position_table_size} needs scan='raster', got scan={self.scan!r}."
+            )
         if self.feature_map is not None:
             raise ValueError(
-                f"feature_map={self.feature_map!r} would replace what makes this mixer focused: leave it out, or use "
-                f"linear_attention with local_convolution={self.local_convolution}."
+                f"feature_map={self.feature_map!r} would replace the map that makes this mixer focused: leave it out, "
+                f"or use linear_attention with local_conv_size={self.local_conv_size}."
             )
 
 
 @register_mixer("focused")
 class Focused(LinearAttention):
-    """FLatten (2308.00442): W_ij = φ(q_i)·φ(k_j), φ(x) = ‖u‖ u^p / ‖u^p‖, rows normalised; Y = W V + dwc(V).
+    """FLatten (2308.00442): W_ij = φ(q_i)·φ(k_j), φ(x) = ‖u‖ u^p / ‖u^p‖, rows normalized; Y = W V + dwc(V).
 
-    u = (relu(x) + 1e-6) / softplus(s) with a learned s, and norms over all heads. The 5 × 5 depthwise convolution dwc
-    has weights for every channel; the published one shares them between the heads, which is a special case. The
-    published table of positions that is added to k is left out: it is tied to one number of tokens.
+    u = (relu(x) + 1e-6) / softplus(s) with a learned s; norms are over all heads. A learned table of positions is
+    added to k. dwc is a 5 × 5 depthwise convolution over the image, whose weights the heads share.
+
+    Deviations from the published block: the table of positions is interpolated to the size of the image, where the
+    published one fixes it; keys are never reduced in space (the published sr_ratio is 1).
     """
 
-    Config: ClassVar[Any] = FocusedConfig
-    plain: ClassVar[dict[str, Any]] = {"local_convolution": 0}
-    published_map: ClassVar[str] = "relu"  # what `focus` sharpens
+    Config: ClassVar[type[MixerConfig]] = FocusedConfig
+    drop_in_options: ClassVar[Mapping[str, Any]] = {"local_conv_size": 0, "position_table_size": 0}
+    output_options: ClassVar[Mapping[str, Any]] = {"local_conv_shared": True}
+    default_feature_map: ClassVar[str] = "relu"  # which `focus` sharpens
+    exceptions: ClassVar[Mapping[str, str]] = {
+        "check_heads_are_independent_in_queries": "as published, the norms of the feature map are over all heads",
+        "check_heads_are_independent_in_keys": "as published, the norms of the feature map are over all heads",
+    }
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: FocusedConfig
+
+    def __init__(self, config: FocusedConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.focus = FocusedMap(heads, self.key_dim, config.power)
+        size = config.position_table_size
+        self.positions = PositionTable(self.key_width, size) if size else None
+
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections."""
+        return Projections(self.dim, self.key_width, self.value_width, qkv_bias=self.config.qkv_bias)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """φ(q) and φ(k): (b, l, h, k) each, float32 at least."""
-        dtype = upcast(streams.q.dtype)
-        return self.focus(streams.q.to(dtype)), self.focus(streams.k.to(dtype))
+        """Compute φ(q) and φ(k + positions): (b, l, h, k) each, float32 at least."""
+        dtype = accumulation_dtype(streams.q)
+        k = streams.k.to(dtype)
+        if self.positions is not None:
+            k = self.positions(k.flatten(2), streams.grid).view_as(k)
+        return self.focus(streams.q.to(dtype)), self.focus(k)
+
+    @property
+    def permutation_equivariant(self) -> bool:
+        """Whether permuting the tokens only permutes the output: not with a table of positions."""
+        return super().permutation_equivariant and not self.config.position_table_size
+
+    @property
+    def traits(self) -> Traits:
+        """The properties of this mixer as configured."""
+        traits = super().traits
+        return replace(traits, needs_grid=traits.needs_grid or bool(self.config.position_table_size))

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
 from mixers.linear_mixer import LinearConfig, LinearMixer
-from mixers.mixer import Streams
-from mixers.published import Published, read_fla
-from mixers.registry import register_mixer
 from mixers.stages.decays import LowRankDecay
 from mixers.stages.projections import Projections
+from mixers.state_dicts import ConvertedStateDict, convert_fla_state_dict
+from mixers.streams import Streams
 from mixers.traits import Causality
 
 
@@ -22,60 +23,65 @@ class GLAConfig(LinearConfig):
     """Options of `gla`.
 
     Attributes:
-        expand_keys: width of queries and keys over the model width, rounded to whole channels a head; other than 1
-            it needs projections of its own.
+        expand_k: width of queries and keys over the model width, rounded to whole channels per head. Other than 1, the
+            mixer needs its own projections.
         gate_low_rank_dim: rank of the decay's projection.
-        gate_logit_normalizer: τ, the logarithms of the gates are divided by it; a larger one forgets less.
+        gate_logit_normalizer: τ, by which the log gates are divided; a larger one forgets less.
     """
 
     causality: Causality = "causal"
     normalize: bool = False
+    conv_bias: bool = False
     norm: bool = True
     gate: bool = True
-    expand_keys: float = 0.5
+    expand_k: float = 0.5
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: float = 16.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.expand_keys <= 0 or self.gate_low_rank_dim <= 0:
+        if self.expand_k <= 0 or self.gate_low_rank_dim <= 0:
             raise ValueError(
-                f"Expected expand_keys > 0 and gate_low_rank_dim > 0, got {self.expand_keys} and "
-                f"{self.gate_low_rank_dim}."
+                f"Expected expand_k > 0 and gate_low_rank_dim > 0, got {self.expand_k} and {self.gate_low_rank_dim}."
             )
 
 
 @register_mixer("gla")
 class GLA(LinearMixer):
-    """GLA (2312.06635): W_ij = Σ_c q_ic k_jc ∏_{t=j+1..i} α_tc / √k, a gate for every token and key channel.
+    """GLA (2312.06635): W_ij = Σ_c q_ic k_jc ∏_{t=j+1..i} α_tc / √k, with a gate per token and key channel.
 
-    α = σ(up(down(x)) + bias)^(1/τ). The result goes through RMSNorm, one a head, and times SiLU(to_gate(x)); to_out has
-    no bias, the gate neither.
+    α = σ(up(down(x)) + bias)^(1/τ). The result is normalized by RMSNorm per head and multiplied by SiLU(to_gate(x));
+    to_out and to_gate have no bias.
+
+    Deviations from the published block: as in fla, whose weights load. The code of the paper scales by the width of the
+    model per head (twice k), normalizes by LayerNorm without weights, has a bias in to_gate, and initializes to_q, to_k
+    and the decay by Xavier with gain 2^−2.5.
     """
 
-    Config: ClassVar[Any] = GLAConfig
-    decays: ClassVar[bool] = True
-    channel_gates: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {"expand_keys": 1, "norm": False, "gate": False}
-    tiny: ClassVar[dict[str, Any]] = {"gate_low_rank_dim": 4}
+    Config: ClassVar[type[MixerConfig]] = GLAConfig
+    has_decay: ClassVar[bool] = True
+    per_channel_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[Mapping[str, Any]] = {"expand_k": 1, "norm": False, "gate": False}
+    tiny_options: ClassVar[Mapping[str, Any]] = {"gate_low_rank_dim": 4}
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: GLAConfig
+
+    def __init__(self, config: GLAConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
-        rank, normalizer = config.gate_low_rank_dim, config.gate_logit_normalizer
-        self.decay = LowRankDecay(dim, self.key_width, rank, normalizer)
+        self.decay = LowRankDecay(dim, self.key_width, config.gate_low_rank_dim, config.gate_logit_normalizer)
 
     @property
     def key_width(self) -> int:
-        """expand_keys · d, in whole channels a head."""
-        return self.heads * max(1, round(self.dim * self.config.expand_keys / self.heads))
+        """expand_k · d, rounded to whole channels per head."""
+        return self.heads * max(1, round(self.dim * self.config.expand_k / self.heads))
 
-    def own_projections(self) -> Projections:
-        """Projections without a bias."""
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections, without biases."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def gates(self, streams: Streams) -> Streams:
+    def add_gates(self, streams: Streams) -> Streams:
         """Add log α, (b, l, h, k)."""
-        return replace(streams, log_decay=self.split(self.decay(streams.x)))
+        return replace(streams, log_decay=self.split_heads(self.decay(streams.x)))
 
     @property
     def scale(self) -> float:
@@ -83,20 +89,24 @@ class GLA(LinearMixer):
         return self.key_dim**-0.5
 
     def mixing_flops(self, length: int) -> int:
-        """Those of linear attention, and the decay's."""
+        """Add the operations of the decay."""
         return super().mixing_flops(length) + 2 * length * self.config.gate_low_rank_dim * (self.dim + self.key_width)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
-        """Of `fla`'s GatedLinearAttention; say gate_logit_normalizer where it is not 16, heads where the norm is plain.
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
+        """Convert the state dict of `fla`'s GatedLinearAttention.
 
-        Not read: keys and values that heads share, a feature map, `clamp_min`, a gate other than SiLU.
+        Pass gate_logit_normalizer if it is not 16, and heads if the norm has no weight. Not supported: keys and values
+        shared by heads, a feature map, `clamp_min`, a gate other than SiLU.
         """
-        names = {"gk_proj.0.weight": "decay.down.weight"}
-        names |= {"gk_proj.1.weight": "decay.up.weight", "gk_proj.1.bias": "decay.up.bias"}
-        read = read_fla(state, options, names)
+        names = {
+            "gk_proj.0.weight": "decay.down.weight",
+            "gk_proj.1.weight": "decay.up.weight",
+            "gk_proj.1.bias": "decay.up.bias",
+        }
+        converted = convert_fla_state_dict(state, options, names)
         derived = {
-            "expand_keys": len(state["q_proj.weight"]) / read.dim,
+            "expand_k": len(state["q_proj.weight"]) / converted.dim,
             "gate_low_rank_dim": len(state["gk_proj.0.weight"]),
         }
-        return replace(read, options={**derived, **read.options})
+        return replace(converted, options=derived | converted.options)

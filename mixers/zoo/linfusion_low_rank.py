@@ -1,16 +1,18 @@
-"""LinFusion's generalised low-rank form (Liu et al. 2024, 2409.02097), at any rank."""
+"""LinFusion's generalized low-rank form (Liu et al. 2024, 2409.02097), at any rank."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mixers.mixer import Streams
-from mixers.registry import register_mixer
-from mixers.stages.feature_maps import FEATURE_MAPS
-from mixers.stages.projections import linear_in_full_precision
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
+from mixers.feature_maps import FEATURE_MAPS
+from mixers.stages.projections import FullPrecisionLinear
+from mixers.streams import Streams
 from mixers.zoo.linfusion import LinFusion, LinFusionConfig
 
 
@@ -19,7 +21,7 @@ class LinFusionLowRankConfig(LinFusionConfig):
     """Options of `linfusion_low_rank`.
 
     Attributes:
-        rank: r of F Gᵀ; features and state grow r times.
+        rank: r of F Gᵀ; features and state are r times as large.
     """
 
     rank: int = 4
@@ -32,34 +34,39 @@ class LinFusionLowRankConfig(LinFusionConfig):
 
 @register_mixer("linfusion_low_rank")
 class LinFusionLowRank(LinFusion):
-    """LinFusion at rank r (2409.02097): W = (C Bᵀ) ⊙ (F Gᵀ), rows normalised; C = φ(q), B = φ(k) as in linfusion.
+    """LinFusion at rank r (2409.02097): W = (C Bᵀ) ⊙ (F Gᵀ), rows normalized; C = φ(q), B = φ(k) as in linfusion.
 
-    The paper derives this form and gives no F and G. Here F = elu(to_f(x)) + 1 and G = softmax(to_g(x)) over the r,
-    for every head: both positive, so that weights are. to_f starts at zero, so F = 1, F Gᵀ = 1 and a fresh one is
-    linfusion, whatever to_g is; that to_g starts random is what tells the r apart. At r = 1 G is 1, and F cancels:
-    linfusion again, but for eps.
+    The paper derives this form without specifying F and G. Here F = elu(to_f(x)) + 1 and G = softmax(to_g(x)) over r,
+    for every head: both are positive, so W is. to_f starts at zero, so that F = 1, F Gᵀ = 1, and a new mixer equals
+    linfusion whatever to_g is; to_g starts at random, because otherwise the r components would stay equal. At r = 1,
+    G is 1 and F cancels, which is linfusion again except for eps.
 
     Computed as linear attention on row-wise Khatri-Rao features, c_i = vec(C_i ⊗ F_i) and b_j = vec(B_j ⊗ G_j).
     """
 
-    Config: ClassVar[Any] = LinFusionLowRankConfig
-    tiny: ClassVar[dict[str, Any]] = {"mid_dim": 4, "rank": 3}
+    Config: ClassVar[type[MixerConfig]] = LinFusionLowRankConfig
+    tiny_options: ClassVar[Mapping[str, Any]] = {"mid_dim": 4, "rank": 3}
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: LinFusionLowRankConfig
+
+    def __init__(self, config: LinFusionLowRankConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
-        self.to_f, self.to_g = (nn.Linear(dim, heads * config.rank) for _ in range(2))
+        self.to_f = FullPrecisionLinear(dim, heads * config.rank)
+        self.to_g = FullPrecisionLinear(dim, heads * config.rank)
         nn.init.zeros_(self.to_f.weight)
         nn.init.zeros_(self.to_f.bias)
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """F and G of tokens (b, l, d): (b, l, h, r) each, ≥ 0, float32 at least."""
-        f, g = (self.split(linear_in_full_precision(layer, x)) for layer in (self.to_f, self.to_g))
+        """Compute F and G of tokens (b, l, d): (b, l, h, r) each, ≥ 0, float32 at least."""
+        f = self.split_heads(self.to_f(x))
+        g = self.split_heads(self.to_g(x))
         return FEATURE_MAPS["elu_plus_one"].apply(f), g.softmax(-1)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """vec(C ⊗ F) and vec(B ⊗ G): (b, l, h, k·r) each, float32 at least."""
-        (C, B), (f, g) = super().features(streams), self.factors(streams.x)
-        return _khatri_rao(C, f), _khatri_rao(B, g)
+        """Compute vec(C ⊗ F) and vec(B ⊗ G): (b, l, h, k·r) each, float32 at least."""
+        C, B = super().features(streams)
+        F, G = self.factors(streams.x)
+        return _khatri_rao(C, F), _khatri_rao(B, G)
 
     @property
     def features_dim(self) -> int:
@@ -67,10 +74,10 @@ class LinFusionLowRank(LinFusion):
         return super().features_dim * self.config.rank
 
     def mixing_flops(self, length: int) -> int:
-        """Those of linfusion with r times the features, and to_f's and to_g's."""
+        """Add the operations of to_f and to_g."""
         return super().mixing_flops(length) + 4 * length * self.dim * self.heads * self.config.rank
 
 
 def _khatri_rao(x: Tensor, y: Tensor) -> Tensor:
-    """(…, k) and (…, r) -> (…, k·r), all products."""
+    """Return all products of (…, k) and (…, r), (…, k·r)."""
     return (x[..., None] * y[..., None, :]).flatten(-2)

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.mixer import Streams
-from mixers.operators.common import precision
-from mixers.operators.scan import selective_scan, selective_scan_weights
-from mixers.published import Published, require, split_rows
-from mixers.registry import register_mixer
-from mixers.stages.projections import Projections, linear_in_full_precision
-from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
-from mixers.suggest import hint
-
-SELECTIONS = ("inner", "input")
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
+from mixers.image_grid import Grid
+from mixers.operators.scan import selective_scan, selective_scan_matrix
+from mixers.precision import accumulation_dtype
+from mixers.stages.decays import inverse_softplus_of_log_uniform
+from mixers.stages.projections import FullPrecisionLinear, ProjectionLayers, Projections
+from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
+from mixers.state_space_mixer import SELECTIONS, Selection, StateSpaceConfig, StateSpaceMixer
+from mixers.streams import Streams
+from mixers.suggest import unknown_name
 
 
 @dataclass(frozen=True)
@@ -30,61 +31,65 @@ class MambaConfig(StateSpaceConfig):
     Attributes:
         selection: what B, C and Δ are computed from: `inner`, the inner activation after the convolution, as
             published; or `input`, the tokens.
-        dt_rank: rank of Δ; None is ⌈d / 16⌉.
+        dt_rank: rank of Δ. None: ⌈d / 16⌉.
     """
 
     norm: bool = False
-    state_size: int | None = 16
-    selection: str = "inner"
+    d_state: int | None = 16
+    selection: Selection = "inner"
     dt_rank: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.selection not in SELECTIONS:
-            expected = " or ".join(SELECTIONS)
-            raise ValueError(
-                f"Unknown selection {self.selection!r}: expected {expected}.{hint(self.selection, SELECTIONS)}"
-            )
+            raise ValueError(unknown_name("selection", self.selection, SELECTIONS))
         if self.dt_rank is not None and self.dt_rank <= 0:
             raise ValueError(f"Expected dt_rank > 0, or None for a sixteenth of the model width; got {self.dt_rank}.")
 
 
 class LowRankStep(nn.Module):
-    """Δ = softplus(up(down(x))), one a channel: (b, l, width) -> (b, l, channels), float32 at least.
+    """The step size of each channel, Δ = softplus(up(down(x))): (b, l, width) -> (b, l, channels), float32 at least.
 
     Parameters, as published: `down.weight` (rank, width), the first rows of x_proj; `up.weight` (channels, rank) and
-    `up.bias` (channels,), dt_proj. With x = 0, Δ starts log-uniform between 0.001 and 0.1.
+    `up.bias` (channels,), dt_proj. For x = 0, Δ is initially log-uniform between 0.001 and 0.1.
+
+    Args:
+        width: channels of the input.
+        channels: number of step sizes.
+        rank: width between the two layers.
     """
 
     def __init__(self, width: int, channels: int, rank: int) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, channels)
+        self.down = FullPrecisionLinear(width, rank, bias=False)
+        self.up = FullPrecisionLinear(rank, channels)
         nn.init.uniform_(self.up.weight, -(rank**-0.5), rank**-0.5)
-        dt = torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         with torch.no_grad():
-            self.up.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            self.up.bias.copy_(inverse_softplus_of_log_uniform(channels, 1e-3, 1e-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, l, width) -> (b, l, channels)."""
-        return F.softplus(linear_in_full_precision(self.up, linear_in_full_precision(self.down, x)))
+        """Compute Δ."""
+        return F.softplus(self.up(self.down(x)))
 
 
 @register_mixer("mamba")
 class Mamba(StateSpaceMixer):
     """Mamba (2312.00752): W_ij = Σ_n C_i[n] B_j[n] Δ_j ∏ exp(Δ_t A[n]) for every channel, then (W u + D u)·SiLU(z).
 
-    u = SiLU(convolution(to_v(x))). One Δ a channel, one A a channel and state; heads are splits of the channels. As
-    published B, C and Δ come from u, and B and C are the same for all channels. The plain form takes them from x: B
-    and C with the width of a head, one of each a head, and Δ at low rank for every channel. Of the scan `flops` has
-    the reading of the states alone: the rest, about 5·l·channels·n operations and exponentials, is elementwise.
+    u = SiLU(convolution(to_v(x))). One Δ per channel, one A per channel and state; heads are groups of channels. As
+    published, B, C and Δ are computed from u, and all channels share B and C. The drop-in form computes them from x:
+    B and C with the width of a head, one of each per head, and Δ of low rank for every channel. Of the scan, `flops`
+    counts the reading of the states only: the rest, about 5·l·channels·n operations and exponentials, is elementwise.
     """
 
-    Config: ClassVar[Any] = MambaConfig
-    decays: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {**StateSpaceMixer.plain, "selection": "input"}
-    output_style: ClassVar[dict[str, Any]] = {"skip_channels": True}
+    Config: ClassVar[type[MixerConfig]] = MambaConfig
+    has_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[Mapping[str, Any]] = {**StateSpaceMixer.drop_in_options, "selection": "input"}
+    output_options: ClassVar[Mapping[str, Any]] = {"skip_per_channel": True}
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: MambaConfig
+
+    def __init__(self, config: MambaConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         rates = torch.arange(1.0, self.key_dim + 1).log()
         self.A_log = nn.Parameter(rates.repeat(self.value_width, 1))
@@ -93,88 +98,106 @@ class Mamba(StateSpaceMixer):
 
     @property
     def selection_width(self) -> int:
-        """Channels of what B, C and Δ are computed from."""
+        """Channels from which B, C and Δ are computed."""
         return self.value_width if self.config.selection == "inner" else self.dim
 
     @property
     def convolved_width(self) -> int:
-        """Channels that the short convolution sees: those of the values."""
+        """Channels of the short convolution: those of the values."""
         return self.value_width
 
     @property
     def A(self) -> Tensor:
         """(h, v, n), < 0."""
-        log = self.A_log.to(precision(self.A_log)).unflatten(0, (self.heads, -1))
+        log = self.A_log.to(accumulation_dtype(self.A_log)).unflatten(0, (self.heads, -1))
         return -log.exp()
 
-    def own_projections(self) -> Projections:
-        """Projections whose to_q and to_k see what `selection` says."""
-        return self.make_projections(("to_v",), self.selection_width)
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections, whose to_q and to_k see what `selection` names."""
+        return self._create_biased_projections(("to_v",), self.selection_width)
 
-    def streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
-        """The inner activation, and B, C and Δ of it or of the tokens."""
-        u = host.to_v(x)
-        u = u if self.short_convolution is None else self.short_convolution(u)
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+        """Compute the inner activation u, then B, C and Δ from it or from the tokens."""
+        u = projections.to_v(x)
+        u = u if self.short_conv is None else self.short_conv(u, grid)
         source = u if self.config.selection == "inner" else x
-        q, k = self.split_keys(host.to_q(source)), self.split_keys(host.to_k(source))
-        return Streams(x, q, k, self.split(u), write=self.split(self.step(source)), grid=grid)
+        return Streams(
+            x=x,
+            q=self.split_key_heads(projections.to_q(source)),
+            k=self.split_key_heads(projections.to_k(source)),
+            v=self.split_heads(u),
+            dt=self.split_heads(self.step(source)),
+            grid=grid,
+        )
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """φ(C) and φ(B), (b, l, h, n) each, float32 at least; Δ is the operator's own."""
-        return super().features(replace(streams, write=None))
+        """Compute φ(C) and φ(B), (b, l, h, n) each, float32 at least, without Δ, which the operator applies."""
+        return super().features(replace(streams, dt=None))
 
     def mix(self, streams: Streams) -> Tensor:
-        """W u, (b, l, h, v)."""
-        assert streams.write is not None
+        """Compute W u, (b, l, h, v)."""
+        assert streams.dt is not None
         C, B = self.features(streams)
-        settings = self._settings() | {"backend": self.config.backend}
-        return cast(Tensor, selective_scan(streams.v, streams.write, self.A, B, C, **settings))
+        options = self._operator_options(streams) | {"backend": self.config.backend}
+        return cast(Tensor, selective_scan(streams.v, streams.dt, self.A, B, C, **options))
 
-    def weights(self, streams: Streams) -> Tensor:
-        """(b, h, v, l, l), from the formula."""
-        assert streams.write is not None
+    def mixing_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, v, l, l), from its formula."""
+        assert streams.dt is not None
         C, B = self.features(streams)
-        return selective_scan_weights(streams.write, self.A, B, C, **self._settings())
+        return selective_scan_matrix(streams.dt, self.A, B, C, **self._operator_options(streams))
 
     def state_size(self, length: int) -> int:
-        """channels·n, twice that normalised: every channel has weights of its own, and so their sum."""
+        """Return channels·n, twice that if normalized, because every channel has its own row sums."""
         return self.value_width * self.key_dim * (1 + int(self.config.normalize))
 
     def projection_flops(self, length: int) -> int:
-        """The share of `flops` of the four projections."""
+        """Return the share of `flops` of the four projections."""
         return 4 * length * (self.selection_width * self.key_width + self.dim * self.value_width)
 
     def mixing_flops(self, length: int) -> int:
-        """Those of convolution, gate and operator, and Δ's."""
+        """Add the operations of Δ."""
         return super().mixing_flops(length) + 2 * length * self.rank * (self.selection_width + self.value_width)
 
     def operator_flops(self, length: int) -> int:
-        """The reading of the states; all else is elementwise."""
+        """Return the operations of reading the states; everything else is elementwise."""
         return 2 * length * self.state_size(length) * (2 if self.config.causality == "bidirectional" else 1)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
-        """Of `transformers`' MambaMixer or `mamba_ssm`'s Mamba; `heads` (default 1) splits the channels, no more."""
-        require(state, "in_proj.weight conv1d.weight x_proj.weight dt_proj.weight dt_proj.bias A_log D out_proj.weight")
-        (dim, inner), states = state["out_proj.weight"].shape, state["A_log"].shape[-1]
-        rank, size = state["dt_proj.weight"].shape[-1], state["conv1d.weight"].shape[-1]
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
+        """Convert the state dict of `transformers`' MambaMixer or `mamba_ssm`'s Mamba.
+
+        `heads` (default 1) splits the channels without any other effect.
+        """
+        required = "in_proj.weight conv1d.weight x_proj.weight dt_proj.weight dt_proj.bias A_log D out_proj.weight"
+        require_tensors(state, *required.split())
+        dim, inner = state["out_proj.weight"].shape
+        d_state = state["A_log"].shape[-1]
+        dt_rank = state["dt_proj.weight"].shape[-1]
         heads = options.get("heads", 1)
         derived = {
-            **{"expand": inner / dim, "short_convolution": size, "bias": "in_proj.bias" in state},
-            **{"state_size": states, "dt_rank": rank},
-            **{name: value for name, value in options.items() if name != "heads"},
+            "expand": inner / dim,
+            "conv_size": state["conv1d.weight"].shape[-1],
+            "bias": "in_proj.bias" in state,
+            "d_state": d_state,
+            "dt_rank": dt_rank,
         }
-        names = {"conv1d.weight": "short_convolution.conv.weight", "conv1d.bias": "short_convolution.conv.bias"}
-        names |= {"out_proj.weight": "projections.to_out.weight", "out_proj.bias": "projections.to_out.bias"}
-        names |= {"dt_proj.weight": "step.up.weight", "dt_proj.bias": "step.up.bias"}
-        found = {names.get(n, n): t for n, t in state.items() if not n.startswith(("in_proj.", "x_proj."))}
-        found.setdefault(names["conv1d.bias"], torch.zeros_like(state["conv1d.weight"][:, 0, 0]))
-        found["output.D"] = found.pop("D").reshape(heads, -1)
-        cuts: dict[str, tuple[str, ...]] = {"in_proj.weight": ("projections.to_v.weight", "output.to_gate.weight")}
-        cuts |= {"in_proj.bias": ("projections.to_v.bias", "output.to_gate.bias")}
-        cuts |= {"x_proj.weight": ("step.down.weight", "projections.to_k.weight", "projections.to_q.weight")}
-        for name, parts in cuts.items():
-            if name in state:
-                rows = split_rows(state, name, [rank, states, states] if name == "x_proj.weight" else [inner, inner])
-                found |= dict(zip(parts, rows, strict=True))
-        return Published(dim, heads, derived, found)
+        names = {
+            "A_log": "A_log",
+            "conv1d.weight": "short_conv.weight",
+            "conv1d.bias": "short_conv.bias",
+            "out_proj.weight": "projections.to_out.weight",
+            "out_proj.bias": "projections.to_out.bias",
+            "dt_proj.weight": "step.up.weight",
+            "dt_proj.bias": "step.up.bias",
+        }
+        tensors = {names.get(n, n): t for n, t in state.items() if not n.startswith(("in_proj.", "x_proj."))}
+        tensors.setdefault("short_conv.bias", torch.zeros_like(state["conv1d.weight"][:, 0, 0]))
+        tensors["output.D"] = tensors.pop("D").reshape(heads, -1)
+        for kind in {"weight", "bias"} & {name.removeprefix("in_proj.") for name in state}:
+            value, gate = split_rows(state, f"in_proj.{kind}", [inner, inner])
+            tensors |= {f"projections.to_v.{kind}": value, f"output.to_gate.{kind}": gate}
+        step, key, query = split_rows(state, "x_proj.weight", [dt_rank, d_state, d_state])
+        tensors |= {"step.down.weight": step, "projections.to_k.weight": key, "projections.to_q.weight": query}
+        overrides = {name: value for name, value in options.items() if name != "heads"}
+        return ConvertedStateDict(dim, heads, derived | overrides, tensors)

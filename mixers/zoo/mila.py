@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from mixers import operators
-from mixers.mixer import Streams
-from mixers.operators.linear import visible
-from mixers.registry import register_mixer
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
+from mixers.image_grid import Grid
+from mixers.normalization import count_visible_tokens
+from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.stages.rotary import rotary_2d
+from mixers.state_space_mixer import SELECTIONS, Selection
+from mixers.streams import Streams
+from mixers.suggest import unknown_name
 from mixers.traits import Traits
 from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
 
@@ -21,20 +27,29 @@ class MILAConfig(LinearAttentionConfig):
     """Options of `mila`.
 
     Attributes:
-        rotary: turn the features of q and k by the row and the column of their token.
+        selection: what q and k are computed from: `inner`, the inner activation after the convolution, as published;
+            or `input`, the tokens.
+        qkv_bias: whether to_q, to_k and to_v have a bias.
+        rotary: rotate the features of q and k by the row and the column of their token.
     """
 
-    published_local_convolution: ClassVar[int] = 3
+    default_local_conv_size: ClassVar[int] = 3
+    default_conv_2d: ClassVar[bool] = True
 
+    conv_size: int = 3
     gate: bool = True
+    selection: Selection = "inner"
+    qkv_bias: bool = True
     rotary: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.selection not in SELECTIONS:
+            raise ValueError(unknown_name("selection", self.selection, SELECTIONS))
         if self.rotary and self.scan != "raster":
             raise ValueError(
-                f"scan={self.scan!r} does not go with rotary=True, which turns by places in the image, read in raster "
-                "order: use scan='raster' or rotary=False."
+                f"rotary=True rotates by positions in the image, in raster order, but scan={self.scan!r}: use "
+                "scan='raster' or rotary=False."
             )
 
 
@@ -42,71 +57,109 @@ class MILAConfig(LinearAttentionConfig):
 class MILA(LinearAttention):
     """MILA (2405.16605): Y = (W V + LePE(V)) · SiLU(to_gate(x)), W_ij = Rφ(q_i)·Rφ(k_j) / (φ(q_i)·mean φ(k)).
 
-    φ = elu + 1, R turns half of the channels by the row and half by the column (over the full width, so that heads
-    have frequencies of their own), LePE is a 3 × 3 depthwise convolution. What W is divided by has no R: rows sum to
-    one, and weights are ≥ 0, only with rotary=False, and `traits` says so. Unnormalised it is the turned product.
-    The published form needs the grid; a causal one has no LePE, and the plain form neither LePE nor gate.
+    V = SiLU(convolution(to_v(x))) with a 3 × 3 depthwise convolution over the image; q and k are computed from V. φ =
+    elu + 1; R rotates half of the channels by the row and half by the column, over the full width, so that heads have
+    different frequencies; LePE is another 3 × 3 depthwise convolution. The denominator is computed without R: rows sum
+    to one and entries are ≥ 0 only with rotary=False, and `traits` says so. Unnormalized, W is the rotated product.
 
-    Of the published block, a linear layer, 3 × 3 depthwise convolution and SiLU before q, k and v are left out, and v
-    is to_v(x) where the block takes what comes out of these as it is; the gate's layer has no bias.
+    The published form needs the grid. In a causal one the first convolution is over tokens, and there is no LePE. The
+    drop-in form has no convolutions and no gate, and computes q and k from x.
     """
 
-    Config: ClassVar[Any] = MILAConfig
-    plain: ClassVar[dict[str, Any]] = {"local_convolution": 0, "gate": False}
+    Config: ClassVar[type[MixerConfig]] = MILAConfig
+    drop_in_options: ClassVar[Mapping[str, Any]] = {
+        "conv_size": 0,
+        "local_conv_size": 0,
+        "gate": False,
+        "selection": "input",
+    }
+    output_options: ClassVar[Mapping[str, Any]] = {"gate_bias": True}
+
+    config: MILAConfig
+
+    @property
+    def convolved_width(self) -> int:
+        """Channels of the short convolution: those of the values."""
+        return self.value_width
+
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections; to_q and to_k see what `selection` names."""
+        key_input = self.value_width if self.config.selection == "inner" else self.dim
+        return Projections(self.dim, self.key_width, self.value_width, key_input, qkv_bias=self.config.qkv_bias)
+
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+        """Compute the inner activation, then q and k from it or from the tokens."""
+        inner = projections.to_v(x)
+        inner = inner if self.short_conv is None else self.short_conv(inner, grid)
+        source = inner if self.config.selection == "inner" else x
+        q = self.split_key_heads(projections.to_q(source))
+        k = self.split_key_heads(projections.to_k(source))
+        return Streams(x=x, q=q, k=k, v=self.split_heads(inner), grid=grid)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Rφ(q) and Rφ(k): (b, l, h, k) each, float32 at least."""
+        """Compute Rφ(q) and Rφ(k): (b, l, h, k) each, float32 at least."""
         q, k = super().features(streams)
-        return (self._turned(q, streams.grid), self._turned(k, streams.grid)) if self.config.rotary else (q, k)
-
-    def _turned(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        return rotary_2d(x.flatten(2)[:, :, None], grid).view_as(x)
+        return (_rotate(q, streams.grid), _rotate(k, streams.grid)) if self.config.rotary else (q, k)
 
     @property
-    def _apart(self) -> bool:
-        """Whether weights are divided by sums that are not their own."""
-        return bool(self.config.rotary and self.config.normalize)
+    def _has_separate_denominator(self) -> bool:
+        """Whether W is divided by sums other than its own row sums."""
+        return self.config.rotary and self.config.normalize
 
     def mix(self, streams: Streams) -> Tensor:
-        """W v, (b, l, h, v), float32 at least."""
-        if not self._apart:
+        """Compute W v, (b, l, h, v), in float32 at least."""
+        if not self._has_separate_denominator:
             return super().mix(streams)
         v = streams.values
-        plain = super().features(streams)
-        settings = {**self._settings(), "normalize": False, "scale": 1.0, "backend": self.config.backend}
-        y = operators.linear_attention(*self.features(streams), v, **settings)
-        sums = operators.linear_attention(*plain, v.new_ones(*v.shape[:3], 1), **settings)
+        options = self._unnormalized_options(streams) | {"backend": self.config.backend}
+        y = operators.linear_attention(*self.features(streams), v, **options)
+        sums = operators.linear_attention(*super().features(streams), v.new_ones(*v.shape[:3], 1), **options)
         assert isinstance(y, Tensor) and isinstance(sums, Tensor)
-        return y / (sums + self.config.eps * visible(v, self.config.causality, 0)[:, None, None])
+        return y / (sums + self._eps_per_token(v)[:, None, None])
 
-    def weights(self, streams: Streams) -> Tensor:
-        """(b, h, l, l), from the formula."""
-        if not self._apart:
-            return super().weights(streams)
-        settings = {**self._settings(), "normalize": False, "scale": 1.0}
-        turned = operators.linear_weights(*self.features(streams), **settings)
-        sums = operators.linear_weights(*super().features(streams), **settings).sum(-1, keepdim=True)
-        return turned / (sums + self.config.eps * visible(streams.q, self.config.causality, 0)[:, None])
+    def mixing_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula."""
+        if not self._has_separate_denominator:
+            return super().mixing_matrix(streams)
+        options = self._unnormalized_options(streams)
+        rotated = operators.linear_attention_matrix(*self.features(streams), **options)
+        sums = operators.linear_attention_matrix(*super().features(streams), **options).sum(-1, keepdim=True)
+        return rotated / (sums + self._eps_per_token(streams.q)[:, None])
+
+    def _unnormalized_options(self, streams: Streams) -> dict[str, Any]:
+        return self._operator_options(streams) | {"normalize": False, "scale": 1.0}
+
+    def _eps_per_token(self, like: Tensor) -> Tensor:
+        """eps, which is added to the mean weight, times the number of visible tokens, (l,)."""
+        return self.config.eps * count_visible_tokens(like, self.config.causality)
 
     @property
-    def order_free(self) -> bool:
-        """Not with rotation."""
-        return super().order_free and not self.config.rotary
+    def permutation_equivariant(self) -> bool:
+        """Whether permuting the tokens only permutes the output: not with rotation by position."""
+        return super().permutation_equivariant and not self.config.rotary
 
     @property
     def positive(self) -> bool:
-        """Not with rotation, which gives features signs."""
+        """Whether no entry of the mixing matrix is negative: not with rotation, which makes features signed."""
         return super().positive and not self.config.rotary
 
     @property
     def traits(self) -> Traits:
-        """What this mixer, as configured, promises."""
-        told, rotary = super().traits, self.config.rotary
-        return replace(told, normalized=told.normalized and not rotary, needs_grid=told.needs_grid or rotary)
+        """The properties of this mixer as configured."""
+        traits = super().traits
+        rotary = self.config.rotary
+        return replace(traits, normalized=traits.normalized and not rotary, needs_grid=traits.needs_grid or rotary)
 
     def operator_flops(self, length: int) -> int:
-        """Those of linear attention; the sums that W is divided by are a pass of their own where there is rotation."""
-        if not self._apart:
+        """Return the operations of linear attention, and of a second pass for a separate denominator."""
+        if not self._has_separate_denominator:
             return super().operator_flops(length)
-        widths, causality = (self.head_dim, 1), self.config.causality
-        return self.heads * sum(operators.linear.flops(length, self.key_dim, w, causality, "none") for w in widths)
+        causality = self.config.causality
+        numerator = operators.linear.flops(length, self.key_dim, self.head_dim, causality, "none")
+        denominator = operators.linear.flops(length, self.key_dim, 1, causality, "none")
+        return self.heads * (numerator + denominator)
+
+
+def _rotate(x: Tensor, grid: Grid | None) -> Tensor:
+    """Rotate (b, l, h, k) by the row and column of each token, over the full width h·k."""
+    return rotary_2d(x.flatten(2)[:, :, None], grid).view_as(x)

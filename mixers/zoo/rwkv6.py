@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers import operators
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
+from mixers.image_grid import Grid
 from mixers.linear_mixer import LinearConfig, LinearMixer
-from mixers.mixer import Streams
-from mixers.operators.common import divide_by_ones, with_ones
-from mixers.published import Published, require
-from mixers.registry import register_mixer
+from mixers.normalization import append_ones, divide_by_last
 from mixers.stages.decays import DoubleExponentialDecay
-from mixers.stages.projections import Projections
+from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.stages.token_shift import TokenShift
+from mixers.state_dicts import ConvertedStateDict, require_tensors
+from mixers.streams import Streams
 from mixers.traits import Causality, Traits
 
 STREAMS = ("w", "k", "v", "r", "g")
@@ -29,11 +31,11 @@ class RWKV6Config(LinearConfig):
     """Options of `rwkv6`.
 
     Attributes:
-        bonus: how strongly a token sees itself is learned, one u a key channel; else u = 1 where there is an order,
-            and without one the mixer is that of every other family: gates weigh tokens, and nothing is added.
-        token_shift: what the projections, decay and gate see is mixed with the token before, in the order of the
-            scan; then the mixer is never order-free.
-        shift_rank, decay_rank: of the projections of the two.
+        bonus: the weight of a token for itself is learned, one u per key channel. Otherwise u = 1 with an order, and
+            without one gates weigh tokens and nothing is added, as in the other families.
+        token_shift: the inputs of the projections, of the decay and of the gate are interpolated with the previous
+            token in scan order; the result then always depends on the order.
+        shift_rank, decay_rank: ranks of the token shift and of the decay.
     """
 
     causality: Causality = "causal"
@@ -57,146 +59,184 @@ class RWKV6Config(LinearConfig):
 class RWKV6(LinearMixer):
     """RWKV-6 (2404.05892): W_ij = Σ_c r_ic k_jc ∏_{t=j+1..i−1} w_tc for j < i, and W_ii = Σ_c u_c r_ic k_ic.
 
-    w = exp(−exp(up(tanh(down(x))) + bias)): gates of the tokens between two, of neither of them. Bidirectional has
-    the mirror image for j > i; without an order W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Normalised
-    u is exp(u) > 0, as it was in RWKV-4, and eps is added to the decayed sum, or without an order to the mean weight.
-    GroupNorm, one a head, and SiLU(to_gate(x)) follow. r is to_q.
+    w = exp(−exp(up(tanh(down(x))) + bias)): the gates of the tokens strictly between i and j. Bidirectional adds the
+    mirror image for j > i; without an order, W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Normalized, u
+    is exp(u) > 0, as in RWKV-4, and eps is added to the decayed sum, or without an order to the mean weight.
+    GroupNorm per head and multiplication by SiLU(to_gate(x)) follow. to_q computes r.
     """
 
-    Config: ClassVar[Any] = RWKV6Config
-    decays: ClassVar[bool] = True
-    channel_gates: ClassVar[bool] = True
-    plain: ClassVar[dict[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
-    tiny: ClassVar[dict[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
-    output_style: ClassVar[dict[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}
+    Config: ClassVar[type[MixerConfig]] = RWKV6Config
+    has_decay: ClassVar[bool] = True
+    per_channel_decay: ClassVar[bool] = True
+    drop_in_options: ClassVar[Mapping[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
+    tiny_options: ClassVar[Mapping[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
+    output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: RWKV6Config
+
+    def __init__(self, config: RWKV6Config, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.decay = DoubleExponentialDecay(dim, self.key_width, config.decay_rank)
-        self.token_shift = TokenShift(dim, len(STREAMS), config.shift_rank) if config.token_shift else None
-        channels = torch.arange(self.key_width)  # as published, at half the depth of a network
-        start = (1 - channels / max(self.key_width - 1, 1)) / 2 + ((channels + 1) % 3 - 1) * 0.1
-        self.bonus = nn.Parameter(start.view(heads, -1)) if config.bonus else None
+        self.token_shift = TokenShift(*_initial_shift(dim), config.shift_rank) if config.token_shift else None
+        self.bonus = nn.Parameter(_initial_bonus(self.key_width).view(heads, -1)) if config.bonus else None
 
-    def own_projections(self) -> Projections:
-        """Projections without a bias."""
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections, without biases."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def streams(self, x: Tensor, host: Any, grid: tuple[int, int] | None = None) -> Streams:
-        """Projections and decay, each of its own mixture of tokens; `x` is the one that the output's gate sees."""
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+        """Compute projections and decay, each from its own interpolation; `x` becomes the input of the gate."""
         w, k, v, r, g = (x,) * len(STREAMS) if self.token_shift is None else self.token_shift(x)
-        return Streams(g, *self.project(host, r, k, v), log_decay=self.split(self.decay(w)), grid=grid)
+        query, key, value = self.project(projections, r, k, v, grid)
+        return Streams(g, query, key, value, log_decay=self.split_heads(self.decay(w)), grid=grid)
 
     def mix(self, streams: Streams) -> Tensor:
-        """W v, (b, l, h, v), float32 at least."""
+        """Compute W v, (b, l, h, v), in float32 at least."""
         assert streams.log_decay is not None
-        q, k = self.features(streams)
+        q, k = self._scaled_features(streams)
         v = streams.values
-        v = with_ones(v) if self.config.normalize else v
+        v = append_ones(v) if self.config.normalize else v
+        log_decay = streams.log_decay
         y = self._diagonal(q, k)[..., None] * v
-        order = self.config.causality
-        if order == "noncausal":
-            y = y + self._sums(q, k, v, streams.log_decay)
-        else:
-            y = y + self._past(q, k, v, streams.log_decay)
-        if order == "bidirectional":
-            y = y + self._past(*(t.flip(1) for t in (q, k, v, streams.log_decay))).flip(1)
-        return divide_by_ones(y, self._eps(v.shape[1])) if self.config.normalize else y
+        causality = self.config.causality
+        sum_tokens = self._sum if causality == "noncausal" else self._sum_past
+        y = y + sum_tokens(q, k, v, log_decay)
+        if causality == "bidirectional":
+            y = y + self._sum_past(q.flip(1), k.flip(1), v.flip(1), log_decay.flip(1)).flip(1)
+        return divide_by_last(y, self._eps(v.shape[1])) if self.config.normalize else y
 
-    def weights(self, streams: Streams) -> Tensor:
-        """(b, h, l, l), from the formula. O(l²·k) memory."""
+    def mixing_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
         assert streams.log_decay is not None
-        q, k = self.features(streams)
-        order, log_decay = self.config.causality, streams.log_decay.to(q.dtype)
+        q, k = self._scaled_features(streams)
+        log_decay = streams.log_decay.to(q.dtype)
         total = torch.diag_embed(self._diagonal(q, k).transpose(1, 2))
-        if order == "noncausal":
+        causality = self.config.causality
+        if causality == "noncausal":
             total = total + torch.einsum("bihk,bjhk->bhij", q, k * log_decay.exp())
         else:
-            total = total + _past_weights(q, k, log_decay)
-        if order == "bidirectional":
-            total = total + _past_weights(*(t.flip(1) for t in (q, k, log_decay))).flip(-1, -2)
+            total = total + _past_matrix(q, k, log_decay)
+        if causality == "bidirectional":
+            total = total + _past_matrix(q.flip(1), k.flip(1), log_decay.flip(1)).flip(-1, -2)
         return total / (total.sum(-1, keepdim=True) + self._eps(q.shape[1])) if self.config.normalize else total
 
+    def _scaled_features(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Compute φ(r) times the scale, and φ(k)."""
+        q, k = self.features(streams)
+        return (q, k) if self.config.normalize else (q * self.scale_at(q.shape[1]), k)
+
     def _diagonal(self, q: Tensor, k: Tensor) -> Tensor:
-        """What a token's own key adds to W_ii, (b, l, h)."""
+        """Compute what a token's own key adds to W_ii, (b, l, h)."""
         if self.bonus is None:
             return (q * k).sum(-1) * float(self.config.causality != "noncausal")
         u = self.bonus.to(q.dtype)
         return (q * (u.exp() if self.config.normalize else u) * k).sum(-1)
 
-    def _past(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        """Decayed sums over the tokens before each: the state after token i − 1 is read by the query of token i."""
-        return F.pad(self._sums(F.pad(q, (0, 0, 0, 0, -1, 1)), k, v, log_decay), (0, 0, 0, 0, 1, -1))
+    def _sum_past(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        """Sum over the tokens before each: the state after token i − 1 is read by the query of token i."""
+        return F.pad(self._sum(F.pad(q, (0, 0, 0, 0, -1, 1)), k, v, log_decay), (0, 0, 0, 0, 1, -1))
 
-    def _sums(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        order: Causality = "noncausal" if self.config.causality == "noncausal" else "causal"
+    def _sum(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        causality: Causality = "noncausal" if self.config.causality == "noncausal" else "causal"
         sums = operators.linear_attention(
-            q, k, v, log_decay, causality=order, normalize=False, backend=self.config.backend
+            q, k, v, log_decay, causality=causality, normalize=False, backend=self.config.backend
         )
         assert isinstance(sums, Tensor)
         return sums
 
+    def _eps(self, length: int) -> float:
+        """Return what is added to the row sum."""
+        return self.config.eps * (length if self.config.causality == "noncausal" else 1)
+
     def operator_flops(self, length: int) -> int:
-        """Those of linear attention with decay, normalised with one column of the values more."""
+        """Return the operations of linear attention with decay, with one more value channel if normalized."""
         width = self.head_dim + int(self.config.normalize)
         return self.heads * operators.linear.flops(length, self.key_dim, width, self.config.causality, "vector")
 
-    def _eps(self, length: int) -> float:
-        """What is added to the row sum."""
-        return self.config.eps * (length if self.config.causality == "noncausal" else 1)
-
     @property
-    def order_free(self) -> bool:
-        """Whether permuting the tokens permutes the output: not where each is mixed with the one before."""
-        return super().order_free and not self.config.token_shift
+    def permutation_equivariant(self) -> bool:
+        """Whether permuting the tokens only permutes the output: not with the token shift."""
+        return super().permutation_equivariant and not self.config.token_shift
 
     @property
     def positive(self) -> bool:
-        """Whether every weight is ≥ 0: the feature map's and the bonus."""
+        """Whether no entry of the mixing matrix is negative: the feature map and the bonus are positive."""
         return super().positive and (self.config.normalize or not self.config.bonus)
 
     @property
     def traits(self) -> Traits:
-        """What this mixer, as configured, promises; repeated tokens have a bonus each."""
-        promised = super().traits
-        return replace(promised, repetition_free=promised.repetition_free and not self.config.bonus)
+        """The properties of this mixer as configured; each of several repeated tokens has a bonus."""
+        traits = super().traits
+        return replace(traits, repetition_invariant=traits.repetition_invariant and not self.config.bonus)
 
     def state_size(self, length: int) -> int:
-        """That of linear attention, and the last token where the next one is mixed with it."""
+        """Add the last token, with which the token shift interpolates the next one."""
         return super().state_size(length) + (self.dim if self.config.token_shift else 0)
 
     def mixing_flops(self, length: int) -> int:
-        """Those of linear attention, the decay's and the token shift's."""
+        """Add the operations of the decay and of the token shift."""
         shift = 0 if self.token_shift is None else self.token_shift.flops(length)
         return super().mixing_flops(length) + shift + 2 * length * self.config.decay_rank * (self.dim + self.key_width)
 
     @classmethod
-    def from_published(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Published:
-        """Of `fla`'s RWKV6Attention with keys as wide as the model (expand_k 1) and norm_eps 64e-5, as in RWKV-LM."""
-        names = {"x_proj.0.mu": "token_shift.mu", "bonus": "bonus", "o_proj.weight": "projections.to_out.weight"}
-        names |= {"w_proj.linear.lora.0.weight": "decay.down.weight"}
-        names |= {f"w_proj.linear.lora.2.{kind}": f"decay.up.{kind}" for kind in ("weight", "bias")}
-        names |= {f"g_norm.{kind}": f"output.norm.{kind}" for kind in ("weight", "bias")}
-        parts = {"r": "projections.to_q", "k": "projections.to_k", "v": "projections.to_v", "g": "output.to_gate"}
-        names |= {f"{part}_proj.linear.weight": f"{ours}.weight" for part, ours in parts.items()}
-        shift = ("x_proj.0.linear.weight", "x_proj.2.weight", "x_bias")
-        require(state, " ".join([*names, *shift]))
-        found = {names.get(n, n): t for n, t in state.items() if n not in shift}
+    def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:
+        """Convert the state dict of `fla`'s RWKV6Attention with expand_k = 1 and norm_eps = 64e-5, as in RWKV-LM."""
+        names = {
+            "x_proj.0.mu": "token_shift.mu",
+            "bonus": "bonus",
+            "o_proj.weight": "projections.to_out.weight",
+            "w_proj.linear.lora.0.weight": "decay.down.weight",
+            "w_proj.linear.lora.2.weight": "decay.up.weight",
+            "w_proj.linear.lora.2.bias": "decay.up.bias",
+            "g_norm.weight": "output.norm.weight",
+            "g_norm.bias": "output.norm.bias",
+            "r_proj.linear.weight": "projections.to_q.weight",
+            "k_proj.linear.weight": "projections.to_k.weight",
+            "v_proj.linear.weight": "projections.to_v.weight",
+            "g_proj.linear.weight": "output.to_gate.weight",
+        }
+        shift_names = ("x_proj.0.linear.weight", "x_proj.2.weight", "x_bias")
+        require_tensors(state, *names, *shift_names)
+        tensors = {names.get(name, name): t for name, t in state.items() if name not in shift_names}
         order = ["rwkvg".index(stream) for stream in STREAMS]
-        down, up, offsets = (state[name] for name in shift)
-        down, up = down.unflatten(0, (len(STREAMS), -1)), up.unflatten(1, (len(STREAMS), -1)).permute(1, 2, 0)
-        found |= {"token_shift.down.weight": down[order].flatten(0, 1), "token_shift.up": up[order]}
-        found |= {"token_shift.offsets": offsets[order]}
+        down, up, offsets = (state[name] for name in shift_names)
+        down = down.unflatten(0, (len(STREAMS), -1))
+        up = up.unflatten(1, (len(STREAMS), -1)).permute(1, 2, 0)
+        tensors["token_shift.down.weight"] = down[order].flatten(0, 1)
+        tensors["token_shift.up"] = up[order]
+        tensors["token_shift.offsets"] = offsets[order]
         inner, dim = state["v_proj.linear.weight"].shape
-        ranks = {"shift_rank": up.shape[1], "decay_rank": len(state["w_proj.linear.lora.0.weight"])}
-        return Published(dim, len(state["bonus"]), {"expand": inner / dim, **ranks, **options}, found)
+        derived = {
+            "expand": inner / dim,
+            "shift_rank": up.shape[1],
+            "decay_rank": len(state["w_proj.linear.lora.0.weight"]),
+        }
+        return ConvertedStateDict(dim, len(state["bonus"]), derived | dict(options), tensors)
 
 
-def _past_weights(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
-    """W_ij = Σ_c q_ic k_jc exp(Σ_{t=j+1..i−1} log_decay_tc) for j < i, else 0: (b, h, l, l)."""
-    length = q.shape[1]
-    places = torch.arange(length, device=q.device)
-    later = (places[:, None] > places)[None, :, :, None, None]  # (1, t, j, 1, 1): t > j
+DEPTH = 0.5
+"""Position of the layer in its network, from 0 at the input to 1 at the output; initial values depend on it."""
+
+
+def _initial_bonus(channels: int) -> Tensor:
+    """Return the initial u of every key channel, (channels,), as published."""
+    index = torch.arange(channels)
+    return DEPTH * (1 - index / max(channels - 1, 1)) + ((index + 1) % 3 - 1) * 0.1
+
+
+def _initial_shift(dim: int) -> tuple[Tensor, Tensor]:
+    """Return the initial μ (d,) and μ_s (streams, d) of the token shift, as published."""
+    ratio = torch.arange(dim) / dim
+    slow = 1 - ratio ** (1 - DEPTH)
+    fast = 1 - ratio ** (0.5 * (1 - DEPTH))
+    offsets = {"w": slow, "k": slow, "v": slow - 0.3 * DEPTH, "r": fast, "g": fast}
+    return slow, torch.stack([offsets[stream] for stream in STREAMS])
+
+
+def _past_matrix(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    """Compute W_ij = Σ_c q_ic k_jc exp(Σ_{t=j+1..i−1} log_decay_tc) for j < i, else 0: (b, h, l, l)."""
+    index = torch.arange(q.shape[1], device=q.device)
+    later = (index[:, None] > index)[None, :, :, None, None]  # (1, t, j, 1, 1): t > j
     through = (log_decay[:, :, None] * later).cumsum(1)  # (b, i, j, h, k): Σ_{t=j+1..i}
     between = F.pad(through, (0, 0, 0, 0, 0, 0, 1, -1))
     return torch.einsum("bihk,bjhk,bijhk->bhij", q, k, between.exp() * later)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mixers.registry import register_mixer
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
 from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
 
 
@@ -18,12 +19,13 @@ class SanaReLUConfig(LinearAttentionConfig):
 
 @register_mixer("sana_relu")
 class SanaReLU(LinearAttention):
-    """Sana (2410.10629): W_ij = relu(q_i)·relu(k_j), rows normalised.
+    """Sana (2410.10629): W_ij = relu(q_i)·relu(k_j), rows normalized.
 
-    A token whose queries are all ≤ 0 sees nothing and gives 0. The published eps = 1e-15 is added to the sum of the
-    weights, here to their mean. Of the published block the convolutions in its feed-forward part (Mix-FFN) and the
-    norms of q and k, which some models have, are left out.
+    A token whose queries are all ≤ 0 sees nothing, and its result is 0.
+
+    Deviations from the published block: eps = 1e-15 is added to the mean weight instead of the sum; the convolution
+    in the feed-forward part (Mix-FFN) and the norms of q and k, which some models have, are left out.
     """
 
-    Config: ClassVar[Any] = SanaReLUConfig
-    published_map: ClassVar[str] = "relu"
+    Config: ClassVar[type[MixerConfig]] = SanaReLUConfig
+    default_feature_map: ClassVar[str] = "relu"

@@ -1,17 +1,20 @@
-"""Softmax attention: the teacher, and the quadratic baseline."""
+"""Softmax attention: the teacher's mixer, and the quadratic baseline."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixers.mixer import MixerConfig, Streams, TokenMixer, upcast
-from mixers.registry import register_mixer
+from mixers.entries import register_mixer
+from mixers.mixer import TokenMixer
+from mixers.precision import accumulation_dtype
+from mixers.streams import Streams
 from mixers.traits import Traits
 
 
@@ -19,46 +22,44 @@ from mixers.traits import Traits
     "softmax",
     causalities=("causal", "noncausal"),
     normalizations=(True,),
-    refusals={
-        "bidirectional": "two passes over an unordered kernel are the non-causal form",
+    unsupported={
+        "bidirectional": "a kernel without an order makes two passes the non-causal form",
         "False": "exp(q·k) is unbounded, so its sums overflow without the division",
     },
 )
 class Softmax(TokenMixer):
-    """Softmax attention: W = exp(q·k/√k), rows normalised; the quadratic baseline."""
+    """Softmax attention (1706.03762): W = exp(q·k/√k), rows normalized; the quadratic baseline."""
 
-    Config: ClassVar[Any] = MixerConfig
-    exceptions: ClassVar[dict[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}
+    exceptions: ClassVar[Mapping[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}
 
     def mix(self, streams: Streams) -> Tensor:
-        """softmax(q kᵀ/√k) v by torch's scaled dot product attention; O(l²) time."""
+        """Compute softmax(q kᵀ/√k) v with torch's scaled dot product attention, in O(l²) time."""
         q, k, v = (t.transpose(1, 2) for t in (streams.q, streams.k, streams.v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.config.causality == "causal").transpose(1, 2)
 
-    def weights(self, streams: Streams) -> Tensor:
-        """(b, h, l, l), from the formula."""
-        dtype = upcast(streams.q.dtype)
-        scores = torch.einsum("bihk,bjhk->bhij", streams.q.to(dtype), streams.k.to(dtype))
-        scores = scores / math.sqrt(self.key_dim)
+    def mixing_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula."""
+        dtype = accumulation_dtype(streams.q)
+        scores = torch.einsum("bihk,bjhk->bhij", streams.q.to(dtype), streams.k.to(dtype)) / math.sqrt(self.key_dim)
         if self.config.causality == "causal":
-            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(ahead, -math.inf)
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -math.inf)
         return scores.softmax(-1)
 
     @property
     def positive(self) -> bool:
-        """Exponentials are."""
+        """Exponentials are positive."""
         return True
 
     @property
     def traits(self) -> Traits:
-        """What this mixer, as configured, promises."""
+        """The properties of this mixer as configured."""
         return replace(super().traits, linear=False)
 
     def state_size(self, length: int) -> int:
-        """Keys and values of every token so far."""
+        """Return the numbers in the keys and values of all tokens so far."""
         return 2 * length * self.dim
 
     def operator_flops(self, length: int) -> int:
-        """Two l × l products a head."""
+        """Return the operations of two l × l products per head."""
         return 4 * length**2 * self.dim

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from mixers.mixer import Streams
-from mixers.registry import register_mixer
+from mixers.config import MixerConfig
+from mixers.entries import register_mixer
 from mixers.stages.decays import ScalarDecay
 from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
+from mixers.streams import Streams
 from mixers.traits import Causality
 
 
@@ -16,32 +18,37 @@ from mixers.traits import Causality
 class VSSDConfig(StateSpaceConfig):
     """Options of `vssd`."""
 
+    default_conv_2d: ClassVar[bool] = True
+
     causality: Causality = "noncausal"
-    short_convolution: int = 0
-    state_size: int | None = 64
+    conv_size: int = 3
+    d_state: int | None = 64
 
 
 @register_mixer("vssd")
 class VSSD(StateSpaceMixer):
-    """VSSD (2407.18559): W_ij = C_i·B_j (Δ_j |A|), no decay: what a token writes weighs Δ|A|, wherever it stands.
+    """VSSD (2407.18559): W_ij = C_i·B_j (Δ_j |A|), without decay: a token weighs Δ|A|, wherever it is.
 
-    A causal one sees earlier tokens, with the same weights. After it LayerNorm(W x + D x)·z, as in the published code,
-    whose gate z has no SiLU and whose weight is Δ·A < 0 (the sign is one of B's). Of the published block the 3 × 3
-    depthwise convolution and SiLU on the image of x, B and C is left out; `short_convolution` is the nearest part
-    there is. What the whole block adds around the mixer is left out as well.
+    x, B and C pass through a 3 × 3 depthwise convolution over the image and SiLU, and LayerNorm(W x + D x)·z follows;
+    the gate z has no SiLU. A causal one sees earlier tokens with the same weights, and its convolution is over tokens.
+
+    Deviations from the published block: the token weight is Δ|A| > 0 instead of Δ·A < 0, a sign that B absorbs.
     """
 
-    Config: ClassVar[Any] = VSSDConfig
-    output_style: ClassVar[dict[str, Any]] = {"norm_kind": "layer", "linear_gate": True}
+    Config: ClassVar[type[MixerConfig]] = VSSDConfig
+    output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "layer", "linear_gate": True}
 
-    def __init__(self, config: Any, dim: int, heads: int, *, own_projections: bool = True) -> None:
+    config: VSSDConfig
+
+    def __init__(self, config: VSSDConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.decay = ScalarDecay(dim, heads)
 
-    def gates(self, streams: Streams) -> Streams:
-        """Add Δ|A|, as the weight of a token."""
-        return replace(streams, write=-self.decay(streams.x)[1])
+    def add_gates(self, streams: Streams) -> Streams:
+        """Add Δ|A| as the step size, by which the keys of a token are scaled."""
+        _, log_decay = self.decay(streams.x)
+        return replace(streams, dt=-log_decay)
 
     def mixing_flops(self, length: int) -> int:
-        """Those of linear attention, and Δ's."""
+        """Add the operations of Δ."""
         return super().mixing_flops(length) + 2 * length * self.dim * self.heads

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Distillation, Evaluation, Grid, Metrics, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, GeneratedImagesConfig, Grid, Variant
 from experiments.teacher.export import export_state
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import train_teacher
-from experiments.training import FitConfig
 
 TINY = TeacherRecipe(
     text_width=32,
@@ -41,26 +40,31 @@ def grid(tiny_teacher: Path) -> Grid:
     """Three cells that take seconds."""
     return Grid(
         name="tiny",
-        question="Does the road hold?",
+        question="Does every part work together?",
         teacher=str(tiny_teacher),
         variants=(
             Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False),
             Variant(name="linear", label="linear attention", mixer="linear_attention"),
-            Variant(name="linear_raw", label="linear, not normalised", mixer="linear_attention", normalize=False),
+            Variant(name="linear_raw", label="linear, not normalized", mixer="linear_attention", normalize=False),
         ),
-        distillation=Distillation(
+        distillation=DistillationConfig(
             fit=FitConfig(steps=6, batch_size=2, learning_rate=1e-3, checkpoint_every=2, log_every=2), images=8
         ),
-        evaluation=Evaluation(
+        evaluation=EvaluationConfig(
             sizes=(64, 128),
             shapes=(),
-            metrics=Metrics(images=0),
+            generated=GeneratedImagesConfig(images=0),
+            held_in_images=2,
             images=2,
             timesteps=(500,),
             prompts=("red apple, teal background",),
             sample_sizes=(64,),
             sample_steps=2,
-            speed_sizes=(64, 128),
-            speed_repeats=1,
+            metrics={
+                "fidelity": {},
+                "timesteps": {},
+                "sites": {"sizes": (64,)},
+                "cost": {"sizes": (64, 128), "repeats": 1},
+            },
         ),
     )

@@ -1,4 +1,4 @@
-"""Runs that never ran, for tests of what is made of records."""
+"""Runs that never ran, for tests of reports."""
 
 import json
 import math
@@ -10,57 +10,90 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from experiments.grids import PAPER
-from experiments.report.records import Cell, Fidelity, Run, Variant
+from experiments.ablation.description import RunDescription, VariantDescription
+from experiments.ablation.result import CellResult
+from experiments.evaluate.measurements import Measurements
+from experiments.grids.shared import PAPER_CLAIMS
+from experiments.metrics.fidelity import FidelityRow
+from experiments.report.run_files import CellRecord, RunRecord
 
-Key = tuple[str, str, bool]
+RowKey = tuple[str, str, bool]
+IMAGES = 4
 
 
-def run_of(errors: Mapping[Key, Mapping[int, Mapping[int, float]]]) -> Run:
+def fidelity_row(size: int, error: float, by_image: tuple[float, ...] = ()) -> FidelityRow:
+    """Errors of a square held-out size."""
+    return FidelityRow(
+        size=size,
+        height=size,
+        width=size,
+        split="held_out",
+        images=len(by_image) or 1,
+        error_to_teacher=error,
+        relative_error_to_teacher=error,
+        error_to_truth=1 + error,
+        teacher_error_to_truth=1.0,
+        error_ratio=1 + error,
+        error_by_image=by_image,
+    )
+
+
+def cell_record(variant: str, seed: int, errors: Mapping[int, float]) -> CellRecord:
+    """A finished cell with these errors by size."""
+    rows = tuple(fidelity_row(size, error) for size, error in errors.items())
+    measurements = Measurements(protocol="p", metrics={"fidelity": rows})
+    result = CellResult(cell=f"{variant}-s{seed}", variant=variant, seed=seed, status="done", measurements=measurements)
+    return CellRecord(result.cell, Path("nowhere"), variant, seed, "done", result=result)
+
+
+def run_of(errors: Mapping[RowKey, Mapping[int, Mapping[int, float]]], **description: Any) -> RunRecord:
     """A run in memory: (mixer, causality, normalize) -> seed -> size -> relative error to the teacher."""
-    variants, cells = [], []
+    variants = []
+    cells = []
     for (mixer, causality, normalize), seeds in errors.items():
         name = f"{mixer}_{causality}_{'normalized' if normalize else 'unnormalized'}"
-        variants.append(Variant(name, name, mixer, causality, normalize, True))
-        for seed, sizes in seeds.items():
-            cell = Cell(f"{name}-s{seed}", Path("nowhere"), name, seed, "done")
-            cell.fidelity = {size: Fidelity(size, e, e, 1 + e, 1.0, 1 + e) for size, e in sizes.items()}
-            cells.append(cell)
-    return Run(Path("nowhere"), "made up", "?", {"train_size": 64}, variants, cells, [])
+        variants.append(
+            VariantDescription(name=name, label=name, mixer=mixer, causality=causality, normalize=normalize)
+        )
+        cells += [cell_record(name, seed, sizes) for seed, sizes in seeds.items()]
+    record = RunDescription(name="made up", question="?", train_size=64, variants=tuple(variants), **description)
+    return RunRecord(Path("nowhere"), record, cells)
 
 
 SIZES = (64, 128, 256)
 PROMPTS = ["red apple, teal background", "blue heart, yellow background", "full moon, black background", "cat face"]
 VARIANTS = [  # name, label, mixer, causality, normalize, growth of the error per doubling
     ("softmax", "softmax, untouched", "softmax", "noncausal", True, 0.0),
+    ("identity", "identity: no mixing", "identity", "noncausal", True, 3.0),
     ("linfusion", "LinFusion", "linfusion", "noncausal", True, 1.1),
     ("linear", "linear attention", "linear_attention", "noncausal", True, 1.2),
-    ("linear_raw", "linear attention, not normalised", "linear_attention", "noncausal", False, 4.0),
-    ("linfusion_raw", "LinFusion, not normalised", "linfusion", "noncausal", False, 5.0),
+    ("linear_raw", "linear attention, not normalized", "linear_attention", "noncausal", False, 4.0),
+    ("linfusion_raw", "LinFusion, not normalized", "linfusion", "noncausal", False, 5.0),
     ("linear_causal", "linear attention, causal", "linear_attention", "causal", True, 1.4),
-    ("linear_causal_raw", "linear attention, causal, not normalised", "linear_attention", "causal", False, 6.0),
+    ("linear_causal_raw", "linear attention, causal, not normalized", "linear_attention", "causal", False, 6.0),
     ("mamba2", "Mamba-2, bidirectional", "mamba2", "bidirectional", False, 2.0),
 ]
-FAILED, UNFINISHED = "mamba2-s1-x", "linear_causal_raw-s1-x"
+FAILED = "mamba2-s1-x"
+UNFINISHED = "linear_causal_raw-s1-x"
 
 
 def error(growth: float, size: int, seed: int) -> float:
-    """The made-up error to the teacher."""
+    """The made-up relative error to the teacher."""
     return growth and 0.02 * (1 + 0.1 * seed) * growth ** math.log2(size / 64)
 
 
-def picture(path: Path, size: int, k: int, noise: float) -> None:
+def write_image(path: Path, size: int, k: int, noise: float) -> None:
     """A disc on a plain background, the noisier the worse the mixer."""
     y, x = np.mgrid[:size, :size] / size - 0.5
-    colours = np.array([[200, 60, 60], [60, 90, 200], [230, 210, 90], [240, 160, 60]])
-    image = np.where((x**2 + y**2 < 0.12)[..., None], colours[k % 4], 255 - colours[k % 4] // 2).astype(float)
+    colors = np.array([[200, 60, 60], [60, 90, 200], [230, 210, 90], [240, 160, 60]])
+    image = np.where((x**2 + y**2 < 0.12)[..., None], colors[k % 4], 255 - colors[k % 4] // 2).astype(float)
     image += np.random.default_rng(k).normal(0, 255 * noise, image.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path)
 
 
 def matrix(causality: str, normalize: bool, softmax: bool) -> np.ndarray:
-    """Weights that fall off with distance on an 8 × 8 grid."""
+    """Weights that decrease with distance on an 8 × 8 grid."""
     y, x = np.divmod(np.arange(64), 8)
     apart = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
     weights = np.exp(-apart / (4 if softmax else 16)) + np.random.default_rng(0).random((64, 64)) * 0.1
@@ -83,37 +116,26 @@ def write_cell(run: Path, place: int, seed: int) -> None:
         for s in steps
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    result = {"cell": cell, "variant": name, "seed": seed, "status": "done", "error": None}
-    result |= {
-        "trained_parameters": 1000 * place,
-        "train_seconds": 12.5 + place,
-        "steps": 100,
-        "fidelity": [],
-        "speed": [],
-    }
     if cell == UNFINISHED:
         return
+    result: dict[str, Any] = {"cell": cell, "variant": name, "seed": seed}
     if cell == FAILED:
         result |= {"status": "failed", "error": "FloatingPointError: the loss is not finite <at step 12>"}
         (folder / "result.json").write_text(json.dumps(result))
         return
+    metrics = metric_rows(growth, seed)
     for size in SIZES:
         value = error(growth, size, seed)
-        row = {"size": size, "error_to_teacher": value * 0.9, "relative_error_to_teacher": value}
-        result["fidelity"].append(
-            row | {"error_to_truth": 0.1 + value, "teacher_error_to_truth": 0.1, "error_ratio": 1 + value * 10}
-        )
         for k in range(len(PROMPTS)):
-            picture(folder / "samples" / str(size) / f"{k}.png", size, k, min(0.5, value))
+            write_image(folder / "samples" / str(size) / f"{k}.png", size, k, min(0.5, value))
     for size in (*SIZES, 512):
         tokens = (size // 8) ** 2
-        cost = 0.004 + 1e-6 * tokens * (1 + place / 4) + (0 if growth else 2e-8 * tokens**2)
+        seconds = 0.004 + 1e-6 * tokens * (1 + place / 4) + (0 if growth else 2e-8 * tokens**2)
         peak = int(1e6 + 4e3 * tokens * (1 + place / 4) + (0 if growth else 4 * tokens**2))
-        result["speed"].append({"size": size, "tokens": tokens, "seconds": cost, "spread": 0.0001, "peak_bytes": peak})
-        result["speed"][-1] |= {"flops": 10**7 * tokens, "state_size": 1000 * (1 + place)}
-    rows = more(growth, seed)
-    result["fidelity"] += rows.pop("shapes")
-    result |= rows
+        cost = {"size": size, "tokens": tokens, "seconds": seconds, "spread": 0.0001, "peak_bytes": peak}
+        metrics.setdefault("cost", []).append(cost | {"flops": 10**7 * tokens, "state_size": 1000 * (1 + place)})
+    result |= {"status": "done", "trained_parameters": 1000 * place, "train_seconds": 12.5 + place, "steps": 100}
+    result |= {"seconds": 20.0, "measurements": {"protocol": "p", "metrics": metrics}}
     mixing = matrix(causality, normalize, not growth)
     field = mixing.reshape(8, 8, 8, 8).mean((0, 1))
     save_file({"mixing_matrix": mixing, "receptive_field": field}, folder / "arrays.safetensors")
@@ -123,40 +145,57 @@ def write_cell(run: Path, place: int, seed: int) -> None:
 SITES = [f"{way}.attentions.0.transformer_blocks.0.attn1" for way in ("down_blocks.0", "mid_block", "up_blocks.1")]
 
 
-def more(growth: float, seed: int) -> dict[str, list[dict[str, object]]]:
-    """Rows by shape, site, timestep, and of pictures, as newer records have them."""
-    place, value = {"height": 64, "width": 64}, error(growth, 64, seed)
-    wide = {"size": 128, "height": 64, "width": 128, "error_to_teacher": 77.0, "relative_error_to_teacher": 77.0}
-    names = (("frechet_distance", None), ("kernel_distance", None), ("text_image_score", 90.0))
-    pictures = {"guidance": 3.0, "features": "embedded CLIP", "student": 20 + value, "teacher": 20.0}
+def metric_rows(growth: float, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every metric but cost; images differ by factors that are the same for all variants."""
+    place = {"height": 64, "width": 64}
+    value = error(growth, 64, seed)
+    factors = [1 + 0.1 * (k - 1.5) for k in range(IMAGES)]
+    fidelity = []
+    for split in ("held_out", "held_in"):
+        for size in SIZES:
+            relative = error(growth, size, seed) * (1 if split == "held_out" else 0.5)
+            row = fidelity_row(size, relative, tuple(0.9 * relative * factor for factor in factors))
+            changes = {"split": split, "error_to_teacher": relative * 0.9, "error_ratio": 1 + relative * 10}
+            fidelity.append(row.model_copy(update=changes).model_dump())
+    wide = fidelity_row(128, 77.0).model_copy(update={"height": 64})
+    fidelity.append(wide.model_dump())
+    images = place | {"guidance": 3.0, "features": "embedded CLIP", "images": 500}
+    distance = images | {"student": 20 + value, "teacher": 20.0, "student_to_teacher": 1.0, "floor": 3.0}
+    score = images | {"student": 80 - value, "low": 79.0, "high": 81.0, "teacher": 82.0, "true": 90.0}
     return {
-        "shapes": [wide | {"error_to_truth": 1.0, "teacher_error_to_truth": 1.0, "error_ratio": 1.0}],
+        "fidelity": fidelity,
         "sites": [{"site": s, **place, "relative_error": value * (k + 1)} for k, s in enumerate(SITES)],
-        "timesteps": [{**place, "timestep": t, "relative_error_to_teacher": value * t / 500} for t in (100, 500, 900)],
-        "images": [{**place, **pictures, "metric": name, "truth": truth} for name, truth in names],
+        "timesteps": [
+            {**place, "timestep": t, "error_to_teacher": value, "relative_error_to_teacher": value * t / 500}
+            for t in (100, 500, 900)
+        ],
+        "frechet_distance": [distance],
+        "text_image_score": [score],
     }
 
 
 def make_run(run: Path) -> Path:
-    """Eight variants × two seeds; one cell failed, one unfinished."""
+    """Nine variants × two seeds; one cell failed, one unfinished."""
     names = ("name", "label", "mixer", "causality", "normalize")
-    grid = {"name": "demo", "question": "Which features of a linear mixer matter for images?", "teacher": "embedded"}
-    grid |= {
+    grid = {
+        "name": "demo",
+        "question": "Which features of a linear mixer matter for images?",
+        "teacher": "embedded",
         "data": "emoji",
         "train_size": 64,
         "sizes": SIZES,
         "sample_sizes": SIZES,
         "seeds": [0, 1],
         "prompts": PROMPTS,
-    }
-    grid |= {
         "reference": "linear",
-        "claims": [claim.model_dump(mode="json") for claim in PAPER],
-        "variants": [dict(zip(names, v, strict=False)) | {"trained": v[-1] > 0} for v in VARIANTS],
+        "claims": [claim.model_dump(mode="json") for claim in PAPER_CLAIMS],
+        "variants": [
+            dict(zip(names, v, strict=False))
+            | {"trained": v[-1] > 0, "control": "no mixing" if v[0] == "identity" else None}
+            for v in VARIANTS
+        ],
         "notes": ["A made-up run."],
-    }
-    grid |= {
-        "protocol": {"distillation": {"steps": 100}, "evaluation": {"images": 8}},
+        "protocol": {"distillation": {"steps": 100}, "evaluation": {"images": IMAGES}},
         "environment": {"torch": "2", "device": "CPU"},
     }
     run.mkdir(parents=True, exist_ok=True)
@@ -166,7 +205,7 @@ def make_run(run: Path) -> Path:
             write_cell(run, place, seed)
     for size in SIZES:
         for k in range(len(PROMPTS)):
-            picture(run / "teacher" / "samples" / str(size) / f"{k}.png", size, k, 0)
+            write_image(run / "teacher" / "samples" / str(size) / f"{k}.png", size, k, 0)
     return run
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.distil.draw import draw
-from experiments.distil.setting import Encoded
+from experiments.config import FitConfig
+from experiments.distill.batches import draw_batch
+from experiments.distill.context import EncodedImages
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig
 from tests.unet_adapters.pipelines import make
 from unet_adapters import MixerAdapter
 
@@ -24,17 +24,18 @@ def open_teacher(kind: str = "text-to-image", dtype: torch.dtype = torch.float64
     return Teacher(pipe)
 
 
-def encoded(teacher: Teacher, sizes: tuple[int, ...] = (16,), count: int = 4) -> Encoded:
-    generator, found = torch.Generator().manual_seed(0), {}
+def encoded(teacher: Teacher, sizes: tuple[int, ...] = (16,), count: int = 4) -> EncodedImages:
+    generator = torch.Generator().manual_seed(0)
+    by_size = {}
     for size in sizes:
         images = torch.rand(count, 3, size, size + 8, generator=generator) * 2 - 1
-        found[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
-    return Encoded(found, teacher.unconditional)
+        by_size[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
+    return EncodedImages(by_size, teacher.unconditional)
 
 
 def batch_of(teacher: Teacher, step: int = 0) -> Batch:
-    made = draw(encoded(teacher), step, FIT, teacher.train_timesteps, (16,))
-    return {n: v.to(teacher.unet.dtype) if n in ("latents", "noise", "rows") else v for n, v in made.items()}
+    batch = draw_batch(encoded(teacher), step, FIT, teacher.train_timesteps, (16,))
+    return {n: v.to(teacher.unet.dtype) if n in ("latents", "noise", "rows") else v for n, v in batch.items()}
 
 
 def student(teacher: Teacher, mixer: str = "linfusion", **options: Any) -> MixerAdapter:

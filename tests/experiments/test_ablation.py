@@ -1,4 +1,4 @@
-"""The whole road on a tiny teacher: cells, records, resuming, failing, the command line."""
+"""A grid from configuration to results on a tiny teacher: cells, resuming, failing, the command line."""
 
 import json
 from pathlib import Path
@@ -7,59 +7,71 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from experiments.ablation import load_grid, run_grid
-from experiments.ablation.grid import list_grids
+from experiments.ablation import list_grids, load_grid, run_grid
+from experiments.ablation.cell import open_cell_context, training_key
+from experiments.ablation.result import CellResult, read_result
 from experiments.cli import app
-from experiments.config import Grid, override
-from mixers import list_mixers
+from experiments.config import Grid, apply_overrides
+from experiments.metrics.cost import CostRow
+from experiments.metrics.fidelity import FidelityRow
+from mixers import entries, list_mixers
+from mixers.registry import register_mixer
+from mixers.zoo.linear_attention import LinearAttention
 
 
-def quiet(*_: object) -> None:
+def ignore(*_: object) -> None:
     """No progress display."""
 
 
-def results(directory: Path) -> dict[str, dict]:
-    records = [json.loads(p.read_text()) for p in directory.glob("cells/*/result.json")]
-    return {r["variant"]: r for r in records}
+def read_results(directory: Path) -> dict[str, CellResult]:
+    results = [read_result(path.parent) for path in directory.glob("cells/*/result.json")]
+    return {result.variant: result for result in results if result is not None}
+
+
+def fidelity(result: CellResult, split: str = "held_out") -> list[FidelityRow]:
+    assert result.measurements is not None
+    return [row for row in result.measurements.rows("fidelity", FidelityRow) if row.split == split]
 
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_the_road(grid: Grid, tmp_path: Path) -> None:
-    run_grid(grid, tmp_path, quiet)
-    found = results(tmp_path)
-    assert set(found) == {"softmax", "linear", "linear_raw"}
-    for name, record in found.items():
-        assert record["status"] == "done", record["error"]
-        assert [row["size"] for row in record["fidelity"]] == [64, 128]
-        assert [row["tokens"] for row in record["speed"]] == [256, 1024]
-        cell = tmp_path / "cells" / record["cell"]
+def test_a_grid_runs_from_configuration_to_results(grid: Grid, tmp_path: Path) -> None:
+    run_grid(grid, tmp_path, ignore)
+    results = read_results(tmp_path)
+    assert set(results) == {"softmax", "linear", "linear_raw"}
+    for name, result in results.items():
+        assert result.status == "done", result.error
+        assert result.measurements is not None
+        assert [row.size for row in fidelity(result)] == [64, 128]
+        assert [row.size for row in fidelity(result, "held_in")] == [64, 128]
+        assert [row.tokens for row in result.measurements.rows("cost", CostRow)] == [256, 1024]
+        cell = tmp_path / "cells" / result.cell
         assert (cell / "samples" / "64" / "0.png").is_file()
         matrix = load_file(cell / "arrays.safetensors")["mixing_matrix"]
         assert matrix.shape == (256, 256)
-        errors = [row["error_to_teacher"] for row in record["fidelity"]]
+        errors = [row.error_to_teacher for row in fidelity(result)]
         if name == "softmax":
             assert errors == [0.0, 0.0], "the sanity row"
         else:
             assert min(errors) > 0
     assert (tmp_path / "teacher" / "samples" / "64" / "0.png").is_file()
-    assert run_grid(grid, tmp_path, quiet) == [], "nothing is done twice"
+    assert run_grid(grid, tmp_path, ignore) == [], "nothing is done twice"
 
 
-def test_killed_and_started_again_is_bit_identical(grid: Grid, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_identical(grid: Grid, tmp_path: Path) -> None:
     only = grid.model_copy(update={"variants": grid.variants[1:2]})
-    run_grid(only, tmp_path / "whole", quiet)
+    run_grid(only, tmp_path / "whole", ignore)
 
     def kill(_cells: int, _total: int, _label: str, phase: str, done: int, _steps: int) -> None:
-        if phase == "distil" and done == 5:
+        if phase == "distill" and done == 5:
             raise Killed
 
     with pytest.raises(Killed):
         run_grid(only, tmp_path / "killed", kill)
-    assert not results(tmp_path / "killed")
-    run_grid(only, tmp_path / "killed", quiet)
+    assert not read_results(tmp_path / "killed")
+    run_grid(only, tmp_path / "killed", ignore)
     cell = only.cells()[0].id
     whole, resumed = (
         load_file(tmp_path / run / "cells" / cell / "adapter" / "adapter.safetensors") for run in ("whole", "killed")
@@ -68,30 +80,30 @@ def test_killed_and_started_again_is_bit_identical(grid: Grid, tmp_path: Path) -
     assert all(whole[k].equal(resumed[k]) for k in whole)
 
 
-def test_a_failing_cell_is_recorded_and_the_others_go_on(grid: Grid, tmp_path: Path) -> None:
+def test_a_failing_cell_is_recorded_and_the_others_run(grid: Grid, tmp_path: Path) -> None:
     broken = grid.variants[1].model_copy(update={"name": "broken", "options": {"no_such_option": 1}})
-    records = run_grid(grid.model_copy(update={"variants": (broken, grid.variants[0])}), tmp_path, quiet)
-    assert [r["status"] for r in records] == ["failed", "done"]
-    assert "no_such_option" in records[0]["error"]
+    results = run_grid(grid.model_copy(update={"variants": (broken, grid.variants[0])}), tmp_path, ignore)
+    assert [result.status for result in results] == ["failed", "done"]
+    assert "no_such_option" in str(results[0].error)
 
 
 def test_cell_ids_follow_the_configuration(grid: Grid) -> None:
     ids = [cell.id for cell in grid.cells()]
     assert len(set(ids)) == 3
     assert ids == [cell.id for cell in grid.cells()]
-    changed = override(grid, ["distillation.fit.steps=7", "seeds=[0,1]"])
+    changed = apply_overrides(grid, ["distillation.fit.steps=7", "seeds=[0,1]"])
     assert len(changed.cells()) == 6
     assert not set(ids) & {cell.id for cell in changed.cells()}
 
 
 @pytest.mark.parametrize("setting", ["nonsense", "nothing.there=1", "distillation.fit.steps=-1", "seeds=[]"])
-def test_bad_settings_are_refused(grid: Grid, setting: str) -> None:
+def test_invalid_settings_are_refused(grid: Grid, setting: str) -> None:
     with pytest.raises(ValueError):
-        override(grid, [setting])
+        apply_overrides(grid, [setting])
 
 
 @pytest.mark.parametrize("name", list_grids())
-def test_ready_made_grids_load_and_name_known_mixers(name: str) -> None:
+def test_ready_made_grids_load_and_name_registered_mixers(name: str) -> None:
     grid = load_grid(name)
     assert {v.mixer for v in grid.variants} <= set(list_mixers())
 
@@ -111,6 +123,7 @@ def test_command_line(grid: Grid, tmp_path: Path) -> None:
     file.write_text(f"from experiments.config import Grid\nGRID = Grid.model_validate({grid.model_dump()!r})\n")
     done = run(app, ["ablate", str(file), "--out", str(tmp_path / "run"), "--set", "distillation.fit.steps=2"])
     assert done.exit_code == 0, done.output
+    assert "cells: 3/3" in done.output, "a log has lines of progress"
     page = tmp_path / "run" / "report" / "index.html"
     assert page.is_file()
     page.unlink()
@@ -123,41 +136,94 @@ def test_command_line(grid: Grid, tmp_path: Path) -> None:
     [
         ["ablate", "nothing"],
         ["report", "no/such/run"],
+        ["status", "no/such/run"],
         ["ablate", "demo", "--set", "x"],
         ["ablate", "demo", "--teacher", "no/model"],
     ],
 )
-def test_bad_input_never_gives_a_traceback(arguments: list[str], tmp_path: Path) -> None:
+def test_invalid_input_is_one_sentence_on_stderr(arguments: list[str], tmp_path: Path) -> None:
     outcome = CliRunner().invoke(
         app, [*arguments, *(["--out", str(tmp_path / "out")] if arguments[0] == "ablate" else [])]
     )
     assert outcome.exit_code == 2
-    assert "error" in outcome.output
+    assert "error" in outcome.stderr and "error" not in outcome.stdout
     assert "Traceback" not in outcome.output
 
 
-def test_what_is_trained_is_evaluated_anew_without_training_again(grid: Grid, tmp_path: Path) -> None:
+def test_a_trained_student_is_evaluated_again_without_training(grid: Grid, tmp_path: Path) -> None:
     only = grid.model_copy(update={"variants": grid.variants[1:2]})
-    first = run_grid(only, tmp_path, quiet)[0]
+    first = run_grid(only, tmp_path, ignore)[0]
     phases: list[str] = []
-    again = override(only, ["evaluation.sizes=[64]"])
+    again = apply_overrides(only, ["evaluation.sizes=[64]"])
     second = run_grid(again, tmp_path, lambda *event: phases.append(event[3]))[0]
-    assert "sample" in phases and "distil" not in phases
-    assert second["cell"] != first["cell"]
+    assert "sample" in phases and "distill" not in phases
+    assert second.cell != first.cell
     for same in ("steps", "trained_parameters", "train_seconds"):
-        assert second[same] == first[same] > 0
-    assert second["fidelity"][0]["error_to_teacher"] == first["fidelity"][0]["error_to_teacher"]
-    logs = [(tmp_path / "cells" / record["cell"] / "metrics.jsonl").read_text() for record in (first, second)]
+        assert getattr(second, same) == getattr(first, same) > 0
+    assert fidelity(second)[0].error_to_teacher == fidelity(first)[0].error_to_teacher
+    logs = [(tmp_path / "cells" / result.cell / "metrics.jsonl").read_text() for result in (first, second)]
     assert logs[0] == logs[1] != ""
-    assert run_grid(override(again, ["seeds=[1]"]), tmp_path, quiet)[0]["train_seconds"] != first["train_seconds"]
+    assert run_grid(apply_overrides(again, ["seeds=[1]"]), tmp_path, ignore)[0].train_seconds != first.train_seconds
 
 
-def test_a_training_is_known_by_all_that_its_weights_depend_on(grid: Grid) -> None:
+def test_every_seed_has_noise_of_its_own(grid: Grid, tmp_path: Path) -> None:
+    untrained = grid.variants[1].model_copy(update={"trained": False, "name": "untrained"})
+    both = grid.model_copy(update={"variants": (untrained,), "seeds": (0, 1)})
+    first, second = run_grid(both, tmp_path, ignore)
+    assert fidelity(first)[0].error_by_image != fidelity(second)[0].error_by_image
+
+
+def test_a_training_is_identified_by_all_that_its_weights_depend_on(grid: Grid) -> None:
     def trainings(*settings: str) -> set[str]:
-        return {cell.training for cell in override(grid, list(settings)).cells()}
+        return {cell.training for cell in apply_overrides(grid, list(settings)).cells()}
 
     assert len(trainings()) == 3
     assert trainings("evaluation.images=3", "variants.1.name=other", "variants.1.label=other") == trainings()
     for setting in ("seeds=[1]", "distillation.fit.steps=7", "distillation.images=9", "data=folder"):
         assert not trainings(setting) & trainings()
     assert len(trainings("variants.1.min_tokens=64") & trainings()) == 2
+
+
+def test_the_training_key_changes_with_the_teacher_the_data_and_the_mixer(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thing at a time; what a configuration holds is tested above."""
+    import torch
+
+    context = open_cell_context(grid)
+    cell = grid.cells()[1]
+    key = training_key(cell, context)
+    assert training_key(cell, context) == key
+    keys = {key}
+    bias = context.pipe.unet.conv_out.bias
+    latents = next(iter(context.encoded.sizes.values()))["latents"]
+    for tensor in (bias, latents):
+        original = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.add_(1)
+            keys.add(training_key(cell, context))
+            tensor.copy_(original)
+    monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
+
+    @register_mixer("another")
+    class Another(LinearAttention):
+        """A mixer that is defined in this file."""
+
+    variant = cell.variant.model_copy(update={"mixer": "another"})
+    keys.add(training_key(cell.model_copy(update={"variant": variant}), context))
+    assert len(keys) == 4
+    assert training_key(cell, context) == key
+
+
+def test_weights_of_another_teacher_are_not_reused(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that is trained further keeps its name; its students, finished or half trained, start again."""
+    only = grid.model_copy(update={"variants": grid.variants[1:2]})
+    run_grid(only, tmp_path, ignore)
+    folder = tmp_path / "cells" / only.cells()[0].id
+    for name in ("trained.json", "training.json"):
+        (folder / name).write_text(json.dumps({"training": "another", "seconds": 1.0}))
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "training_key": "another"}))
+    phases: list[str] = []
+    run_grid(only, tmp_path, lambda *event: phases.append(event[3]))
+    assert "distill" in phases

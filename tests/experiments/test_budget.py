@@ -1,4 +1,4 @@
-"""A budget scales every cell alike, once, and says so."""
+"""A budget scales every cell alike, once, and the report says so."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.ablation import budget, chosen, fit_budget, load_grid, parse_duration
-from experiments.ablation.budget import scaled
+from experiments.ablation import budget, fit_budget, load_grid, parse_duration, select_cells
+from experiments.ablation.budget import scale_grid
 from experiments.cli import app
-from experiments.config import Grid, Term, Variant
+from experiments.config import Grid, LossTerm, Variant
+from experiments.core.progress import ignore_progress
 
 
 @pytest.mark.parametrize(
@@ -20,32 +21,32 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "30", "m", "30 m", "-3m", "0s", "soon", "3m!", "99999999999999999999d"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_invalid_durations_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Expected a time as 90s"):
         parse_duration(text)
 
 
 def test_every_stage_of_every_row_is_scaled_alike() -> None:
     grid = load_grid("objectives")
-    assert scaled(grid, 1.0) == grid
-    half = scaled(grid, 0.5)
+    assert scale_grid(grid, 1.0) == grid
+    half = scale_grid(grid, 0.5)
     for cell, shorter in zip(grid.cells(), half.cells(), strict=True):
         steps = [stage.fit.steps for stage in cell.distillation.stages]
         assert [stage.fit.steps for stage in shorter.distillation.stages] == [round(n / 2) for n in steps]
         assert shorter.distillation.fit.warmup == round(cell.distillation.fit.warmup / 2)
-    assert all(stage.fit.steps == 1 for stage in scaled(grid, 0.0).distillation.stages)
+    assert all(stage.fit.steps == 1 for stage in scale_grid(grid, 0.0).distillation.stages)
 
 
-def test_what_starts_later_starts_at_the_same_share(grid: Grid) -> None:
-    objectives = {"noise": Term(), "output": Term(start=3, ramp=2)}
+def test_objectives_that_start_later_start_at_the_same_share(grid: Grid) -> None:
+    objectives = {"noise": LossTerm(), "output": LossTerm(start=3, ramp=2)}
     later = grid.distillation.model_copy(update={"objectives": objectives})
-    longer = scaled(grid.model_copy(update={"distillation": later}), 10).distillation
-    assert longer.fit.steps == 60 and longer.objectives["output"] == Term(start=30, ramp=20)
+    longer = scale_grid(grid.model_copy(update={"distillation": later}), 10).distillation
+    assert longer.fit.steps == 60 and longer.objectives["output"] == LossTerm(start=30, ramp=20)
 
 
-def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_measured_once_and_recorded(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    monkeypatch.setattr(budget, "_cost", lambda cells, *_: measured.append(len(cells)) or (4.0, 1.0))  # seconds
+    monkeypatch.setattr(budget, "_measure_cost", lambda cells, *_: measured.append(len(cells)) or (4.0, 1.0))
     broken = Variant(name="broken", label="broken", mixer="linear_attention", options={"nope": 1})
     variants = [v.model_dump() for v in (grid.variants[1], broken)]
     file = tmp_path / "mine.py"
@@ -55,16 +56,16 @@ def test_a_budget_is_measured_once_and_told(grid: Grid, tmp_path: Path, monkeypa
     command = ["ablate", str(file), "--out", str(out), "--budget", "10s"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and "failed broken" in done.output, done.output  # the others ran
-    described = json.loads((out / "grid.json").read_text())
-    factor = described["budget"]["factor"]
-    assert factor > 0 and f"scaled the training steps of every cell by {factor:g}." in described["notes"][-1]
-    assert described["protocol"]["distillation"]["fit"]["steps"] == max(1, round(6 * factor))
+    description = json.loads((out / "grid.json").read_text())
+    factor = description["budget"]["factor"]
+    assert factor > 0 and f"scaled the training steps of every cell by {factor:g}." in description["notes"][-1]
+    assert description["protocol"]["distillation"]["fit"]["steps"] == max(1, round(6 * factor))
     assert f"by {factor:g}" in (out / "report" / "index.html").read_text()
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1 and measured == [2]
-    assert json.loads((out / "grid.json").read_text())["cells"] == described["cells"], "the same cells"
+    assert json.loads((out / "grid.json").read_text())["cells"] == description["cells"], "the same cells"
 
 
-def test_a_budget_that_is_too_short_says_what_is_needed(grid: Grid, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"A budget of 0:00:00.0.* is too short for 1 cells.*Expected 0:01"):
-        fit_budget(grid, chosen(grid, "linear"), 0.01, 1, tmp_path, lambda *_: None)
+def test_a_budget_that_is_too_short_names_what_is_needed(grid: Grid, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"A budget of 0:00:00.0.* is too short for 1 cells.*Expected 0:0\d"):
+        fit_budget(grid, select_cells(grid, "linear"), 0.01, 1, tmp_path, ignore_progress)

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from experiments.data import BadRecord, DataError, EmojiSet, Example, Record, Size, batch, extent
-from experiments.distil.cache import Cache, CacheError, build_cache, open_cache
-from experiments.distil.draw import draw
+from experiments.config import FitConfig
+from experiments.data import BadRecord, DataError, DataRecord, EmojiSet, Example, Size, batch, extent
+from experiments.distill.batches import draw_batch
+from experiments.distill.cache import LatentCache, open_cache
+from experiments.distill.cache_builder import build_cache
+from experiments.distill.cache_index import CacheError
 from experiments.teacher.load import open_teacher
 from experiments.teacher.teacher import Batch, Teacher
-from experiments.training import FitConfig
 from tests.unet_adapters import pipelines
 
 Killed = KeyboardInterrupt  # no Exception, as a kill is none
@@ -34,7 +36,7 @@ Killed = KeyboardInterrupt  # no Exception, as a kill is none
 class Fake:
     """An encoder that can be checked by eye: latents are shrunk images, text is the caption's numbers."""
 
-    fingerprint: str = "f"
+    encoder_fingerprint: str = "f"
     pipe: Any = field(default_factory=lambda: SimpleNamespace(vae_scale_factor=4))
     encoded: int = 0
     budget: int = 10**9
@@ -57,15 +59,16 @@ class Fake:
 
 @dataclass
 class Numbers:
-    """Records 0, 1, 2, …: a picture of one value, and the caption says which; some are bad; two have one caption."""
+    """Records 0, 1, 2, …: an image of one value, which the caption names; some cannot be used; two have one caption."""
 
     count: int
     bad: frozenset[int] = frozenset()
     name: str = "numbers"
     shift: int = 0
+    content: str = ""
 
-    def records(self, seed: int = 0) -> Iterator[Record]:
-        return (_Number(n, n in self.bad, self.shift + seed) for n in range(self.count))
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
+        return (_Number(n, n in self.bad, self.shift + seed, self.content) for n in range(self.count))
 
 
 @dataclass
@@ -73,10 +76,14 @@ class _Number:
     number: int
     bad: bool
     shift: int
+    content: str
 
     @property
     def key(self) -> str:
         return f"record {self.number + self.shift}"
+
+    def digest(self) -> str:
+        return f"{self.key} {self.content}"
 
     def example(self, size: Size, variation: int = 0) -> Example:
         if self.bad:
@@ -85,7 +92,7 @@ class _Number:
         return Example(torch.full((3, *extent(size)), value), str(self.number // 2), self.key)
 
 
-def build(directory: Path, teacher: Any = None, data: Any = None, **more: Any) -> Cache:
+def build(directory: Path, teacher: Any = None, data: Any = None, **more: Any) -> LatentCache:
     options = {"sizes": [8], "images": 10, "shard": 4, "batch_size": 3, **more}
     return build_cache(teacher or Fake(), data or Numbers(10), directory, **options)
 
@@ -94,14 +101,16 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# --- every picture where it belongs ---------------------------------------------------------------
+# --- every image where it belongs ---------------------------------------------------------------
 
 
 @given(st.data())
 def test_a_batch_is_the_rows_asked_for(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    count, variations = data.draw(st.integers(1, 9), "records"), data.draw(st.integers(1, 3), "variations")
+    count = data.draw(st.integers(1, 9), "records")
+    variations = data.draw(st.integers(1, 3), "variations")
     bad = data.draw(st.frozensets(st.integers(0, count - 1), max_size=count - 1), "bad")
-    images, shard = data.draw(st.integers(1, 30), "images"), data.draw(st.integers(1, 7), "shard")
+    images = data.draw(st.integers(1, 30), "images")
+    shard = data.draw(st.integers(1, 7), "shard")
     sizes = [8, (4, 12)]
     cache = build(
         tmp_path_factory.mktemp("cache"),
@@ -116,13 +125,15 @@ def test_a_batch_is_the_rows_asked_for(tmp_path_factory: pytest.TempPathFactory,
     assert len(cache) == len(expected) and cache.sizes == ((8, 8), (4, 12))
     rows = data.draw(st.lists(st.integers(0, len(cache) - 1), min_size=1, max_size=12), "rows")
     for size in sizes:
-        found = cache.batch(rows, size)
-        assert found["latents"].shape == (len(rows), 3, extent(size)[0] // 4, extent(size)[1] // 4)
-        for row, latents, text, pooled in zip(rows, found["latents"], found["text"], found["pooled"], strict=True):
+        tensors = cache.batch(rows, size)
+        assert tensors["latents"].shape == (len(rows), 3, extent(size)[0] // 4, extent(size)[1] // 4)
+        for row, latents, text, pooled in zip(
+            rows, tensors["latents"], tensors["text"], tensors["pooled"], strict=True
+        ):
             number, variation = expected[row]
             assert (latents == (number + 1000 * variation) / 4096).all()
             assert (text == number // 2).all() and (pooled == -(number // 2)).all()
-        assert (found["time_ids"] == 1032).all()
+        assert (tensors["time_ids"] == 1032).all()
     if len(cache) < images:  # all were read
         assert sum(cache.skipped.values()) == len(bad) * variations
 
@@ -131,13 +142,15 @@ def test_a_batch_is_the_rows_asked_for(tmp_path_factory: pytest.TempPathFactory,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_batch_is_what_the_teacher_encodes(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     teacher = open_teacher() if family == "embedded" else Teacher(pipelines.make(family))
-    data, sizes = EmojiSet(), (32, (32, 64))
+    data = EmojiSet()
+    sizes = (32, (32, 64))
     cache = build(tmp_path, teacher, data, sizes=sizes, images=6, shard=4, variations=2, dtype=dtype)
     keys = [record.key for record in islice(data.records(), 3)]
     records = [next(i for i in range(len(data)) if data.key(i) == key) for key in keys]
     for size in sizes:
         images, captions = batch(data, [i for i in records for _ in (0, 1)], size, [0, 1] * 3)
-        direct, cached = teacher.encode(images, captions), cache.batch(range(6), size)
+        direct = teacher.encode(images, captions)
+        cached = cache.batch(range(6), size)
         assert set(cached) == set(direct)
         for name, value in cached.items():
             assert value.dtype == (torch.float32 if name == "time_ids" else dtype)
@@ -151,8 +164,8 @@ def test_a_batch_is_what_the_teacher_encodes(family: str, dtype: torch.dtype, tm
 def test_a_stage_draws_from_it(tmp_path: Path) -> None:
     cache = build(tmp_path, sizes=[8, 16])
     fit = FitConfig(steps=3, batch_size=5, learning_rate=1e-3)
-    drawn = draw(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
-    assert drawn["latents"].shape == (5, 3, 4, 4) and not drawn["text"].any() and not drawn["pooled"].any()
+    examples = draw_batch(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
+    assert examples["latents"].shape == (5, 3, 4, 4) and not examples["text"].any() and not examples["pooled"].any()
 
 
 def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
@@ -160,8 +173,8 @@ def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
     with safe_open(tmp_path / "text-00000.safetensors", "pt") as file:
         assert file.get_tensor("text").shape == (1, 2, 3), "records 0 and 1, two variations each: one caption"
         header = json.loads(file.metadata()["cache"])
-    wanted = {"format": 1, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
-    assert wanted.items() <= header.items() and header["records"] == cache.plan["records"]
+    expected = {"format": 2, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
+    assert expected.items() <= header.items() and header["records"] == cache.contents["records"]
 
 
 def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
@@ -170,7 +183,7 @@ def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(cache))
     assert all(torch.equal(value, first[name]) for name, value in copy.batch([3, 9]).items())
     assert len(pickle.dumps(cache)) < 10_000
-    with pytest.raises(CacheError, match="no pictures of 16x16: it has 8x8, 4x12"):
+    with pytest.raises(CacheError, match="no images of 16x16: it has 8x8, 4x12"):
         cache.batch([0], 16)
     for rows in ([10], [-1]):
         with pytest.raises(IndexError, match="from 0 to 9"):
@@ -180,8 +193,8 @@ def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
 # --- stopped and started again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pictures", range(0, 44, 3))
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(pictures: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", range(0, 44, 3))
+def test_a_killed_build_continues_and_ends_with_the_same_bytes(images: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "data": Numbers(14, frozenset({1, 5, 6})),
         "sizes": [8, 12],
@@ -189,7 +202,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(pictures: int, tmp_
         "variations": 2,
     }
     build(tmp_path / "undisturbed", **options)
-    teacher = Fake(budget=pictures)
+    teacher = Fake(budget=images)
     try:
         build(tmp_path / "killed", teacher, **options)
     except Killed:
@@ -198,7 +211,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(pictures: int, tmp_
     left = Fake()
     build(tmp_path / "killed", left, **options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
-    whole = min(teacher.encoded, pictures) // 8 * 8  # four pictures at two sizes a shard
+    whole = min(teacher.encoded, images) // 8 * 8  # four images at two sizes a shard
     assert left.encoded == 40 - whole, "whole shards are not encoded again"
     idle = Fake(budget=0)
     assert len(build(tmp_path / "killed", idle, **options)) == 20
@@ -228,23 +241,24 @@ def test_data_that_changed_further_on_is_not_mixed_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"teacher": Fake("other")}, 'teacher: has "f", asked "other"'),
-        ({"data": Numbers(10, name="others")}, 'data: has "numbers", asked "others"'),
+        ({"teacher": Fake("other")}, 'teacher: has "f", requested "other"'),
+        ({"data": Numbers(10, name="others")}, 'data: has "numbers", requested "others"'),
         ({"data": Numbers(10, shift=1)}, "records: has "),
         ({"data": Numbers(11)}, "records: has "),
-        ({"sizes": [8, 16]}, r"sizes: has \[\[8, 8\]\], asked \[\[8, 8\], \[16, 16\]\]"),
-        ({"images": 9}, "images: has 10, asked 9"),
-        ({"seed": 1}, "seed: has 0, asked 1"),
-        ({"variations": 2}, "variations: has 1, asked 2"),
-        ({"dtype": torch.bfloat16}, 'dtype: has "float32", asked "bfloat16"'),
-        ({"shard": 5}, "shard: has 4, asked 5"),
+        ({"data": Numbers(10, content="edited")}, "records: has "),
+        ({"sizes": [8, 16]}, r"sizes: has \[\[8, 8\]\], requested \[\[8, 8\], \[16, 16\]\]"),
+        ({"images": 9}, "images: has 10, requested 9"),
+        ({"seed": 1}, "seed: has 0, requested 1"),
+        ({"variations": 2}, "variations: has 1, requested 2"),
+        ({"dtype": torch.bfloat16}, 'dtype: has "float32", requested "bfloat16"'),
+        ({"shard": 5}, "shard: has 4, requested 5"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_stale_cache_is_refused_with_what_differs(
-    change: dict[str, Any], told: str, finished: bool, tmp_path: Path
+    change: dict[str, Any], message: str, finished: bool, tmp_path: Path
 ) -> None:
     if finished:
         build(tmp_path)
@@ -252,7 +266,7 @@ def test_a_stale_cache_is_refused_with_what_differs(
         with pytest.raises(Killed):
             build(tmp_path, Fake(budget=5))
     before = contents(tmp_path)
-    with pytest.raises(CacheError, match=told):
+    with pytest.raises(CacheError, match=message):
         build(tmp_path, **change)
     assert contents(tmp_path) == before
 
@@ -262,7 +276,7 @@ def test_another_teacher_cannot_open_it(tmp_path: Path) -> None:
     build(tmp_path, teacher)
     assert len(open_cache(tmp_path, teacher)) == len(open_cache(tmp_path)) == 10
     other: Any = Fake("other")
-    with pytest.raises(CacheError, match='teacher: has "f", asked "other"'):
+    with pytest.raises(CacheError, match='teacher: has "f", requested "other"'):
         open_cache(tmp_path, other)
 
 
@@ -273,14 +287,15 @@ def test_any_byte_that_changed_is_noticed(tmp_path_factory: pytest.TempPathFacto
     sound = {key: value.clone() for key, value in cache.batch(range(10)).items()}
     path = directory / data.draw(st.sampled_from(sorted(p.name for p in directory.iterdir())), "file")
     original = path.read_bytes()
-    place, bit = data.draw(st.integers(0, len(original) - 1), "byte"), data.draw(st.integers(0, 7), "bit")
+    place = data.draw(st.integers(0, len(original) - 1), "byte")
+    bit = data.draw(st.integers(0, 7), "bit")
     try:
         path.write_bytes(original[:place] + bytes([original[place] ^ 1 << bit]) + original[place + 1 :])
-        found: Batch = {}
+        tensors: Batch = {}
         with pytest.raises(CacheError, match=f"is damaged: {path.name}") if path.suffix != ".json" else noticed():
             cache = open_cache(directory)
-            found = {**cache.batch(range(10)), "blank": cache.unconditional["text"]}
-        assert all(torch.equal(value, sound[key]) for key, value in found.items() if key in sound)
+            tensors = {**cache.batch(range(10)), "blank": cache.unconditional["text"]}
+        assert all(torch.equal(value, sound[key]) for key, value in tensors.items() if key in sound)
     finally:
         path.write_bytes(original)
 
@@ -312,7 +327,7 @@ def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "told"),
+    ("change", "kind", "message"),
     [
         ({"sizes": [8, 10, (8, 6)]}, CacheError, "Cannot encode at 10x10, 8x6: expected multiples of 4"),
         ({"sizes": []}, CacheError, "Cannot encode at no size"),
@@ -320,14 +335,18 @@ def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
         ({"images": 0}, CacheError, "at least 1, got 0"),
         ({"data": Numbers(3, frozenset(range(3)))}, DataError, "No usable record in numbers"),
         ({"data": Numbers(0)}, DataError, "No usable record in numbers"),
-        ({"teacher": Fake(scale=float("inf"))}, CacheError, "Cannot cache latents that are not finite in float32"),
+        (
+            {"teacher": Fake(scale=float("inf"))},
+            CacheError,
+            "Cannot cache latents: some values are not finite in float32",
+        ),
         ({"teacher": Fake(scale=1e9), "dtype": torch.float16}, CacheError, "not finite in float16"),
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(
-    change: dict[str, Any], kind: type[Exception], told: str, tmp_path: Path
+    change: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         build(tmp_path, **change)
 
 

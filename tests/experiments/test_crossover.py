@@ -1,4 +1,4 @@
-"""The crossover is found where it is, the stock path runs below it, and the pages about it run as they stand."""
+"""The crossover is computed correctly, the stock path runs below `min_tokens`, and the pages about it run."""
 
 from __future__ import annotations
 
@@ -11,31 +11,38 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 from typer.testing import CliRunner
 
-from experiments.bench.crossover import (
-    Curve,
-    Kind,
-    Point,
-    choose_kinds,
-    find_crossover,
-    kinds_of,
-    ladder,
-    measure_crossovers,
-    walk,
+from experiments.bench.attention_layer import (
+    STOCK,
+    AttentionLayerTimer,
+    MixerCannotRun,
+    SiteShape,
+    choose_site_shapes,
+    site_shapes,
 )
-from experiments.bench.timing import STOCK, Bench, CannotRun, Spread, interleaved, seconds
+from experiments.bench.crossover import (
+    CrossoverCurve,
+    CrossoverPoint,
+    CrossoverResult,
+    doubling_lengths,
+    find_crossover,
+    measure_crossovers,
+    measure_curves,
+)
+from experiments.bench.crossover_report import plot_crossovers, print_crossovers
 from experiments.cli import app
+from experiments.core.timing import Quartiles, time_calls, time_interleaved
 from experiments.teacher.load import EMBEDDED
 from unet_adapters import MixerAdapter
-from unet_adapters.sites import all_sites
 
 ROOT = Path(__file__).resolve().parents[2]
-NARROW, WIDE = Kind(48, 4), Kind(96, 4)
-STEPS = ladder(65536)
+NARROW = SiteShape(48, 4)
+WIDE = SiteShape(96, 4)
+LENGTHS = doubling_lengths(65536)
 
 
 # --- the finder ---------------------------------------------------------------------------------------------------
@@ -43,81 +50,93 @@ STEPS = ladder(65536)
 
 @given(st.floats(65, 60000), st.floats(0.2, 2))
 def test_a_power_law_crosses_where_it_crosses(true: float, slope: float) -> None:
-    ratios = [(tokens, (true / tokens) ** slope) for tokens in STEPS]
+    ratios = [(tokens, (true / tokens) ** slope) for tokens in LENGTHS]
     assert find_crossover(ratios) == pytest.approx(true, rel=1e-6)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=11))
 def test_it_lies_between_the_last_loss_and_the_next_step(values: list[float]) -> None:
-    ratios = list(zip(STEPS, values, strict=False))
-    found = find_crossover(ratios)
+    ratios = list(zip(LENGTHS, values, strict=False))
+    crossover = find_crossover(ratios)
     losses = [tokens for tokens, ratio in ratios if ratio > 1]
     if not losses:
-        assert found == STEPS[0]
+        assert crossover == LENGTHS[0]
     elif losses[-1] == ratios[-1][0]:
-        assert found is None
+        assert crossover is None
     else:
-        assert found is not None and losses[-1] <= found <= 2 * losses[-1]
+        assert crossover is not None and losses[-1] <= crossover <= 2 * losses[-1]
 
 
 @given(st.lists(st.floats(1.0001, 100), min_size=1, max_size=11))
-def test_a_mixer_that_never_wins_has_none(values: list[float]) -> None:
-    assert find_crossover(list(zip(STEPS, values, strict=False))) is None
+def test_a_mixer_that_never_wins_has_no_crossover(values: list[float]) -> None:
+    assert find_crossover(list(zip(LENGTHS, values, strict=False))) is None
 
 
 def test_one_loss_after_wins_counts() -> None:
     values = [2.0, 0.5, 0.5, 1.02, 0.5, 0.25]
-    found = find_crossover(list(zip(STEPS, values, strict=False)))
-    assert found is not None and 512 <= found < 1024
-    assert find_crossover(list(zip(STEPS, [*values, 1.001], strict=False))) is None
+    crossover = find_crossover(list(zip(LENGTHS, values, strict=False)))
+    assert crossover is not None and 512 <= crossover < 1024
+    assert find_crossover(list(zip(LENGTHS, [*values, 1.001], strict=False))) is None
 
 
-@pytest.mark.parametrize(("ratios", "found"), [([], None), ([(64, 1.0)], 64), ([(64, 2.0), (128, 1.0)], 128)])
-def test_edges(ratios: list[tuple[int, float]], found: float | None) -> None:
-    assert find_crossover(ratios) == found
+@pytest.mark.parametrize(("ratios", "crossover"), [([], None), ([(64, 1.0)], 64), ([(64, 2.0), (128, 1.0)], 128)])
+def test_edges(ratios: list[tuple[int, float]], crossover: float | None) -> None:
+    assert find_crossover(ratios) == crossover
 
 
-# --- the walk, with costs that are known --------------------------------------------------------------------------
+# --- curves, with known costs -------------------------------------------------------------------------------------
 
 
-def costs(quadratic: dict[Kind, float], linear: dict[str, float]) -> Callable[..., dict[str, list[float]]]:
-    """A `Measure` with stock = a l² and mixer = b l seconds: they cross at b / a."""
+def costs(quadratic: dict[SiteShape, float], linear: dict[str, float]) -> Callable[..., dict[str, list[float]]]:
+    """A `TimeLayers` with stock = a l² and mixer = b l seconds: they cross at b / a."""
 
-    def measure(kind: Kind, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
-        of = {STOCK: quadratic[kind] * tokens**2, **{name: linear[name] * tokens for name in names}}
-        return {name: [value * noise for noise in (1.0, 1.1, 0.9)] for name, value in of.items()}
+    def measure(shape: SiteShape, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
+        seconds = {STOCK: quadratic[shape] * tokens**2, **{name: linear[name] * tokens for name in names}}
+        return {name: [value * noise for noise in (1.0, 1.1, 0.9)] for name, value in seconds.items()}
 
     return measure
 
 
-def test_min_tokens_is_the_largest_over_kinds_rounded_up() -> None:
-    from experiments.bench.crossover import Crossovers
-
+def test_min_tokens_is_the_largest_over_sites_rounded_up() -> None:
     measure = costs({NARROW: 1e-8, WIDE: 1e-9}, {"quick": 3e-7, "slow": 1e-3})
-    curves = walk(["quick", "slow"], [NARROW, WIDE], ladder(4096), measure)
+    curves = measure_curves(["quick", "slow"], [NARROW, WIDE], doubling_lengths(4096), measure)
     quick = [curve.crossover for curve in curves if curve.mixer == "quick"]
     assert quick == pytest.approx([64, 300]) and [c.fast_from for c in curves[:2]] == [64, 512]
-    assert Crossovers({}, curves).min_tokens == {"quick": 512, "slow": None}
+    assert CrossoverResult({}, curves).min_tokens == {"quick": 512, "slow": None}
 
 
-def test_the_walk_stops_at_the_budget_and_drops_what_is_hopeless() -> None:
+def test_measuring_stops_when_softmax_is_slow_and_drops_slow_mixers() -> None:
     measure = costs({NARROW: 1e-6}, {"quick": 1e-4, "slow": 1e-2})
-    quick, slow = walk(["quick", "slow"], [NARROW], STEPS, measure, budget=2.0)
+    quick, slow = measure_curves(["quick", "slow"], [NARROW], LENGTHS, measure, slow_seconds=2.0)
     assert [p.tokens for p in quick.points] == [64, 128, 256, 512, 1024, 2048]  # 2048: four seconds, the last
     assert quick.note is None and slow.note is not None and "not measured beyond" in slow.note
     assert [p.tokens for p in slow.points] == [64, 128, 256]
     assert slow.crossover is None
 
 
+def test_the_budget_ends_the_measurement_with_a_note() -> None:
+    now = [0.0]
+
+    def measure(shape: SiteShape, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
+        now[0] += 1.0
+        return {name: [1.0] for name in (STOCK, *names)}
+
+    lengths = doubling_lengths(1024)
+    narrow, wide = measure_curves(["quick"], [NARROW, WIDE], lengths, measure, budget_seconds=2.5, clock=lambda: now[0])
+    assert [p.tokens for p in narrow.points] == [64, 128, 256] and not wide.points
+    assert narrow.note == "not measured from 512 tokens on: the time budget is spent"
+    assert wide.note == "not measured from 64 tokens on: the time budget is spent"
+
+
 def test_a_mixer_that_cannot_run_leaves_the_others_alone() -> None:
     sound = costs({NARROW: 1e-8}, {"quick": 1e-6, "broken": 1e-6})
 
-    def measure(kind: Kind, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
+    def measure(shape: SiteShape, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
         if "broken" in names and tokens > 64:
-            raise CannotRun("broken", ValueError("too long"))
-        return sound(kind, tokens, names)
+            raise MixerCannotRun("broken", ValueError("too long"))
+        return sound(shape, tokens, names)
 
-    broken, quick = walk(["broken", "quick"], [NARROW], ladder(256), measure)
+    broken, quick = measure_curves(["broken", "quick"], [NARROW], doubling_lengths(256), measure)
     assert len(quick.points) == 3 and quick.note is None
     assert len(broken.points) == 1 and broken.note == "cannot run with 128 tokens: ValueError: too long"
 
@@ -125,18 +144,19 @@ def test_a_mixer_that_cannot_run_leaves_the_others_alone() -> None:
 def test_the_ratio_is_of_the_same_turns() -> None:
     """A machine that is three times slower for a while changes no ratio."""
 
-    def measure(kind: Kind, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
+    def measure(shape: SiteShape, tokens: int, names: Sequence[str]) -> dict[str, list[float]]:
         return {STOCK: [1.0, 3.0, 1.0], **{name: [0.5, 1.5, 0.5] for name in names}}
 
-    (curve,) = walk(["quick"], [NARROW], [64], measure, budget=10)
-    assert curve.points == (Point(64, Spread(1.0, 1.0, 2.0), Spread(0.5, 0.5, 1.0), 0.5),)
+    (curve,) = measure_curves(["quick"], [NARROW], [64], measure, slow_seconds=10)
+    assert curve.points == (CrossoverPoint(64, Quartiles(1.0, 1.0, 2.0), Quartiles(0.5, 0.5, 1.0), 0.5),)
 
 
 # --- timing -------------------------------------------------------------------------------------------------------
 
 
 def test_turns_interleave_and_short_calls_are_repeated() -> None:
-    now, order = [0.0], []
+    now = [0.0]
+    order = []
 
     def work(name: str, cost: float) -> Callable[[], None]:
         def run() -> None:
@@ -145,27 +165,32 @@ def test_turns_interleave_and_short_calls_are_repeated() -> None:
 
         return run
 
-    times = interleaved({"a": work("a", 4.0), "b": work("b", 1.0)}, 2, 1, min_seconds=2.0, clock=lambda: now[0])
+    times = time_interleaved({"a": work("a", 4.0), "b": work("b", 1.0)}, 2, 1, min_seconds=2.0, clock=lambda: now[0])
     assert times == {"a": [4.0, 4.0], "b": [1.0, 1.0]}
     assert order == ["a", "b", *2 * ["a", "b", "b"]]
-    limited = interleaved({"a": work("a", 4.0)}, 9, 1, max_seconds=5.0, clock=lambda: now[0])
+    limited = time_interleaved({"a": work("a", 4.0)}, 9, 1, max_seconds=5.0, clock=lambda: now[0])
     assert limited == {"a": [4.0] * 3}
-    assert seconds(work("a", 4.0), 3, clock=lambda: now[0]) == 4.0
+    assert time_calls(work("a", 4.0), 3, clock=lambda: now[0]) == 4.0
     with pytest.raises(ValueError, match="repeats=0"):
-        interleaved({}, 0)
-    assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0) and Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.5, 2.5)
+        time_interleaved({}, 0)
+
+
+def test_quartiles() -> None:
+    assert Quartiles.from_times([5.0]) == Quartiles(5.0, 5.0, 5.0)
+    assert Quartiles.from_times([1.0, 2.0, 3.0]) == Quartiles(2.0, 1.5, 2.5)
 
 
 def test_what_is_timed_is_the_stock_layer_and_the_mounted_one() -> None:
-    bench = Bench(torch.float32, "cpu", 1)
-    stock, mounted = bench.layer(NARROW, STOCK), bench.layer(NARROW, "linear_attention")
+    timer = AttentionLayerTimer(torch.float32, "cpu", 1)
+    stock = timer.layer(NARROW, STOCK)
+    mounted = timer.layer(NARROW, "linear_attention")
     assert not hasattr(stock, "mixer") and mounted.mixer.dim == 48
     assert stock.to_q.weight is mounted.to_q.weight
-    with pytest.raises(CannotRun, match="nothing"):
-        bench.layer(NARROW, "nothing")
+    with pytest.raises(MixerCannotRun, match="nothing"):
+        timer.layer(NARROW, "nothing")
 
 
-def test_every_mixer_is_measured_at_every_kind() -> None:
+def test_every_mixer_is_measured() -> None:
     result = measure_crossovers("*", [NARROW], max_tokens=128, repeats=1)
     assert len(result.curves) > 5
     assert {len(curve.points): curve.note for curve in result.curves} == {2: None}
@@ -174,18 +199,19 @@ def test_every_mixer_is_measured_at_every_kind() -> None:
 # --- the promise: below min_tokens the stock path runs ------------------------------------------------------------
 
 
-def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer() -> None:
+def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer(monkeypatch) -> None:
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED, subfolder="unet").eval()
     adapter = MixerAdapter.build(unet, "linfusion", min_tokens=256)
     mixed: list[str] = []
     for name, mixer in adapter.mixers.items():
         mixer.register_forward_hook(lambda *_, name=name: mixed.append(name))
-    softmax = _count_self_attention(unet)
+    softmax = _count_self_attention(monkeypatch)
     expected = {4: (0, 7), 8: (0, 7), 16: (3, 4), 32: (7, 0)}  # latent side -> sites with the mixer, with softmax
     for side, (mixers, stock) in (*expected.items(), *reversed(expected.items())):
         mixed.clear()
         softmax.clear()
-        x, words = torch.randn(1, 4, side, side), torch.randn(1, 77, 128)
+        x = torch.randn(1, 4, side, side)
+        words = torch.randn(1, 77, 128)
         with torch.no_grad():
             teacher = unet(x, 500, words).sample
             assert len(softmax) == 7 and not mixed
@@ -196,85 +222,82 @@ def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer() -> None:
         assert torch.equal(student, teacher) == (mixers == 0), side
 
 
-def _count_self_attention(unet: nn.Module) -> list[int]:
-    """Lists every call of the stock processor of a site."""
+def _count_self_attention(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lists every call of the stock processor with self-attention."""
     calls: list[int] = []
-    for site in all_sites(unet):
-        attn = unet.get_submodule(site.name)
-        kind = type(attn.processor)
-        counting = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+    stock = AttnProcessor2_0.__call__
 
-        def call(self, *args, _kind=kind, **kwargs):
+    def call(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        if encoder_hidden_states is None:
             calls.append(1)
-            return _kind.__call__(self, *args, **kwargs)
+        return stock(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
-        counting.__call__ = call
-        attn.set_processor(counting())
+    monkeypatch.setattr(AttnProcessor2_0, "__call__", call)
     return calls
 
 
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def test_kinds() -> None:
+def test_site_shapes() -> None:
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED, subfolder="unet")
-    assert choose_kinds() == kinds_of(unet) == (NARROW, WIDE)
-    assert choose_kinds(dim=320, heads=8) == (Kind(320, 8),)
-    assert [kind.dim for kind in choose_kinds("sd15")] == [320, 640, 1280]
+    assert choose_site_shapes() == site_shapes(unet) == (NARROW, WIDE)
+    assert choose_site_shapes(dim=320, heads=8) == (SiteShape(320, 8),)
+    assert [shape.dim for shape in choose_site_shapes("sd15")] == [320, 640, 1280]
 
 
-def test_the_command_writes_a_record_a_figure_and_the_line_to_copy(tmp_path: Path) -> None:
-    asked = ["crossover", "linear_attention", "--max-tokens", "128", "--repeats", "1", "--out", str(tmp_path)]
-    done = CliRunner().invoke(app, asked)
-    assert done.exit_code == 0, done.output
+def test_the_command_writes_results_a_figure_and_the_line_to_copy(tmp_path: Path) -> None:
+    arguments = ["crossover", "linear_attention", "--max-tokens", "128", "--repeats", "1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
     assert (tmp_path / "crossover.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "crossover.json").read_text())
     assert {"device", "threads", "torch", "dtype", "batch"} <= set(record["machine"])
     assert [[p["tokens"] for p in curve["points"]] for curve in record["curves"]] == [[64, 128]] * 2
     least = record["min_tokens"]["linear_attention"]
     copied = f'MixerAdapter.build(pipe, "linear_attention", min_tokens={least})'
-    assert (copied if least else "# linear_attention: no win up to 128 tokens, ") in done.output
-    table = [line for line in done.output.splitlines() if line[:1] in "┏┃│└"]
+    assert (copied if least else "# linear_attention: no win up to 128 tokens, ") in result.output
+    table = [line for line in result.output.splitlines() if line[:1] in "┏┃│└"]
     assert table and max(map(len, table)) <= 80
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("arguments", "message"),
     [
         (["nothing*"], "No linear mixer matches 'nothing*'"),
         (["softmax"], "No linear mixer matches 'softmax'"),
         (["--dim", "320"], "both a dim and heads"),
-        (["--dim", "320", "--heads", "7"], "7 heads do not divide a width of 320"),
+        (["--dim", "320", "--heads", "7"], "Cannot split a width of 320 into 7 heads"),
         (["--max-tokens", "64"], "max_tokens=64"),
         (["--profile", "sd99"], "expected one of embedded, sd15"),
         (["--dtype", "int8"], "expected one of float32, bfloat16, float16"),
-        (["--device", "tpu"], "expected cpu or cuda"),
+        (["--device", "tpu"], "expected one of cpu, cuda"),
     ],
 )
-def test_errors_are_one_line(asked: list[str], said: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["crossover", *asked, "--out", str(tmp_path)])
-    assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output
+def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["crossover", *arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_one_line() -> None:
-    done = CliRunner().invoke(app, ["crossover", "--device", "cuda"])
-    assert done.exit_code == 2 and "torch finds no GPU here" in done.output
+    result = CliRunner().invoke(app, ["crossover", "--device", "cuda"])
+    assert result.exit_code == 2 and "torch finds no GPU here" in result.output
 
 
-def test_curves_show_what_happened(tmp_path: Path) -> None:
+def test_reports_of_mixers_that_win_lose_and_cannot_run(tmp_path: Path) -> None:
     """A table, a figure and lines for mixers that win, lose and cannot be built."""
     from rich.console import Console
 
-    from experiments.bench.crossover import Crossovers, draw, show
-
-    fine = walk(["quick"], [NARROW], ladder(1024), costs({NARROW: 1e-8}, {"quick": 3e-6}))
-    bad = Curve("broken", NARROW, (), "cannot run with 64 tokens: ValueError: no")
-    result = Crossovers({"device": "a CPU", "threads": 1, "torch": "2", "dtype": "float32", "batch": 2}, (*fine, bad))
-    draw(result, tmp_path / "figure.png")
+    fine = measure_curves(["quick"], [NARROW], doubling_lengths(1024), costs({NARROW: 1e-8}, {"quick": 3e-6}))
+    bad = CrossoverCurve("broken", NARROW, (), "cannot run with 64 tokens: ValueError: no")
+    result = CrossoverResult(
+        {"device": "a CPU", "threads": 1, "torch": "2", "dtype": "float32", "batch": 2}, (*fine, bad)
+    )
+    plot_crossovers(result, tmp_path / "figure.png")
     console = Console(width=80, record=True, file=(tmp_path / "out.txt").open("w"))
-    show(result, console)
+    print_crossovers(result, console)
     text = console.export_text()
     assert 'MixerAdapter.build(pipe, "quick", min_tokens=512)' in text and "300" in text
     assert "broken (dim 48, heads 4): cannot run with 64 tokens: ValueError: no" in text

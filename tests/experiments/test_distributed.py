@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments.training import FitConfig, Interrupted, fit
+from experiments.config import FitConfig
+from experiments.core.signals import Interrupted
+from experiments.training import fit
 
 CONFIG = FitConfig(
     steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=4, log_every=4, weight_decay=0.1
@@ -48,33 +50,34 @@ def batch(step: int) -> dict[str, Tensor]:
 
 def half_broken(step: int) -> dict[str, Tensor]:
     """What breaks is in the second half, the share of the second of two processes."""
-    made = batch(step)
-    made["x"][5] *= float("inf") if step == 6 else 1
-    return made
+    values = batch(step)
+    values["x"][5] *= float("inf") if step == 6 else 1
+    return values
 
 
 def work(folder: Path, rank: int) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     for accumulation in (1, 2):
-        model, config = Objective(), CONFIG.model_copy(update={"accumulation": accumulation})
+        model = Objective()
+        config = CONFIG.model_copy(update={"accumulation": accumulation})
         fit(model, batch, config, folder / f"parts{accumulation}")
         state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         save_file(state, folder / f"parts{accumulation}-{rank}.safetensors")
 
     def ask(step: int, _: dict[str, float]) -> None:
-        if step == 5 and rank == 0:  # of several, one is told
+        if step == 5 and rank == 0:  # only one of the processes gets the signal
             os.kill(os.getpid(), signal.SIGTERM)
 
     apart = folder / f"apart-{rank}"  # each sees a folder of its own, with checkpoints in the first one's alone
     if rank == 0:
         shutil.copytree(folder / "parts1", apart)
-    said = [
+    output = [
         attempt(half_broken, folder / "broken"),
         attempt(batch, folder / "stopped", ask),
         attempt(batch, apart),
     ]
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    (folder / f"said-{rank}.json").write_text(json.dumps(output))
 
 
 def attempt(data: Callable[[int], Any], folder: Path, report: Callable[..., None] | None = None) -> str:
@@ -120,11 +123,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_are_one(folders: tuple[Path, Path], accumulation: int) -> None:
     one, two = folders
-    wanted = load_file(one / "parts1-0.safetensors")
-    assert not torch.equal(wanted["student.used.weight"], Objective().student["used"].weight)
+    expected = load_file(one / "parts1-0.safetensors")
+    assert not torch.equal(expected["student.used.weight"], Objective().student["used"].weight)
     for rank in range(2):
         got = load_file(two / f"parts{accumulation}-{rank}.safetensors")
-        for name, value in wanted.items():
+        for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5)
     logs = [[json.loads(line) for line in (f / "parts1/metrics.jsonl").read_text().splitlines()] for f in folders]
     assert len(logs[0]) == len(logs[1]) == 3
@@ -137,9 +140,9 @@ def test_two_processes_stop_as_one(folders: tuple[Path, Path]) -> None:
     one, two = folders
     alone, first, second = (json.loads(path.read_text()) for path in (*one.glob("said*"), *sorted(two.glob("said*"))))
     reason = "step 6: loss, size not finite. The first layer whose output is not finite is 0 (torch.float32)."
-    for said in (alone, first, second):
-        assert reason in said[0]
-        assert "after step 6 of 12" in said[1]
+    for output in (alone, first, second):
+        assert reason in output[0]
+        assert "after step 6 of 12" in output[1]
     assert alone[2] == "finished" and "steps 12, 0." in first[2] and first[2] == second[2]
     for folder in folders:
         for name in ("broken", "stopped"):

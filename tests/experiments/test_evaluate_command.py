@@ -1,5 +1,6 @@
-"""`mixlab evaluate`: an adapter's folder in, a record, a protocol and pictures out; what is wrong is one sentence."""
+"""`mixlab evaluate`: an adapter's folder in, a record, a protocol and images out; errors are one sentence."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,11 +11,21 @@ from experiments.cli import app
 from experiments.teacher.load import open_teacher
 from tests.experiments.students import student
 
-SMALL = [
-    *("sizes=[64]", "shapes=[[64,80]]", "site_sizes=[64]", "images=2", "timesteps=[500]", "sample_steps=2"),
-    *('prompts=["red apple, teal background"]', "sample_sizes=[64]", "guidances=[1.5]"),
-    *("metrics.images=2", "speed_sizes=[64]", "speed_repeats=1"),
-]
+SMALL = (
+    "sizes=[64]",
+    "shapes=[[64,80]]",
+    "images=2",
+    "held_in_images=0",
+    "timesteps=[500]",
+    "sample_steps=2",
+    'prompts=["red apple, teal background"]',
+    "sample_sizes=[64]",
+    "guidances=[1.5]",
+    "generated.images=4",
+    "metrics.sites.sizes=[64]",
+    "metrics.cost.sizes=[64]",
+    "metrics.cost.repeats=1",
+)
 
 
 def run(adapter: Path, teacher: Path, out: Path, *settings: str) -> tuple[int, str]:
@@ -24,39 +35,94 @@ def run(adapter: Path, teacher: Path, out: Path, *settings: str) -> tuple[int, s
     return done.exit_code, " ".join(done.output.split())
 
 
-def test_an_adapter_of_one_s_own(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_an_adapter_from_a_folder(tiny_teacher: Path, tmp_path: Path) -> None:
     student(open_teacher(str(tiny_teacher))).save_pretrained(tmp_path / "adapter")
-    code, told = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out")
-    assert code == 0, told
-    assert "64 × 80" in told and "frechet" in told and "Record:" in told
+    code, output = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out")
+    assert code == 0, output
+    assert "Fréchet distance" in output and "Record:" in output
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["protocol"] == json.loads((tmp_path / "out" / "protocol.json").read_text())["hash"]
-    assert {"fidelity", "timesteps", "sites", "images", "speed"} < set(record)
-    assert {row["guidance"] for row in record["images"]} == {3.0, 1.5}
+    assert {"fidelity", "timesteps", "sites", "frechet_distance", "text_image_score", "cost"} < set(record["metrics"])
+    assert {row["guidance"] for row in record["metrics"]["kernel_distance"]} == {3.0, 1.5}
     for place in ("samples/64", "samples/guidance-1.5/64", "teacher/samples/64", "teacher/samples/guidance-1.5/64"):
         assert (tmp_path / "out" / place / "0.png").is_file()
-    code, told = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out", "seed=1")
-    assert code == 2 and "measured by another protocol: seeds was [0] and is now [1]" in told
+    code, output = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out", "seed=1")
+    assert code == 2 and "measured by another protocol: seeds was [0] and is now [1]" in output
+
+
+def test_an_adapter_in_linfusions_format(tiny_teacher: Path, tmp_path: Path) -> None:
+    student(open_teacher(str(tiny_teacher))).save_linfusion(tmp_path / "adapter")
+    code, output = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out", "generated.images=0")
+    assert code == 0, output
+
+
+def test_a_full_disk_is_one_sentence(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {errno.ENOSPC} No space left on device")
+
+    student(open_teacher(str(tiny_teacher))).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
+    code, output = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out", "generated.images=0")
+    assert code == 2 and "No space left on device" in output
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        (['metrics.features=["vgg"]'], "No feature network 'vgg'"),
-        (["metrics.data=coco:nowhere"], "Cannot open nowhere as COCO"),
-        (["metrics.imagess=3"], "Did you mean 'images'?"),
+        (['generated.features=["vgg"]'], "No feature network 'vgg'"),
+        (["generated.data=coco:nowhere"], "Cannot open nowhere as COCO"),
+        (["generated.imagess=3"], "Did you mean 'images'?"),
+        (["metrics.frechet={}"], "Did you mean 'frechet_distance'?"),
+        (['metrics.sites={"size": 3}'], "Did you mean 'sizes'?"),
         (["sizes=[]", "shapes=[]"], "sizes and shapes are empty"),
-        (["metrics.images=1"], "two pictures"),
+        (["generated.images=1"], "two images"),
         ([], "not an adapter"),
         (["timesteps=[1000]"], "timesteps.0"),
         (["timesteps=[]"], "timesteps"),
         (["sizes=[-64]"], "sizes.0"),
-        (["speed_sizes=[3]"], "speed_sizes.0"),
+        (["metrics.cost.sizes=[3]"], "sizes.0"),
     ],
 )
-def test_what_a_user_can_mend_is_one_sentence(
-    settings: list[str], told: str, tiny_teacher: Path, tmp_path: Path
-) -> None:
+def test_invalid_input_is_one_sentence(settings: list[str], message: str, tiny_teacher: Path, tmp_path: Path) -> None:
     code, output = run(tmp_path, tiny_teacher, tmp_path / "out", *settings)
-    assert code == 2 and told in output, output
+    assert code == 2 and message in output, output
     assert not (tmp_path / "out" / "protocol.json").exists()
+
+
+def export(prompts: Path, layout: str, teacher: Path, out: Path) -> tuple[int, str]:
+    options = ["--layout", layout, "--teacher", str(teacher), "--out", str(out), "--set", "sample_steps=1"]
+    done = CliRunner().invoke(app, ["export", str(prompts), *options])
+    assert "Traceback" not in done.output
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_images_for_geneval(tiny_teacher: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    records = [{"tag": "counting", "prompt": "red apple"}, {"tag": "colors", "prompt": "blue heart"}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, output = export(prompts, "geneval", tiny_teacher, tmp_path / "out")
+    assert code == 0, output
+    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert files == [
+        path
+        for k in range(2)
+        for path in (f"0000{k}/metadata.jsonl", *(f"0000{k}/samples/000{n}.png" for n in range(4)))
+    ]
+    assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text()) == records[1]
+    code, output = export(tmp_path / "out" / "00001" / "samples" / "0000.png", "geneval", tiny_teacher, tmp_path)
+    assert code == 2 and "as geneval's prompts" in output
+
+
+def test_images_for_dpg(tiny_teacher: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "apple.txt").write_text("red apple")
+    code, output = export(tmp_path / "prompts", "dpg", tiny_teacher, tmp_path / "out")
+    assert code == 0, output
+    with Image.open(tmp_path / "out" / "apple.png") as grid:
+        assert grid.size == (128, 128)
+    code, output = export(tmp_path / "prompts", "dqg", tiny_teacher, tmp_path / "other")
+    assert code == 2 and "Did you mean 'dpg'" in output

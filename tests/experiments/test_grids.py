@@ -1,15 +1,16 @@
-"""The ready-made grids: every row can be built, and is told apart from the others."""
+"""The ready-made grids: every row can be built and is distinct from the others, and every grid carries its controls."""
 
 import pytest
 from diffusers import UNet2DConditionModel
 
-from experiments.ablation import load_grid
-from experiments.ablation.grid import list_grids
-from experiments.ablation.product import distinct, product
-from experiments.config import Grid, Variant, override_grid, resized
+from experiments.ablation import combine_variants, is_distinct, list_grids, load_grid
+from experiments.config import Grid, Variant, apply_grid_overrides, resize_grid
+from experiments.grids.shared import controls
 from experiments.teacher.load import EMBEDDED
 from mixers import list_mixers, registry
 from unet_adapters import MixerAdapter
+
+WITH_CONTROLS = [name for name in list_grids() if name != "compatibility"]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,9 @@ def unet() -> UNet2DConditionModel:
 def test_every_row_of_a_ready_made_grid_can_be_built(name: str, unet: UNet2DConditionModel) -> None:
     grid = load_grid(name)
     assert grid.name == name
-    for of in ("name", "label"):
-        told = [getattr(variant, of) for variant in grid.variants]
-        assert len(set(told)) == len(told), f"two rows with the same {of}"
+    for field in ("name", "label"):
+        values = [getattr(variant, field) for variant in grid.variants]
+        assert len(set(values)) == len(values), f"two rows with the same {field}"
     assert len({cell.id for cell in grid.cells()}) == len(grid.variants) * len(grid.seeds)
     for v in grid.variants:
         choice = {"causality": v.causality, "normalize": v.normalize, "min_tokens": v.min_tokens, **v.options}
@@ -33,17 +34,38 @@ def test_every_row_of_a_ready_made_grid_can_be_built(name: str, unet: UNet2DCond
         adapter.unmount()
 
 
-def test_a_product_has_what_every_mixer_offers_and_nothing_else() -> None:
+@pytest.mark.parametrize("name", WITH_CONTROLS)
+def test_every_grid_carries_its_controls(name: str) -> None:
+    grid = load_grid(name)
+    mixers = {control.mixer for control in controls(grid.distillation)}
+    assert mixers == {"softmax", "identity", "uniform"}
+    rows = [variant for variant in grid.variants if variant.mixer in mixers]
+    assert sum(variant.mixer == "softmax" and not variant.trained for variant in rows) == 1
+    assert any(v.mixer == "softmax" and v.trained and v.distillation.start == "random" for v in rows if v.distillation)
+    assert any(variant.mixer == "identity" and not variant.options for variant in rows)
+    assert any(variant.mixer == "identity" and variant.options for variant in rows), "with a convolution"
+    assert any(variant.mixer == "uniform" for variant in rows)
+    assert grid.reference not in {control.name for control in controls(grid.distillation)}
+
+
+@pytest.mark.parametrize("name", ["demo", "family", "design"])
+def test_grids_about_normalization_have_a_row_of_bounded_sums(name: str) -> None:
+    assert any(variant.options.get("scale") == "mean" for variant in load_grid(name).variants)
+
+
+def test_combinations_are_what_every_mixer_offers_and_nothing_else() -> None:
     for name in list_mixers():
-        entry = registry.entry(name)
-        rows = product({name: name})
+        entry = registry.get_mixer_entry(name)
+        rows = combine_variants({name: name})
         assert {(v.causality, v.normalize) for v in rows} == {
             (c, n) for c in entry.causalities for n in entry.normalizations
         }
 
 
-def test_a_product_is_filtered_and_every_row_gets_the_rest() -> None:
-    rows = product({"linear_attention": "linear", "gla": "GLA"}, normalizations=(True,), keep=distinct, min_tokens=64)
+def test_combinations_are_filtered_and_every_row_gets_the_other_fields() -> None:
+    rows = combine_variants(
+        {"linear_attention": "linear", "gla": "GLA"}, normalizations=(True,), condition=is_distinct, min_tokens=64
+    )
     assert [v.name for v in rows] == [
         "linear_attention_causal_normalized",
         "linear_attention_noncausal_normalized",
@@ -51,47 +73,55 @@ def test_a_product_is_filtered_and_every_row_gets_the_rest() -> None:
         "gla_bidirectional_normalized",
         "gla_noncausal_normalized",
     ]
-    assert rows[3].label == "GLA, bidirectional, normalised"
+    assert rows[3].label == "GLA, bidirectional, normalized"
     assert {v.min_tokens for v in rows} == {64}
 
 
-def test_a_product_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="Nothing is left of softmax"):
-        product({"softmax": "softmax"}, causalities=("bidirectional",))
+def test_empty_combinations_are_refused() -> None:
+    with pytest.raises(ValueError, match="No variant is left of softmax"):
+        combine_variants({"softmax": "softmax"}, causalities=("bidirectional",))
     with pytest.raises(ValueError, match="Did you mean"):
-        product({"linfusoin": "?"})
+        combine_variants({"linfusoin": "?"})
 
 
-def test_the_family_says_no_row_twice() -> None:
-    def form(v: Variant) -> tuple[str, object, object]:
-        return v.mixer, v.causality, v.normalize
-
-    forms = {form(v) for v in load_grid("family").variants}
+def test_the_family_has_no_row_twice() -> None:
+    forms = {(v.mixer, v.causality, v.normalize) for v in load_grid("family").variants}
     assert ("linfusion", "bidirectional", True) not in forms, "without an order it is the non-causal row"
     assert ("mamba", "bidirectional", True) in forms
 
 
-def test_names_are_of_one_row() -> None:
+def test_names_belong_to_one_row() -> None:
     grid = load_grid("demo")
+    repeated = next(variant for variant in grid.variants if variant.name == "linfusion")
+    fields = dict(grid)
+    fields["variants"] = (*grid.variants, repeated.model_copy(update={"label": "another"}))
     with pytest.raises(ValueError, match="linfusion is there more than once"):
-        Grid(**{**dict(grid), "variants": (*grid.variants, grid.variants[1].model_copy(update={"label": "another"}))})
+        Grid(**fields)
 
 
 @pytest.mark.parametrize("name", list_grids())
-def test_what_is_set_of_the_distillation_holds_for_every_row(name: str) -> None:
-    changed = override_grid(load_grid(name), ["distillation.fit.steps=7", "distillation.images=64"])
+def test_settings_of_the_distillation_hold_for_every_row(name: str) -> None:
+    changed = apply_grid_overrides(load_grid(name), ["distillation.fit.steps=7", "distillation.images=64"])
     plans = [cell.distillation for cell in changed.cells()]
     assert {(plan.fit.steps, plan.images) for plan in plans} == {(7, 64)}
     with pytest.raises(ValueError, match="Did you mean 'steps'"):
-        override_grid(changed, ["distillation.fit.step=7"])
+        apply_grid_overrides(changed, ["distillation.fit.step=7"])
 
 
 @pytest.mark.parametrize("name", list_grids())
-def test_a_grid_takes_the_size_of_another_teacher(name: str) -> None:
+def test_a_grid_scales_to_another_teachers_size(name: str) -> None:
     grid = load_grid(name)
-    larger = resized(grid, 512)
+    larger = resize_grid(grid, 512)
     assert larger.distillation.image_size == 512
     assert larger.evaluation.sizes == tuple(8 * size for size in grid.evaluation.sizes)
     assert larger.distillation.all_sizes == tuple(8 * size for size in grid.distillation.all_sizes)
     assert [v.options for v in larger.variants] == [v.options for v in grid.variants]
-    assert resized(larger, 64) == grid
+    assert resize_grid(larger, 64) == grid
+
+
+def test_a_comparison_names_rows_of_its_grid() -> None:
+    grid = load_grid("design")
+    fields = dict(grid)
+    fields["variants"] = (grid.variants[0], Variant(name="linear_attention", label="a", mixer="softmax"))
+    with pytest.raises(ValueError, match="which is no variant"):
+        Grid(**fields)

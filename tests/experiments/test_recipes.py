@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments.cli import app
-from experiments.cli.distill import told_losses
-from experiments.distil.recipe import Recipe, list_recipes, load_recipe
-from experiments.distil.run import run_recipe
-from experiments.distil.student import build_student
+from experiments.cli.distill import describe_losses
+from experiments.distill.recipe import DistillationRecipe, list_recipes, load_recipe
+from experiments.distill.run import run_recipe
+from experiments.distill.student import build_student
 from experiments.teacher.load import open_teacher
 from mixers import create_mixer
 from unet_adapters import PROFILES, MixerAdapter, find_sites
@@ -55,7 +55,8 @@ def test_ready_made_recipes_load_and_fit_their_teachers(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.distillation.fit.steps > 0
     profile = next(p for p in PROFILES if p.name == PLACES[name.partition("_")[0]])
-    choice, kinds = recipe.mixer, set()
+    choice = recipe.mixer
+    kinds = set()
     for site in find_sites(profile.unet("meta"), choice.select):
         kinds.add((site.dim, site.heads))
     for dim, heads in kinds:
@@ -78,11 +79,11 @@ def test_settings_reach_into_stages(recipe: Path) -> None:
     plan = load_recipe(str(recipe), ["distillation.before.0.fit.steps=9", "mixer.options.mid_dim=2", "seed=3"])
     assert plan.distillation.before[0].fit.steps == 9 and plan.mixer.options == {"mid_dim": 2} and plan.seed == 3
     one = load_recipe(str(recipe), ["distillation.before=[]", 'distillation.objectives={"local": 1}'])
-    assert [stage.name for stage in one.distillation.stages] == ["distil"]
+    assert [stage.name for stage in one.distillation.stages] == ["distill"]
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "message"),
     [
         ("mixer:", "mixr:", "Did you mean 'mixer'"),
         ("checkpoint_every: 1, log", "checkpoints_every: 1, log", "Did you mean 'checkpoint_every'"),
@@ -95,42 +96,44 @@ def test_settings_reach_into_stages(recipe: Path) -> None:
         ("caption_dropout: 0.5", "caption_dropout: 1.5", "distillation.caption_dropout"),
     ],
 )
-def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, told: str) -> None:
+def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, message: str) -> None:
     assert before in recipe.read_text()
     recipe.write_text(recipe.read_text().replace(before, after, 1))
     outcome = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(recipe.parent / "run")])
-    assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+    assert outcome.exit_code == 2 and message in outcome.output and "Traceback" not in outcome.output
     assert len(outcome.output.strip().splitlines()) == 1
     assert not (recipe.parent / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["embeded"], "Did you mean 'embedded'"),
-        (["no/such.yaml"], "No recipe"),
+        (["no/such.yaml"], "Unknown recipe"),
         (["embedded", "--set", "distillation.fit.step=3"], "Did you mean 'steps'"),
         (["embedded", "--set", "distillation.before.1.fit.steps=3"], "distillation.before has 0"),
         (["embedded", "--set", "teacher=no/model"], "Cannot load the teacher"),
     ],
 )
-def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_bad_arguments_are_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["distill", *arguments, "--out", str(tmp_path)])
-    assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+    assert outcome.exit_code == 2 and message in outcome.output and "Traceback" not in outcome.output
 
 
 def test_the_progress_tells_terms_and_speed_where_there_is_room() -> None:
     losses = {"loss": 0.31249, "noise": 0.1, "output": 0.25}
-    assert told_losses("distil", losses, 31.25, 200) == "distil: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
-    assert told_losses("distil", losses, 31.25, 80) == "distil: loss 0.312 · 31.2 images/s"
-    assert told_losses("local", {"loss": 0.5, "local": 0.5}, None, 200) == "local: loss 0.5"
+    assert (
+        describe_losses("distill", losses, 31.25, 200) == "distill: loss 0.312 (noise 0.1, output 0.25) · 31.2 images/s"
+    )
+    assert describe_losses("distill", losses, 31.25, 80) == "distill: loss 0.312 · 31.2 images/s"
+    assert describe_losses("local", {"loss": 0.5, "local": 0.5}, None, 200) == "local: loss 0.5"
 
 
 def test_a_first_mistake_leaves_the_folder_free(recipe: Path, tmp_path: Path) -> None:
-    asked = load_recipe(str(recipe), ["samples.prompts=[]"])
+    config = load_recipe(str(recipe), ["samples.prompts=[]"])
     with pytest.raises(ValueError, match="nowhere"):
-        run_recipe(asked.model_copy(update={"data": str(tmp_path / "nowhere")}), tmp_path / "run", quiet)
-    assert run_recipe(asked, tmp_path / "run", quiet).is_file()
+        run_recipe(config.model_copy(update={"data": str(tmp_path / "nowhere")}), tmp_path / "run", quiet)
+    assert run_recipe(config, tmp_path / "run", quiet).is_file()
 
 
 def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
@@ -138,19 +141,21 @@ def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(out)])
     assert done.exit_code == 0, done.output
     card = json.loads((out / "card.json").read_text())
-    assert [stage["stage"] for stage in card["stages"]] == ["local", "distil"]
+    assert [stage["stage"] for stage in card["stages"]] == ["local", "distill"]
     assert all(stage["seconds"] > 0 and stage["log"][-1]["step"] == 4 for stage in card["stages"])
     assert card["environment"]["torch"] == torch.__version__
-    assert Recipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
+    assert DistillationRecipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
     text = (out / "card.md").read_text()
     assert "| local | 1 local, 0.5 matrix |" in text and "CC-BY 4.0" in text
-    shown = text.partition("```yaml\n")[2].partition("```")[0]
-    assert Recipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), "the card's recipe is the run's"
+    yaml_text = text.partition("```yaml\n")[2].partition("```")[0]
+    assert DistillationRecipe.model_validate(yaml.safe_load(yaml_text)) == load_recipe(str(recipe)), (
+        "the card's recipe is the run's"
+    )
     assert Image.open(out / "samples.png").size == (128, 128)
     assert Image.open(out / "curves.png").size[0] > 100
-    drawn = {path.name for path in (out / "samples").iterdir()}
-    assert drawn == {"local-2.png", "local-4.png", "distil-2.png", "distil-4.png"}
-    assert (out / "stage-1-local" / "metrics.jsonl").is_file() and (out / "stage-2-distil" / "metrics.jsonl").is_file()
+    sample_names = {path.name for path in (out / "samples").iterdir()}
+    assert sample_names == {"local-2.png", "local-4.png", "distill-2.png", "distill-4.png"}
+    assert (out / "stage-1-local" / "metrics.jsonl").is_file() and (out / "stage-2-distill" / "metrics.jsonl").is_file()
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) -> None:
@@ -158,7 +163,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) 
     run_recipe(plan, tmp_path / "whole", quiet)
 
     def kill(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
-        if (stage, done) == ("distil", 3):
+        if (stage, done) == ("distill", 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -166,7 +171,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(recipe: Path, tmp_path: Path) 
     assert not (tmp_path / "killed" / "card.md").exists()
     steps: list[tuple[str, int]] = []
     run_recipe(plan, tmp_path / "killed", lambda stage, done, *_: steps.append((stage, done)))
-    assert {stage for stage, _ in steps} == {"distil"}, "the finished stage is not run again"
+    assert {stage for stage, _ in steps} == {"distill"}, "the finished stage is not run again"
     whole, again = (load_file(tmp_path / run / "adapter" / "adapter.safetensors") for run in ("whole", "killed"))
     assert whole.keys() == again.keys() and all(whole[name].equal(again[name]) for name in whole)
     with pytest.raises(ValueError, match="another recipe"):
@@ -188,10 +193,10 @@ def test_the_adapter_is_the_trained_one(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_cache_on_disk_is_the_same_training_data_every_time(recipe: Path, tmp_path: Path) -> None:
     settings = [f"cache={tmp_path / 'cache'}", "distillation.before=[]", "samples.prompts=[]"]
-    asked = load_recipe(str(recipe), settings)
+    config = load_recipe(str(recipe), settings)
     weights = []
     for name in ("first", "second"):
-        run_recipe(asked, tmp_path / name, quiet)
+        run_recipe(config, tmp_path / name, quiet)
         weights.append(load_file(tmp_path / name / "adapter" / "adapter.safetensors"))
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     assert (tmp_path / "cache" / "index.json").is_file()

@@ -1,4 +1,4 @@
-"""The report, on a made-up run: everything is there, the numbers are right, what is broken is said."""
+"""The report, on a made-up run: it is complete, its numbers are right, and it says what is broken."""
 
 import csv
 import json
@@ -9,11 +9,15 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from experiments.report import build_report, curves, heat, points
-from experiments.report.curves import exponent
-from experiments.report.finding import find
+from experiments.metrics import HeatMap, LinePlot, metric_class
+from experiments.report import build_report
+from experiments.report.collect import append_cells
+from experiments.report.conclusions import draw_conclusions
+from experiments.report.effect_plots import plot_pareto
+from experiments.report.heat_maps import plot_heat_map
+from experiments.report.line_plots import growth_exponent, plot_metric
 from experiments.report.page import as_html, as_markdown
-from experiments.report.records import load_run
+from experiments.report.run_files import load_run
 from experiments.report.tables import main_table
 from tests.experiments.runs import SIZES, UNFINISHED, VARIANTS, edit, error, make_run
 
@@ -26,25 +30,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_page_is_whole_and_self_contained(run: Path) -> None:
+def test_the_page_is_complete_and_self_contained(run: Path) -> None:
     page = (run / "report" / "index.html").read_text()
-    text = re.sub(r"data:image/(png|webp);base64,[A-Za-z0-9+/=]+", "PICTURE", page)
+    text = re.sub(r"data:image/(png|webp);base64,[A-Za-z0-9+/=]+", "IMAGE", page)
     assert not re.search(r"https?:|@import|url\(|fetch\(|import\(", text)
-    assert set(re.findall(r'(?:src|href)="([^"#]+)"', text)) == {"PICTURE", "data:,"}
+    assert set(re.findall(r'(?:src|href)="([^"#]+)"', text)) == {"IMAGE", "data:,"}
     titles = re.findall(r"<h2[^>]*>([^<]+)", text)
-    order = [
-        "Claims",
-        "Results",
-        "Factors",
-        "Error against resolution",
-        "Samples",
-        "Quality against cost",
-    ]
-    order += ["Error by site", "Error by timestep", "Mixing matrices and receptive fields", "Training curves"]
-    order += ["Time and memory", "Other aspect ratios", "Pictures against true ones", "Exact configuration"]
-    order += ["Environment", "Protocol"]
+    order = ["Claims", "Results", "Controls", "Held-out and held-in images", "Other aspect ratios", "Factors"]
+    order += ["Error against resolution", "Samples", "Quality against cost", "Error by site", "Error by timestep"]
+    order += ["Fréchet distance", "Text-image score", "Time and memory", "Mixing matrices and receptive fields"]
+    order += ["Training curves", "Exact configuration", "Environment", "Protocol"]
     assert titles == [*order, "Failed, unfinished and damaged"]
-    assert text.index("Which features") < text.index('id="finding"') < text.index("<table")
+    assert text.index("Which features") < text.index('id="conclusions"') < text.index("<table")
     assert "FloatingPointError: the loss is not finite &lt;at step 12&gt;" in text
     assert f"{UNFINISHED}: unfinished, 39 training steps" in text
     assert "CC-BY 4.0" in text and "prefers-color-scheme: dark" in text and str(run) not in text
@@ -55,32 +52,49 @@ def test_page_is_whole_and_self_contained(run: Path) -> None:
 
 def test_figures_and_markdown(run: Path) -> None:
     figures = {p.name for p in (run / "report" / "figures").glob("*.png")}
-    lines = {"effects", "error_to_teacher", "error_ratio", "pareto", "sites", "timesteps", "training"}
-    lines |= {f"cost_{what}" for what in ("time", "memory", "flops")}
-    pictures = {"mixing_matrices", "receptive_fields", *(f"samples_{s}" for s in SIZES)}
-    assert figures == {f"{name}.png" for name in lines | pictures}
+    lines = {"effects", "pareto", "training", "sites_relative_error", "timesteps_relative_error_to_teacher"}
+    lines |= {"fidelity_relative_error_to_teacher", "fidelity_error_ratio"}
+    lines |= {f"cost_{quantity}" for quantity in ("seconds", "peak_bytes", "flops")}
+    images = {"mixing_matrices", "receptive_fields", *(f"samples_{s}" for s in SIZES)}
+    assert figures == {f"{name}.png" for name in lines | images}
     assert {p.stem for p in (run / "report" / "figures").glob("*.svg")} == lines
     text = (run / "report" / "report.md").read_text()
     assert set(re.findall(r"\(figures/([^)]+)\)", text)) == figures
     assert re.search(r"\| LinFusion \|.*\*\*0\.0254 ± 0\.00121\*\*", text)
-    assert "| teacher | 20.0 | 20.0 | 20.0 |" in text.split("## Pictures against true ones")[1]
+    distances = text.split("## Fréchet distance")[1]
+    assert "| teacher | 20.0 |" in distances and "| other true images | 3.00 |" in distances
+    assert "| identity: no mixing | 1.00 [1.00, 1.00] |" in text.split("## Controls")[1]
 
 
 def page_of(folder: Path) -> str:
     """The page without its figures, which take seconds."""
     run = load_run(folder)
-    return as_html(run, find(run), main_table(run), [])
+    return as_html(run, draw_conclusions(run), main_table(run), [])
 
 
-def test_older_records_leave_their_parts_out(tmp_path: Path) -> None:
+def test_metrics_that_were_not_measured_have_no_section(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
+    missing = ("sites", "timesteps", "frechet_distance", "text_image_score")
+
+    def change(result: dict) -> None:
+        metrics = result.get("measurements", {}).get("metrics", {})
+        for name in missing:
+            metrics.pop(name, None)
+        if metrics:
+            metrics["cost"] = [{**metrics["cost"][0], "state_size": None}]
+
     for path in folder.glob("cells/*/result.json"):
-        edit(path, lambda r: [r.pop(name, None) for name in ("sites", "timesteps", "images")])
-        edit(path, lambda r: [[row.pop("state_size", None) for row in r["speed"]], r.update(speed=r["speed"][:1])])
-    assert "Pictures against" not in page_of(folder)
-    assert not curves.cost(load_run(folder), "seconds", tmp_path / "no.png")
-    assert points.pareto(load_run(folder), tmp_path / "pareto.png")
-    assert not heat.sites(load_run(folder), tmp_path / "no.png") and not (tmp_path / "no.png").exists()
+        edit(path, change)
+    assert "Fréchet" not in page_of(folder)
+    run = load_run(folder)
+    cost = metric_class("cost")
+    sites = metric_class("sites")
+    line, *_ = cost.figures
+    (heat_map,) = sites.figures
+    assert isinstance(line, LinePlot) and isinstance(heat_map, HeatMap)
+    assert not plot_metric(run, cost, line, tmp_path / "no.png"), "one size does not show growth"
+    assert plot_pareto(run, tmp_path / "pareto.png")
+    assert not plot_heat_map(run, sites, heat_map, tmp_path / "no.png") and not (tmp_path / "no.png").exists()
 
 
 def test_numbers_for_other_programs(run: Path) -> None:
@@ -88,9 +102,13 @@ def test_numbers_for_other_programs(run: Path) -> None:
         rows = list(csv.DictReader(file))
     growth = {v[0]: v[-1] for v in VARIANTS}
     wide = [r for r in rows if (r["height"], r["width"]) == ("64", "128")]
-    assert wide and all(r["size"] == "" and float(r["relative_error_to_teacher"]) == 77.0 for r in wide)
-    cells = [r for r in rows if r["kind"] == "cell" and r["size"]]
-    assert len(cells) == (16 - 2) * len(SIZES)
+    assert wide and all(float(r["relative_error_to_teacher"]) == 77.0 for r in wide)
+    assert {r["metric"] for r in rows} == {
+        *("fidelity", "sites", "timesteps", "frechet_distance", "text_image_score", "cost")
+    }
+    cells = [r for r in rows if r["kind"] == "cell" and r["metric"] == "fidelity" and r["split"] == "held_out"]
+    cells = [r for r in cells if r["height"] == r["width"]]
+    assert len(cells) == (18 - 2) * len(SIZES)
     for row in cells:
         expected = error(growth[row["variant"]], int(row["size"]), int(row["seed"]))
         assert float(row["relative_error_to_teacher"]) == expected
@@ -98,7 +116,10 @@ def test_numbers_for_other_programs(run: Path) -> None:
     assert float(means["linear", "256"]["relative_error_to_teacher"]) == pytest.approx(0.02 * 1.05 * 1.2**2)
     assert {k for k, r in means.items() if r["best"] == "True"} >= {("linfusion", "128"), ("linfusion", "256")}
     parquet = pyarrow.parquet.read_table(run / "report" / "results.parquet").to_pylist()
-    assert [str(r["relative_error_to_teacher"]) for r in parquet] == [r["relative_error_to_teacher"] for r in rows]
+    written = [r["relative_error_to_teacher"] for r in rows]
+    assert [
+        "" if r["relative_error_to_teacher"] is None else str(r["relative_error_to_teacher"]) for r in parquet
+    ] == written
     latex = (run / "report" / "results.tex").read_text()
     body = latex.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
     assert len(body) == len(VARIANTS) and len({line.count("&") for line in body}) == 1 and "\\textbf{0.0254" in latex
@@ -110,26 +131,40 @@ def test_the_best_is_marked_and_never_the_teacher(run: Path) -> None:
     assert any("LinFusion</th>" in line for line in lines) and not any("untouched" in line for line in lines)
 
 
-def test_finding(run: Path) -> None:
-    found = find(load_run(run))
-    normal, order, maps = found.verdicts
-    assert not found.broken
-    assert normal.state == "holds" and "256 px" in normal.sentence and " 64 px" not in normal.sentence
-    assert order.state == "holds in part" and order.sentence.startswith("Undecided at 64 px")
-    assert maps.state == "undecided" and "LinFusion's learned maps" in maps.told
-    lead = "Normalisation matters most for the error to the teacher at 256 px, 4 times the training side. "
-    assert found.sentences[0].startswith(lead + "Not normalised rather than normalised: ")
-    assert "Nearest to the teacher at 256 px is “LinFusion”" in found.sentences[0]
-    assert any(s.startswith("LinFusion rather than linear attention: ") for s in found.sentences[1:])
-    assert "chance alone does once in 2" in found.judged
-    assert "fewer than three" in found.warnings[0]
+def test_conclusions(run: Path) -> None:
+    conclusions = draw_conclusions(load_run(run))
+    normalization, order, maps = conclusions.verdicts
+    assert not conclusions.broken
+    assert "undecided" in normalization.state, "one cell of a pair is unfinished, so that all pairs share one seed"
+    assert "256 px" in normalization.evidence and " 64 px" not in normalization.evidence
+    assert order.state == "holds in part" and "ndecided at 64 px" in order.evidence
+    assert "ncomplete at 64 px, unnormalized rows" in order.evidence
+    assert "LinFusion's learned maps" in maps.statement
+    assert (
+        "matters most for the error to the teacher at 256 px, 4 times the training side. " in conclusions.sentences[0]
+    )
+    assert "Closest to the teacher at 256 px is “LinFusion”" in conclusions.sentences[0]
+    assert any(s.startswith("LinFusion rather than linear attention: ") for s in conclusions.sentences)
+    assert "Holm's correction" in conclusions.method
+    assert "fewer than three" in conclusions.warnings[0]
 
 
-def test_a_finding_that_does_not_hold(tmp_path: Path) -> None:
+def test_a_claim_whose_reverse_holds(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     for path in folder.glob("cells/*_raw-*/result.json"):
-        edit(path, lambda r: [f.update(relative_error_to_teacher=0.001) for f in r["fidelity"]])
-    assert find(load_run(folder)).verdicts[0].state == "the reverse holds"
+        edit(path, lambda r: [_scale(row, 0.001) for row in _fidelity(r)])
+    normalization = draw_conclusions(load_run(folder)).verdicts[0]
+    assert normalization.state.startswith("undecided"), "all pairs share one seed"
+    edit(folder / "grid.json", lambda g: g.update(variants=[v for v in g["variants"] if "causal" not in v["name"]]))
+    assert draw_conclusions(load_run(folder)).verdicts[0].state == "the reverse holds"
+
+
+def _fidelity(result: dict) -> list[dict]:
+    return result.get("measurements", {}).get("metrics", {}).get("fidelity", [])
+
+
+def _scale(row: dict, factor: float) -> None:
+    row["relative_error_to_teacher"] *= factor
 
 
 def test_the_reference_is_the_grids_else_the_first_that_is_finished(tmp_path: Path) -> None:
@@ -143,24 +178,27 @@ def test_the_reference_is_the_grids_else_the_first_that_is_finished(tmp_path: Pa
     assert reference is not None and reference.name == "linear", "linfusion, before it, has no finished cell"
 
 
-def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+def test_a_single_seed_decides_nothing(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     edit(folder / "grid.json", lambda g: g.update(seeds=[0]))
-    found = find(load_run(folder))
-    assert {v.state for v in found.verdicts} == {"one seed tells nothing of chance"}
-    assert not any(e.marked for e in found.effects)
+    conclusions = draw_conclusions(load_run(folder))
+    assert {v.state for v in conclusions.verdicts} == {"undecided: one seed gives no interval"}
+    assert not any(e.significant for e in conclusions.effects)
+    assert "A single seed gives no interval" in conclusions.method
 
 
-def test_broken_sanity_row_is_said_loudly(tmp_path: Path) -> None:
+def test_a_broken_sanity_row_is_reported_first(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
-    edit(folder / "cells/softmax-s1-x/result.json", lambda r: r["fidelity"][1].update(error_to_teacher=1e-12))
-    run, page = load_run(folder), page_of(folder)
+    edit(folder / "cells/softmax-s1-x/result.json", lambda r: _fidelity(r)[1].update(error_to_teacher=1e-12))
+    run = load_run(folder)
+    page = page_of(folder)
     assert "THE MEASUREMENT IS BROKEN" in page and "1e-12 at 128 px (seed 1)" in page
-    assert "THE MEASUREMENT IS BROKEN" in as_markdown(run, find(run), main_table(run), [])
-    assert find(load_run(folder)).verdicts == []
+    conclusions = draw_conclusions(run)
+    assert "THE MEASUREMENT IS BROKEN" in as_markdown(run, conclusions, main_table(run), [])
+    assert conclusions.verdicts == []
 
 
-def test_damage_is_reported_not_fatal(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     cells = folder / "cells"
     (cells / "linear-s0-x/result.json").write_text('{"variant": "lin')
@@ -169,7 +207,7 @@ def test_damage_is_reported_not_fatal(tmp_path: Path) -> None:
     with (cells / "linfusion-s1-x/metrics.jsonl").open("a") as file:
         file.write('{"step": 10')
     (cells / "linear-s1-x/config.json").write_text("[]")
-    edit(cells / "linear_raw-s0-x/result.json", lambda r: r["fidelity"][2].update(error_ratio=math.nan))
+    edit(cells / "linear_raw-s0-x/result.json", lambda r: _fidelity(r)[2].update(error_ratio=math.nan))
     (cells / "stranger-s0-x").mkdir()
     page = build_report(folder).read_text()
     for text in (
@@ -183,7 +221,7 @@ def test_damage_is_reported_not_fatal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["0"]}, {"variants": {"a": 1}}, {"train_size": "64"}]
+    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["a"]}, {"variants": {"a": 1}}, {"train_size": "large"}]
 )
 def test_a_damaged_grid_is_one_sentence(damage: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text(json.dumps({"name": "x", "question": "?", "variants": [], **damage}))
@@ -191,12 +229,21 @@ def test_a_damaged_grid_is_one_sentence(damage: dict[str, object], tmp_path: Pat
         load_run(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["sites", "timesteps", "images"])
-def test_a_row_without_its_parts_damages_its_cell_alone(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["sites", "timesteps", "frechet_distance"])
+def test_a_row_without_its_fields_damages_its_cell_alone(metric: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path)
-    edit(folder / "cells/linear-s0-x/result.json", lambda r: r.update({kind: [{}]}))
+    edit(folder / "cells/linear-s0-x/result.json", lambda r: r["measurements"]["metrics"].update({metric: [{}]}))
     run = load_run(folder)
-    assert [c.id for c in run.cells if c.status == "damaged"] == ["linear-s0-x"]
+    assert [c.id for c in run.cells if c.state == "damaged"] == ["linear-s0-x"]
+
+
+def test_rows_of_a_metric_that_is_not_registered_are_named(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    path = folder / "cells/linear-s0-x/result.json"
+    edit(path, lambda r: r["measurements"]["metrics"].update(sharpness=[{"size": 64, "sharpness": 1.0}]))
+    run = load_run(folder)
+    assert [c.seed for c in run.done("linear")] == [0, 1]
+    assert any("'sharpness' are not reported" in problem and "--plugin" in problem for problem in run.problems)
 
 
 def test_cells_of_an_earlier_grid_are_left_out(tmp_path: Path) -> None:
@@ -211,9 +258,25 @@ def test_empty_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"grid\.json"):
         build_report(tmp_path)
     (tmp_path / "grid.json").write_text('{"name": "empty", "question": "?", "variants": []}')
-    assert "nothing can be said yet" in build_report(tmp_path).read_text()
+    assert "there is no conclusion yet" in build_report(tmp_path).read_text()
 
 
 def test_growth_exponent() -> None:
-    assert exponent([(t, 3e-6 * t**2) for t in (64, 256, 1024)]) == pytest.approx(2)
-    assert exponent([(64, 1.0)]) is None
+    assert growth_exponent([(t, 3e-6 * t**2) for t in (64, 256, 1024)]) == pytest.approx(2)
+    assert growth_exponent([(64, 1.0)]) is None
+
+
+def test_every_cell_ever_measured_is_in_one_table(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "cells.csv"
+    assert append_cells(run, table) == 16
+    assert append_cells(run, table) == 0, "a cell is added once"
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    row = next(row for row in rows if (row["variant"], row["seed"]) == ("linear", "1"))
+    assert float(row["relative_error_to_teacher, 256 × 256 px"]) == error(1.2, 256, 1)
+    assert row["protocol"] == "p" and row["steps"] == "100" and row["mixer"] == "linear_attention"
+    other = make_run(tmp_path / "other")
+    edit(other / "grid.json", lambda g: g.update(name="other"))
+    for path in other.glob("cells/*/result.json"):
+        edit(path, lambda r: r.get("measurements", {}).update(protocol="q"))
+    assert append_cells(other, table) == 16

@@ -1,4 +1,4 @@
-"""The report's page in a real, headless Chromium: what is clicked, typed and dragged does what it says."""
+"""The report's page in a real, headless Chromium: clicks, typing and dragging work."""
 
 import re
 import shutil
@@ -15,7 +15,8 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-PHONE, DESKTOP = {"width": 375, "height": 700}, {"width": 1200, "height": 900}
+PHONE = {"width": 375, "height": 700}
+DESKTOP = {"width": 1200, "height": 900}
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +35,28 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, which must load nothing from elsewhere and say nothing on the console."""
+    """The page, which must load nothing from elsewhere and print nothing on the console."""
     context = browser.new_context(viewport=DESKTOP, color_scheme="light")
-    page, said = context.new_page(), []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+    page = context.new_page()
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or messages.append(request.url))
     page.goto(address)
     yield page
-    assert said == []
+    assert messages == []
     context.close()
 
 
 def background(page: Any) -> str:
-    found: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    return found
+    color: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return color
 
 
 def labels(page: Any) -> list[str]:
-    """Of the rows that can be seen, in their order."""
-    found: list[str] = page.locator(".results tbody tr:visible th").all_inner_texts()
-    return found
+    """Labels of the visible rows, in their order."""
+    texts: list[str] = page.locator(".results tbody tr:visible th").all_inner_texts()
+    return texts
 
 
 def test_sorting(page: Any) -> None:
@@ -78,7 +80,7 @@ def test_filter(page: Any) -> None:
     box = page.get_by_label("Filter results")
     count = page.locator(".controls", has=box).get_by_role("status")
     box.fill("linear -causal")
-    assert labels(page) == ["linear attention", "linear attention, not normalised"], "non-causal is another word"
+    assert labels(page) == ["linear attention", "linear attention, not normalized"], "non-causal is another word"
     assert count.inner_text() == f"{len(labels(page))} of {len(VARIANTS)} rows"
     box.fill("nothing like this")
     assert labels(page) == [] and count.inner_text() == f"0 of {len(VARIANTS)} rows"
@@ -86,8 +88,9 @@ def test_filter(page: Any) -> None:
     assert len(labels(page)) == len(VARIANTS)
 
 
-def test_factors_show_all_rows_first_and_parts_when_asked(page: Any) -> None:
-    rows, box = page.locator(".factors tbody tr:visible"), page.get_by_label("Filter factors")
+def test_factors_show_all_rows_first_and_parts_on_request(page: Any) -> None:
+    rows = page.locator(".factors tbody tr:visible")
+    box = page.get_by_label("Filter factors")
     first = rows.count()
     assert 0 < first < page.locator(".factors tbody tr").count()
     assert all("all rows" in text for text in rows.all_inner_texts())
@@ -107,15 +110,15 @@ def test_the_slider_uncovers_the_teacher(page: Any) -> None:
     page.locator("#size").select_option(str(SIZES[1]))
     page.wait_for_function("document.getElementById('teacher').naturalWidth === 128")
     before = page.locator("#student").get_attribute("src")
-    button = page.locator(".wall button", has_text="LinFusion, not normalised")
+    button = page.locator(".wall button", has_text="LinFusion, not normalized")
     button.focus()
     page.keyboard.press("Enter")
     assert (
         button.get_attribute("aria-pressed") == "true"
-        and page.locator("#name").inner_text() == "LinFusion, not normalised"
+        and page.locator("#name").inner_text() == "LinFusion, not normalized"
     )
     assert page.locator("#student").get_attribute("src") != before
-    assert "LinFusion, not normalised, 128 px: red apple" in (page.locator("#student").get_attribute("alt") or "")
+    assert "LinFusion, not normalized, 128 px: red apple" in (page.locator("#student").get_attribute("alt") or "")
 
 
 def test_light_and_dark(page: Any, browser: Any, address: str) -> None:
@@ -124,13 +127,13 @@ def test_light_and_dark(page: Any, browser: Any, address: str) -> None:
     dark = background(page)
     assert dark != light and page.locator("#theme").inner_text() == "Light"
     page.reload()
-    assert background(page) == dark, "what was chosen is kept"
+    assert background(page) == dark, "the selection is stored"
     page.locator("#theme").click()
     assert background(page) == light
     with browser.new_context(color_scheme="dark") as context:
         other = context.new_page()
         other.goto(address)
-        assert background(other) == dark, "without a choice, what the system asks for"
+        assert background(other) == dark, "without a selection, the system's"
 
 
 def test_a_phone_scrolls_down_only(page: Any) -> None:
@@ -150,7 +153,7 @@ def test_what_a_screen_reader_needs(page: Any) -> None:
     assert page.locator("button:visible, input:visible, select:visible").evaluate_all(unnamed) == 0
     assert page.locator(".results tbody th[scope=row]").count() == len(VARIANTS)
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.getAttribute('href')") == "#finding"
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#conclusions"
     assert page.locator("[tabindex]:not([tabindex='0'])").count() == 0
 
 

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from experiments.training import FitConfig, Interrupted, checkpoints, elapsed, fit, forget, processes
-from experiments.training.crash_test import crash_test
-from experiments.training.guard import first_broken
-from experiments.training.processes import shares
+from experiments.config import FitConfig
+from experiments.core.signals import Interrupted
+from experiments.studies.crash_test.study import crash_test
+from experiments.training import checkpoints, delete_checkpoints, fit, processes, training_seconds
+from experiments.training.guard import first_nonfinite_layer
+from experiments.training.processes import split_batch
 
 CONFIG = FitConfig(steps=12, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
 
@@ -64,8 +66,8 @@ def killed_after(last: int, directory: Path, config: FitConfig = CONFIG) -> None
         fit(Line(), batch, config, directory, kill)
 
 
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def files(directory: Path) -> list[Path]:
@@ -75,7 +77,7 @@ def files(directory: Path) -> list[Path]:
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
     trained(tmp_path, CONFIG.model_copy(update={"keep": 3}))
     assert [path.stem for path in files(tmp_path)] == [f"step-{n:08d}" for n in (6, 9, 12)]
-    forget(tmp_path)
+    delete_checkpoints(tmp_path)
     assert not files(tmp_path)
 
 
@@ -144,14 +146,14 @@ def test_nothing_but_damage_is_one_clear_sentence(tmp_path: Path) -> None:
 def test_a_full_disk_loses_no_older_checkpoint(
     tmp_path: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog_at_warning: list[str]
 ) -> None:
-    write = checkpoints.write_file
+    write = checkpoints.write_bytes
 
     def full(path: Path, content: bytes) -> None:
         if path.name in ("step-00000009.safetensors", "step-00000012.safetensors.sha256"):
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(checkpoints, "write_file", full)
+    monkeypatch.setattr(checkpoints, "write_bytes", full)
     caplog_at_warning.clear()
     assert_equal(trained(tmp_path), whole)
     assert [path.stem for path in files(tmp_path)] == ["step-00000003", "step-00000006"]
@@ -185,30 +187,30 @@ def test_sigterm_in_the_last_step_stops_too(tmp_path: Path, whole: dict[str, Ten
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_micro_batches_are_the_batch(tmp_path: Path, whole: dict[str, Tensor], accumulation: int) -> None:
     got = trained(tmp_path, CONFIG.model_copy(update={"accumulation": accumulation}))
-    for name, wanted in whole.items():
-        torch.testing.assert_close(got[name], wanted, rtol=1e-5, atol=1e-6)
+    for name, expected in whole.items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_shares_make_up_the_batch(processes: int, accumulation: int, each: int) -> None:
     total = processes * accumulation * each
     given_batch = {"x": torch.arange(total), "pair": (torch.arange(total) * 2,)}
-    parts = [part for p in range(processes) for part in shares(given_batch, p, processes, accumulation)]
+    parts = [part for p in range(processes) for part in split_batch(given_batch, p, processes, accumulation)]
     assert torch.equal(torch.cat([part["x"] for part in parts]), given_batch["x"])
     assert torch.equal(torch.cat([part["pair"][0] for part in parts]), given_batch["pair"][0])
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 3"):
-        shares(torch.zeros(4), 0, 3, 1)
+        split_batch(torch.zeros(4), 0, 3, 1)
 
 
 def test_seconds_add_up_over_stops(tmp_path: Path) -> None:
-    assert elapsed(tmp_path) == 0
+    assert training_seconds(tmp_path) == 0
     trained(tmp_path, CONFIG.model_copy(update={"steps": 6}))
-    first = elapsed(tmp_path)
+    first = training_seconds(tmp_path)
     trained(tmp_path)
-    assert elapsed(tmp_path) > first > 0
+    assert training_seconds(tmp_path) > first > 0
 
 
 def test_an_average_that_was_switched_is_one_clear_sentence(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_what_is_not_finite_is_named(tmp_path: Path, whole: dict[str, Tensor]) -
     ):
         fit(model, broken, CONFIG, tmp_path)
     assert [path.stem for path in files(tmp_path)] == ["step-00000006", "step-00000007"]
-    assert_equal(trained(tmp_path), whole)  # with the batch mended, it goes on
+    assert_equal(trained(tmp_path), whole)  # it continues once the batch is fixed
 
 
 def test_the_first_module_that_broke_is_named() -> None:
@@ -236,11 +238,11 @@ def test_the_first_module_that_broke_is_named() -> None:
             return super().forward(x) / 0
 
     network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), Sums(nn.ReLU()))
-    assert first_broken(lambda: network(torch.ones(1, 2)), network) == "2 (torch.float32)"
+    assert first_nonfinite_layer(lambda: network(torch.ones(1, 2)), network) == "2 (torch.float32)"
     network[1][1].weight.data.fill_(float("nan"))
-    assert first_broken(lambda: network(torch.ones(1, 2)), network) == "1.1 (torch.float32)"
+    assert first_nonfinite_layer(lambda: network(torch.ones(1, 2)), network) == "1.1 (torch.float32)"
     network[1][1].weight.data.fill_(1)
-    assert first_broken(lambda: network[:2](torch.ones(1, 2)), network) is None
+    assert first_nonfinite_layer(lambda: network[:2](torch.ones(1, 2)), network) is None
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -253,7 +255,8 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_half_precision_trains_float32_weights_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model, inner = Line(), []
+    model = Line()
+    inner = []
     model.line.register_forward_hook(lambda _m, _i, output: inner.append(output.dtype))
     log = fit(model, batch, CONFIG.model_copy(update={"mixed_precision": "bf16"}), tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and set(inner) == {torch.bfloat16}
@@ -296,7 +299,7 @@ def test_float16_does_not_skip_for_ever(tmp_path: Path, monkeypatch: pytest.Monk
         fit(Root(), batch, config, tmp_path)
 
 
-def test_what_the_launcher_is_told_does_not_come_on_top(
+def test_the_launcher_s_settings_are_not_added(
     tmp_path: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

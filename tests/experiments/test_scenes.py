@@ -157,7 +157,9 @@ def test_shapes_with_held_out_colors_are_only_in_the_held_out_split() -> None:
     for split in ("train", "held_out"):
         data = SceneSet(split, kinds=("shapes",))
         for index in range(0, len(data), 2):
-            for color, shape in re.findall(rf"({'|'.join(SHAPE_COLORS)}) ({'|'.join(SHAPES)})", data.scene(index, 3).caption):
+            for color, shape in re.findall(
+                rf"({'|'.join(SHAPE_COLORS)}) ({'|'.join(SHAPES)})", data.scene(index, 3).caption
+            ):
                 if split == "train":
                     assert held_out_color(shape) != color
                 else:

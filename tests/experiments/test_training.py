@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments.training import FitConfig, fit
-from experiments.training.plan import learning_rate_factor
+from experiments.config import FitConfig
+from experiments.training import fit
+from experiments.training.schedule import learning_rate_factor
 
 CONFIG = FitConfig(steps=9, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
 
@@ -40,7 +41,8 @@ class Killed(BaseException):
 @settings(max_examples=8)
 @given(stop=st.integers(1, 8))
 def test_a_run_killed_anywhere_ends_bit_identical(stop: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    undisturbed, resumed = Noisy(), Noisy()
+    undisturbed = Noisy()
+    resumed = Noisy()
     whole = fit(undisturbed, batch, CONFIG, tmp_path_factory.mktemp("whole"))
     directory = tmp_path_factory.mktemp("killed")
 
@@ -71,7 +73,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     with pytest.raises(FloatingPointError, match="step 5"):
         fit(Noisy(), broken, CONFIG, tmp_path)
     assert [json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
-    resumed, whole = Noisy(), Noisy()
+    resumed = Noisy()
+    whole = Noisy()
     log = fit(resumed, batch, CONFIG, tmp_path)  # goes on from step 5, which was good
     assert log == fit(whole, batch, CONFIG, tmp_path / "whole")
     assert torch.equal(resumed.line.weight, whole.line.weight)
@@ -92,7 +95,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(
 
     monkeypatch.setattr(Path, "open", full)
     log = fit(Noisy(), batch, CONFIG, tmp_path)
-    assert "Step 4 is not in" in caplog.text and log[-1]["step"] == CONFIG.steps
+    assert "Cannot write step 4" in caplog.text and log[-1]["step"] == CONFIG.steps
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if line.endswith("}")] == [
         record["step"] for record in log if record["step"] != 4

@@ -17,9 +17,10 @@ from mixers.operators.scan import selective_scan
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
-LENGTH = 19
+LENGTH = 20
+GRID = (4, 5)
 FAMILY = ("mamba", "mamba2", "vssd", "hydra")
-OFF = {"expand": 1, "short_convolution": 0, "skip": False, "norm": False, "gate": False}
+OFF = {"expand": 1, "conv_size": 0, "skip": False, "norm": False, "gate": False}
 
 
 def float64(*shape: int) -> Tensor:
@@ -28,16 +29,16 @@ def float64(*shape: int) -> Tensor:
 
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **{"state_size": 4, **options}).double()
+    mixer = create_mixer(name, 12, 2, **{"d_state": 4, **options}).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return mixer
 
 
-def plain(name: str, **options: Any) -> TokenMixer:
-    """The plain form, with projections of its own."""
-    return built(name, **{**_class(name).plain, **options})
+def drop_in(name: str, **options: Any) -> TokenMixer:
+    """The drop-in form, with projections of its own."""
+    return built(name, **{**_class(name).drop_in_options, **options})
 
 
 def _class(name: str) -> type[TokenMixer]:
@@ -45,19 +46,20 @@ def _class(name: str) -> type[TokenMixer]:
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:
-    return mixer.streams(x, mixer.host(None))
+    return mixer.compute_streams(x, mixer.resolve_projections(None), GRID)
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_mamba2_without_decay_is_linear_attention_on_weighted_keys(causality: str, normalize: bool) -> None:
     settings = {"causality": causality, "normalize": normalize, "eps": 1e-200}  # eps means another thing with decay
-    mixer = plain("mamba2", **settings)
+    mixer = drop_in("mamba2", **settings)
     torch.nn.init.constant_(mixer.decay.A_log, -torch.inf)  # A = 0
     s = streams_of(mixer, float64(2, LENGTH, 12))
     assert (s.log_decay == 0).all()
-    q, k = mixer.features(dataclasses.replace(s, write=None))
-    assert_close(mixer.mix(s), linear_attention(q, k * s.write[..., None], s.v, **settings))
+    q, k = mixer.features(dataclasses.replace(s, dt=None))
+    scale = 1 / 256 if causality == "noncausal" else 1.0  # without decay, sums grow with the number of tokens
+    assert_close(mixer.mix(s), linear_attention(q, k * s.dt[..., None], s.v, scale=scale, **settings))
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
@@ -73,7 +75,7 @@ def test_s6_with_one_a_and_one_step_a_head_is_ssd(causality: str, normalize: boo
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_mamba_with_one_a_and_one_step_a_head_is_mamba2(causality: str) -> None:
     """The two mixers, not their operators alone: the same projections, and Δ and A spread over channels."""
-    wide, narrow = plain("mamba", causality=causality, dt_rank=2), plain("mamba2", causality=causality)
+    wide, narrow = drop_in("mamba", causality=causality, dt_rank=2), drop_in("mamba2", causality=causality)
     wide.projections.load_state_dict(narrow.projections.state_dict())
     with torch.no_grad():
         wide.A_log.copy_(narrow.decay.A_log.repeat_interleave(6)[:, None].expand(12, 6))
@@ -98,9 +100,9 @@ def test_a_vector_of_equal_gates_is_one_gate(causality: str, normalize: bool) ->
 
 def test_mamba2_is_its_published_formula() -> None:
     """Every published part on: the block written out token by token."""
-    mixer = built("mamba2", groups=2)
+    mixer = built("mamba2", n_groups=2)
     x, own = float64(2, LENGTH, 12), mixer.projections
-    conv = mixer.short_convolution.conv
+    conv = mixer.short_conv
     xBC = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).transpose(1, 2)
     xBC = F.silu(F.conv1d(F.pad(xBC, (3, 0)), conv.weight, conv.bias, groups=xBC.shape[1])).transpose(1, 2)
     inner, B, C = xBC.split([24, 8, 8], dim=-1)
@@ -117,10 +119,10 @@ def test_mamba2_is_its_published_formula() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_published_form_with_every_part_off_is_the_plain_form(name: str) -> None:
+def test_the_published_form_with_every_part_off_is_the_drop_in_form(name: str) -> None:
     own = {"mamba": {"selection": "input"}, "hydra": {"shared_keys": True, "own_query": True}}.get(name, {})
-    switched, simple = built(name, **OFF, **own, state_size=6, groups=2), plain(name)
-    wanted = {**simple.config.to_dict(), "state_size": 6, "groups": 2}
+    switched, simple = built(name, **OFF, **own, d_state=6, n_groups=2), drop_in(name)
+    wanted = {**simple.config.to_dict(), "d_state": 6, "n_groups": 2}
     assert switched.config.to_dict() == wanted
     switched.load_state_dict(simple.state_dict())
     x = float64(2, LENGTH, 12)
@@ -131,43 +133,43 @@ def test_the_published_form_with_every_part_off_is_the_plain_form(name: str) -> 
 def test_every_part_is_a_switch(name: str) -> None:
     """Each of the published parts can be taken away alone, and makes a difference."""
     x, full = float64(1, LENGTH, 12), built(name)
-    parts = [part for part in ("short_convolution", "skip", "norm", "gate") if getattr(full.config, part)]
+    parts = [part for part in ("conv_size", "skip", "norm", "gate") if getattr(full.config, part)]
     assert parts
     for part in parts:
         less = built(name, **{part: type(getattr(full.config, part))(0)})
         missing = less.load_state_dict(full.state_dict(), strict=False)
         assert not missing.missing_keys and missing.unexpected_keys
-        assert (less(x) - full(x)).abs().max() > 1e-6, part
+        assert (less(x, grid=GRID) - full(x, grid=GRID)).abs().max() > 1e-6, part
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_plain_form_starts_from_a_hosts_projections(name: str) -> None:
+def test_the_drop_in_form_starts_from_a_hosts_projections(name: str) -> None:
     mounted = create_mixer(name, 12, 2, own_projections=False).double()
-    own = plain(name)
+    own = drop_in(name)
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, LENGTH, 12)
     assert torch.equal(mounted(x, projections=own.projections), own(x))
-    with pytest.raises(ValueError, match="plain form"):
+    with pytest.raises(ValueError, match="drop-in form"):
         create_mixer(name, 12, 2, own_projections=False, expand=2)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gates_without_an_order_are_weights_of_tokens(normalize: bool) -> None:
-    mixer = plain("mamba2", causality="noncausal", normalize=normalize)
+    mixer = drop_in("mamba2", causality="noncausal", normalize=normalize)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     q, k = mixer.features(s)
-    settings = {"causality": "noncausal", "normalize": normalize, "eps": mixer.config.eps}
+    settings = {"causality": "noncausal", "normalize": normalize, "eps": mixer.config.eps, "scale": 1 / 256}
     assert_close(mixer.mix(s), linear_attention(q, k * s.log_decay.exp()[..., None], s.v, **settings))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_s6_without_an_order_has_weighted_tokens(normalize: bool) -> None:
-    mixer = plain("mamba", causality="noncausal", normalize=normalize, eps=1e-200)
+    mixer = drop_in("mamba", causality="noncausal", normalize=normalize, eps=1e-200)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     C, B = mixer.features(s)
-    gates = (s.write[..., None] * mixer.A).exp()  # (b, l, h, v, n)
-    weights = torch.einsum("bihn,bjhn,bjhvn,bjhv->bhvij", C, B, gates, s.write)
-    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights
+    gates = (s.dt[..., None] * mixer.A).exp()  # (b, l, h, v, n)
+    weights = torch.einsum("bihn,bjhn,bjhvn,bjhv->bhvij", C, B, gates, s.dt)
+    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights / 256
     assert_close(mixer.mix(s), torch.einsum("bhvij,bjhv->bihv", weights, s.v))
 
 
@@ -175,34 +177,37 @@ def test_s6_without_an_order_has_weighted_tokens(normalize: bool) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vssd_with_unit_weights_is_linear_attention(causality: str, normalize: bool) -> None:
     settings = {"causality": causality, "normalize": normalize, "eps": 1e-6}
-    mixer = plain("vssd", **settings)
+    mixer = drop_in("vssd", **settings)
     with torch.no_grad():  # Δ = softplus(log(e − 1)) = 1 and |A| = 1
         mixer.decay.to_dt.weight.zero_()
         mixer.decay.dt_bias.fill_(math.log(math.expm1(1)))
         mixer.decay.A_log.zero_()
     s = streams_of(mixer, float64(2, LENGTH, 12))
-    assert_close(s.write, torch.ones_like(s.write))
+    assert_close(s.dt, torch.ones_like(s.dt))
     q, k = mixer.features(s)
     assert_close(mixer.mix(s), linear_attention(q, k, s.v, **settings))
 
 
 def test_vssd_is_its_published_formula() -> None:
-    """(C (Bᵀ (V ⊙ Δ|A|)) + D V), LayerNorm over the inner width, then times z itself."""
+    """SiLU(conv(x, B, C)) over the image, C (Bᵀ (V ⊙ Δ|A|)) + D V, LayerNorm over the inner width, times z itself."""
     mixer = built("vssd")
-    x, own = float64(2, LENGTH, 12), mixer.projections
-    v = own.to_v(x).unflatten(-1, (2, -1))
+    x, own, conv = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv
+    image = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).mT.unflatten(-1, GRID)
+    image = F.silu(F.conv2d(image, conv.weight, conv.bias, padding=1, groups=32))
+    v, B, C = image.flatten(2).mT.split([24, 4, 4], dim=-1)
+    v = v.unflatten(-1, (2, -1))
     weight = F.softplus(mixer.decay.to_dt(x) + mixer.decay.dt_bias) * mixer.decay.A_log.exp()
-    state = torch.einsum("bln,blhv->bhnv", own.to_k(x), v * weight[..., None])
-    y = torch.einsum("bln,bhnv->blhv", own.to_q(x), state) + mixer.output.D[:, None] * v
+    state = torch.einsum("bln,blhv->bhnv", B, v * weight[..., None])
+    y = torch.einsum("bln,bhnv->blhv", C, state) + mixer.output.D[:, None] * v
     normed = F.layer_norm(y.flatten(2), (24,), mixer.output.norm.weight, mixer.output.norm.bias)
-    assert_close(mixer(x), own.to_out(normed * mixer.output.to_gate(x)))
+    assert_close(mixer(x, grid=GRID), own.to_out(normed * mixer.output.to_gate(x)))
 
 
 def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
     """As published: y = shift(SS(x)) + flip(shift(SS(flip x))) + (fc(x) + D) ⊙ x, then RMSNorm(y)·SiLU(z)."""
     mixer = built("hydra")
     x, own = float64(2, LENGTH, 12), mixer.projections
-    conv, parts = mixer.short_convolution.conv, [own.to_v(x), own.to_k(x), own.to_q(x)]
+    conv, parts = mixer.short_conv, [own.to_v(x), own.to_k(x), own.to_q(x)]
     mixed = F.silu(F.conv1d(torch.cat(parts, dim=-1).transpose(1, 2), conv.weight, conv.bias, padding=3, groups=40))
     inner, B, C = mixed.transpose(1, 2).split([24, 8, 8], dim=-1)
     u = inner.unflatten(-1, (2, -1))
@@ -224,7 +229,7 @@ def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
 
 @pytest.mark.parametrize("own_query", [True, False])
 def test_hydras_matrix_is_quasiseparable(own_query: bool) -> None:
-    mixer = plain("hydra", own_query=own_query, state_size=3)
+    mixer = drop_in("hydra", own_query=own_query, d_state=3)
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
     matrix = structure.mixing_matrix(mixer, x)
@@ -234,31 +239,33 @@ def test_hydras_matrix_is_quasiseparable(own_query: bool) -> None:
             ranks = structure.numerical_rank(block, 1e-10)
             assert (ranks <= 3).all()
     assert (structure.numerical_rank(matrix[..., 9:, :9], 1e-10) == 3).all()  # and as rich as that
-    past = create_mixer("hydra", 12, 2, causality="causal", **{**_class("hydra").plain, "own_query": own_query})
+    past = create_mixer(
+        "hydra", 12, 2, causality="causal", **{**_class("hydra").drop_in_options, "own_query": own_query}
+    )
     assert structure.is_causal(structure.mixing_matrix(past.double(), x))
 
 
 def test_hydra_decays_between_two_tokens_alone() -> None:
     """W_{i+1,i} has no gate in it and W_{i+2,i} has that of token i + 1, in both directions."""
-    mixer = plain("hydra")
+    mixer = drop_in("hydra")
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
-    W, gates, write = structure.mixing_matrix(mixer, x), s.log_decay.exp(), s.write
+    W, gates, dt = structure.mixing_matrix(mixer, x), s.log_decay.exp(), s.dt
     pairs = torch.einsum("bihn,bjhn->bhij", s.q, s.k)
     for i in range(LENGTH - 2):
-        assert_close(W[:, :, i + 1, i], pairs[:, :, i + 1, i] * write[:, i, :2])
-        assert_close(W[:, :, i + 2, i], pairs[:, :, i + 2, i] * write[:, i, :2] * gates[:, i + 1, :2])
-        assert_close(W[:, :, i, i + 2], pairs[:, :, i, i + 2] * write[:, i + 2, 2:] * gates[:, i + 1, 2:])
+        assert_close(W[:, :, i + 1, i], pairs[:, :, i + 1, i] * dt[:, i, :2])
+        assert_close(W[:, :, i + 2, i], pairs[:, :, i + 2, i] * dt[:, i, :2] * gates[:, i + 1, :2])
+        assert_close(W[:, :, i, i + 2], pairs[:, :, i, i + 2] * dt[:, i + 2, 2:] * gates[:, i + 1, 2:])
 
 
 def test_refusals_give_the_reason() -> None:
     with pytest.raises(ValueError, match="use vssd"):
         create_mixer("hydra", 12, 2, causality="noncausal")
-    with pytest.raises(ValueError, match="cannot be shared evenly by 2 heads"):
-        create_mixer("mamba2", 12, 2, groups=3)
+    with pytest.raises(ValueError, match="does not divide the 2 heads"):
+        create_mixer("mamba2", 12, 2, n_groups=3)
     with pytest.raises(ValueError, match="Did you mean 'input'"):
         create_mixer("mamba", 12, 2, selection="inptu")
     with pytest.raises(ValueError, match="dt_rank > 0"):
         create_mixer("mamba", 12, 2, dt_rank=0)
-    with pytest.raises(ValueError, match="state_size and groups > 0"):
-        create_mixer("vssd", 12, 2, state_size=0)
+    with pytest.raises(ValueError, match="d_state and n_groups > 0"):
+        create_mixer("vssd", 12, 2, d_state=0)

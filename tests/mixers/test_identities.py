@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mixers import create_mixer, list_mixers, registry, structure
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
 
 
@@ -14,7 +14,7 @@ def float64(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def test_linfusion_starts_as_normalised_linear_attention() -> None:
+def test_linfusion_starts_as_normalized_linear_attention() -> None:
     linfusion = create_mixer("linfusion", 12, 2).double()
     linear = create_mixer("linear_attention", 12, 2, eps=1e-4).double()
     linear.projections.load_state_dict(linfusion.projections.state_dict())
@@ -32,9 +32,9 @@ def test_linfusion_is_its_published_formula() -> None:
     def mapped(mlp: torch.nn.Module, projection: torch.nn.Module) -> torch.Tensor:
         first, norm, _, last = mlp.net
         moved = x + last(F.leaky_relu(norm(first(x)), 0.01))
-        return mixer.split(F.elu(projection(moved)) + 1)
+        return mixer.split_heads(F.elu(projection(moved)) + 1)
 
-    q, k, v = mapped(mixer.for_q, own.to_q), mapped(mixer.for_k, own.to_k), mixer.split(own.to_v(x))
+    q, k, v = mapped(mixer.for_q, own.to_q), mapped(mixer.for_k, own.to_k), mixer.split_heads(own.to_v(x))
     divided = q / (torch.einsum("blhk,bhk->blh", q, k.mean(1)) + 1e-4)[..., None]
     truth = torch.einsum("blhk,bhkv->blhv", divided, torch.einsum("blhk,blhv->bhkv", k / 9, v))
     assert_close(mixer(x), own.to_out(truth.flatten(2)))
@@ -44,7 +44,7 @@ def test_linfusion_is_its_published_formula() -> None:
 def test_softmax_is_attention_as_torch_computes_it(causality: str) -> None:
     mixer = create_mixer("softmax", 12, 2, causality=causality).double()
     x, own = float64(2, 9, 12), mixer.projections
-    q, k, v = (mixer.split(p(x)).transpose(1, 2) for p in (own.to_q, own.to_k, own.to_v))
+    q, k, v = (mixer.split_heads(p(x)).transpose(1, 2) for p in (own.to_q, own.to_k, own.to_v))
     truth = F.scaled_dot_product_attention(q, k, v, is_causal=causality == "causal").transpose(1, 2).flatten(2)
     assert_close(mixer(x), own.to_out(truth))
 
@@ -66,7 +66,7 @@ def test_rank_is_at_most_the_number_of_features() -> None:
     assert structure.is_causal(structure.mixing_matrix(causal, float64(1, 40, 12)))
 
 
-def test_unnormalised_weights_do_not_depend_on_the_number_of_tokens() -> None:
+def test_unnormalized_weights_do_not_depend_on_the_number_of_tokens() -> None:
     mixer = create_mixer("linear_attention", 12, 2, normalize=False)
     x = torch.randn(1, 8, 12)
     small, large = structure.mixing_matrix(mixer, x), structure.mixing_matrix(mixer, x.repeat(1, 4, 1))
@@ -85,7 +85,7 @@ def test_elu_plus_one_keeps_small_values_and_finite_gradients() -> None:
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_mixing_matrix_takes_a_hosts_projections(name: str) -> None:
-    own = create_mixer(name, 12, 2, **registry.entry(name).mixer.plain).double()
+    own = create_mixer(name, 12, 2, **registry.get_mixer_entry(name).mixer.drop_in_options).double()
     mounted = create_mixer(name, 12, 2, own_projections=False).double()
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, 5, 12)

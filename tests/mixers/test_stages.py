@@ -16,10 +16,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixers.stages.convolutions import LocalConvolution, ShortConvolution
 from mixers.stages.decays import DoubleExponentialDecay, FixedDecay, LowRankDecay, ScalarDecay
-from mixers.stages.directions import SCANS, inverse, scan_orders
 from mixers.stages.focused import FocusedMap
 from mixers.stages.outputs import HeadGroupNorm, Output, RMSNorm
 from mixers.stages.rotary import rotary, rotary_2d
+from mixers.stages.scan_orders import SCANS, inverse_permutation, scan_orders
 from mixers.testing.tolerances import assert_close
 
 SIDES = st.integers(1, 19)
@@ -45,12 +45,12 @@ def test_every_order_is_a_permutation_and_has_an_inverse(scan: str, height: int,
             continue
         assert order.dtype == torch.int64
         assert torch.equal(order.sort().values, torch.arange(height * width))
-        assert torch.equal(x[:, order][:, inverse(order)], x)
-        assert torch.equal(inverse(inverse(order)), order)
+        assert torch.equal(x[:, order][:, inverse_permutation(order)], x)
+        assert torch.equal(inverse_permutation(inverse_permutation(order)), order)
 
 
 @given(height=SIDES, width=SIDES)
-def test_zigzag_and_hilbert_go_from_neighbour_to_neighbour(height: int, width: int) -> None:
+def test_zigzag_and_hilbert_go_from_neighbor_to_neighbor(height: int, width: int) -> None:
     rows, columns = steps(order_of("zigzag", height, width), width)
     assert (rows + columns == 1).all()
     rows, columns = steps(order_of("hilbert", height, width), width)
@@ -92,7 +92,7 @@ def test_orders_compile_in_one_graph_at_any_size(scan: str) -> None:
         read = [x if order is None else x[:, order] for order in scan_orders(scan, grid, x.device)]
         last = scan_orders(scan, grid, x.device)[-1]
         assert last is not None
-        return read[-1].cumsum(1)[:, inverse(last)]
+        return read[-1].cumsum(1)[:, inverse_permutation(last)]
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -109,7 +109,7 @@ def test_orders_compile_in_one_graph_at_any_size(scan: str) -> None:
 def test_the_short_convolution_is_the_sum_written_out(length: int, size: int, causal: bool, activation: bool) -> None:
     layer = ShortConvolution(3, size, causal=causal, activation=activation).double()
     x = torch.randn(2, length, 3, dtype=torch.float64)
-    weight, bias = layer.conv.weight, layer.conv.bias
+    weight, bias = layer.weight, layer.bias
     assert weight.shape == (3, 1, size) and bias is not None
     first = size - 1 if causal else size // 2
     wanted = bias.expand(2, length, 3).clone()
@@ -138,13 +138,13 @@ def test_the_local_convolution_is_the_sum_written_out(height: int, width: int, s
     layer = LocalConvolution(2, size).double()
     x = torch.randn(2, height * width, 2, dtype=torch.float64)
     y = layer(x, (height, width))
-    assert layer.conv.bias is not None
+    assert layer.bias is not None
     for i, j in ((0, 0), (height - 1, 0), (height // 2, width // 2)):
-        wanted = layer.conv.bias.expand(2, 2).clone()
+        wanted = layer.bias.expand(2, 2).clone()
         for s, t in product(range(size), repeat=2):
             row, column = i + s - size // 2, j + t - size // 2
             if 0 <= row < height and 0 <= column < width:
-                wanted += layer.conv.weight[:, 0, s, t] * x[:, row * width + column]
+                wanted += layer.weight[:, 0, s, t] * x[:, row * width + column]
         assert_close(y[:, i * width + j], wanted, what=f"place {(i, j)}")
 
 
@@ -152,9 +152,9 @@ def test_a_zero_local_convolution_adds_nothing_and_grids_are_checked() -> None:
     x = torch.randn(1, 6, 4)
     layer = LocalConvolution(4, 3, zero_init=True, option="local=0")
     assert not layer(x, (2, 3)).any()
-    with pytest.raises(ValueError, match=r"pass grid=\(height, width\), or do without it by local=0"):
+    with pytest.raises(ValueError, match=r"pass grid=\(height, width\), or use local=0"):
         layer(x, None)
-    with pytest.raises(ValueError, match="8 places for 6 tokens"):
+    with pytest.raises(ValueError, match="8 positions, but there are 6 tokens"):
         layer(x, (2, 4))
 
 
@@ -213,7 +213,7 @@ def test_gla_norms_each_head_and_then_gates(affine: bool) -> None:
 
 def test_rwkv6_has_a_group_norm_and_mamba_a_skip_for_every_channel() -> None:
     y, given_streams = streams()
-    output = built(skip=True, skip_channels=True, norm=True, norm_kind="head_group", eps=64e-5)
+    output = built(skip=True, skip_per_channel=True, norm=True, norm_kind="head_group", eps=64e-5)
     assert output.norm is not None and output.D is not None and output.D.shape == (2, 3)
     wide = (y + output.D * given_streams.v).flatten(-2).flatten(0, 1)
     wanted = F.group_norm(wide, 2, output.norm.weight, output.norm.bias, eps=64e-5)  # type: ignore[arg-type]
@@ -222,16 +222,16 @@ def test_rwkv6_has_a_group_norm_and_mamba_a_skip_for_every_channel() -> None:
 
 def test_the_local_convolution_of_the_values_is_added_and_nothing_on_is_the_identity() -> None:
     y, given_streams = streams()
-    output = built(local_convolution=3)
-    assert output.local is not None
-    assert_close(output(y, given_streams), y + output.local(given_streams.v.flatten(-2), (2, 3)).view_as(y))
+    output = built(local_conv_size=3)
+    assert output.local_conv is not None
+    assert_close(output(y, given_streams), y + output.local_conv(given_streams.v.flatten(-2), (2, 3)).view_as(y))
     assert built()(y, given_streams) is y and not list(built().parameters())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_outputs_keep_the_dtype(dtype: torch.dtype) -> None:
     y, given_streams = streams(dtype=dtype)
-    result = built(dtype, skip=True, norm=True, gate=True, local_convolution=3)(y, given_streams)
+    result = built(dtype, skip=True, norm=True, gate=True, local_conv_size=3)(y, given_streams)
     assert result.dtype == dtype and result.isfinite().all()
 
 
@@ -242,7 +242,7 @@ def test_outputs_keep_the_dtype(dtype: torch.dtype) -> None:
         (lambda: scan_orders("cross"), r"pass grid=\(height, width\)"),
         (lambda: scan_orders("hilbert", (0, 3)), "at least 1 × 1"),
         (lambda: built(norm_kind="head_rsm"), "Did you mean 'head_rms'"),
-        (lambda: built(groups=2), "groups=2 is for"),
+        (lambda: built(groups=2), "groups=2 is an option of"),
         (lambda: built(norm_kind="rms", groups=4), "equal groups"),
         (lambda: FixedDecay(2, first=0), "first > 0"),
         (lambda: LowRankDecay(8, 6, normalizer=0), "normalizer > 0"),
@@ -361,9 +361,9 @@ def test_rotary_streams_keeps_the_dtype_and_refuses() -> None:
     assert_close(half, rotary_2d(x.bfloat16().float(), (2, 3)).bfloat16())
     with pytest.raises(ValueError, match="pass grid"):
         rotary_2d(x, None)
-    with pytest.raises(ValueError, match="4 places for 6 tokens"):
+    with pytest.raises(ValueError, match="4 positions, but there are 6 tokens"):
         rotary_2d(x, (2, 2))
-    with pytest.raises(ValueError, match="too small to turn: 4 are needed"):
+    with pytest.raises(ValueError, match="at least 4 channels, got 3"):
         rotary_2d(x[..., :3], (2, 3))
 
 

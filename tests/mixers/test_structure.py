@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixers import create_mixer, structure
-from mixers.operators import linear_weights
-from mixers.stages.directions import SCANS
+from mixers.operators import linear_attention_matrix
+from mixers.stages.scan_orders import SCANS
 from mixers.testing.tolerances import assert_close
 
 
@@ -29,10 +29,10 @@ def test_semiseparable_rank_is_at_most_the_state(state: int, length: int, seed: 
     q, k = (torch.randn(1, length, 1, state, dtype=torch.float64, generator=generator) for _ in range(2))
     decay = -torch.rand(1, length, 1, dtype=torch.float64, generator=generator)
     settings = {"normalize": False, "eps": 0.0, "scale": 1.0}
-    causal = linear_weights(q, k, decay, causality="causal", **settings)
+    causal = linear_attention_matrix(q, k, decay, causality="causal", **settings)
     lower, upper = structure.semiseparable_rank(causal)
     assert lower.max() <= min(state, length // 2) and upper.max() == 0
-    both = linear_weights(q, k, decay, causality="bidirectional", **settings)
+    both = linear_attention_matrix(q, k, decay, causality="bidirectional", **settings)
     assert max(r.max() for r in structure.semiseparable_rank(both)) <= state
 
 
@@ -62,8 +62,8 @@ def test_the_radius_of_known_matrices(grid: tuple[int, int]) -> None:
     offsets = [(torch.arange(n).double() - (n - 1) / 2).square() for n in grid]
     everywhere = (offsets[0][:, None] + offsets[1] + (height**2 + width**2 - 2) / 12).sqrt()
     assert_close(structure.effective_radius(uniform, grid), everywhere.flatten())
-    neighbours = torch.diag(torch.ones(length - 1), 1) if length > 1 else torch.zeros(1, 1)
-    assert structure.effective_radius(neighbours, grid)[0] == (1.0 if length > 1 else 0.0)
+    neighbors = torch.diag(torch.ones(length - 1), 1) if length > 1 else torch.zeros(1, 1)
+    assert structure.effective_radius(neighbors, grid)[0] == (1.0 if length > 1 else 0.0)
 
 
 def test_decay_shortens_what_a_token_sees() -> None:

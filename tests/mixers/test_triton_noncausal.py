@@ -15,10 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton (the extra test, on Linux)")
 
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention
 from mixers.operators.linear.kernels import launch, noncausal
 from mixers.operators.linear.kernels.noncausal import noncausal_attention
-from mixers.stages.feature_maps import FEATURE_MAPS
 from mixers.testing.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -311,7 +311,7 @@ def test_real_sizes_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, switche
 
 
 def formula_in_parts(given: Tensors, eps: float, last: int, part: int = 2**16) -> dict[str, Tensor]:
-    """The result and gradients of the last tokens, normalised elu + 1, in float32 a part of the tokens at a time."""
+    """The result and gradients of the last tokens, normalized elu + 1, in float32 a part of the tokens at a time."""
     phi = FEATURE_MAPS["elu_plus_one"].apply
     length, parts = given[0].shape[1], [t.split(part, dim=1) for t in given]
     memory, z, change, dz = 0.0, 0.0, 0.0, 0.0

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers import create_mixer, load_published
+from mixers import create_mixer, mixer_from_state_dict
 
 LENGTHS = (1, 2, 7, 64, 65, 131)
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """Away from its start, so that a part that starts at zero or one is seen."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -27,7 +27,7 @@ def mamba(**options: object) -> nn.Module:
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     settings = {"hidden_size": 24, "state_size": 5, "conv_kernel": 4, "num_hidden_layers": 1, "vocab_size": 8}
-    return randomised(MambaMixer(transformers.MambaConfig(**{**settings, **options}), layer_idx=0))
+    return randomized(MambaMixer(transformers.MambaConfig(**{**settings, **options}), layer_idx=0))
 
 
 def mamba2(**options: object) -> nn.Module:
@@ -36,7 +36,7 @@ def mamba2(**options: object) -> nn.Module:
 
     settings = {"hidden_size": 24, "num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 1, "chunk_size": 16}
     made = transformers.Mamba2Config(num_hidden_layers=1, vocab_size=8, **{**settings, **options})
-    return randomised(Mamba2Mixer(made, layer_idx=0))
+    return randomized(Mamba2Mixer(made, layer_idx=0))
 
 
 def assert_same(ours: nn.Module, peer: nn.Module, length: int) -> None:
@@ -61,30 +61,30 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("bias", [False, True])
 def test_mamba_is_that_of_transformers(length: int, bias: bool) -> None:
     peer = mamba(use_bias=bias, use_conv_bias=not bias)
-    assert_same(load_published("mamba", peer.state_dict()), peer, length)
+    assert_same(mixer_from_state_dict("mamba", peer.state_dict()), peer, length)
 
 
 def test_heads_of_mamba_are_splits_of_its_channels() -> None:
     peer = mamba()
-    assert_same(load_published("mamba", peer.state_dict(), heads=3), peer, 19)
+    assert_same(mixer_from_state_dict("mamba", peer.state_dict(), heads=3), peer, 19)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_mamba2_is_that_of_transformers(length: int, groups: int) -> None:
     peer = mamba2(n_groups=groups)
-    assert_same(load_published("mamba2", peer.state_dict(), groups=groups), peer, length)
+    assert_same(mixer_from_state_dict("mamba2", peer.state_dict(), n_groups=groups), peer, length)
 
 
 def test_mamba2_with_the_biases_of_transformers() -> None:
     peer = mamba2(use_bias=True, use_conv_bias=False)
-    assert_same(load_published("mamba2", peer.state_dict()), peer, 19)
+    assert_same(mixer_from_state_dict("mamba2", peer.state_dict()), peer, 19)
 
 
 @pytest.mark.parametrize("backend", ["dense", "recurrent"])
 def test_every_formulation_is_that_of_transformers(backend: str) -> None:
     for name, peer in (("mamba", mamba()), ("mamba2", mamba2())):
-        assert_same(load_published(name, peer.state_dict(), backend=backend), peer, 33)
+        assert_same(mixer_from_state_dict(name, peer.state_dict(), backend=backend), peer, 33)
 
 
 MAMBA_SSM = {  # names and shapes as mamba_ssm saves them: d_model 16, d_state 4, d_conv 4, expand 2, headdim 8
@@ -104,7 +104,7 @@ MAMBA_SSM = {  # names and shapes as mamba_ssm saves them: d_model 16, d_state 4
 @pytest.mark.parametrize("name", MAMBA_SSM)
 def test_the_names_of_mamba_ssm_load(name: str, dtype: torch.dtype) -> None:
     state = {key: torch.randn(shape, dtype=dtype) for key, shape in MAMBA_SSM[name].items()}
-    mixer = load_published(name, state)
+    mixer = mixer_from_state_dict(name, state)
     assert sum(p.numel() for p in mixer.parameters()) == sum(t.numel() for t in state.values())
     assert mixer(torch.randn(1, 5, 16, dtype=dtype)).dtype == dtype
 
@@ -114,16 +114,16 @@ def test_another_state_dict_is_refused_by_name(name: str) -> None:
     state = {key: torch.randn(shape) for key, shape in MAMBA_SSM[name].items()}
     for key in set(state) - {"norm.weight", "conv1d.bias"}:
         with pytest.raises(ValueError, match=f"{re.escape(key)}.* missing"):
-            load_published(name, {n: t for n, t in state.items() if n != key})
-    with pytest.raises(ValueError, match=r"extra\.weight is left over"):
-        load_published(name, {**state, "extra.weight": torch.zeros(1)})
+            mixer_from_state_dict(name, {n: t for n, t in state.items() if n != key})
+    with pytest.raises(ValueError, match=r"extra\.weight is unexpected"):
+        mixer_from_state_dict(name, {**state, "extra.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"in_proj\.weight with .* rows, got 3"):
-        load_published(name, {**state, "in_proj.weight": torch.zeros(3, 16)})
+        mixer_from_state_dict(name, {**state, "in_proj.weight": torch.zeros(3, 16)})
 
 
 def test_mamba2_without_its_norm_loads() -> None:
     state = {key: torch.randn(shape) for key, shape in MAMBA_SSM["mamba2"].items() if key != "norm.weight"}
-    assert not load_published("mamba2", state).config.norm
+    assert not mixer_from_state_dict("mamba2", state).config.norm
 
 
 @pytest.mark.parametrize("causality", ["causal", "noncausal"])
@@ -138,7 +138,7 @@ def test_softmax_is_torchs(causality: str) -> None:
     ahead = torch.ones(19, 19, dtype=torch.bool).triu(1) if causality == "causal" else None
     wanted, weights = peer(x, x, x, attn_mask=ahead, average_attn_weights=False)
     assert relative(mixer(x), wanted) < 1e-5
-    q, k, v = (mixer.split(p(x)).transpose(1, 2) for p in (own.to_q, own.to_k, own.to_v))
+    q, k, v = (mixer.split_heads(p(x)).transpose(1, 2) for p in (own.to_q, own.to_k, own.to_v))
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=causality == "causal")
     assert relative(weights @ v, fused) < 1e-5
-    assert relative(mixer.weights(mixer.streams(x, own)), weights) < 1e-5
+    assert relative(mixer.mixing_matrix(mixer.compute_streams(x, own)), weights) < 1e-5

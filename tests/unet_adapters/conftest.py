@@ -39,6 +39,12 @@ def _original() -> UNet2DConditionModel:
     return unet.eval()
 
 
+@pytest.fixture(scope="session")
+def tiny_unet() -> UNet2DConditionModel:
+    """The random UNet itself, for tests that copy it."""
+    return _original()
+
+
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
     """A fresh copy of one random UNet, in eval mode."""
@@ -67,9 +73,9 @@ def train(run: Run) -> Callable[..., None]:
         for _ in range(count):
             with adapter.mounted():
                 optimizer.zero_grad()
-                run(adapter.unet).square().mean().backward()
+                run(adapter.model).square().mean().backward()
                 optimizer.step()
-        adapter.unet.zero_grad()
+        adapter.model.zero_grad()
 
     return steps
 

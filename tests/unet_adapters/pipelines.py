@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines with random weights, made without a network or a file, and what is loaded into them."""
+"""Tiny diffusers pipelines with random weights, built without a network or a file, and what is loaded into them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from unet_adapters import MixerAdapter, find_sites
+from unet_adapters import MixerAdapter
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-START, END = 2 * len(LETTERS), 2 * len(LETTERS) + 1
+START = 2 * len(LETTERS)
+END = 2 * len(LETTERS) + 1
 WORDS = 8  # the width of text states of one encoder
-HEIGHT, WIDTH = 16, 24  # of the image in pixels; latents are half of it, and not square
+HEIGHT = 16
+WIDTH = 24  # of the image in pixels; latents are half of it, and not square
 EMBEDS = 6  # the width of an IP-Adapter's image embedding
 
 Extras = dict[str, Any]
@@ -52,8 +54,8 @@ def seeded(make: Callable[[], Any], seed: int = 1) -> Any:
     """`make()` with random weights that depend on the seed alone, in eval mode where it is a module."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        made = make()
-    return made.eval() if isinstance(made, nn.Module) else made
+        built = make()
+    return built.eval() if isinstance(built, nn.Module) else built
 
 
 def _tokenizer() -> CLIPTokenizer:
@@ -90,19 +92,18 @@ def _vae() -> AutoencoderKL:
 
 
 def _unet(words: int, **settings: Any) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 2,
-            "cross_attention_dim": words,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **settings,
-        }
-    )
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": words,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        **settings,
+    }
+    unet = UNet2DConditionModel(**config)
     for name, parameter in unet.named_parameters():  # sharper attention: a mixer must change the output visibly
         if ".attn1.to_" in name:
             parameter.data.mul_(4)
@@ -144,11 +145,11 @@ MAKERS: dict[str, Callable[[], Any]] = {
 
 @cache
 def _original(name: str) -> Any:
-    made = seeded(MAKERS[name])
-    if isinstance(made, ControlNetModel):  # its last convolutions start at zero
-        for parameter in (p for p in made.parameters() if not p.any()):
+    built = seeded(MAKERS[name])
+    if isinstance(built, ControlNetModel):  # its last convolutions start at zero
+        for parameter in (p for p in built.parameters() if not p.any()):
             parameter.data.copy_(0.1 * noise(*parameter.shape))
-    return made
+    return built
 
 
 def component(name: str) -> Any:
@@ -181,7 +182,7 @@ def _animated() -> DiffusionPipeline:
     return seeded(lambda: AnimateDiffPipeline(**parts))
 
 
-def picture(channels: int = 3) -> Tensor:
+def image(channels: int = 3) -> Tensor:
     """An image of the size that `run` makes, between 0 and 1."""
     return noise(1, channels, HEIGHT, WIDTH, seed=3).sigmoid()
 
@@ -193,27 +194,27 @@ PAG: Extras = {**SIZE, "pag_scale": 3.0}
 # A pipeline, and what its call takes besides the prompt.
 PIPELINES: dict[str, tuple[Callable[[], Any], Callable[[], Extras]]] = {
     "text-to-image": (_sd, lambda: SIZE),
-    "img2img": (lambda: _sd(StableDiffusionImg2ImgPipeline), lambda: {**IMAGE, "image": picture()}),
+    "img2img": (lambda: _sd(StableDiffusionImg2ImgPipeline), lambda: {**IMAGE, "image": image()}),
     "inpaint": (
         lambda: _sd(StableDiffusionInpaintPipeline),
-        lambda: {**SIZE, **IMAGE, "image": picture(), "mask_image": picture(1).round()},
+        lambda: {**SIZE, **IMAGE, "image": image(), "mask_image": image(1).round()},
     ),
     "ControlNet": (
         lambda: _sd(StableDiffusionControlNetPipeline, controlnet=component("controlnet")),
-        lambda: {**SIZE, "image": picture()},
+        lambda: {**SIZE, "image": image()},
     ),
     "multi-ControlNet": (
         lambda: _sd(StableDiffusionControlNetPipeline, controlnet=[component("controlnet") for _ in range(2)]),
-        lambda: {**SIZE, "image": [picture(), 1 - picture()], "controlnet_conditioning_scale": [1.0, 0.5]},
+        lambda: {**SIZE, "image": [image(), 1 - image()], "controlnet_conditioning_scale": [1.0, 0.5]},
     ),
     "T2I-Adapter": (
         lambda: _sd(StableDiffusionAdapterPipeline, adapter=component("t2i adapter")),
-        lambda: {**SIZE, "image": picture()},
+        lambda: {**SIZE, "image": image()},
     ),
     "PAG": (lambda: _sd(StableDiffusionPAGPipeline), lambda: PAG),
     "SDXL": (_xl, lambda: SIZE),
     "SDXL PAG": (lambda: _xl(StableDiffusionXLPAGPipeline), lambda: PAG),
-    "SDXL refiner": (_refiner, lambda: {**IMAGE, "image": picture()}),
+    "SDXL refiner": (_refiner, lambda: {**IMAGE, "image": image()}),
     "AnimateDiff": (_animated, lambda: {**SIZE, "num_frames": 3}),
 }
 
@@ -237,8 +238,8 @@ def run(pipe: Any, name: str = "text-to-image", **extras: Any) -> Tensor:
         **extras,
     }
     output = pipe("a b c", **arguments)
-    made = output.frames if hasattr(output, "frames") else output.images
-    return made if isinstance(made, Tensor) else torch.as_tensor(made)
+    built = output.frames if hasattr(output, "frames") else output.images
+    return built if isinstance(built, Tensor) else torch.as_tensor(built)
 
 
 def linfusion(host: Any) -> MixerAdapter:
@@ -271,7 +272,8 @@ def lora_weights(unet: nn.Module, seed: int = 20) -> dict[str, Tensor]:
 def ip_adapter_weights(unet: nn.Module) -> dict[str, dict[str, Tensor]]:
     """An IP-Adapter with four image tokens, as a file of it would be read."""
     words: int = unet.config.cross_attention_dim
-    weights, number = {}, 1
+    weights = {}
+    number = 1
     for name in unet.attn_processors:
         if not name.endswith("attn1.processor"):
             width = unet.get_submodule(name.removesuffix(".processor")).inner_dim
@@ -318,7 +320,8 @@ def scaled_ip_adapter(pipe: Any) -> None:
 def tile(pipe: Any) -> None:
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
-    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 8
+    pipe.vae.tile_latent_min_size = 4
+    pipe.vae.tile_sample_min_size = 8
 
 
 def untile(pipe: Any) -> None:
@@ -331,7 +334,7 @@ def half(scale: float = 0.5) -> Extras:
 
 
 def masked() -> Extras:
-    return {**image_prompt(), "cross_attention_kwargs": {"ip_adapter_masks": [picture(1).round()]}}
+    return {**image_prompt(), "cross_attention_kwargs": {"ip_adapter_masks": [image(1).round()]}}
 
 
 CHANGES = {
@@ -365,24 +368,3 @@ CHANGES = {
         keeps=True,
     ),
 }
-
-
-def fingerprint(unet: nn.Module) -> dict[str, Any]:
-    """What must be the same after everything is undone: weights, classes, processors, hooks, config."""
-    return {
-        "weights": {name: tensor.clone() for name, tensor in unet.state_dict().items()},
-        "classes": [(name, type(module)) for name, module in unet.named_modules()],
-        "processors": {name: type(processor) for name, processor in unet.attn_processors.items()},
-        "hooks": sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in unet.modules()),
-        "config": {key: value for key, value in unet.config.items() if key[0] != "_"},
-        "attributes": {site.name: sorted(vars(unet.get_submodule(site.name))) for site in find_sites(unet)},
-    }
-
-
-def assert_same_model(now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Equal to the last bit."""
-    weights, before = now["weights"], then["weights"]
-    assert weights.keys() == before.keys()
-    assert all(torch.equal(weights[name], before[name]) for name in weights)
-    for key in now.keys() - {"weights"}:
-        assert now[key] == then[key], key

@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from mixers import list_mixers
-from unet_adapters import MixerAdapter, capture_outputs, load_unet
+from unet_adapters import MixerAdapter, capture_outputs
 from unet_adapters.attention import MixerAttention
+from unet_adapters.site_mount import SiteMount
 
 every_mixer = pytest.mark.parametrize("name", list_mixers())
 
@@ -24,12 +25,15 @@ def same(left, right) -> bool:
 @every_mixer
 @torch.no_grad()
 def test_mounting_is_reversible(unet, run, weights, name) -> None:
-    base, before, objects = run(unet), weights(unet), dict(unet.named_parameters())
-    modules, processors = dict(unet.named_modules()), list(unet.attn_processors)
+    base = run(unet)
+    before = weights(unet)
+    objects = dict(unet.named_parameters())
+    modules = dict(unet.named_modules())
+    processors = list(unet.attn_processors)
     adapter = MixerAdapter.build(unet, name)
     assert torch.equal(run(unet), base) and not adapter.is_mounted
 
-    mounted = run(adapter.mount().unet)
+    mounted = run(adapter.mount().model)
     assert adapter.is_mounted and list(unet.attn_processors) == processors
     if name == "softmax":
         torch.testing.assert_close(mounted, base, rtol=1e-4, atol=1e-5)
@@ -56,7 +60,8 @@ def test_training_the_student_leaves_the_teacher_alone(unet, run, train, weights
     if not list(adapter.student.parameters()):
         pytest.skip("this mixer has no weights of its own")
     unet.requires_grad_(False)
-    teacher, student = weights(unet), weights(adapter.student)
+    teacher = weights(unet)
+    student = weights(adapter.student)
     base = run(unet)
     train(adapter)
     assert same(weights(unet), teacher) and torch.equal(run(unet), base)
@@ -93,12 +98,12 @@ def test_student_names_are_those_of_the_mounted_unet(unet) -> None:
 
 @torch.no_grad()
 def test_hybrids_mount_the_chosen_sites_only(unet, run) -> None:
-    chosen = MixerAdapter.build(unet, "linear_attention", select="mid_block")
-    rest = MixerAdapter.build(unet, "linear_attention", select=lambda site: site.level != "mid_block")
+    mid_block = MixerAdapter.build(unet, "linear_attention", select="mid_block")
+    rest = MixerAdapter.build(unet, "linear_attention", select=lambda site: site.group != "mid_block")
     base = run(unet)
-    with chosen.mounted():
+    with mid_block.mounted():
         kinds = {name: type(m) for name, m in unet.named_modules() if name.endswith("attn1")}
-        assert [n for n, kind in kinds.items() if kind is MixerAttention] == [site.name for site in chosen.sites]
+        assert [n for n, kind in kinds.items() if kind is MixerAttention] == [site.name for site in mid_block.sites]
         alone = run(unet)
         with rest.mounted():
             both = run(unet)
@@ -150,16 +155,16 @@ def test_mounting_twice_does_nothing_and_another_adapter_is_refused(unet, run) -
 @torch.no_grad()
 def test_a_failure_while_mounting_rolls_back(unet, run, monkeypatch) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
-    base, objects = run(unet), dict(unet.named_parameters())
-    seat, seen = adapter._seat, []
+    base = run(unet)
+    objects = dict(unet.named_parameters())
+    mount = SiteMount.mount
 
-    def failing(site, undo):
-        seat(site, undo)
-        seen.append(site)
-        if len(seen) == 2:
+    def failing(site_mount, min_tokens):
+        mount(site_mount, min_tokens)
+        if site_mount.site is adapter.sites[1]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter, "_seat", failing)
+    monkeypatch.setattr(SiteMount, "mount", failing)
     with pytest.raises(KeyboardInterrupt):
         adapter.mount()
     assert torch.equal(run(unet), base) and not adapter.is_mounted
@@ -170,14 +175,15 @@ def test_a_failure_while_mounting_rolls_back(unet, run, monkeypatch) -> None:
 @torch.no_grad()
 def test_deepcopy_of_a_mounted_unet_is_independent(unet, run, train) -> None:
     adapter = MixerAdapter.build(unet, "linfusion").mount()
-    copy, mounted = deepcopy(unet), run(unet)
+    copy = deepcopy(unet)
+    mounted = run(unet)
     assert torch.equal(run(copy), mounted)
     with torch.enable_grad():
         train(adapter)
     assert torch.equal(run(copy), mounted) and not torch.equal(run(unet), mounted)
     twin_unet, twin = deepcopy((unet, adapter))
-    assert twin.unet is twin_unet and torch.equal(run(twin_unet), run(unet))
-    assert torch.equal(run(twin.unmount().unet), run(adapter.unmount().unet))
+    assert twin.model is twin_unet and torch.equal(run(twin_unet), run(unet))
+    assert torch.equal(run(twin.unmount().model), run(adapter.unmount().model))
 
 
 @torch.no_grad()
@@ -203,12 +209,12 @@ def test_status_lists_what_is_new(unet) -> None:
 
 def test_status_tells_the_tokens_that_sites_see(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linfusion")
-    with adapter.mounted(), capture_outputs(unet, [site.name for site in adapter.sites]) as seen:
+    with adapter.mounted(), capture_outputs(unet, [site.name for site in adapter.sites]) as outputs:
         run(unet)
     rows = adapter.status(size=(64, 80))
-    assert {row.site: row.tokens for row in rows} == {name: y.shape[1] for name, y in seen.items()}
+    assert {row.site: row.tokens for row in rows} == {name: y.shape[1] for name, y in outputs.items()}
     table = str(rows).splitlines()
-    assert len(table) == 1 + len({(row.level, row.tokens) for row in rows})
+    assert len(table) == 1 + len({(row.group, row.tokens) for row in rows})
     assert "new parameters" in table[0] and "down_blocks.0" in table[1]
 
 
@@ -220,13 +226,13 @@ def test_a_mounted_unet_that_was_saved_is_read_again_as_such(unet, run, train, t
         mounted = run(unet)
         unet.save_pretrained(tmp_path / "mounted")
     assert {k: v for k, v in unet.config.items() if k[0] != "_"} == {k: v for k, v in config.items() if k[0] != "_"}
-    again = load_unet(tmp_path / "mounted")
+    again = MixerAdapter.from_mounted(tmp_path / "mounted")
     assert again.is_mounted and [s.name for s in again.sites] == [s.name for s in adapter.sites]
     with torch.no_grad():
-        assert torch.equal(run(again.unet), mounted)
+        assert torch.equal(run(again.model), mounted)
     unet.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="saved without mixers"):
-        load_unet(tmp_path / "plain")
+        MixerAdapter.from_mounted(tmp_path / "plain")
 
 
 @torch.no_grad()

@@ -36,20 +36,20 @@ def test_replaying_on_another_grid_is_another_scan(unet, run) -> None:
     with capture_sites(unet, names_of(adapter)) as calls:
         run(unet)
     name, call = next(iter(calls.items()))
-    turned = type(call)(call.input, call.output, (10, 8))
-    assert not torch.allclose(replay(unet, name, turned), call.output)
+    transposed = type(call)(call.input, call.output, (10, 8))
+    assert not torch.allclose(replay(unet, name, transposed), call.output)
 
 
 @torch.no_grad()
 def test_each_forward_replaces_what_the_one_before_left(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
-    with capture_outputs(unet, names_of(adapter)) as seen:
+    with capture_outputs(unet, names_of(adapter)) as outputs:
         run(unet)
-        first = dict(seen)
+        first = dict(outputs)
         with adapter.mounted():
             run(unet)
-    assert seen.keys() == first.keys()
-    assert all(not torch.equal(seen[name], first[name]) for name in seen)
+    assert outputs.keys() == first.keys()
+    assert all(not torch.equal(outputs[name], first[name]) for name in outputs)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward after", "backward inside"])
@@ -61,11 +61,11 @@ def test_gradients_of_what_is_captured_are_those_without_checkpointing(unet, run
         adapter.student.zero_grad()
         with capture_sites(unet, names_of(adapter)) as calls:
             run(unet)
-            kept = dict(calls)
-            loss = sum(call.output.square().mean() + call.input.square().mean() for call in kept.values())
+            records = dict(calls)
+            loss = sum(call.output.square().mean() + call.input.square().mean() for call in records.values())
             if inside:
                 loss.backward()
-                assert all(calls[name] is kept[name] for name in kept), "running again must not replace anything"
+                assert all(calls[name] is records[name] for name in records), "running again must not replace anything"
         if not inside:
             loss.backward()
         return {n: p.grad.clone() for n, p in adapter.student.named_parameters() if p.grad is not None}

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import RepoUrl
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mixers import list_mixers
@@ -69,7 +70,7 @@ def test_another_unet_is_refused_and_the_sites_named(saved) -> None:
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
     blocks["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
     other = UNet2DConditionModel(block_out_channels=(16, 16), **blocks, **config)
-    with pytest.raises(ValueError, match="made for another UNet") as caught:
+    with pytest.raises(ValueError, match="made for another model") as caught:
         MixerAdapter.from_pretrained(saved, other)
     message = str(caught.value)
     assert "down_blocks.0" in message and "up_blocks.1" in message and "mid_block" not in message
@@ -119,7 +120,7 @@ def test_damaged_files_are_one_clear_error(unet, run, saved, file, damage, kind,
 def test_saving_again_replaces_both_files(unet, saved) -> None:
     MixerAdapter.build(unet, "linear_attention", train_projections=False, select="mid_block").save_pretrained(saved)
     again = MixerAdapter.from_pretrained(saved, unet)
-    assert [site.level for site in again.sites] == ["mid_block"] and not again.train_projections
+    assert [site.group for site in again.sites] == ["mid_block"] and not again.train_projections
 
 
 def test_a_source_that_is_no_directory_and_no_repository(unet, tmp_path) -> None:
@@ -131,7 +132,8 @@ class Hub:
     """A Hub in a folder, behind the two calls that are made."""
 
     def __init__(self, folder: Path, error: Exception | None = None) -> None:
-        self.folder, self.error = folder, error
+        self.folder = folder
+        self.error = error
 
     def __call__(self, token: str | None) -> Hub:
         return self
@@ -155,15 +157,15 @@ def test_what_is_pushed_is_what_is_loaded(unet, run, tmp_path, monkeypatch) -> N
     assert adapter.push_to_hub("somebody/adapter") == "https://huggingface.co/somebody/adapter"
     assert sorted(path.name for path in (tmp_path / "somebody/adapter").iterdir()) == [DESCRIPTION, WEIGHTS]
     with adapter.mounted():
-        wanted = run(unet)
+        expected = run(unet)
     with MixerAdapter.from_pretrained("somebody/adapter", unet).mounted():
-        assert torch.equal(run(unet), wanted)
+        assert torch.equal(run(unet), expected)
 
 
 @pytest.mark.parametrize(
     ("repo_id", "error", "kind", "message"),
     [
-        ("a/b/c", None, ValueError, "no id of a Hub repository"),
+        ("a/b/c", None, ValueError, "not a valid id of a Hub repository"),
         ("a/b", LocalTokenNotFoundError("no token"), ConnectionError, "not uploaded to a/b: no token"),
         ("a/b", OSError("no route"), ConnectionError, "hf auth login"),
     ],
@@ -172,3 +174,25 @@ def test_what_cannot_be_pushed_is_one_clear_error(unet, tmp_path, monkeypatch, r
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path, error))
     with pytest.raises(kind, match=message):
         MixerAdapter.build(unet, "linfusion").push_to_hub(repo_id)
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save_linfusion"])
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_files(
+    unet: UNet2DConditionModel, save: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion")
+    getattr(adapter, save)(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def fail_to_write(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail_to_write)
+    with pytest.raises(OSError, match="No space left on device"):
+        getattr(adapter, save)(tmp_path)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,4 +1,4 @@
-"""Mixers that read in two dimensions are told the image's size, per call; hybrids are softmax below some tokens."""
+"""Mixers that scan an image get its size with each call; hybrids are softmax attention below `min_tokens`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def noise(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, int, to
 
 
 def test_a_column_scan_is_a_raster_scan_of_the_image_turned(unet) -> None:
-    """Told the right grid at every call, whatever the size; each site sees (height, width) of its own level."""
+    """The grid is right at every call, whatever the size; each site sees (height, width) of its own level."""
     column = MixerAdapter.build(unet, "linear_attention", train_projections=False, **TWO_D)
     raster = MixerAdapter.build(unet, "linear_attention", train_projections=False, causality="causal")
     for height, width in ((8, 10), (12, 6), (8, 10)):
         with torch.no_grad():
             for site in column.sites:
-                with capture_inputs(unet, site.name) as seen, column.mounted():
+                with capture_inputs(unet, site.name) as inputs, column.mounted():
                     unet(*noise(height, width))
-                x = seen[0]
+                x = inputs[0]
                 grid = (height, width) if x.shape[1] == height * width else (height // 2, width // 2)
                 attn = unet.get_submodule(site.name)
-                turned = x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
-                expected = raster.mixers[site.name](turned, projections=attn)
+                transposed = x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+                expected = raster.mixers[site.name](transposed, projections=attn)
                 got = column.mixers[site.name](x, grid=grid, projections=attn)
                 back = expected.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2)
                 torch.testing.assert_close(got, back)
@@ -44,11 +44,11 @@ def capture_inputs(unet, name):
 
     @contextmanager
     def hooked():
-        seen = []
+        inputs = []
         attn = unet.get_submodule(name)
-        handle = attn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        handle = attn.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
         try:
-            yield seen
+            yield inputs
         finally:
             handle.remove()
 
@@ -56,7 +56,7 @@ def capture_inputs(unet, name):
 
 
 def test_two_sizes_before_one_backward_under_gradient_checkpointing(unet) -> None:
-    """The recomputation is told the grid of its own forward, not of the last one."""
+    """The recomputation gets the grid of its own forward, not of the last one."""
     adapter = MixerAdapter.build(unet, "linear_attention", **TWO_D).mount()
     gradients = {}
     for checkpointing in (False, True):
@@ -90,7 +90,7 @@ def test_nobody_else_sees_the_grid(unet, caplog) -> None:
 
 @pytest.mark.parametrize("train_projections", [True, False])
 def test_softmax_below_min_tokens(unet, train, train_projections) -> None:
-    """Below it the teacher to the last bit, whatever was trained; from it on the mixer; nothing is remembered."""
+    """Below it the teacher bit-identically, whatever was trained; from it on the mixer; nothing is remembered."""
     adapter = MixerAdapter.build(unet, "linfusion", min_tokens=20, train_projections=train_projections)
     with torch.no_grad():
         base = {size: unet(*noise(*size)).sample for size in ((4, 4), (8, 10))}

@@ -30,7 +30,7 @@ def adapter(unet) -> MixerAdapter:
 
 
 def first(adapter: MixerAdapter) -> Attention:
-    return adapter.unet.get_submodule(adapter.sites[0].name)
+    return adapter.model.get_submodule(adapter.sites[0].name)
 
 
 CHANGES = {
@@ -44,30 +44,33 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_mixer_survives_a_change_of_processors(adapter, run, change) -> None:
-    unet, base = adapter.unet, run(adapter.unet)
-    mounted = run(adapter.mount().unet)
+    unet = adapter.model
+    base = run(adapter.model)
+    mounted = run(adapter.mount().model)
     change(unet)
     torch.testing.assert_close(run(unet), mounted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mounted, base, atol=1e-5)
-    chosen = unet.attn_processors
+    processors = unet.attn_processors
     adapter.unmount()
-    assert unet.attn_processors == chosen
+    assert unet.attn_processors == processors
     torch.testing.assert_close(run(unet), base, rtol=1e-4, atol=1e-5)
 
 
 def test_fusing_projections_is_undone_before_unmounting(adapter, run) -> None:
-    unet, base = adapter.unet, run(adapter.unet)
-    mounted = run(adapter.mount().unet)
+    unet = adapter.model
+    base = run(adapter.model)
+    mounted = run(adapter.mount().model)
     unet.fuse_qkv_projections()
     torch.testing.assert_close(run(unet), mounted)
     with pytest.raises(RuntimeError, match="unfuse_qkv_projections"):
         adapter.unmount()
     unet.unfuse_qkv_projections()
-    assert torch.equal(run(adapter.unmount().unet), base)
+    assert torch.equal(run(adapter.unmount().model), base)
 
 
 def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
-    attn, x = first(adapter.mount()), torch.randn(2, 6, 8)
+    attn = first(adapter.mount())
+    x = torch.randn(2, 6, 8)
     free = attn(x)
     for keep in (torch.ones(2, 1, 6, dtype=torch.bool), torch.zeros(2, 1, 6)):
         assert torch.equal(attn(x, attention_mask=keep), free)
@@ -78,7 +81,9 @@ def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
 
 
 def test_cross_attention_falls_back_to_the_nominal_processor(adapter) -> None:
-    attn, x, other = first(adapter), torch.randn(2, 6, 8), torch.randn(2, 3, 8)
+    attn = first(adapter)
+    x = torch.randn(2, 6, 8)
+    other = torch.randn(2, 3, 8)
     stock = attn(x, encoder_hidden_states=other)
     adapter.mount()
     assert torch.equal(attn(x, encoder_hidden_states=other), stock)
@@ -99,8 +104,10 @@ def test_a_processor_that_a_mixer_would_ignore_is_refused(adapter) -> None:
 
 def test_the_layer_keeps_its_contract(unet) -> None:
     adapter = MixerAdapter.build(unet, "softmax", select="mid_block")
-    attn, x = first(adapter), torch.randn(2, 16, 3, 5)
-    attn.residual_connection, attn.rescale_output_factor = True, 2.0
+    attn = first(adapter)
+    x = torch.randn(2, 16, 3, 5)
+    attn.residual_connection = True
+    attn.rescale_output_factor = 2.0
     attn.group_norm = torch.nn.GroupNorm(4, 16)
     torch.nn.init.normal_(attn.group_norm.weight)
     stock = attn(x)
@@ -111,7 +118,8 @@ def test_the_layer_keeps_its_contract(unet) -> None:
 @pytest.mark.parametrize("kind", [PAGIdentitySelfAttnProcessor2_0, PAGCFGIdentitySelfAttnProcessor2_0])
 def test_perturbed_attention_guidance(unet, kind) -> None:
     adapter = MixerAdapter.build(unet, "softmax")
-    attn, x = first(adapter), torch.randn(6, 6, 8)
+    attn = first(adapter)
+    x = torch.randn(6, 6, 8)
     plain = attn(x)
     attn.processor = kind()
     stock = attn(x)
@@ -128,7 +136,8 @@ def lora(unet, seed: int = 5) -> None:
 
 def test_lora_before_and_after_mounting_is_the_same(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
-    base, plain = run(unet), run(adapter.mount().unet)
+    base = run(unet)
+    plain = run(adapter.mount().model)
     lora(unet)
     after = run(unet)
     assert not torch.allclose(after, plain, atol=1e-5)
@@ -164,7 +173,7 @@ def test_a_fused_lora_is_refused(unet, run) -> None:
 
 def test_weights_on_meta_are_refused(adapter) -> None:
     site = adapter.sites[-1]
-    adapter.unet.get_submodule(site.name).to("meta")
+    adapter.model.get_submodule(site.name).to("meta")
     with pytest.raises(RuntimeError, match=rf"cannot mount: weights of {site.name} are on the meta device"):
         adapter.mount()
     assert not adapter.is_mounted and type(first(adapter)) is Attention
@@ -173,8 +182,12 @@ def test_weights_on_meta_are_refused(adapter) -> None:
 def test_layers_that_are_not_stock_are_refused(unet) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
     attn = first(adapter)
-    attn.norm_q = torch.nn.LayerNorm(4)
-    with pytest.raises(ValueError, match="has norm_q, which a mixer would skip"):
+    attn.norm_q = torch.nn.LayerNorm(8)
+    with pytest.raises(ValueError, match="has norm_q across heads"):
+        adapter.mount()
+    attn.norm_q = None
+    attn.add_k_proj = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="has add_k_proj, which a mixer would skip"):
         adapter.mount()
     attn.__class__ = type("Theirs", (Attention,), {})
     with pytest.raises(RuntimeError, match="is a Theirs, not diffusers' own"):
@@ -184,13 +197,14 @@ def test_layers_that_are_not_stock_are_refused(unet) -> None:
 def test_user_hooks_on_the_layer_still_run(adapter, run) -> None:
     calls = []
     first(adapter).register_forward_hook(lambda *_: calls.append(1))
-    run(adapter.mount().unet)
-    run(adapter.unmount().unet)
+    run(adapter.mount().model)
+    run(adapter.unmount().model)
     assert len(calls) == 2
 
 
 def test_compiled_unets_see_the_mixer(adapter, run) -> None:
-    unet, base = adapter.unet, run(adapter.unet)
+    unet = adapter.model
+    base = run(adapter.model)
     attn = first(adapter)
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
     x = torch.randn(1, 6, 8)

@@ -12,39 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mixers import list_mixers
+from tests.unet_adapters.linfusion_files import load_weights, module, publish
 from unet_adapters import MixerAdapter, find_sites
-from unet_adapters.linfusion import CONFIG, WEIGHTS, Module
+from unet_adapters.linfusion import CONFIG, DOWNLOADS, WEIGHTS, LinFusionModule
 
-WEIGHTS, HALF = WEIGHTS
-
-
-def module(d: int, mid: int | None) -> dict[str, Tensor]:
-    """Random tensors of one published module, written out by hand."""
-    shapes = dict.fromkeys(["to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"], (d, d))
-    shapes["to_out.0.bias"] = (d,)
-    m = mid or d
-    for net in ("to_q_", "to_k_") if mid != -1 else ():
-        shapes |= {f"{net}.0.weight": (m, d), f"{net}.0.bias": (m,), f"{net}.1.weight": (m,), f"{net}.1.bias": (m,)}
-        shapes |= {f"{net}.3.weight": (d, m), f"{net}.3.bias": (d,)}
-    return {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
-
-
-def publish(folder: Path, unet: UNet2DConditionModel, mids: list[int | None]) -> Path:
-    """A folder as their `save_pretrained` writes it; modules in their order, which is up to the list."""
-    chosen = list(zip(reversed(find_sites(unet)), mids, strict=True))
-    entries = [
-        {"dim_n": s.dim, "heads": s.heads, "module_name": s.name, "projection_mid_dim": mid} for s, mid in chosen
-    ]
-    tensors = {f"{i}.{k}": t for i, (s, mid) in enumerate(chosen) for k, t in module(s.dim, mid).items()}
-    folder.mkdir()
-    config = {"_class_name": "LinFusion", "_diffusers_version": "0.30.0", "modules_list": entries}
-    (folder / CONFIG).write_text(json.dumps(config))
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
+HALF = "diffusion_pytorch_model.fp16.safetensors"
 
 
 @pytest.fixture
@@ -52,15 +28,12 @@ def published(unet, tmp_path) -> Path:
     return publish(tmp_path / "published", unet, [None, -1, 5, 8])
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    return load(path.read_bytes())  # a copy: tests write over the file, which must not be mapped then
-
-
 class Theirs:
     """The published computation as a processor, from the file's tensors; shares nothing with our mixers."""
 
     def __init__(self, heads: int, tensors: dict[str, Tensor]):
-        self.heads, self.t = heads, tensors
+        self.heads = heads
+        self.t = tensors
 
     def net(self, name: str, x: Tensor) -> Tensor:
         if f"{name}.0.weight" not in self.t:
@@ -70,7 +43,8 @@ class Theirs:
         return F.linear(F.leaky_relu(y), self.t[f"{name}.3.weight"], self.t[f"{name}.3.bias"])
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        x, n = hidden_states, hidden_states.shape[1]
+        x = hidden_states
+        n = hidden_states.shape[1]
         q = F.linear(x + self.net("to_q_", x), self.t["to_q.weight"])
         k = F.linear(x + self.net("to_k_", x), self.t["to_k.weight"])
         v = F.linear(x, self.t["to_v.weight"])
@@ -82,7 +56,8 @@ class Theirs:
 
 
 def theirs(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
-    copy, tensors = deepcopy(unet), load_weights(folder / WEIGHTS)
+    copy = deepcopy(unet)
+    tensors = load_weights(folder / WEIGHTS)
     for i, entry in enumerate(json.loads((folder / CONFIG).read_text())["modules_list"]):
         own = {name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}
         copy.get_submodule(entry["module_name"]).processor = Theirs(entry["heads"], own)
@@ -103,7 +78,8 @@ def test_the_numerics_are_theirs(unet, run, published) -> None:
 def test_the_numerics_are_theirs_for_every_form(unet, run, tmp_path, mid) -> None:
     """-1 is not plain linear attention on their projections: their Identity makes it to_q(x + x)."""
     published = publish(tmp_path / "published", unet, [mid] * 4)
-    adapter, reference = MixerAdapter.from_linfusion(published, unet), run(theirs(unet, published))
+    adapter = MixerAdapter.from_linfusion(published, unet)
+    reference = run(theirs(unet, published))
     assert all(bool(list(mixer.parameters())) == (mid != -1) for mixer in adapter.mixers.values())
     with adapter.mounted():
         assert (run(unet) - reference).abs().max() <= 1e-5
@@ -117,7 +93,8 @@ def test_published_ours_published_is_bitwise(unet, published, tmp_path) -> None:
     before, after = (
         {e["module_name"]: (i, e) for i, e in enumerate(modules(f))} for f in (published, tmp_path / "again")
     )
-    old, new = load_weights(published / WEIGHTS), load_weights(tmp_path / "again" / WEIGHTS)
+    old = load_weights(published / WEIGHTS)
+    new = load_weights(tmp_path / "again" / WEIGHTS)
     assert before.keys() == after.keys() and len(old) == len(new)
     for name, (i, entry) in after.items():
         j, published_entry = before[name]
@@ -146,7 +123,9 @@ PLAIN = {"mixer_name": "linear_attention", "eps": 1e-4}  # the published form wi
     ids=str,
 )
 def test_ours_published_ours_is_bitwise(unet, run, train, tmp_path, options) -> None:
-    adapter = MixerAdapter.build(unet, **{"mixer_name": "linfusion", **options})
+    adapter = MixerAdapter.build(
+        unet, options.get("mixer_name", "linfusion"), **{k: v for k, v in options.items() if k != "mixer_name"}
+    )
     if list(adapter.student.parameters()):
         train(adapter)
     with torch.no_grad(), adapter.mounted():
@@ -184,22 +163,22 @@ def test_half_precision_files(unet, published) -> None:
     (published / WEIGHTS).unlink()
     adapter = MixerAdapter.from_linfusion(published, unet)
     name = modules(published)[0]["module_name"]
-    found = adapter.parameters_by_name()[f"{name}.to_q.weight"]
-    assert found.dtype == torch.float32 and torch.equal(found, full["0.to_q.weight"].half().float())
+    weight = adapter.parameters_by_name()[f"{name}.to_q.weight"]
+    assert weight.dtype == torch.float32 and torch.equal(weight, full["0.to_q.weight"].half().float())
     unet.to(torch.bfloat16)
     assert {p.dtype for p in MixerAdapter.from_linfusion(published, unet).student.parameters()} == {torch.bfloat16}
 
 
 def test_a_hub_id(unet, published, monkeypatch) -> None:
-    asked = []
+    requests = []
 
     def download(repository: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, allow_patterns))
+        requests.append((repository, allow_patterns))
         return str(published)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(MixerAdapter.from_linfusion("Yuanshi/LinFusion-1-5", unet).sites) == 4
-    assert asked == [("Yuanshi/LinFusion-1-5", [CONFIG, WEIGHTS, HALF])]
+    assert requests == [("Yuanshi/LinFusion-1-5", DOWNLOADS)]
 
 
 def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
@@ -267,7 +246,7 @@ DAMAGE = {
     "config truncated": (cut(CONFIG, 0.5), "is not JSON"),
     "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), "is not JSON"),
     "config too deep": (lambda folder: (folder / CONFIG).write_text("[" * 200_000), "is not JSON"),
-    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"), "describes nothing of diffusers"),
+    "config a list": (lambda folder: (folder / CONFIG).write_text("[]"), "describes no diffusers model"),
     "another class": (
         change_config(lambda c: c.update(_class_name="UNet2DConditionModel")),
         "describes UNet2DConditionModel, expected _class_name 'LinFusion'",
@@ -292,8 +271,10 @@ DAMAGE = {
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 @torch.no_grad()
 def test_damage_is_one_sentence_and_the_unet_is_as_before(unet, run, weights, published, damage, message) -> None:
-    base, before = run(unet), weights(unet)
-    objects, kinds = dict(unet.named_parameters()), {name: type(m) for name, m in unet.named_modules()}
+    base = run(unet)
+    before = weights(unet)
+    objects = dict(unet.named_parameters())
+    kinds = {name: type(m) for name, m in unet.named_modules()}
     damage(published)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         MixerAdapter.from_linfusion(published, unet)
@@ -306,7 +287,7 @@ def test_damage_is_one_sentence_and_the_unet_is_as_before(unet, run, weights, pu
 
 def test_a_file_for_another_unet_says_for_which(unet, tmp_path) -> None:
     """Only the config is looked at before this is said: the weights need not be there."""
-    from unet_adapters.profiles import PROFILES
+    from unet_adapters.hosts.unet_profiles import PROFILES
 
     named = {profile.name: profile for profile in PROFILES}
     for name, other in (("SD-2.1", "SD-1.5 inpainting"), ("SD-1.5", "SDXL base"), ("SDXL base", "SD-1.5")):
@@ -340,7 +321,7 @@ def test_a_unet_that_is_mounted_already_is_refused(unet, published) -> None:
 def test_projections_that_the_format_has_not(unet, published, tmp_path) -> None:
     attn = unet.get_submodule(find_sites(unet)[0].name)
     attn.to_q.bias = torch.nn.Parameter(torch.zeros(8))
-    sentence = "to_q of the UNet has bias and weight; in the LinFusion format it has weight"
+    sentence = "to_q of the model has bias and weight; in the LinFusion format it has weight"
     with pytest.raises(ValueError, match=sentence):
         MixerAdapter.from_linfusion(published, unet)
     with pytest.raises(ValueError, match=sentence):
@@ -356,7 +337,7 @@ def test_projections_that_the_format_has_not(unet, published, tmp_path) -> None:
         ("linfusion", {"feature_map": "relu"}, r"feature_map='relu' \(it has 'elu_plus_one'\)"),
         ("linfusion", {"gate": True}, r"gate=True \(it has False\)"),
         ("linfusion", {"min_tokens": 9}, "min_tokens=9"),
-        ("linear_attention", {}, r"no place for eps=1e-06 \(it has 0.0001\)"),
+        ("linear_attention", {}, r"cannot express eps=1e-06 \(it has 0.0001\)"),
     ],
 )
 def test_what_the_format_has_no_place_for(unet, tmp_path, mixer, options, reason) -> None:
@@ -387,6 +368,6 @@ def test_a_fused_lora_is_refused(unet, tmp_path) -> None:
 
 def test_a_module_has_seventeen_tensors_or_five() -> None:
     for mid, count in ((None, 17), (7, 17), (-1, 5)):
-        parts = Module("x", 8, 2, mid).parts(3)
+        parts = LinFusionModule("x", 8, 2, mid).tensors(3)
         expected = {f"3.{name}": tuple(tensor.shape) for name, tensor in module(8, mid).items()}
         assert {part.published: part.shape for part in parts} == expected and len(parts) == count

@@ -15,16 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unet_adapters.pipelines import (
-    MIXERS,
-    assert_same_model,
-    fingerprint,
-    image_prompt,
-    load_ip_adapter,
-    load_lora,
-    make,
-    run,
-)
+from tests.unet_adapters.comparisons import assert_same_model, fingerprint
+from tests.unet_adapters.pipelines import MIXERS, image_prompt, load_ip_adapter, load_lora, make, run
 
 # What can be in force, the first value being the stock one. An operation puts one of the values in force.
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -166,13 +158,14 @@ def test_the_order_of_operations_does_not_matter(mixer, operations, order) -> No
 
     world.undo(order)
     then, base = stock()
-    now, made = fingerprint(world.pipe.unet), world.run()
+    now = fingerprint(world.pipe.unet)
+    output = world.run()
     if world.rounded:  # as stock: unfusing takes the LoRA off the weights again, up to rounding
-        torch.testing.assert_close(made, base, rtol=0, atol=1e-4)
+        torch.testing.assert_close(output, base, rtol=0, atol=1e-4)
         torch.testing.assert_close(now["weights"], then["weights"], rtol=0, atol=1e-5)
         now["weights"] = then["weights"]
     else:
-        assert torch.equal(made, base)
+        assert torch.equal(output, base)
     assert_same_model(now, then)
 
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 import accelerate
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
-    DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPAGPipeline,
-    UNet2DConditionModel,
-    UNetMotionModel,
 )
 from diffusers.hooks import HookRegistry
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig
-from torch import Tensor
 
+from tests.unet_adapters.comparisons import assert_same_model, close, fingerprint, mounted_layers
 from tests.unet_adapters.pipelines import (
     CHANGES,
     MIXERS,
     PIPELINES,
-    assert_same_model,
     column_scan,
     component,
-    fingerprint,
     linfusion,
     load_ip_adapter,
     load_lora,
@@ -37,18 +28,9 @@ from tests.unet_adapters.pipelines import (
     noise,
     run,
 )
-from unet_adapters import MixerAdapter, load_unet
-from unet_adapters.attention import MixerAttention
+from unet_adapters import MixerAdapter
 
 every_mixer = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
-
-
-def close(left: Tensor, right: Tensor, atol: float = 1e-4) -> bool:
-    return left.shape == right.shape and torch.allclose(left, right, rtol=0, atol=atol)
-
-
-def mounted_layers(unet: Any) -> list[str]:
-    return [name for name, module in unet.named_modules() if isinstance(module, MixerAttention)]
 
 
 @every_mixer
@@ -56,7 +38,8 @@ def mounted_layers(unet: Any) -> list[str]:
 def test_pipelines(name, mixer) -> None:
     """The mixers are in force; what they do is exactly undone; only the UNet's own self-attention is touched."""
     pipe = make(name)
-    then, base = fingerprint(pipe.unet), run(pipe, name)
+    then = fingerprint(pipe.unet)
+    base = run(pipe, name)
     adapter = mixer(pipe).mount()
     mounted = run(pipe, name)
     assert mounted.isfinite().all() and not close(mounted, base, 1e-2)
@@ -79,7 +62,8 @@ GUIDES = {
 
 @pytest.mark.parametrize(("name", "off"), GUIDES.items())
 def test_guides_act_on_a_mounted_unet(name, off) -> None:
-    pipe, plain = make(name), make()
+    pipe = make(name)
+    plain = make()
     for host in (pipe, plain):
         linfusion(host).mount()
     assert close(run(pipe, name, **off), run(plain))
@@ -104,7 +88,8 @@ def test_from_pipe_shares_the_mounted_unet(mixer) -> None:
     base = run(pipe)
     adapter = mixer(pipe).mount()
     for kind, name in ((StableDiffusionImg2ImgPipeline, "img2img"), (StableDiffusionPAGPipeline, "PAG")):
-        other, fresh = kind.from_pipe(pipe), make(name)
+        other = kind.from_pipe(pipe)
+        fresh = make(name)
         assert other.unet is pipe.unet
         with mixer(fresh).mounted():
             assert torch.equal(run(other, name), run(fresh, name))
@@ -119,7 +104,8 @@ CASES += [("SDXL", "linfusion", change) for change in ("LoRA", "IP-Adapter with 
 @pytest.mark.parametrize(("name", "mixer", "change"), CASES)
 def test_before_and_after_mounting_is_the_same(name, mixer, change) -> None:
     pipe, change = make(name), CHANGES[change]
-    then, base = fingerprint(pipe.unet), run(pipe, name)
+    then = fingerprint(pipe.unet)
+    base = run(pipe, name)
     adapter = MIXERS[mixer](pipe).mount()
     plain = run(pipe, name)
 
@@ -182,7 +168,8 @@ def test_a_lora_that_is_fused_and_unloaded_before_mounting_is_part_of_the_teache
 
 @every_mixer
 def test_a_dtype_before_and_after_mounting(mixer) -> None:
-    first, second = make(), make()
+    first = make()
+    second = make()
     adapters = mixer(first).mount(), mixer(second)
     plain = run(first)
     for pipe in (first, second):
@@ -236,7 +223,7 @@ def test_sequential_offload(mixer) -> None:
             act()
     assert torch.equal(run(pipe), base) and not mounted_layers(pipe.unet)
     pipe.remove_all_hooks()
-    accelerate.cpu_offload(adapter.mount().unet, execution_device="cpu")
+    accelerate.cpu_offload(adapter.mount().model, execution_device="cpu")
     assert close(run(pipe), mounted)
 
 
@@ -279,8 +266,10 @@ def test_layerwise_casting() -> None:
 @torch.no_grad()
 def test_compiled_before_mounting() -> None:
     """What was compiled sees mounting and unmounting, and the hooks that tell the grid."""
-    unet, inputs = component("unet"), (noise(1, 4, 8, 12), 7, noise(1, 3, 8))
-    adapter, base = column_scan(unet), unet(*inputs).sample
+    unet = component("unet")
+    inputs = (noise(1, 4, 8, 12), 7, noise(1, 3, 8))
+    adapter = column_scan(unet)
+    base = unet(*inputs).sample
     with adapter.mounted():
         mounted = unet(*inputs).sample
     unet.mid_block.attentions[0].compile(backend="eager", fullgraph=True)
@@ -288,72 +277,6 @@ def test_compiled_before_mounting() -> None:
     with adapter.mounted():
         assert close(unet(*inputs).sample, mounted)
     assert close(unet(*inputs).sample, base) and not close(mounted, base, 1e-2)
-
-
-COPIES = {
-    "ControlNetModel.from_unet": lambda unet: ControlNetModel.from_unet(unet),
-    "UNetMotionModel.from_unet2d": lambda unet: UNetMotionModel.from_unet2d(unet, component("motion")),
-}
-
-
-@every_mixer
-@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
-def test_strict_copies_of_a_mounted_unet_fail_aloud(mixer, copy) -> None:
-    pipe = make()
-    adapter = mixer(pipe).mount()
-    mounted = run(pipe)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*attn1\._extra_state"):
-        copy(pipe.unet)
-    with adapter.unmounted():
-        copy(pipe.unet)
-    assert torch.equal(run(pipe), mounted)
-
-
-def test_ema_of_a_mounted_unet_and_of_the_student(tmp_path) -> None:
-    pipe = make()
-    adapter = linfusion(pipe).mount()
-    mounted = run(pipe)
-    settings = {"model_cls": UNet2DConditionModel, "model_config": pipe.unet.config}
-    with pytest.raises(RuntimeError, match="shape"):
-        EMAModel(pipe.unet.parameters(), **settings).save_pretrained(tmp_path)
-    with adapter.unmounted():
-        EMAModel(pipe.unet.parameters(), **settings).save_pretrained(tmp_path)
-    average = EMAModel(adapter.student.parameters())  # what one wants: the teacher does not change
-    adapter.student.apply(lambda module: [parameter.data.zero_() for parameter in module.parameters()])
-    average.copy_to(adapter.student.parameters())
-    assert torch.equal(run(pipe), mounted)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["text-to-image", "AnimateDiff", "ControlNet"])
-@every_mixer
-def test_a_mounted_model_that_was_saved(name, mixer, tmp_path) -> None:
-    """Our loader mounts it again; diffusers' makes it softmax attention, with a warning only."""
-    pipe = make(name)
-    base = run(pipe, name)
-    part = "controlnet" if name == "ControlNet" else "unet"
-    model = getattr(pipe, part)
-    mixer(model).mount()
-    mounted = run(pipe, name)
-    model.save_pretrained(tmp_path)
-    again = load_unet(tmp_path)
-    assert type(again.unet) is type(model)
-    setattr(pipe, part, again.unet)
-    assert torch.equal(run(pipe, name), mounted)
-    setattr(pipe, part, type(model).from_pretrained(tmp_path))
-    plain = run(pipe, name)
-    assert not mounted_layers(getattr(pipe, part)) and not close(plain, mounted, 1e-3)
-    assert close(plain, base) == (mixer is column_scan)  # the student's projections are in the file
-
-
-def test_a_saved_pipeline_takes_the_unet_of_our_loader(tmp_path) -> None:
-    pipe = make()
-    linfusion(pipe).mount()
-    mounted = run(pipe)
-    pipe.save_pretrained(tmp_path)
-    adapter = load_unet(tmp_path / "unet")
-    again = DiffusionPipeline.from_pretrained(tmp_path, unet=adapter.unet, safety_checker=None)
-    assert torch.equal(run(again), mounted)
 
 
 @every_mixer
@@ -372,20 +295,12 @@ def test_self_attention_guidance_is_refused(mixer) -> None:
         run(sag, sag_scale=1.0)
 
 
-def test_a_lora_on_a_mixer_is_not_saved(tmp_path) -> None:
-    adapter = MixerAdapter.build(component("unet"), "linfusion").mount()
-    adapter.unet.add_adapter(LoraConfig(r=2, target_modules="all-linear"), "style")
-    with pytest.raises(RuntimeError, match=r"cannot save: a LoRA is on .*mixer"):
-        adapter.save_pretrained(tmp_path)
-    adapter.unet.delete_adapters("style")
-    adapter.unet.unload_lora()
-    adapter.save_pretrained(tmp_path)
-
-
 @every_mixer
 @torch.no_grad()
 def test_a_mask_that_hides_tokens_is_refused(mixer) -> None:
-    unet, inputs, mask = component("unet"), (noise(1, 4, 8, 12), 7, noise(1, 3, 8)), torch.ones(1, 96)
+    unet = component("unet")
+    inputs = (noise(1, 4, 8, 12), 7, noise(1, 3, 8))
+    mask = torch.ones(1, 96)
     with mixer(unet).mounted(), pytest.raises(ValueError, match="hides tokens"):
         unet(*inputs, attention_mask=mask.index_fill(1, torch.tensor([3]), 0))
 

@@ -1,22 +1,23 @@
-"""Large images: progressive generation, a plan of memory before the work, and an autoencoder in tiles."""
+"""Large images: progressive generation, a memory plan before the work, and an autoencoder in tiles."""
 
-from unet_adapters.highres.denoise import Control
-from unet_adapters.highres.generate import Request, Result, generate
-from unet_adapters.highres.plan import Plan, TooLittleMemory, make_plan
+from unet_adapters.highres.autoencoder import Tiling, decode_tiled, encode_tiled
+from unet_adapters.highres.denoising import ControlNetCondition
+from unet_adapters.highres.generation import generate
+from unet_adapters.highres.plan import InsufficientMemoryError, MemoryPlan, plan_memory
+from unet_adapters.highres.request import GenerationRequest, GenerationResult
 from unet_adapters.highres.savings import SAVINGS, save_memory
-from unet_adapters.highres.vae import Tiling, decode, encode
 
 __all__ = [
     "SAVINGS",
-    "Control",
-    "Plan",
-    "Request",
-    "Result",
+    "ControlNetCondition",
+    "GenerationRequest",
+    "GenerationResult",
+    "InsufficientMemoryError",
+    "MemoryPlan",
     "Tiling",
-    "TooLittleMemory",
-    "decode",
-    "encode",
+    "decode_tiled",
+    "encode_tiled",
     "generate",
-    "make_plan",
+    "plan_memory",
     "save_memory",
 ]

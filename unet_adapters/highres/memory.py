@@ -1,7 +1,8 @@
-"""How much memory a computation needs at its peak, found without doing it."""
+"""Estimate the peak memory of a computation without performing it."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,129 +18,137 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors alive that were made inside, and the most there ever were.
+class AllocationCounter(TorchDispatchMode):
+    """Counts the live bytes of tensors created inside, their peak, and floating-point operations.
 
-    On fake tensors, which have shapes and no data, it tells what a computation would need that fills a machine, in
-    seconds. What a library allocates for itself inside an operator is not seen, but for convolutions on a CPU: oneDNN
-    copies their input and their weights into layouts of its own (measured with torch 2.13: to within 5 %).
+    With fake tensors, which have shapes and no data, it takes seconds for a computation that would fill a machine.
+    Memory that a library allocates inside an operator is not visible, except for convolutions on a CPU: oneDNN copies
+    their input and weights into its own layouts (measured with torch 2.13: accurate within 5 %).
 
     Attributes:
-        on_cpu: whether convolutions make these copies.
-        alive: bytes now.
-        peaks: the most bytes so far while each module was at work itself, by name; "" is outside of all.
-        tensors: elements of the largest tensor that each made, likewise.
+        on_cpu: whether to count the copies of convolutions.
+        live_bytes: bytes alive now.
+        module_peaks: peak bytes while each module itself was running, by name; "" is outside of all modules.
+        module_tensors: elements of the largest tensor that each module created, by name.
         flops: floating-point operations of matrix products and convolutions.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
         super().__init__()
         self.on_cpu = on_cpu
-        self.alive = self.flops = 0
-        self.peaks: dict[str, int] = {}
-        self.tensors: dict[str, int] = {}
-        self._at_work = [""]
-        self._known: set[int] = set()
+        self.live_bytes = 0
+        self.flops = 0
+        self.module_peaks: dict[str, int] = {}
+        self.module_tensors: dict[str, int] = {}
+        self._running = [""]
+        self._storages: set[int] = set()
 
     @property
-    def peak(self) -> int:
-        """The most bytes so far."""
-        return max(self.peaks.values(), default=0)
+    def peak_bytes(self) -> int:
+        """Peak of the live bytes so far."""
+        return max(self.module_peaks.values(), default=0)
 
     @property
-    def largest(self) -> int:
-        """Elements of the largest tensor that was made so far."""
-        return max(self.tensors.values(), default=0)
+    def largest_tensor(self) -> int:
+        """Elements of the largest tensor created so far."""
+        return max(self.module_tensors.values(), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # half of all calls
             return args[0].fake_device
         kwargs = kwargs or {}
-        self._see((args, kwargs), ours=False)  # weights and inputs were there before
+        self._register((args, kwargs), created=False)  # weights and inputs existed before
         result = func(*args, **kwargs)
-        self._see(result, ours=True)
+        self._register(result, created=True)
         if self.on_cpu and func is torch.ops.aten.convolution.default:
-            self._note(self.peaks, self.alive + args[0].nbytes + args[1].nbytes)
+            self._record(self.module_peaks, self.live_bytes + args[0].nbytes + args[1].nbytes)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
         return result
 
-    def _see(self, tree: Any, ours: bool) -> None:
+    def _register(self, tree: Any, created: bool) -> None:
         for tensor in (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes() if ours else 0
-            if key not in self._known:
-                self._known.add(key)
-                weakref.finalize(storage, self._free, key, size)
-                self.alive += size
-                self._note(self.peaks, self.alive)
-                self._note(self.tensors, size // tensor.element_size())
+            key = storage._cdata
+            size = storage.nbytes() if created else 0
+            if key not in self._storages:
+                self._storages.add(key)
+                weakref.finalize(storage, self._release, key, size)
+                self.live_bytes += size
+                self._record(self.module_peaks, self.live_bytes)
+                self._record(self.module_tensors, size // tensor.element_size())
 
-    def _note(self, most: dict[str, int], size: int) -> None:
-        most[self._at_work[-1]] = max(most.get(self._at_work[-1], 0), size)
+    def _record(self, maxima: dict[str, int], value: int) -> None:
+        module = self._running[-1]
+        maxima[module] = max(maxima.get(module, 0), value)
 
     @contextmanager
     def by_module(self, network: nn.Module) -> Iterator[None]:
-        """Inside, peaks are kept for each module of `network`."""
+        """Attribute peaks to each module of `network` inside."""
         hooks = []
         for name, module in network.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._at_work.append(name)))
-            hooks.append(module.register_forward_hook(lambda *_: (self._at_work.pop(), None)[1], always_call=True))
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
+            hooks.append(module.register_forward_hook(lambda *_: (self._running.pop(), None)[1], always_call=True))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
+    def _release(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.live_bytes -= size
 
 
 @torch.no_grad()
-def foresee(
+def estimate_memory(
     run: Callable[..., Any],
     network: nn.Module,
     *inputs: tuple[tuple[int, ...], torch.dtype],
     device: torch.device,
     on_cpu: bool | None = None,
-) -> Allocations:
-    """What `run(*tensors)` would allocate for tensors of these shapes and dtypes; nothing is computed.
+) -> AllocationCounter:
+    """Count what `run(*tensors)` would allocate for tensors of these shapes and dtypes, without computing it.
 
     Args:
-        network: whose weights `run` uses.
-        on_cpu: whether a CPU will do the work, whose convolutions copy; None: as `device` says.
+        run: the computation.
+        network: the network whose weights `run` uses.
+        *inputs: (shape, dtype) of each tensor.
+        device: where the tensors are.
+        on_cpu: whether the computation will run on a CPU, whose convolutions copy; None: as `device` says.
 
-    Cost: some seconds for a UNet, the more the more blocks of tokens its mixers go through.
+    Cost: some seconds for a UNet; more for mixers that loop over more blocks of tokens.
     """
-    counted, whole = Allocations(device.type == "cpu" if on_cpu is None else on_cpu), nn.Module()
-    whole.network, whole.forward = network, run
+    counter = AllocationCounter(device.type == "cpu" if on_cpu is None else on_cpu)
+    whole = nn.Module()
+    whole.network = network
+    whole.forward = run
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weights: dict[str, Tensor] = {
             f"network.{name}": mode.from_tensor(weight) for name, weight in network.named_parameters()
         }
         tensors = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs)
-        with counted, one_of_each(network, counted), counted.by_module(network):
+        with counter, reuse_identical_blocks(network, counter), counter.by_module(network):
             result = torch.func.functional_call(whole, weights, tensors)
         del result
-    return counted
+    return counter
 
 
 @contextmanager
-def one_of_each(network: nn.Module, counted: Allocations) -> Iterator[None]:
-    """Transformer blocks that follow one that is alike are not gone through inside: they need what that one needed."""
-    lists = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    stacks = [m for m in lists if isinstance(m[0], BasicTransformerBlock) and _all_alike(m)]
+def reuse_identical_blocks(network: nn.Module, counter: AllocationCounter) -> Iterator[None]:
+    """Run only the first of identical transformer blocks inside; the others reuse its measurement."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    stacks = [blocks for blocks in lists if isinstance(blocks[0], BasicTransformerBlock) and _all_identical(blocks)]
     hooks = []
     try:
         for first, *others in stacks:
             flops = [0]
             hooks += [
-                first.register_forward_pre_hook(lambda *_, flops=flops: flops.__setitem__(0, counted.flops)),
-                first.register_forward_hook(lambda *_, flops=flops: flops.__setitem__(0, counted.flops - flops[0])),
+                first.register_forward_pre_hook(lambda *_, flops=flops: flops.__setitem__(0, counter.flops)),
+                first.register_forward_hook(lambda *_, flops=flops: flops.__setitem__(0, counter.flops - flops[0])),
             ]
             for other in others:
-                other.forward = partial(_instead, counted, flops)
+                other.forward = partial(_reuse_measurement, counter, flops)
         yield
     finally:
         for hook in hooks:
@@ -149,15 +158,30 @@ def one_of_each(network: nn.Module, counted: Allocations) -> Iterator[None]:
                 other.__dict__.pop("forward", None)
 
 
-def _instead(counted: Allocations, flops: list[int], x: Tensor, *_: Any, **__: Any) -> Tensor:
-    counted.flops += flops[0]
+def format_bytes(count: int, *, round_up: bool = False) -> str:
+    """Format bytes with three digits and a binary unit.
+
+    Args:
+        count: bytes.
+        round_up: round upwards, so that a budget copied from the text is enough.
+    """
+    power = min(4, int(math.log(max(count, 1), 1024)))
+    value = count / 1024**power
+    places = max(0, 2 - int(math.log10(max(value, 1))))
+    value = math.ceil(value * 10**places) / 10**places if round_up else round(value, places)
+    return f"{value:.{places}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _reuse_measurement(counter: AllocationCounter, flops: list[int], x: Tensor, *_: Any, **__: Any) -> Tensor:
+    counter.flops += flops[0]
     return torch.empty_like(x)
 
 
-def _all_alike(stack: nn.ModuleList) -> bool:
-    """Whether modules are made of the same parts, to the shape of every weight."""
-    kinds = {
-        (*((n, type(m)) for n, m in module.named_modules()), *((n, p.shape) for n, p in module.named_parameters()))
-        for module in stack
-    }
+def _all_identical(blocks: nn.ModuleList) -> bool:
+    """Return whether all blocks have the same modules and the same shapes of weights."""
+    kinds = set()
+    for block in blocks:
+        modules = tuple((name, type(module)) for name, module in block.named_modules())
+        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        kinds.add((modules, shapes))
     return len(kinds) == 1

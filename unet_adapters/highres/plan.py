@@ -1,279 +1,196 @@
-"""What a large image will need, before the work: memory and time of every stage, and the savings that make it fit."""
+"""The memory plan of a large image: what every stage needs, and the savings with which it fits a budget."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from unet_adapters.highres import vae as autoencoder
-from unet_adapters.highres.ladder import STRENGTHS, Size, Stage, ladder, shown
-from unet_adapters.highres.memory import Allocations, foresee
-from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS, save_memory
-from unet_adapters.highres.vae import Tiling
+from unet_adapters.highres.autoencoder import Tiling
+from unet_adapters.highres.estimates import MemoryEstimator
+from unet_adapters.highres.memory import format_bytes
+from unet_adapters.highres.pipeline import native_size, size_multiple
+from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS
+from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
+from unet_adapters.highres.stages import (
+    DEFAULT_STRENGTHS,
+    ImageSize,
+    ProgressiveStage,
+    format_size,
+    progressive_stages,
+)
+from unet_adapters.text_to_image import check_text_to_image
 
-LOOKED_AT = 8192
-"""Latent places of an image up to which a UNet's call is gone through one operation after the other."""
-
-LEAST_CHUNK = 512  # tokens: smaller parts of smaller images only take time
-
-LARGEST = 2**31 - 1
-"""Elements of a tensor from which on kernels with 32-bit offsets go wrong, silently."""
+MAX_TENSOR_ELEMENTS = 2**31 - 1
+"""Kernels with 32-bit offsets silently compute wrong results on tensors with more elements."""
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """What one stage will need.
+class StageEstimate:
+    """What one stage needs.
 
     Attributes:
         stage: its size and strength.
-        steps: calls of the scheduler.
-        denoising, decoding: bytes at the peak, the model's weights included.
-        largest: elements of the largest tensor.
-        flops: of all its steps; matrix products and convolutions.
-        seconds: at the rate that was handed over; None without one.
+        steps: scheduler steps; second-order schedulers count both halves.
+        denoising_bytes, decoding_bytes: peak bytes, the model's weights included.
+        largest_tensor: elements of the largest tensor.
+        flops: floating-point operations of all steps; matrix products and convolutions.
+        seconds: at the given throughput; None without one.
     """
 
-    stage: Stage
+    stage: ProgressiveStage
     steps: int
-    denoising: int
-    decoding: int
-    largest: int
+    denoising_bytes: int
+    decoding_bytes: int
+    largest_tensor: int
     flops: int
     seconds: float | None
 
     @property
-    def peak(self) -> int:
-        """Bytes at the stage's peak."""
-        return max(self.denoising, self.decoding)
+    def peak_bytes(self) -> int:
+        """Peak bytes of the stage."""
+        return max(self.denoising_bytes, self.decoding_bytes)
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """How an image will be made.
 
     Attributes:
-        stages: what each needs, with these savings.
-        savings: those in force, see `savings`.
-        tiling: of the autoencoder.
-        chunk_tokens: of feed-forward layers, where these are saved on.
+        stages: what each stage needs with these savings.
+        savings: those in use, some of `SAVINGS`.
+        tiling: that of the autoencoder.
+        chunk_tokens: tokens that feed-forward layers process at a time, with the saving `feed_forward`.
     """
 
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StageEstimate, ...]
     savings: tuple[str, ...]
     tiling: Tiling
     chunk_tokens: int = CHUNK_TOKENS
 
     @property
-    def peak(self) -> int:
-        """Bytes at the peak of all stages."""
-        return max(stage.peak for stage in self.stages)
+    def peak_bytes(self) -> int:
+        """Peak bytes of all stages."""
+        return max(stage.peak_bytes for stage in self.stages)
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages."""
+        """Seconds of all stages; None without a throughput."""
         times = [stage.seconds for stage in self.stages]
         return None if None in times else sum(t for t in times if t is not None)
 
 
-class TooLittleMemory(ValueError):
-    """No way to make the image fits the budget."""
+class SavingsLevel(NamedTuple):
+    """One of the combinations of savings that a plan can use."""
+
+    savings: tuple[str, ...]
+    tiling: Tiling
 
 
-def make_plan(
+class InsufficientMemoryError(ValueError):
+    """The image does not fit the budget, even with every saving."""
+
+
+def plan_memory(
     pipe: Any,
-    size: Size,
+    size: ImageSize,
     *,
-    budget: int | None = None,
-    base: int | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    memory_budget: int | None = None,
+    base_size: int | None = None,
+    strengths: Sequence[float] = DEFAULT_STRENGTHS,
     steps: int = 50,
     guidance: float = 7.5,
-    rate: float | None = None,
+    throughput: float | None = None,
     direct: bool = False,
     device: str | torch.device | None = None,
-) -> Plan:
-    """Choose the fewest savings with which an image fits, and say what it needs.
+) -> MemoryPlan:
+    """Choose the fewest savings with which an image fits the budget, and estimate what it needs.
 
     Args:
-        pipe: a Stable Diffusion pipeline, with what is mounted in it.
+        pipe: a Stable Diffusion pipeline, with its mixer mounted.
         size: (height, width) in pixels.
-        budget: bytes that may be used, the model's weights included; None: as many as it takes.
-        base: side of the images that the model was trained on; None asks its UNet.
-        strengths, steps, guidance: as of `generate`.
-        rate: floating-point operations a second, see `measure_rate`; without it no time is told.
-        direct: denoise at the full size from noise, without stages.
-        device: that the work will be done on; None: where the pipeline is. A GPU that is not at hand is reckoned as a
-            CPU's blocks of tokens are, which need what fused kernels need; and skip connections can wait on the CPU.
+        memory_budget: bytes that may be used, the model's weights included; None: no limit.
+        base_size: side of the images that the model was trained on, in pixels; None: from the UNet's config.
+        strengths, steps, guidance: as in `generate`.
+        throughput: floating-point operations per second; without it the plan contains no time.
+        direct: denoise from noise at the full size, without stages.
+        device: where the image will be made; None: where the pipeline is. A GPU need not be present: the plan then uses
+            the CPU path's block size of mixers, which needs as much memory as fused kernels do.
 
     Raises:
-        TooLittleMemory: not even all savings are enough; the message says what is.
-        ValueError: a size that the model cannot have, or tensors beyond LARGEST whatever is saved.
+        InsufficientMemoryError: If not even all savings are enough; the message names the smallest sufficient budget.
+        ValueError: If the pipeline is no text-to-image pipeline, its scheduler cannot start from an image, the model
+            cannot have this size, or a tensor exceeds MAX_TENSOR_ELEMENTS with every saving.
     """
-    unit = latent_unit(pipe)
-    stages = ladder(size, base or native_side(pipe), unit, strengths)
-    stages = (Stage(size, 1.0),) if direct else stages
-    place = torch.device(device or pipe.unet.device)
-    foresight, choices = _Foresight(pipe, steps, guidance, rate, place), _choices(place)
+    check_text_to_image(pipe)
+    stages = progressive_stages(size, base_size or native_size(pipe), size_multiple(pipe), strengths)
+    if direct:
+        stages = (ProgressiveStage(size, 1.0),)
+    check_scheduler(pipe.scheduler, steps, [stage.strength for stage in stages])
+    target = torch.device(device or pipe.unet.device)
+    estimator = MemoryEstimator(pipe, guidance, target)
 
-    def fits(choice: Choice) -> bool:
-        last = foresight.stage(stages[-1], *choice)  # the largest: what fits there fits everywhere
-        return last.largest <= LARGEST and (budget is None or last.peak <= budget)
+    def estimate(stage: ProgressiveStage, level: SavingsLevel) -> StageEstimate:
+        return _estimate_stage(estimator, stage, level, steps, throughput)
 
-    found = bisect_left(choices, True, key=fits)  # each choice takes less than the one before
-    if found < len(choices):
-        return Plan(tuple(foresight.stage(stage, *choices[found]) for stage in stages), *choices[found])
-    least = foresight.stage(stages[-1], *choices[-1])
-    asked = f"An image of {shown(size)} pixels"
-    if least.largest > LARGEST:
-        raise ValueError(
-            f"{asked} cannot be made: with every saving a tensor has {least.largest:,} elements, and kernels that "
-            f"count in 32 bits go wrong beyond {LARGEST:,}. Make it smaller."
+    def fits(level: SavingsLevel) -> bool:
+        last = estimate(stages[-1], level)  # the largest stage: if it fits, all fit
+        within_budget = memory_budget is None or last.peak_bytes <= memory_budget
+        return last.largest_tensor <= MAX_TENSOR_ELEMENTS and within_budget
+
+    levels = savings_levels(target)
+    index = bisect_left(levels, True, key=fits)  # every level needs less than the one before
+    if index < len(levels):
+        level = levels[index]
+        return MemoryPlan(tuple(estimate(stage, level) for stage in stages), level.savings, level.tiling)
+    raise _refusal(size, estimate(stages[-1], levels[-1]), memory_budget)
+
+
+def savings_levels(device: torch.device) -> list[SavingsLevel]:
+    """Return the combinations of savings for `device`, the fastest first, each in less memory than the one before."""
+    savings = SAVINGS if device.type != "cpu" else tuple(name for name in SAVINGS if name != "skips")
+    default = Tiling()
+    levels = [SavingsLevel(savings[:count], default) for count in range(1, len(savings) + 1)]
+    for tile in (64, 32):
+        tiling = replace(default, tile=tile, overview=tile, whole_middle=128 * 128)
+        levels.append(SavingsLevel(savings, tiling))
+    return levels
+
+
+def _estimate_stage(
+    estimator: MemoryEstimator,
+    stage: ProgressiveStage,
+    level: SavingsLevel,
+    steps: int,
+    throughput: float | None,
+) -> StageEstimate:
+    schedule = DenoisingSchedule.create(estimator.pipe.scheduler, steps, stage.strength, "cpu")
+    call = estimator.unet_call(stage.size, level.savings)
+    calls_per_step = estimator.batch if "guidance" in level.savings else 1
+    flops = len(schedule.timesteps) * call.flops * calls_per_step
+    return StageEstimate(
+        stage=stage,
+        steps=len(schedule.timesteps),
+        denoising_bytes=estimator.weight_bytes + call.peak_bytes,
+        decoding_bytes=estimator.weight_bytes + estimator.decoding_bytes(stage.size, level.tiling),
+        largest_tensor=call.largest_tensor,
+        flops=flops,
+        seconds=None if throughput is None else flops / throughput,
+    )
+
+
+def _refusal(size: ImageSize, least: StageEstimate, memory_budget: int | None) -> ValueError:
+    """Return the error for an image that does not fit with every saving."""
+    image = f"An image of {format_size(size)} pixels"
+    if least.largest_tensor > MAX_TENSOR_ELEMENTS:
+        return ValueError(
+            f"{image} cannot be made: even with every saving a tensor has {least.largest_tensor:,} elements, and "
+            f"kernels with 32-bit offsets fail beyond {MAX_TENSOR_ELEMENTS:,}. Choose a smaller size."
         )
-    raise TooLittleMemory(
-        f"{asked} does not fit in {told(budget or 0)}: with every saving it needs {told(least.peak, up=True)}. Give it "
-        "that much, or make it smaller."
+    return InsufficientMemoryError(
+        f"{image} does not fit in {format_bytes(memory_budget or 0)}: with every saving it needs "
+        f"{format_bytes(least.peak_bytes, round_up=True)}. Allow that much, or choose a smaller size."
     )
-
-
-Choice = tuple[tuple[str, ...], Tiling]
-
-
-def _choices(device: torch.device) -> list[Choice]:
-    """Savings and tilings, the fastest first, each in less memory than the one before."""
-    of_use = SAVINGS if device.type != "cpu" else tuple(name for name in SAVINGS if name != "skips")
-    plain = Tiling()
-    found = [(of_use[:n], plain) for n in range(1, len(of_use) + 1)]
-    smaller = [replace(plain, tile=tile, overview=tile, whole_middle=128 * 128) for tile in (64, 32)]
-    return [*found, *((of_use, tiling) for tiling in smaller)]
-
-
-class _Foresight:
-    """What stages need; what was found once is not looked for again."""
-
-    def __init__(self, pipe: Any, steps: int, guidance: float, rate: float | None, place: torch.device) -> None:
-        self.pipe, self.steps, self.guidance, self.rate = pipe, steps, guidance, rate
-        self.weights, on_cpu = weight_bytes(pipe), place.type == "cpu"
-        self._look = cache(lambda size, savings, chunk: _look(pipe, size, savings, chunk, guidance, on_cpu))
-        self._decoding = cache(lambda size, tiling: foresee_decoding(pipe, size, tiling, on_cpu).peak)
-
-    def stage(self, stage: Stage, savings: tuple[str, ...], tiling: Tiling) -> StagePlan:
-        """One stage with these savings."""
-        runs = max(1, self.steps - min(self.steps - 1, round(self.steps * (1 - stage.strength))))
-        step = self.step(stage.size, savings)
-        flops = runs * step.flops * (2 if self.guidance != 1 and "guidance" in savings else 1)
-        decoding = self.weights + self._decoding(stage.size, tiling)
-        seconds = None if self.rate is None else flops / self.rate
-        return StagePlan(stage, runs, self.weights + step.peak, decoding, step.largest, flops, seconds)
-
-    def step(self, size: Size, savings: tuple[str, ...]) -> Foreseen:
-        """One call of the UNet; see `foresee_step`."""
-        times = size[0] * size[1] / (LOOKED_AT * pixels_a_place(self.pipe) ** 2)
-        if times <= 1:
-            found = self._look(size, savings, CHUNK_TOKENS)
-            return Foreseen(found.peak, found.largest, found.flops)
-        unit, chunk = latent_unit(self.pipe), max(LEAST_CHUNK, CHUNK_TOKENS >> int(math.log2(times)))
-        shrunk = ((times * part) ** 0.5 for part in (1, 2))
-        far, near = (tuple(max(unit, round(side / by / unit) * unit) for side in size) for by in shrunk)
-        (x, a), (y, b) = ((s[0] * s[1], self._look(s, savings, chunk)) for s in (far, near))
-        share = (size[0] * size[1] - y) / (y - x)
-
-        def line(u: int, v: int) -> int:
-            return round(v + (v - u) * share)
-
-        # A module each: where a small image has its peak, a large one need not have it.
-        peak = max(line(a.peaks[name], b.peaks[name]) for name in b.peaks)
-        largest = max(line(a.tensors[name], b.tensors[name]) for name in b.tensors)
-        return Foreseen(peak, largest, line(a.flops, b.flops))
-
-
-def foresee_step(pipe: Any, size: Size, savings: Sequence[str], guidance: float) -> Foreseen:
-    """One call of the UNet for an image of `size`, as `denoise` will make it.
-
-    Beyond LOOKED_AT places it is the straight line through two smaller sizes, for every module its own, with parts of
-    feed-forward layers that are as much smaller: mixers go over their tokens in blocks, and a million blocks take their
-    time even where nothing is computed. With a mixer all of it is linear in the places; under softmax attention the
-    operations are not, and are too few here.
-    """
-    return _Foresight(pipe, 1, guidance, None, pipe.unet.device).step(size, tuple(savings))
-
-
-class Foreseen(NamedTuple):
-    """What a call needs: bytes at the peak, elements of the largest tensor, operations."""
-
-    peak: int
-    largest: int
-    flops: int
-
-
-def _look(pipe: Any, size: Size, savings: Sequence[str], chunk: int, guidance: float, on_cpu: bool) -> Allocations:
-    unet, batch = pipe.unet, 1 if guidance == 1 or "guidance" in savings else 2
-    height, width = (side // pixels_a_place(pipe) for side in size)
-    shapes: dict[str, tuple[int, ...]] = {"latents": (batch, unet.config.in_channels, height, width)}
-    shapes["text"] = (batch, 77, unet.config.cross_attention_dim)
-    pooled = getattr(unet.config, "projection_class_embeddings_input_dim", None)
-    if unet.config.addition_embed_type == "text_time":
-        ids = 6 * unet.config.addition_time_embed_dim
-        shapes |= {"pooled": (batch, pooled - ids), "time_ids": (batch, 6)}
-
-    def run(*tensors: Tensor) -> Tensor:
-        told = dict(zip(shapes, tensors, strict=True))
-        added = {}
-        if "pooled" in told:
-            added = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": told["time_ids"]}}
-        result: Tensor = unet(told["latents"], torch.tensor(500), told["text"], return_dict=False, **added)[0]
-        return result
-
-    with save_memory(unet, savings, chunk, pretend=True):
-        inputs = [(shape, unet.dtype) for shape in shapes.values()]
-        return foresee(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)
-
-
-def foresee_decoding(pipe: Any, size: Size, tiling: Tiling, on_cpu: bool | None = None) -> Allocations:
-    """Decoding an image of `size` in tiles: the largest of the middle block, the overview and a tile.
-
-    Args:
-        on_cpu: whether a CPU will do it; None: if the autoencoder is there.
-    """
-    vae, factor = pipe.vae, pixels_a_place(pipe)
-    latents = (1, vae.config.latent_channels, *(side // factor for side in size))
-    dtype = next(vae.parameters()).dtype
-    return foresee(
-        lambda z: autoencoder.rehearse(vae, z, tiling), vae, (latents, dtype), device=vae.device, on_cpu=on_cpu
-    )
-
-
-def weight_bytes(pipe: Any) -> int:
-    """Bytes of all weights of a pipeline."""
-    networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-
-
-def native_side(pipe: Any) -> int:
-    """The side, in pixels, of the images that the model was trained on, as its UNet's config says."""
-    return int(pipe.unet.config.sample_size) * pixels_a_place(pipe)
-
-
-def pixels_a_place(pipe: Any) -> int:
-    """Pixels along one side of a latent place."""
-    return int(pipe.vae_scale_factor)
-
-
-def latent_unit(pipe: Any) -> int:
-    """Sides are multiples of this many pixels, so that every level of the UNet halves without rounding."""
-    return pixels_a_place(pipe) << (len(pipe.unet.config.block_out_channels) - 1)
-
-
-def told(count: int, *, up: bool = False) -> str:
-    """Bytes as people read them; with `up`, rounded upwards, so that a budget copied from it is enough."""
-    power = min(4, int(math.log(max(count, 1), 1024)))
-    value = count / 1024**power
-    places = max(0, 2 - int(math.log10(max(value, 1))))
-    value = math.ceil(value * 10**places) / 10**places if up else round(value, places)
-    return f"{value:.{places}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,7 +1,8 @@
-"""An image in tiles: where they lie, what of them counts, and how they are put together again."""
+"""An image in tiles: where the tiles lie, which part of each counts, and how they are assembled."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,13 +11,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Span:
-    """A tile along one axis, in places of a grid of `total`.
+class TileSpan:
+    """A tile along one axis, in latent pixels.
 
     Attributes:
-        start, stop: what is computed: the core and a halo, whose outer part sees the tile's edge and is thrown away.
-        core: (start, stop) of the places that are this tile's own; those of all tiles make up the axis.
-        blend: (before, after): how many places beyond each end of the core, and as many inside, fade into the next.
+        start, stop: the computed range: the core plus a halo. The outer part of the halo is discarded, because its
+            convolutions see the tile's edge.
+        core: (start, stop) of the tile's own range; the cores of all tiles partition the axis.
+        blend: (before, after): how far, on both sides of each end of the core, the tile fades into its neighbor.
     """
 
     start: int
@@ -24,10 +26,15 @@ class Span:
     core: tuple[int, int]
     blend: tuple[int, int]
 
-    def weights(self, factor: int) -> tuple[int, int, Tensor]:
-        """(start, stop, weights) of what goes on the canvas, `factor` pixels a place; weights of all tiles sum to 1."""
-        before, after = (n * factor for n in self.blend)
-        start, stop = self.core[0] * factor - before, self.core[1] * factor + after
+    def blend_weights(self, factor: int) -> tuple[int, int, Tensor]:
+        """Return (start, stop, weights) of the tile's contribution to the image; the weights of all tiles sum to 1.
+
+        Args:
+            factor: image pixels per latent pixel; the result is in image pixels.
+        """
+        before, after = (width * factor for width in self.blend)
+        start = self.core[0] * factor - before
+        stop = self.core[1] * factor + after
         weights = torch.ones(stop - start)
         if before:
             weights[: 2 * before] *= _ramp(2 * before)
@@ -40,44 +47,57 @@ def _ramp(width: int) -> Tensor:
     return (torch.arange(width) + 0.5) / width
 
 
-def spans(total: int, tile: int, margin: int, blend: int) -> list[Span]:
-    """Cover `total` places by tiles with cores of `tile`, or a little fewer so that all are alike.
+def split_into_tiles(total: int, tile: int, margin: int, blend: int) -> list[TileSpan]:
+    """Split an axis of `total` latent pixels into tiles of equal size, up to rounding.
 
     Args:
-        margin: places of halo that are thrown away; where the axis ends there is none.
-        blend: places beyond a core that fade into the neighbour's.
+        tile: upper limit of a core's size.
+        margin: width of the discarded halo; there is none at the ends of the axis.
+        blend: how far a tile reaches into its neighbor's core to fade into it.
     """
-    count = -(-total // tile)
-    edges = [round(i * total / count) for i in range(count + 1)]
-    found = []
-    for a, b in pairwise(edges):
-        fade = (blend if a > 0 else 0, blend if b < total else 0)
-        found.append(Span(max(0, a - margin - fade[0]), min(total, b + margin + fade[1]), (a, b), fade))
-    return found
+    return list(_tiles(total, -(-total // tile), margin, blend))
 
 
-class Canvas:
-    """An image of uint8 on the CPU that tiles are added to, row of tiles by row of tiles.
+def _tiles(total: int, count: int, margin: int, blend: int) -> Iterator[TileSpan]:
+    edges = [round(index * total / count) for index in range(count + 1)]
+    for start, stop in pairwise(edges):
+        before = blend if start > 0 else 0
+        after = blend if stop < total else 0
+        yield TileSpan(
+            max(0, start - margin - before), min(total, stop + margin + after), (start, stop), (before, after)
+        )
 
-    Memory: the image, height · width · 3 bytes, and in float32 the rows that are not finished.
+
+class ImageCanvas:
+    """A uint8 image on the CPU that is assembled from rows of tiles, from top to bottom.
+
+    Memory: height · width · 3 bytes, plus float32 for the rows that are not complete yet.
     """
 
     def __init__(self, height: int, width: int) -> None:
         self.pixels = torch.empty(height, width, 3, dtype=torch.uint8)
-        self._open = torch.zeros(0, width, 3)
-        self._done = 0
+        self._pending = torch.zeros(0, width, 3)
+        self._completed_rows = 0
 
     def add(self, pixels: Tensor, rows: tuple[int, int, Tensor], columns: tuple[int, int, Tensor]) -> None:
-        """Add a tile's pixels (3, h, w) in [-1, 1] with the weights of its rows and columns."""
-        (top, bottom, down), (left, right, across) = rows, columns
-        missing = bottom - self._done - len(self._open)
-        if missing > 0:
-            self._open = torch.cat([self._open, self._open.new_zeros(missing, *self._open.shape[1:])])
-        weighted = pixels.permute(1, 2, 0) * (down[:, None] * across)[..., None]
-        self._open[top - self._done : bottom - self._done, left:right] += weighted
+        """Add a tile.
 
-    def finish(self, until: int) -> None:
-        """No tile will touch the rows before `until` again: they become uint8."""
-        ready, self._open = self._open[: until - self._done], self._open[until - self._done :].clone()
-        self.pixels[self._done : until] = ((ready.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        self._done = until
+        Args:
+            pixels: (3, h, w) with values in [-1, 1].
+            rows, columns: (start, stop, weights) from `TileSpan.blend_weights`.
+        """
+        top, bottom, row_weights = rows
+        left, right, column_weights = columns
+        missing = bottom - self._completed_rows - len(self._pending)
+        if missing > 0:
+            self._pending = torch.cat([self._pending, self._pending.new_zeros(missing, *self._pending.shape[1:])])
+        weighted = pixels.permute(1, 2, 0) * (row_weights[:, None] * column_weights)[..., None]
+        self._pending[top - self._completed_rows : bottom - self._completed_rows, left:right] += weighted
+
+    def complete_rows(self, until: int) -> None:
+        """Convert all rows before `until` to uint8; no later tile may touch them."""
+        count = until - self._completed_rows
+        complete = self._pending[:count]
+        self._pending = self._pending[count:].clone()
+        self.pixels[self._completed_rows : until] = ((complete.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        self._completed_rows = until

@@ -30,7 +30,6 @@ from experiments.data.scenes.catalogue import (
 from experiments.data.scenes.scene import Placement, Scene
 from experiments.data.scenes.words import count_phrase, count_word
 
-
 T = TypeVar("T")
 
 
@@ -168,8 +167,11 @@ def shapes(context: SceneContext) -> Scene:
     first, second = _named_shape(context, background), _named_shape(context, background)
     few = 0 if count == 1 or first == second else max(1, count // 3)
     boxes = layout.scatter(context.rng, count, context.canvas)
-    phrases = [count_phrase(number, f"{color} {shape}") for number, (shape, color) in
-               ((count - few, first), (few, second)) if number]
+    phrases = [
+        count_phrase(number, f"{color} {shape}")
+        for number, (shape, color) in ((count - few, first), (few, second))
+        if number
+    ]
     kinds = [first] * (count - few) + [second] * few
     placements = [
         Placement(shape_drawing(shape, SHAPE_COLORS[color]), *box)

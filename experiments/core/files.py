@@ -1,0 +1,65 @@
+"""Text and JSON files that are replaced as a whole, and hashes of files.
+
+Built on `mixers.files.atomic_path`; `unet_adapters.files` does the same for safetensors files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mixers.files import atomic_path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it survives a power failure whole, or stays as it was before.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    with atomic_path(path, durable=True) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically: a reader sees the old file or the new one."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; returns an empty one if the file is missing, damaged or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def folder_state(source: str) -> str:
+    """Return a hash of the names, sizes and modification times of a file or a folder's files; "" if there is none.
+
+    A part of the key of caches in memory, so that they notice a model or data set that was replaced on disk.
+    """
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        return ""
+    states = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str | None:
+    """Return a file's SHA-256 as hexadecimal digits, or None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,103 @@
+"""Agreement of a student's predictions with its teacher's, by image size and shape."""
+
+from __future__ import annotations
+
+import torch
+
+from experiments.metrics.base import LinePlot, Metric, MetricRow, Quantity, register_metric
+from experiments.metrics.inputs.student import EvaluatedStudent
+
+RELATIVE_ERROR = "squared error to the teacher / the teacher's mean square"
+ERROR_RATIO = "squared error to the truth / the teacher's own"
+
+
+class FidelityRow(MetricRow):
+    """Errors at one size and split, as means over images, timesteps and elements.
+
+    Attributes:
+        size: the longer side in pixels.
+        error_by_image: `error_to_teacher` of every image alone, in a fixed order, for paired comparisons.
+    """
+
+    size: int
+    height: int
+    width: int
+    split: str
+    images: int
+    error_to_teacher: float
+    relative_error_to_teacher: float
+    error_to_truth: float
+    teacher_error_to_truth: float
+    error_ratio: float
+    error_by_image: tuple[float, ...] = ()
+
+
+@register_metric("fidelity")
+class Fidelity(Metric):
+    """Agreement of predictions with the teacher's on held-out and held-in images, by size and shape.
+
+    error_to_teacher: mean squared difference of the two predictions;
+    relative_error_to_teacher: that over the mean square of the teacher's prediction, so that 0 is the teacher and 1 is
+    as wrong as predicting zeros;
+    error_to_truth, teacher_error_to_truth: mean squared error against the true noise (or velocity);
+    error_ratio: the first of these over the second; 1 is as good as the teacher.
+
+    Costs a forward pass of the student for each size, timestep and batch of images.
+    """
+
+    title = "Error against resolution"
+    section_order = 0
+    row = FidelityRow
+    quantities = (
+        Quantity("error_to_teacher", "squared error to the teacher"),
+        Quantity("relative_error_to_teacher", RELATIVE_ERROR),
+        Quantity("error_to_truth", "squared error to the truth"),
+        Quantity("teacher_error_to_truth", "the teacher's squared error to the truth", better="neither"),
+        Quantity("error_ratio", ERROR_RATIO, perfect=1.0),
+    )
+    figures = (
+        LinePlot(
+            "size",
+            "relative_error_to_teacher",
+            "image side (px)",
+            "Squared error to the teacher on held-out images, relative to the mean square of the teacher's prediction. "
+            "A flat line carries over to resolutions that were not trained at; a rising one does not.",
+            marks_training_size=True,
+        ),
+        LinePlot(
+            "size",
+            "error_ratio",
+            "image side (px)",
+            "Squared error to the truth over the teacher's own, on held-out images; 1 is as good as the teacher.",
+            marks_training_size=True,
+        ),
+    )
+
+    def measure(self, student: EvaluatedStudent) -> list[MetricRow]:
+        """See `Metric.measure`."""
+        return [
+            self._row(student, height, width, split)
+            for split in student.splits
+            for height, width in student.plan.extents
+        ]
+
+    def _row(self, student: EvaluatedStudent, height: int, width: int, split: str) -> FidelityRow:
+        errors = student.prediction_errors(height, width, "held_in" if split == "held_in" else "held_out")
+        by_image = torch.stack([error.to_teacher for error in errors]).mean(0)
+        to_teacher = float(by_image.mean())
+        power = float(torch.stack([error.teacher_power for error in errors]).mean())
+        to_truth = float(torch.stack([error.to_truth for error in errors]).mean())
+        teacher_to_truth = float(torch.stack([error.teacher_to_truth for error in errors]).mean())
+        return FidelityRow(
+            size=max(height, width),
+            height=height,
+            width=width,
+            split=split,
+            images=len(by_image),
+            error_to_teacher=to_teacher,
+            relative_error_to_teacher=to_teacher / power,
+            error_to_truth=to_truth,
+            teacher_error_to_truth=teacher_to_truth,
+            error_ratio=to_truth / teacher_to_truth,
+            error_by_image=tuple(by_image.tolist()),
+        )

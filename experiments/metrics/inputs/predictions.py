@@ -1,0 +1,162 @@
+"""Predictions of a student and its teacher for the same noisy images, and their errors image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from experiments.config import EvaluationConfig
+from experiments.core.fingerprints import TensorVersions, weights_version
+from experiments.data import batch, open_dataset
+from experiments.distill.context import DistillationContext
+from experiments.distill.loss import autocast
+from experiments.teacher.teacher import Batch, Teacher
+from unet_adapters import MixerAdapter
+
+Split = Literal["held_out", "held_in"]
+SPLITS: tuple[Split, ...] = ("held_out", "held_in")
+HELD_IN_VARIATION = 2000
+"""Variation of held-in images: their objects are trained on, the very same rendering is not."""
+
+
+@dataclass(frozen=True)
+class PredictionErrors:
+    """Mean squared differences at one timestep, each (images,) in float64.
+
+    Attributes:
+        timestep: of the noise.
+        to_teacher: student against teacher.
+        teacher_power: the teacher's prediction against zero.
+        to_truth: student against the true noise (or velocity).
+        teacher_to_truth: teacher against it.
+    """
+
+    timestep: int
+    to_teacher: Tensor
+    teacher_power: Tensor
+    to_truth: Tensor
+    teacher_to_truth: Tensor
+
+
+class NoisyImages:
+    """Images of one size and split, encoded, with fixed noise for every timestep, and the teacher's predictions.
+
+    The predictions are computed once and kept for the next student: `images · timesteps` latents in memory.
+
+    Args:
+        teacher: its adapter must not be mounted while predictions are computed.
+        encoded: latents (n, c, h, w) and conditions.
+        noise_seed: of the noise; the timestep is added.
+        batch_size: images in one forward pass.
+    """
+
+    def __init__(self, teacher: Teacher, encoded: Batch, noise_seed: int, batch_size: int) -> None:
+        self._teacher = teacher
+        self._encoded = encoded
+        self._noise_seed = noise_seed
+        self._batch_size = batch_size
+        self._predictions: dict[int, Tensor] = {}
+        self._teacher_version: TensorVersions = ()
+
+    def __len__(self) -> int:
+        return len(self._encoded["latents"])
+
+    def first(self, count: int) -> NoisyImages:
+        """Return the first images alone, with the same noise."""
+        encoded = {name: value[:count] for name, value in self._encoded.items()}
+        return NoisyImages(self._teacher, encoded, self._noise_seed, self._batch_size)
+
+    def batches(self, timestep: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+        """Iterate over noisy latents (b, c, h, w), timesteps (b,) and conditions."""
+        latents = self._encoded["latents"]
+        noisy = self._teacher.scheduler.add_noise(latents, self._noise(timestep), self._steps(timestep))
+        for start in range(0, len(self), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            yield noisy[part], self._steps(timestep)[part], {n: value[part] for n, value in self._encoded.items()}
+
+    def target(self, timestep: int) -> Tensor:
+        """Return what a perfect model predicts: the true noise or velocity, (n, c, h, w)."""
+        return self._teacher.target(self._encoded["latents"], self._noise(timestep), self._steps(timestep))
+
+    @torch.no_grad()
+    def predict(self, timestep: int) -> Tensor:
+        """Predict with the UNet as it is mounted now, (n, c, h, w)."""
+        with autocast(self._teacher):
+            return torch.cat([self._teacher.predict(*parts) for parts in self.batches(timestep)])
+
+    def teacher_prediction(self, timestep: int) -> Tensor:
+        """Return the teacher's prediction; nothing may be mounted when it is asked for first."""
+        version = weights_version(self._teacher.unet)
+        if self._teacher_version != version:
+            self._predictions.clear()
+            self._teacher_version = version
+        if timestep not in self._predictions:
+            self._predictions[timestep] = self.predict(timestep)
+        return self._predictions[timestep]
+
+    def _steps(self, timestep: int) -> Tensor:
+        latents = self._encoded["latents"]
+        return torch.full((len(latents),), timestep, device=latents.device)
+
+    def _noise(self, timestep: int) -> Tensor:
+        latents = self._encoded["latents"]
+        generator = torch.Generator().manual_seed(1000 * self._noise_seed + timestep)
+        return torch.randn(latents.shape, generator=generator).to(latents)
+
+
+def prediction_errors(
+    images: NoisyImages, adapter: MixerAdapter, timesteps: tuple[int, ...]
+) -> tuple[PredictionErrors, ...]:
+    """Compare the student's predictions with the teacher's and with the truth, at each timestep."""
+    errors = []
+    for timestep in timesteps:
+        teacher = images.teacher_prediction(timestep)
+        with adapter.mounted():
+            student = images.predict(timestep)
+        target = images.target(timestep)
+        errors.append(
+            PredictionErrors(
+                timestep,
+                to_teacher=_mean_square(student, teacher),
+                teacher_power=_mean_square(teacher, 0),
+                to_truth=_mean_square(student, target),
+                teacher_to_truth=_mean_square(teacher, target),
+            )
+        )
+    return tuple(errors)
+
+
+@lru_cache(maxsize=8)
+@torch.no_grad()
+def noisy_images(
+    context: DistillationContext, data: str, height: int, width: int, split: Split, plan: EvaluationConfig, seed: int
+) -> NoisyImages:
+    """Encode the evaluation images of a split at a size; kept for the next student of the same seed.
+
+    Args:
+        context: the teacher and its data.
+        data: as in a grid; held-in images come from its training split.
+        height, width: in pixels.
+        split: "held_out" or "held_in".
+        plan: how many images, and the evaluation's own seed.
+        seed: of the student's training; every seed has noise of its own.
+    """
+    count = plan.images if split == "held_out" else plan.held_in_images
+    dataset = context.held_out if split == "held_out" else open_dataset(data, split="train")
+    indices = torch.linspace(0, len(dataset) - 1, count).long().tolist()
+    variations = [0 if split == "held_out" else HELD_IN_VARIATION] * count
+    parts = []
+    for start in range(0, count, plan.batch_size):
+        part = slice(start, start + plan.batch_size)
+        parts.append(context.teacher.encode(*batch(dataset, indices[part], (height, width), variations[part])))
+    encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return NoisyImages(context.teacher, encoded, plan.seed + seed, plan.batch_size)
+
+
+def _mean_square(a: Tensor, b: Tensor | int) -> Tensor:
+    return (a - b).double().square().flatten(1).mean(1).cpu()

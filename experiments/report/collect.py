@@ -1,0 +1,95 @@
+"""One CSV of every cell ever measured, appended run by run, as timm collects its results."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from pathlib import Path
+
+from experiments.core.files import write_text
+from experiments.report.run_files import CellRecord, RunRecord, load_run
+
+FACTS = ("grid", "cell", "variant", "label", "mixer", "causality", "normalization", "seed")
+RUN_FACTS = ("steps", "train_seconds", "seconds", "protocol", "commit", "device")
+FIDELITY = ("relative_error_to_teacher", "error_ratio")
+
+
+def append_cells(directory: Path, table: Path) -> int:
+    """Append the finished cells of a run that are not in the table yet; returns their number.
+
+    A cell is identified by its id, seed and protocol. Columns that the table does not have are added.
+
+    Raises:
+        ValueError: the folder is not a run's.
+        OSError: the table cannot be written.
+    """
+    run = load_run(directory)
+    columns, rows = _read_table(table)
+    present = {(row["cell"], row["seed"], row["protocol"]) for row in rows}
+    new_rows = [_row(run, cell) for cell in run.cells if cell.state == "done"]
+    new_rows = [row for row in new_rows if (row["cell"], row["seed"], row["protocol"]) not in present]
+    names = list(dict.fromkeys([*columns, *FACTS, *(name for row in new_rows for name in row)]))
+    lines = _LineBuffer()
+    writer = csv.DictWriter(lines, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*rows, *new_rows])
+    write_text(table, "".join(lines.parts))
+    return len(new_rows)
+
+
+class _LineBuffer:
+    """Collects what a CSV writer writes."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.parts.append(text)
+        return len(text)
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    if not path.is_file():
+        return [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)
+
+
+def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
+    variant = next(v for v in run.variants if v.name == cell.variant)
+    result = cell.result
+    assert result is not None and result.measurements is not None
+    facts = {
+        "grid": run.name,
+        "cell": cell.id,
+        "variant": variant.name,
+        "label": variant.label,
+        "mixer": variant.mixer,
+        "causality": variant.causality,
+        "normalization": variant.normalization,
+        "seed": result.seed,
+        "steps": result.steps,
+        "train_seconds": round(result.train_seconds, 1),
+        "seconds": round(result.seconds, 1),
+        "protocol": result.measurements.protocol,
+        "commit": _commit(),
+        "device": run.description.environment.get("device", ""),
+    }
+    errors = {
+        f"{name}, {row.height} × {row.width} px": repr(getattr(row, name))
+        for rows in (cell.fidelity, cell.shapes)
+        for row in rows.values()
+        for name in FIDELITY
+    }
+    return {name: str(value) for name, value in facts.items()} | errors
+
+
+def _commit() -> str:
+    """The short hash of the code's commit; empty outside a git checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

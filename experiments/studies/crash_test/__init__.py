@@ -1,0 +1,1 @@
+"""Does a training that is killed at any moment resume bit-identically?"""

@@ -1,0 +1,1 @@
+"""The largest image one machine can make, and how fast."""

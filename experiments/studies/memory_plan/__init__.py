@@ -1,0 +1,1 @@
+"""The memory estimate of a plan against the measured peak."""

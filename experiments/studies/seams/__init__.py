@@ -1,0 +1,1 @@
+"""Seams of tiled decoding against decoding in one piece."""

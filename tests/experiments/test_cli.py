@@ -1,0 +1,99 @@
+"""The command line: errors on stderr, exit codes of signals, and runs that can be continued."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.cli.app import clean_errors
+from experiments.cli.distill import describe_losses
+from experiments.core.signals import Interrupted, raise_on_sigterm
+
+TINY = (
+    "distillation.before=[]",
+    'distillation.objectives={"output": 1}',
+    "distillation.fit.steps=3",
+    "distillation.fit.batch_size=2",
+    "distillation.images=2",
+    "samples.prompts=[]",
+)
+SETTINGS = [word for setting in TINY for word in ("--set", setting)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", "no_such_recipe"],
+        ["distill", "embedded", "--set", "nothing"],
+        ["distill", "embedded", "--plugin", "missing.py"],
+        ["status", "nowhere"],
+        ["ablate", "no_such_grid"],
+    ],
+)
+def test_errors_go_to_stderr(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.strip().splitlines()) == 1
+    assert "error" not in result.stdout and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_gives_the_exit_code_of_shells(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = [number]
+
+    def describe_and_kill(*arguments: object) -> str:
+        if kills:
+            os.kill(os.getpid(), kills.pop())
+        return "a step"
+
+    command = ["distill", "embedded", "--out", str(tmp_path / "run"), *SETTINGS]
+    monkeypatch.setattr("experiments.cli.distill.describe_losses", describe_and_kill)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == code
+    assert "Stopped after step 2 of 3. Run the same command again to continue." in result.stderr
+    monkeypatch.setattr("experiments.cli.distill.describe_losses", describe_losses)
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted.\n"),
+        (Interrupted("Terminated.", signal.SIGTERM), 143, "Terminated.\n"),
+        (ValueError("a [bold] mistake"), 2, "error: a [bold] mistake\n"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_every_end_has_its_message_and_exit_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, clean_errors():
+        raise error
+    assert ended.value.exit_code == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_sigterm_raises_where_nothing_else_handles_it() -> None:
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        raise_on_sigterm()
+        with pytest.raises(Interrupted, match="Terminated") as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.value.exit_code == 143
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_a_plug_in_that_registers_nothing_is_refused(tmp_path: Path) -> None:
+    plugin = tmp_path / "empty.py"
+    plugin.write_text("x = 1\n")
+    result = CliRunner().invoke(app, ["distill", "embedded", "--plugin", str(plugin)])
+    assert result.exit_code == 2 and "registers nothing" in result.stderr

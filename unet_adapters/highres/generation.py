@@ -1,0 +1,232 @@
+"""The flow of a large image: prompt → base image → twice the size, denoised again, and so on → pixels.
+
+    conditions   the pipeline's own text encoders, once
+    stage 1      noise at the base size                      → denoise the whole schedule
+    stage n      the previous image, upscaled, noised again  → denoise the last `strength` of the schedule
+    pixels       decoded in tiles, to uint8 on the CPU
+
+Every stage denoises the whole image at once, so there are no patches and no seams. An attention that is linear in the
+number of pixels makes that affordable.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unet_adapters.highres.autoencoder import decode_tiled, encode_tiled
+from unet_adapters.highres.denoising import ClassifierFreeGuidance, ControlNetCondition, denoise
+from unet_adapters.highres.dilation import dilated_convolutions
+from unet_adapters.highres.pipeline import encode_prompts, native_size, size_multiple, uses_guidance, vae_scale_factor
+from unet_adapters.highres.plan import MemoryPlan, plan_memory
+from unet_adapters.highres.progress import PartCallback, StepCallback
+from unet_adapters.highres.request import GenerationRequest, GenerationResult
+from unet_adapters.highres.savings import save_memory
+from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
+from unet_adapters.highres.skip_residual import SkipResidual
+from unet_adapters.highres.stage_store import StageStore, stage_key
+from unet_adapters.highres.stages import ImageSize, ProgressiveStage, check_size, format_size, progressive_stages
+from unet_adapters.text_to_image import check_text_to_image
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    size: ImageSize,
+    *,
+    memory_budget: int | None = None,
+    plan: MemoryPlan | None = None,
+    image: Image.Image | None = None,
+    strength: float | None = None,
+    control: ControlNetCondition | None = None,
+    stage_dir: str | Path | None = None,
+    progress: PartCallback | None = None,
+    **options: Any,
+) -> GenerationResult:
+    """Generate one large image with an unmodified Stable Diffusion pipeline: SD-1.5, SD-2.1, SDXL or the embedded one.
+
+    Args:
+        pipe: the pipeline, with a linear mixer mounted in its UNet; softmax attention works up to its memory limit.
+        prompt: what the image shows.
+        size: (height, width) in pixels; multiples of `size_multiple(pipe)`.
+        memory_budget: bytes that may be used; savings are chosen so that the image fits. None: no limit.
+        plan: a plan made before, instead of a budget.
+        image: start from this image, in mode RGB. Without `strength` it is the result of the stage of its size, and the
+            later stages enlarge it (super-resolution); with `strength` it is resized to the first stage's size and
+            changed (image to image).
+        strength: share of the schedule that the first stage runs on `image`, above 0 and up to 1.
+        control: a ControlNet and its image, which is resized to every stage.
+        stage_dir: folder for the latents of finished stages, from which a run that was killed resumes.
+        progress: called as (part, completed, total).
+        **options: fields of `GenerationRequest`.
+
+    Returns:
+        The image and how it was made.
+
+    Raises:
+        InsufficientMemoryError: If the budget is too small; the message names the smallest sufficient one.
+        ValueError: If the model cannot have this size, or an option is invalid.
+    """
+    request = GenerationRequest(prompt=prompt, size=size, **options)
+    check_text_to_image(pipe)
+    if image is not None and image.mode != "RGB":
+        raise ValueError(f"image: expected mode RGB, got {image.mode}. Convert it first, 16-bit values to 8 bits.")
+    stages = _stages(pipe, request, image if strength is None else None)
+    check_scheduler(pipe.scheduler, request.steps, [stage.strength for stage in stages])
+    plan = plan or plan_request(pipe, request, memory_budget=memory_budget)
+    runner = _StageRunner(pipe, request, plan, control, progress)
+    store = StageStore(stage_dir, "" if stage_dir is None else runner.stage_key(image, strength))
+    latents, restored = store.load_latest(stages)
+    first = restored
+    if latents is None and image is not None:
+        latents = _encode_image(pipe, image, stages[0].size, plan)
+        first = 0 if strength is not None else 1
+    if strength is not None:
+        stages = (replace(stages[0], strength=strength), *stages[1:])
+    for number, stage in list(enumerate(stages))[first:]:
+        latents = runner.run(number, stage, latents)
+        store.save(stage, latents)
+    assert latents is not None
+    pixels = decode_tiled(pipe.vae, latents.to(pipe.unet.device), plan.tiling, runner.progress_of("pixels"))
+    return GenerationResult(pixels, request, stages, plan, restored)
+
+
+def plan_request(
+    pipe: Any,
+    request: GenerationRequest,
+    *,
+    memory_budget: int | None = None,
+    throughput: float | None = None,
+    device: str | torch.device | None = None,
+) -> MemoryPlan:
+    """Plan a request; see `plan_memory` for the other arguments, what is returned and what is raised."""
+    return plan_memory(
+        pipe,
+        request.size,
+        memory_budget=memory_budget,
+        base_size=request.base_size,
+        strengths=request.strengths,
+        steps=request.steps,
+        guidance=request.guidance,
+        throughput=throughput,
+        direct=request.mode == "direct",
+        device=device,
+    )
+
+
+class _StageRunner:
+    """Runs the stages of one image."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        request: GenerationRequest,
+        plan: MemoryPlan,
+        control: ControlNetCondition | None,
+        progress: PartCallback | None,
+    ) -> None:
+        self.pipe = pipe
+        self.request = request
+        self.plan = plan
+        self.control = control
+        self.progress = progress
+        self.positive, self.negative = encode_prompts(pipe, request.prompt, request.negative_prompt, request.guidance)
+
+    def stage_key(self, image: Image.Image | None, strength: float | None) -> str:
+        """Return the key of the stages' files; see `stage_store.stage_key`."""
+        conditions = (self.positive, self.negative)
+        return stage_key(self.pipe, self.request, self.plan, conditions, image, strength, self.control)
+
+    def progress_of(self, part: str) -> StepCallback | None:
+        """Return a callback that reports the progress of one part of the work."""
+        progress = self.progress
+        return None if progress is None else lambda completed, total: progress(part, completed, total)
+
+    def run(self, number: int, stage: ProgressiveStage, previous: Tensor | None) -> Tensor:
+        """Return the latents (1, c, h, w) of a stage, from those of the previous stage or from noise."""
+        pipe = self.pipe
+        request = self.request
+        generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
+        schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, stage.strength, pipe.unet.device)
+        noise = _noise(pipe, stage.size, generator)
+        before_step = None
+        if previous is None:
+            latents = noise * schedule.scheduler.init_noise_sigma
+        else:
+            upscaled = self.upscale(previous.to(pipe.unet.device), stage.size)
+            latents = schedule.add_noise(upscaled, noise)
+            if request.skip_residual is not None:
+                before_step = SkipResidual(upscaled, noise, schedule, request.skip_residual)
+        dilated = stage.size == request.size and request.dilation > 1
+        with (
+            save_memory(pipe.unet, self.plan.savings, self.plan.chunk_tokens),
+            dilated_convolutions(pipe.unet, request.dilation) if dilated else nullcontext(),
+        ):
+            progress = self.progress_of(format_size(stage.size))
+            return denoise(pipe.unet, self.guidance(stage.size), schedule, latents, generator, progress, before_step)
+
+    def guidance(self, size: ImageSize) -> ClassifierFreeGuidance:
+        """Return the guidance at a stage's size, which SDXL's conditions and ControlNet images depend on."""
+        unet = self.pipe.unet
+        time_ids = torch.tensor([[*size, 0, 0, *size]], device=unet.device, dtype=unet.dtype)
+        positive = dict(self.positive)
+        negative = dict(self.negative)
+        if "pooled" in positive:
+            positive["time_ids"] = time_ids
+            negative["time_ids"] = time_ids
+        control = self.control
+        if control is not None:
+            control = replace(control, image=F.interpolate(control.image, size, mode="bilinear", antialias=True))
+        scale = self.request.guidance if uses_guidance(self.pipe, self.request.guidance) else 1.0
+        return ClassifierFreeGuidance(positive, negative, scale, "guidance" in self.plan.savings, control)
+
+    def upscale(self, latents: Tensor, size: ImageSize) -> Tensor:
+        """Return latents of a smaller image as latents of an image of `size`; unchanged if they have that size."""
+        factor = vae_scale_factor(self.pipe)
+        latent_size = (size[0] // factor, size[1] // factor)
+        if tuple(latents.shape[-2:]) == latent_size:
+            return latents
+        if self.request.upscale == "latents":
+            return F.interpolate(latents, latent_size, mode="bicubic")
+        pixels = decode_tiled(self.pipe.vae, latents, self.plan.tiling)
+        return _encode_image(self.pipe, Image.fromarray(pixels.numpy()), size, self.plan)
+
+
+def _stages(pipe: Any, request: GenerationRequest, image: Image.Image | None) -> tuple[ProgressiveStage, ...]:
+    """Return the stages to run; with an image, the stage that it replaces and the larger ones."""
+    multiple = size_multiple(pipe)
+    check_size(request.size, multiple)
+    if request.mode == "direct":
+        if image is not None:
+            raise ValueError("Cannot enlarge an image in mode direct: use mode progressive, or pass a strength.")
+        return (ProgressiveStage(request.size, 1.0),)
+    stages = progressive_stages(request.size, request.base_size or native_size(pipe), multiple, request.strengths)
+    if image is None:
+        return stages
+    larger = [stage for stage in stages if stage.size[0] * stage.size[1] > image.width * image.height]
+    if not larger:
+        raise ValueError(
+            f"The image already has {format_size((image.height, image.width))} pixels, at least as many as the "
+            f"requested {format_size(request.size)}. Choose a larger size, or pass a strength to change the image."
+        )
+    return (replace(stages[len(stages) - len(larger) - 1], strength=1.0), *larger)
+
+
+def _encode_image(pipe: Any, image: Image.Image, size: ImageSize, plan: MemoryPlan) -> Tensor:
+    """Return the latents of an image after resizing it to `size`."""
+    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size[0], size[1], 3)
+    return encode_tiled(pipe.vae, pixels, plan.tiling).to(pipe.unet.device, pipe.unet.dtype)
+
+
+def _noise(pipe: Any, size: ImageSize, generator: torch.Generator) -> Tensor:
+    factor = vae_scale_factor(pipe)
+    shape = (1, pipe.vae.config.latent_channels, size[0] // factor, size[1] // factor)
+    return torch.randn(shape, generator=generator).to(pipe.unet.device, pipe.unet.dtype)

@@ -1,0 +1,278 @@
+"""The `Host` protocol and its registry: what the rest of the package may know about a model's architecture."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from unet_adapters.mounted_layer import GridSize, MountedLayer
+from unet_adapters.sites import Select, Site, select_sites
+
+Fingerprint = dict[str, dict[str, int]]
+
+TEXT_TOKENS = 77  # the context length of CLIP's text encoders
+
+Conditions = Mapping[str, Tensor]
+"""What a model is conditioned on besides noise and timestep, by the names of `Host.condition_shapes`."""
+
+
+@dataclass(frozen=True)
+class GridSource:
+    """The module whose call shows how large the image is that a site's tokens are.
+
+    Attributes:
+        module_name: its name in the model.
+        measure: (positional arguments, keyword arguments) of its forward -> the site's grid, or None.
+    """
+
+    module_name: str
+    measure: Callable[[tuple[Any, ...], dict[str, Any]], GridSize | None]
+
+
+class Host(ABC):
+    """One architecture family, bound to one model.
+
+    Subclasses are registered with `@register_host("name")`, in a file of `hosts/` or in a package of your own.
+
+    Attributes:
+        model: the diffusers model.
+        vae_scale_factor: pixels along one side of a latent pixel.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, model: nn.Module, vae_scale_factor: int = 8) -> None:
+        self.model: Any = model
+        self.vae_scale_factor = vae_scale_factor
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this class knows the architecture of `model`."""
+
+    @abstractmethod
+    def sites(self) -> list[Site]:
+        """Every site of the model, mounted or not, in `named_modules` order; the list may be empty."""
+
+    def select_sites(self, select: Select = "all") -> list[Site]:
+        """The sites that `select` matches; see `sites.select_sites`."""
+        return select_sites(self.sites(), select)
+
+    def fingerprint(self) -> Fingerprint:
+        """Dim and heads of every site by name: what an adapter must fit."""
+        return {site.name: {"dim": site.dim, "heads": site.heads} for site in self.sites()}
+
+    @abstractmethod
+    def mounted_class(self, layer: nn.Module) -> type[MountedLayer] | None:
+        """The class that this attention layer gets while a mixer is mounted in it; None if there is none."""
+
+    @abstractmethod
+    def check_layer(self, site: Site, layer: Any) -> None:
+        """Refuse a stock layer whose function a mixer cannot replace.
+
+        Raises:
+            ValueError: the reason, and what to do.
+        """
+
+    @abstractmethod
+    def attach_grid(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Hook the model so that these attention layers are called with `mixer_grid=(height, width)`.
+
+        The size travels with the arguments of each call and is stored nowhere, so that gradient checkpointing, which
+        calls a block again, passes it again, and threads may share the model. `remove` the handles to undo it.
+        """
+
+    @abstractmethod
+    def grid_source(self, site_name: str) -> GridSource | None:
+        """Where the grid of a site's tokens can be read; None if the model does not show it."""
+
+    @abstractmethod
+    def tokens_at(self, site: Site, size: tuple[int, int]) -> int | None:
+        """Tokens of a site for latents of this (height, width); None if it cannot be computed."""
+
+    @abstractmethod
+    def condition_shapes(self, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
+        """Shapes of all conditions of the model, by name.
+
+        The names are `text` (b, t, d), `pooled` (b, p) and `time_ids` (b, 6) of SDXL, and `timestep_cond` (b, g) of
+        models with an embedded guidance scale.
+        """
+
+    @abstractmethod
+    def forward_arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Keyword arguments of the model's forward for these conditions, named as in `condition_shapes`."""
+
+    @abstractmethod
+    def latent_shape(self, size: tuple[int, int], batch: int = 1) -> tuple[int, ...]:
+        """Shape of the model's noisy input for latents of this (height, width)."""
+
+    def dummy_conditions(self, batch: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Normal numbers in the shapes of `condition_shapes`, in the model's dtype and on its device."""
+        shapes = self.condition_shapes(batch)
+        return {name: self._normal(shape, generator) for name, shape in shapes.items()}
+
+    def dummy_inputs(
+        self, size: tuple[int, int], batch: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of one forward pass on random latents, for measurements and tests.
+
+        Args:
+            size: (height, width) of the latents.
+            batch: images.
+            generator: on the CPU; None for torch's default.
+        """
+        noisy = self._normal(self.latent_shape(size, batch), generator)
+        timestep = torch.full((batch,), 500, device=noisy.device)
+        conditions = self.dummy_conditions(batch, generator)
+        return {**self._noise_arguments(noisy, timestep), **self.forward_arguments(conditions)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in; under layerwise casting not the one it is stored in."""
+        dtype = getattr(self.model, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is."""
+        return next(self.model.parameters()).device
+
+    @abstractmethod
+    def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the model's forward for noisy latents and timesteps (b,)."""
+
+    def _normal(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+
+# Known architectures without a host, and why.
+_JOINT = "its only attention is joint attention over image and text tokens, which has no host yet"
+_FUSED = "its blocks fuse the projections of attention and MLP into one layer, so that no q, k and v can be called"
+UNSUPPORTED: dict[str, str] = {
+    "ChromaTransformer2DModel": _JOINT,
+    "Flux2Transformer2DModel": _FUSED,
+    "FluxTransformer2DModel": _JOINT,
+    "QwenImageTransformer2DModel": _JOINT,
+    "SanaTransformer2DModel": "its self-attention is linear attention already",
+}
+
+_HOSTS: dict[str, type[Host]] = {}
+_Host = TypeVar("_Host", bound=type[Host])
+
+
+def register_host(name: str) -> Any:
+    """Class decorator that adds a `Host` to the registry under `name`.
+
+    Raises:
+        ValueError: the name is taken by another class, or the class is not a `Host`.
+    """
+
+    def register(host: _Host) -> _Host:
+        if not (isinstance(host, type) and issubclass(host, Host)):
+            raise ValueError(f"cannot register {host!r} as the host {name!r}: expected a subclass of Host")
+        registered = _HOSTS.get(name)
+        if registered is not None and (registered.__module__, registered.__qualname__) != (
+            host.__module__,
+            host.__qualname__,
+        ):
+            raise ValueError(f"cannot register {host.__name__}: {registered.__name__} is already the host {name!r}")
+        host.name = name
+        _HOSTS[name] = host
+        return host
+
+    return register
+
+
+@cache
+def _discover() -> None:
+    from unet_adapters import hosts
+
+    for module in pkgutil.walk_packages(hosts.__path__, f"{hosts.__name__}."):
+        importlib.import_module(module.name)
+
+
+def list_hosts() -> list[str]:
+    """Names of the registered hosts, sorted."""
+    _discover()
+    return sorted(_HOSTS)
+
+
+def find_host(pipe_or_model: Any) -> Host:
+    """The host of a pipeline's denoising network, or of a model.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, its UNet or transformer, or such a model after `torch.compile`.
+
+    Raises:
+        TypeError: it is neither a module nor a pipeline with one, or no registered host knows its architecture.
+    """
+    model = unwrap_model(pipe_or_model)
+    _discover()
+    scale = getattr(pipe_or_model, "vae_scale_factor", 8)  # 8: the autoencoders of Stable Diffusion
+    for host in reversed(list(_HOSTS.values())):  # the most recently registered, a user's own, goes first
+        if host.matches(model):
+            return host(model, scale)
+    name = type(model).__name__
+    reason = UNSUPPORTED.get(name)
+    if reason is not None:
+        raise TypeError(f"cannot mount mixers in {name}: {reason}")
+    raise TypeError(
+        f"no registered host knows the architecture {name}: expected one of {', '.join(list_hosts())}; register one "
+        "with unet_adapters.register_host"
+    )
+
+
+def find_sites(pipe_or_model: Any, select: Select = "all") -> list[Site]:
+    """The self-attention layers of a model that a mixer can replace.
+
+    Motion modules, GLIGEN fusers, cross-attention and the VAE are left alone.
+
+    Args:
+        pipe_or_model: as `find_host` takes it.
+        select: "all"; a pattern with wildcards for the name or the group ("down_blocks.*", "mid_block"); a list of
+            such patterns, any of which may match; "every:n", the first of each n sites; or a predicate.
+
+    Returns:
+        The selected sites, in the order of `named_modules`.
+
+    Raises:
+        ValueError: no site matches (the message lists those that exist), or n of "every:n" is not a positive number.
+        TypeError: as `find_host`.
+    """
+    return find_host(pipe_or_model).select_sites(select)
+
+
+def unwrap_model(pipe_or_model: Any) -> nn.Module:
+    """The denoising network itself: out of its pipeline, of `torch.compile`, of peft's `get_peft_model`.
+
+    Raises:
+        TypeError: there is no such network, or it is wrapped for parallel training.
+    """
+    model = pipe_or_model
+    if not isinstance(model, nn.Module):
+        parts = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
+        model = next((part for part in parts if part is not None), pipe_or_model)
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):  # peft's PeftModel, whose LoRA layers are inside the base model
+        model = model.get_base_model()
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"expected a diffusers model, got it wrapped in {type(model).__name__}: build and mount the adapter on "
+            "`model.module`, then wrap"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a diffusers model or a pipeline with a `unet` or `transformer`, got {type(model).__name__}"
+        )
+    return model

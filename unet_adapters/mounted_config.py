@@ -1,0 +1,99 @@
+"""A mounted model that is saved says so in its own config.json, so that it can be read as what it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors.torch
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+from unet_adapters.checkpoint import SiteMixer
+from unet_adapters.weight_files import find_weight_files
+
+CONFIG_KEY = "linear_mixers"
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+def record_mixers(model: nn.Module, site_mixers: Mapping[str, SiteMixer], min_tokens: int) -> None:
+    """Write which mixer is at which site into the config of a diffusers model; other models have none."""
+    entries = {
+        name: {"mixer": site_mixer.mixer, "config": dict(site_mixer.config), "min_tokens": min_tokens}
+        for name, site_mixer in site_mixers.items()
+    }
+    _write(model, {**_read(model), **entries})
+
+
+def erase_mixers(model: nn.Module, site_names: Iterable[str]) -> None:
+    """Remove these sites from the config again."""
+    names = set(site_names)
+    _write(model, {name: entry for name, entry in _read(model).items() if name not in names})
+
+
+def read_mounted_model(
+    folder: Path, variant: str | None, settings: Mapping[str, Any]
+) -> tuple[Any, dict[str, SiteMixer], int]:
+    """Read a model that was saved while mounted, without its mixers.
+
+    Returns:
+        The model, which has the student's projections and softmax attention; the mixers of its sites; min_tokens.
+
+    Raises:
+        ValueError: it was not mounted when it was saved, or its class is not a diffusers model.
+        FileNotFoundError: no config.json, or no safetensors weights.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected the folder of a model, {folder / 'unet'} perhaps")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    entries = config.get(CONFIG_KEY)
+    class_name = config.get("_class_name")
+    if not entries:
+        raise ValueError(f"{folder} was saved without mixers: read it with {class_name}.from_pretrained")
+    model_class: Any = getattr(diffusers, str(class_name), None)
+    if not _is_model(model_class):
+        raise ValueError(f"{folder} holds a {class_name}, which is not a diffusers model")
+    find_weight_files(folder, WEIGHTS_NAME, variant)
+    model = model_class.from_pretrained(folder, variant=variant, use_safetensors=True, **settings)
+    erase_mixers(model, entries)
+    site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in entries.items()}
+    return model, site_mixers, max(entry["min_tokens"] for entry in entries.values())
+
+
+def read_mixer_weights(folder: Path, variant: str | None, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of these names, from the files that `from_pretrained` reads.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    expected = set(names)
+    tensors: dict[str, Tensor] = {}
+    for file in find_weight_files(folder, WEIGHTS_NAME, variant):
+        with safetensors.safe_open(file, framework="pt") as weights:
+            tensors |= {name: weights.get_tensor(name) for name in expected & set(weights.keys())}
+    missing = sorted(expected - set(tensors))
+    if missing:
+        raise ValueError(f"{folder} lacks weights of its mixers, {missing[0]} among {len(missing)}")
+    return tensors
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+
+
+def _read(model: nn.Module) -> dict[str, Any]:
+    return dict(getattr(getattr(model, "config", None), CONFIG_KEY, None) or {})
+
+
+def _write(model: Any, entries: dict[str, Any]) -> None:
+    if not hasattr(model, "register_to_config"):
+        return
+    others = {key: value for key, value in model.config.items() if key != CONFIG_KEY}
+    config = FrozenDict({**others, CONFIG_KEY: entries} if entries else others)
+    # An IP-Adapter's loader sets attributes of the config that differ from its entries.
+    vars(config).update({key: value for key, value in vars(model.config).items() if key != CONFIG_KEY})
+    model._internal_dict = config

@@ -1,0 +1,139 @@
+"""What every attention layer with a mixer in it has in common, whatever diffusers class it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from unet_adapters.projections import TeacherProjection
+
+GridSize = tuple[int, int]
+"""(height, width) of the image whose tokens a layer mixes; height · width tokens, row by row."""
+
+GRID_ARGUMENT = "mixer_grid"
+
+
+class MountedLayer(nn.Module):
+    """Mixin of the classes that replace an attention layer's class while a mixer is mounted in it.
+
+    A subclass inherits from this class and from the stock class, and has neither `__init__` nor `forward`: hooks, LoRA,
+    slicing, PAG and IP-Adapter find the layer they expect. `processor` is the dispatcher; the processor that diffusers
+    set stays in its slot and is in force again after unmounting.
+
+    Attributes:
+        stock_class: the diffusers class that it replaces.
+        projection_names: the layer's q, k, v and output projections, which a student may train.
+        dispatcher: called in place of a processor; stateless.
+        supported_processors: classes of stock processors that compute plain attention with the layer's own weights. Any
+            other has an effect of its own, which a mixer would silently ignore.
+        fused_processors: those of them that read a fused copy of the projections.
+        mixer_from: with fewer tokens than this, the layer is the teacher's softmax attention.
+        teacher: what `projections.swap_in` took out, by projection name, where the student has its own.
+    """
+
+    stock_class: ClassVar[type[nn.Module]]
+    projection_names: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    dispatcher: ClassVar[Any]
+    supported_processors: ClassVar[frozenset[type]]
+    fused_processors: ClassVar[frozenset[type]] = frozenset()
+
+    mixer_from: int = 0
+    teacher: Mapping[str, TeacherProjection] = MappingProxyType({})
+
+    @property
+    def processor(self) -> Any:
+        """The dispatcher. Assigning replaces the stock processor."""
+        return self.dispatcher
+
+    @processor.setter
+    def processor(self, processor: Any) -> None:
+        self.require_supported(processor)
+        self.__dict__["processor"] = processor
+
+    def get_processor(self, return_deprecated_lora: bool = False) -> Any:
+        """The stock processor: the one that runs when no mixer is mounted."""
+        return stock_processor(self)
+
+    def set_processor(self, processor: Any) -> None:
+        """Replace the stock processor; the mixer stays.
+
+        Raises:
+            ValueError: the class of the processor is not supported; the layer is unchanged.
+        """
+        self.require_supported(processor)
+        self._modules.pop("processor", None)
+        self.__dict__.pop("processor", None)
+        self.processor = processor
+
+    @classmethod
+    def require_supported(cls, processor: Any) -> None:
+        """Refuse a processor that reads or edits attention weights, or has weights of its own.
+
+        Raises:
+            ValueError: the processor's class is not in `supported_processors`.
+        """
+        kind = type(processor)
+        if kind not in cls.supported_processors:
+            raise ValueError(
+                f"the processor {kind.__name__} works on softmax attention and has no effect on a mixer: "
+                "unmount the adapter, or leave the site out with `select`, to use it"
+            )
+
+    def get_extra_state(self) -> Tensor:
+        """One more name in the state dict: a stock layer never loads a mounted one's weights as if they were its own.
+
+        A mixer without weights of its own would leave no other trace.
+        """
+        return torch.ones(1, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to restore."""
+
+
+def stock_processor(layer: nn.Module) -> Any:
+    """The processor that diffusers set on a layer, mounted or not; an attribute, or a child module."""
+    processor = layer._modules.get("processor")
+    return layer.__dict__["processor"] if processor is None else processor
+
+
+def call_layer(layer: nn.Module, tokens: Tensor, grid: GridSize | None = None) -> Tensor:
+    """Run one self-attention layer on its own, mounted or not: tokens (b, l, d) -> (b, l, d).
+
+    Args:
+        grid: of the tokens; only a mounted layer takes it.
+    """
+    if isinstance(layer, MountedLayer) and grid is not None:
+        result: Tensor = layer(tokens, mixer_grid=grid)
+        return result
+    result = layer(tokens)
+    return result
+
+
+def guard_processors(model: nn.Module) -> None:
+    """Make the model's `set_attn_processor` check all mounted layers before it changes the first.
+
+    diffusers sets one layer after the other, so that a refusal would leave a hybrid half changed.
+    """
+    if hasattr(model, "set_attn_processor") and "set_attn_processor" not in vars(model):
+        vars(model)["set_attn_processor"] = partial(_set_processors, model)
+
+
+def unguard_processors(model: nn.Module) -> None:
+    """Undo `guard_processors`, unless another adapter is mounted in the model."""
+    if not any(isinstance(module, MountedLayer) for module in model.modules()):
+        vars(model).pop("set_attn_processor", None)
+
+
+def _set_processors(model: nn.Module, processor: Any, *args: Any, **kwargs: Any) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, MountedLayer):
+            replacement = processor.get(f"{name}.processor") if isinstance(processor, dict) else processor
+            if replacement is not None:
+                module.require_supported(replacement)
+    stock: Any = type(model)
+    stock.set_attn_processor(model, processor, *args, **kwargs)

@@ -1,0 +1,39 @@
+"""The trainable weights of an adapter: one tree of modules, named as in the mounted model, apart from the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+MIXER = "mixer"
+
+
+class StudentWeights(nn.Module):
+    """All trainable weights of an adapter, mounted or not: `parameters()` is what an optimizer needs.
+
+    The names of its state dict are those of the mounted model: `<site>.mixer.*`, and, where projections are trained,
+    `<site>.to_q.weight` and so on. A module on the way to a site has no other content.
+    """
+
+    def add_at(self, path: str, module: nn.Module) -> None:
+        """Put `module` at the dotted `path`, making the modules on the way."""
+        parent: nn.Module = self
+        *parents, last = path.split(".")
+        for name in parents:
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, module)
+
+    def projection(self, site_name: str, name: str) -> nn.Module | None:
+        """The module with the trained Parameters of one projection of one site; None where the teacher's are used."""
+        try:
+            return self.get_submodule(f"{site_name}.{name}")
+        except AttributeError:
+            return None
+
+    def follow(self, reference: Tensor, dtype: torch.dtype | None) -> None:
+        """Move to the device of `reference`, and to `dtype` unless it is None."""
+        parameters = self.parameters()
+        if any(p.device != reference.device or (dtype is not None and p.dtype != dtype) for p in parameters):
+            self.to(device=reference.device, dtype=dtype)

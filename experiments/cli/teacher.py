@@ -23,10 +23,11 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="of the UNet; default: the recipe's")] = None,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="wall-clock budget of the UNet in this call")] = None,
     share: Annotated[float, typer.Option(min=0.0, help="run this share of every stage's steps")] = 1.0,
+    stage: Annotated[list[str], typer.Option(help="decoder, judge or unet; repeat as needed; default: all")] = [],  # noqa: B006
 ) -> None:
     """Train the embedded teacher, or resume. SIGTERM saves the state; the same command resumes."""
     from experiments.teacher.recipe import TeacherRecipe
-    from experiments.teacher.train import train_teacher
+    from experiments.teacher.train import STAGES, train_teacher
 
     with clean_errors():
         recipe = TeacherRecipe().scaled(share).with_batch_size(batch_size)
@@ -35,7 +36,7 @@ def train(
             def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
                 bars.update(stage, step, steps, f"{stage}: loss {losses['loss']:.4f}")
 
-            train_teacher(state / "state", recipe, show, device=device, seconds=seconds)
+            train_teacher(state / "state", recipe, show, device=device, seconds=seconds, stages=tuple(stage) or STAGES)
 
 
 @teacher_app.command("decay")

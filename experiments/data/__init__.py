@@ -1,8 +1,8 @@
 """Captioned images for distillation and evaluation, available at any resolution.
 
 `open_dataset("scenes")` is the embedded set of scenes of Twemoji drawings, `open_dataset("emoji")` has one drawing per
-image; `open_dataset("path/to/folder")` is a folder of your own images in the Hub's imagefolder convention; Parquet, Arrow
-and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
+image; `open_dataset("path/to/folder")` is a folder of your own images in the Hub's imagefolder convention; Parquet,
+Arrow and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,8 @@ def open_dataset(source: str, *, split: str = "train") -> EmojiSet | SceneSet | 
 
     Args:
         source: `"scenes"`; `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar
-            files; a directory written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables: `SOURCE#image=COLUMN&text=COLUMN`.
+            files; a directory written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables:
+            `SOURCE#image=COLUMN&text=COLUMN`.
         split: `"train"` or `"held_out"`; the same fixed, content-keyed split for all sources.
 
     Raises:

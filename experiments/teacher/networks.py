@@ -26,7 +26,7 @@ def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         end_of_word_suffix=_END_OF_WORD,
         special_tokens=[_START, _END],
         show_progress=False,
@@ -35,7 +35,7 @@ def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:
     learned = json.loads(learner.to_str())["model"]
     vocabulary: dict[str, int] = dict(learned["vocab"])
     # CLIP's tokenizer closes every word, so each single character needs its closed twin.
-    for char in pre_tokenizers.ByteLevel.alphabet():
+    for char in sorted(pre_tokenizers.ByteLevel.alphabet()):  # The alphabet comes in another order in every process.
         vocabulary.setdefault(char + _END_OF_WORD, len(vocabulary))
     merges = [tuple(m) for m in learned["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=recipe.max_tokens)

@@ -26,6 +26,7 @@ from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
 from experiments.training import batch_indices, fit
 
+STAGES = ("decoder", "judge", "unet")
 Report = Callable[[str, int, int, dict[str, float]], None]
 
 
@@ -36,6 +37,7 @@ def train_teacher(
     *,
     device: str = "cpu",
     seconds: float | None = None,
+    stages: tuple[str, ...] = STAGES,
 ) -> None:
     """Train every network, or resume; each stage keeps its state in a folder of `directory`.
 
@@ -47,16 +49,24 @@ def train_teacher(
         report: called as (stage, step, steps, losses) after each step.
         device: of the UNet's training, `"cpu"` or `"cuda"`.
         seconds: wall-clock budget of the UNet in this call.
+        stages: those of `STAGES` to train; the encoder is trained if there is none.
 
     Raises:
         Interrupted: SIGTERM, or the budget is spent. The same call resumes.
+        ValueError: there is no such stage.
     """
     from experiments.teacher.judge import train_judge
 
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise ValueError(f"Unknown stage {', '.join(unknown)}: expected some of {', '.join(STAGES)}.")
     coder = open_encoder(directory, recipe, report)
-    train_decoder(coder, directory, recipe, report)
-    train_judge(directory, networks.tokenizer(caption_words(), recipe), recipe, report)
-    train_unet(directory, coder, recipe, report, device=device, seconds=seconds)
+    if "decoder" in stages:
+        train_decoder(coder, directory, recipe, report)
+    if "judge" in stages:
+        train_judge(directory, networks.tokenizer(caption_words(), recipe), recipe, report)
+    if "unet" in stages:
+        train_unet(directory, coder, recipe, report, device=device, seconds=seconds)
 
 
 def open_encoder(directory: Path, recipe: TeacherRecipe, report: Report | None = None) -> AutoencoderKL:

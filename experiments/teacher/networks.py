@@ -34,8 +34,13 @@ def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:
     learner.train_from_iterator(captions, trainer)
     learned = json.loads(learner.to_str())["model"]
     vocabulary: dict[str, int] = dict(learned["vocab"])
+    # The trainer numbers single characters in another order in every run: sort them over their numbers.
+    for length in (1, 1 + len(_END_OF_WORD)):
+        tokens = sorted(t for t in vocabulary if len(t) == length and (length == 1 or t.endswith(_END_OF_WORD)))
+        for token, number in zip(tokens, sorted(vocabulary[token] for token in tokens), strict=True):
+            vocabulary[token] = number
     # CLIP's tokenizer closes every word, so each single character needs its closed twin.
-    for char in sorted(pre_tokenizers.ByteLevel.alphabet()):  # The alphabet comes in another order in every process.
+    for char in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary.setdefault(char + _END_OF_WORD, len(vocabulary))
     merges = [tuple(m) for m in learned["merges"]]
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=recipe.max_tokens)

@@ -1,6 +1,8 @@
 """The embedded teacher: plain diffusers files, small, and with a card; and the recipe that makes one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,16 @@ def test_the_decoder_is_trained_while_latents_stay(tiny_teacher: Path) -> None:
     coder = AutoencoderKL.from_pretrained(tiny_teacher, subfolder="vae")
     assert coder.config.latent_channels == 8
     assert coder.config.scaling_factor != 1
+
+
+def test_the_tokenizer_is_the_same_in_every_process() -> None:
+    """Cached tokens and trained embeddings rely on it; hash order differs between processes."""
+    code = (
+        "from experiments.teacher import networks, recipe, train\n"
+        "words = networks.tokenizer(train.caption_words(), recipe.TeacherRecipe())\n"
+        "print(sorted(words.get_vocab().items()))"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)
+    )
+    assert first == second and "volcano" in first

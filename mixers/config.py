@@ -25,6 +25,8 @@ class MixerConfig:
         expand: width of the values divided by the model width. Other than 1, the mixer needs its own projections.
         conv_size: window, in tokens, of a depthwise convolution with SiLU on q, k and v; 0: none. The window of a
             causal mixer ends at the current token, otherwise it is centered.
+        conv_2d: that window is conv_size × conv_size latent pixels of the image. None: the paper's default; False for
+            causal mixers and for scans other than raster, whose windows it does not fit.
         conv_bias: whether that convolution has a bias.
         local_conv_size: side, in latent pixels, of a depthwise convolution of the values over the image, which is
             added to the result; 0: none. None: the paper's default; 0 for causal mixers, because the convolution
@@ -32,25 +34,33 @@ class MixerConfig:
         skip: add D · v to the result, with one D per head.
         norm: normalize the result per token, by RMSNorm or the norm of the paper.
         gate: multiply the result by SiLU(to_gate(x)).
+        output_gain: multiply the result of every head by a constant, the buffer `output_gain` (h,), initially ones. It
+            is not trained; set it once to bring a new mixer to the scale of the one that it replaces.
     """
 
     default_local_conv_size: ClassVar[int] = 0
+    default_conv_2d: ClassVar[bool] = False
 
     causality: Causality = "noncausal"
     normalize: bool = True
     scan: str = "raster"
     expand: float = 1
     conv_size: int = 0
+    conv_2d: bool | None = None
     conv_bias: bool = True
     local_conv_size: int | None = None
     skip: bool = False
     norm: bool = False
     gate: bool = False
+    output_gain: bool = False
 
     def __post_init__(self) -> None:
         if self.local_conv_size is None:
             size = 0 if self.causality == "causal" else self.default_local_conv_size
             object.__setattr__(self, "local_conv_size", size)
+        if self.conv_2d is None:
+            conv_2d = self.default_conv_2d and self.causality != "causal" and self.scan == "raster"
+            object.__setattr__(self, "conv_2d", conv_2d and self.conv_size > 0)
         if self.scan not in SCANS:
             raise ValueError(unknown_name("scan", self.scan, SCANS))
         if self.expand <= 0 or self.conv_size < 0 or (self.local_conv_size or 0) < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from mixers.mixer import TokenMixer
 from mixers.precision import accumulation_dtype
 from mixers.streams import Streams
 from mixers.suggest import unknown_name
+from mixers.traits import Traits
 
 Scale = Literal["constant", "mean"]
 SCALES: tuple[Scale, ...] = ("constant", "mean")
@@ -135,10 +136,15 @@ class LinearMixer(TokenMixer):
         return 1.0
 
     def scale_at(self, length: int) -> float:
-        """Return the factor of unnormalized weights among `length` tokens."""
-        if self.config.scale == "constant":
-            return self.scale
-        return self.scale * self.config.reference_length / length
+        """Return the factor of unnormalized weights among `length` tokens.
+
+        Where decay does not bound the sums, because without an order there is none, the constant is divided by
+        reference_length, as that of linear attention is.
+        """
+        config = self.config
+        unbounded = self.has_decay and config.causality == "noncausal"
+        scale = self.scale / config.reference_length if unbounded else self.scale
+        return scale if config.scale == "constant" else scale * config.reference_length / length
 
     def _operator_options(self, streams: Streams) -> dict[str, Any]:
         config = self.config
@@ -153,6 +159,13 @@ class LinearMixer(TokenMixer):
     def permutation_equivariant(self) -> bool:
         """Whether permuting the tokens only permutes the output; decay has an order unless the mixer is non-causal."""
         return super().permutation_equivariant and not (self.has_decay and self.config.causality == "bidirectional")
+
+    @property
+    def traits(self) -> Traits:
+        """The properties of this mixer as configured; scale="mean" too makes repeated tokens count once."""
+        traits = super().traits
+        invariant = traits.repetition_invariant or (self.permutation_equivariant and self.config.scale == "mean")
+        return replace(traits, repetition_invariant=invariant)
 
     @property
     def positive(self) -> bool:

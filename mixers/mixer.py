@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixers.config import MixerConfig
 from mixers.image_grid import Grid, check_grid
 from mixers.properties import MixerProperties
-from mixers.stages.convolutions import ShortConvolution
+from mixers.stages.convolutions import ShortConvolution, ShortConvolution2d
 from mixers.stages.outputs import Output
 from mixers.stages.projections import ProjectionLayers, Projections, apply_to_out
 from mixers.stages.scan_orders import inverse_permutation, scan_orders
@@ -59,13 +59,9 @@ class TokenMixer(MixerProperties):
         self.heads = heads
         self._check_options(own_projections)
         self.projections = self.create_projections() if own_projections else None
-        self.short_conv = (
-            ShortConvolution(
-                self.convolved_width, config.conv_size, causal=config.causality == "causal", bias=config.conv_bias
-            )
-            if config.conv_size
-            else None
-        )
+        self.short_conv = self._create_short_conv()
+        self.output_gain: Tensor | None
+        self.register_buffer("output_gain", torch.ones(heads) if config.output_gain else None)
         self.output: nn.Module = Output(
             dim,
             heads,
@@ -96,6 +92,8 @@ class TokenMixer(MixerProperties):
         projections = self.resolve_projections(projections)
         passes = [self._scan_once(x, order, projections, grid) for order in self.scan_orders(x, grid)]
         y = passes[0] if len(passes) == 1 else torch.stack(passes).mean(0)
+        if self.output_gain is not None:
+            y = (y * self.output_gain[:, None]).to(y.dtype)
         return apply_to_out(projections.to_out, rearrange(y, "b l h v -> b l (h v)"))
 
     def _scan_once(self, x: Tensor, order: Tensor | None, projections: ProjectionLayers, grid: Grid | None) -> Tensor:
@@ -107,7 +105,7 @@ class TokenMixer(MixerProperties):
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
         """Apply projections, short convolution and gates to tokens (b, l, d) in scan order."""
         query_input, key_input = self.projection_inputs(x)
-        q, k, v = self.project(projections, query_input, key_input, x)
+        q, k, v = self.project(projections, query_input, key_input, x, grid)
         return self.add_gates(Streams(x, q, k, v, grid=grid))
 
     def projection_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +113,12 @@ class TokenMixer(MixerProperties):
         return x, x
 
     def project(
-        self, projections: ProjectionLayers, query_input: Tensor, key_input: Tensor, value_input: Tensor
+        self,
+        projections: ProjectionLayers,
+        query_input: Tensor,
+        key_input: Tensor,
+        value_input: Tensor,
+        grid: Grid | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project (b, l, d) to q and k (b, l, h, k) and v (b, l, h, v), through the short convolution if any."""
         q = projections.to_q(query_input)
@@ -124,9 +127,9 @@ class TokenMixer(MixerProperties):
         if self.short_conv is not None:
             first_key = v.shape[-1]
             first_query = first_key + k.shape[-1]
-            v = self.short_conv(v)
-            k = self.short_conv(k, first_key)
-            q = self.short_conv(q, first_query)
+            v = self.short_conv(v, grid)
+            k = self.short_conv(k, grid, first_key)
+            q = self.short_conv(q, grid, first_query)
         return self.split_key_heads(q), self.split_key_heads(k), self.split_heads(v)
 
     def add_gates(self, streams: Streams) -> Streams:
@@ -194,6 +197,15 @@ class TokenMixer(MixerProperties):
             check_grid(grid, x.shape[1])
         return scan_orders(self.config.scan, grid, x.device)
 
+    def _create_short_conv(self) -> ShortConvolution | ShortConvolution2d | None:
+        config = self.config
+        if not config.conv_size:
+            return None
+        if config.conv_2d:
+            return ShortConvolution2d(self.convolved_width, config.conv_size, bias=config.conv_bias)
+        causal = config.causality == "causal"
+        return ShortConvolution(self.convolved_width, config.conv_size, causal=causal, bias=config.conv_bias)
+
     def split_heads(self, x: Tensor) -> Tensor:
         """Split channels into heads, (b, l, h·c) -> (b, l, h, c)."""
         return rearrange(x, "b l (h c) -> b l h c", h=self.heads)
@@ -210,12 +222,12 @@ class TokenMixer(MixerProperties):
                 f"scan={config.scan!r} has no effect: the result of {name}, as configured, does not depend on the "
                 "order of the tokens. Use scan='raster'."
             )
-        if config.local_conv_size and (config.causality == "causal" or config.scan != "raster"):
-            raise ValueError(
-                f"local_conv_size={config.local_conv_size} needs a mixer that is not causal and scan='raster', because "
-                f"its window covers neighbors on all sides; got causality={config.causality!r} and "
-                f"scan={config.scan!r}."
-            )
+        for option, value in (("local_conv_size", config.local_conv_size), ("conv_2d", config.conv_2d)):
+            if value and (config.causality == "causal" or config.scan != "raster"):
+                raise ValueError(
+                    f"{option}={value} needs a mixer that is not causal and scan='raster', because the window covers "
+                    f"neighbors on all sides; got causality={config.causality!r} and scan={config.scan!r}."
+                )
         required_widths = (self.key_width, self.value_width)
         if not own_projections and required_widths != (self.dim, self.dim):
             raise ValueError(

@@ -71,7 +71,7 @@ class MixerProperties(nn.Module):
             permutation_equivariant=self.permutation_equivariant,
             repetition_invariant=self.permutation_equivariant and config.normalize,
             linear=True,
-            needs_grid=config.scan != "raster" or bool(config.local_conv_size),
+            needs_grid=config.scan != "raster" or bool(config.local_conv_size) or bool(config.conv_2d),
         )
 
     def state_size(self, length: int) -> int:
@@ -95,7 +95,8 @@ class MixerProperties(nn.Module):
     def mixing_flops(self, length: int) -> int:
         """Return the share of `flops` that is not the four projections."""
         config = self.config
-        convolutions = config.conv_size * self.convolved_width + (config.local_conv_size or 0) ** 2 * self.value_width
+        window = config.conv_size**2 if config.conv_2d else config.conv_size
+        convolutions = window * self.convolved_width + (config.local_conv_size or 0) ** 2 * self.value_width
         gate = self.dim * self.value_width if config.gate else 0
         return 2 * length * (convolutions + gate) + self.operator_flops(length)
 

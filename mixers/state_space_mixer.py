@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -12,6 +12,11 @@ from mixers.config import MixerConfig
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.stages.projections import Projections
 from mixers.traits import Causality
+
+Selection = Literal["inner", "input"]
+"""What a mixer computes queries and keys from: the inner activation after to_v and the convolution, or the tokens."""
+
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
 @dataclass(frozen=True)

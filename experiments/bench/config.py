@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from experiments.core.errors import unknown_name
 from mixers.operators.choice import KERNELS, unavailable
+from mixers.suggest import unknown_name
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DEVICES = ("cpu", "cuda")

@@ -38,11 +38,12 @@ class ShortConvolution(nn.Conv1d):
         self.after = size - 1 - self.before
         self.activation = activation
 
-    def forward(self, x: Tensor, first: int = 0) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grid: Grid | None = None, first: int = 0) -> Tensor:  # type: ignore[override]
         """Convolve (b, l, c) over the tokens.
 
         Args:
             x: all channels, or some consecutive ones; each channel is convolved independently.
+            grid: not needed.
             first: index of the first channel of x.
         """
         channels = slice(first, first + x.shape[-1])
@@ -57,6 +58,49 @@ class ShortConvolution(nn.Conv1d):
         return F.silu(y, inplace=not torch.is_grad_enabled()) if self.activation else y
 
 
+class ShortConvolution2d(nn.Conv2d):
+    """A zero-padded depthwise convolution over the image followed by SiLU, (b, l, channels) -> (b, l, channels).
+
+    What VSSD (2407.18559) and MILA (2405.16605) use in place of Mamba's convolution over the tokens. Costs
+    size²·channels multiply-adds per token. Tokens are in raster order.
+
+    Parameters, as published: `weight` (channels, 1, size, size) and `bias` (channels,).
+
+    Args:
+        channels: c.
+        size: side of the window, odd.
+        bias: whether there is a bias.
+
+    Raises:
+        ValueError: size is even or < 1.
+    """
+
+    def __init__(self, channels: int, size: int, bias: bool = True) -> None:
+        if size < 1 or size % 2 == 0:
+            raise ValueError(
+                f"ShortConvolution2d: expected an odd size ≥ 1, so that the window is centered; got {size}."
+            )
+        super().__init__(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor, grid: Grid | None = None, first: int = 0) -> Tensor:  # type: ignore[override]
+        """Convolve (b, l, c) over the image.
+
+        Args:
+            x: all channels, or some consecutive ones; each channel is convolved independently.
+            grid: (height, width) with height · width = l.
+            first: index of the first channel of x.
+
+        Raises:
+            ValueError: The grid is missing or does not fit.
+        """
+        height, width = require_grid(grid, x.shape[1], "A convolution over the image", "conv_2d=False")
+        channels = slice(first, first + x.shape[-1])
+        bias = None if self.bias is None else self.bias[channels]
+        image = rearrange(x, "b (i j) c -> b c i j", i=height, j=width)
+        y = F.conv2d(image, self.weight[channels], bias, padding=self.padding, groups=x.shape[-1])
+        return F.silu(rearrange(y, "b c i j -> b (i j) c"))
+
+
 class LocalConvolution(nn.Conv2d):
     """A zero-padded depthwise convolution over the image, (b, l, channels) -> (b, l, channels).
 
@@ -67,7 +111,7 @@ class LocalConvolution(nn.Conv2d):
     Parameters, as published: `weight` (channels, 1, size, size) and `bias` (channels,).
 
     Args:
-        channels: c.
+        channels: c; if x has a multiple of c channels, consecutive blocks of c share the weights.
         size: side of the window, odd.
         bias: whether there is a bias.
         zero_init: start at zero, so that adding a new one changes nothing.
@@ -86,7 +130,7 @@ class LocalConvolution(nn.Conv2d):
         option: str = "local_conv_size=0",
     ) -> None:
         if size < 1 or size % 2 == 0:
-            raise ValueError(f"LocalConvolution: expected an odd size ≥ 1, so that the window is centered; got {size}.")
+            raise ValueError(f"LocalConvolution: expected an odd size ≥ 1, got {size}.")
         super().__init__(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
         self.option = option
         if zero_init:
@@ -104,5 +148,6 @@ class LocalConvolution(nn.Conv2d):
             ValueError: The grid is missing or does not fit.
         """
         height, width = require_grid(grid, x.shape[1], "A local convolution", self.option)
-        y = super().forward(rearrange(x, "b (i j) c -> b c i j", i=height, j=width))
-        return rearrange(y, "b c i j -> b (i j) c")
+        shares = x.shape[-1] // self.in_channels
+        image = rearrange(x, "b (i j) (s c) -> (b s) c i j", i=height, j=width, s=shares)
+        return rearrange(super().forward(image), "(b s) c i j -> b (i j) (s c)", s=shares)

@@ -90,7 +90,8 @@ class Output(nn.Module):
     | RetNet (2307.08621) | norm_kind="head_rms", affine=False |
     | RWKV-6 (2404.05892) | norm_kind="head_group", eps=64e-5 |
     | VSSD (2407.18559), its code | norm_kind="layer", linear_gate=True |
-    | FLatten (2308.00442), MILA (2405.16605) | local_conv_size, no norm |
+    | FLatten (2308.00442) | local_conv_size=5, local_conv_shared=True |
+    | MILA (2405.16605) | local_conv_size=3, gate_bias=True |
 
     Computed in float32 at least, except for the convolution and to_gate; returned in the dtype of y. With every part
     off, y itself is returned.
@@ -105,6 +106,7 @@ class Output(nn.Module):
         head_dim: v, value channels per head.
         skip, norm, gate: which parts there are.
         local_conv_size: side of the window, odd; 0: none. The local convolution needs the grid and raster order.
+        local_conv_shared: heads share the weights of the local convolution.
         norm_kind: `head_rms`, `rms` (over the full width, in `groups`), `head_group`, or `layer` (LayerNorm over the
             full width).
         gate_first: gate before the norm.
@@ -130,6 +132,7 @@ class Output(nn.Module):
         norm: bool = False,
         gate: bool = False,
         local_conv_size: int = 0,
+        local_conv_shared: bool = False,
         norm_kind: str = "head_rms",
         gate_first: bool = False,
         linear_gate: bool = False,
@@ -146,7 +149,8 @@ class Output(nn.Module):
         self.linear_gate = linear_gate
         self.norm_per_head = norm_kind == "head_rms"
         self.D = nn.Parameter(torch.ones((heads, head_dim) if skip_per_channel else (heads,))) if skip else None
-        self.local_conv = LocalConvolution(width, local_conv_size, zero_init=zero_init) if local_conv_size else None
+        channels = head_dim if local_conv_shared else width
+        self.local_conv = LocalConvolution(channels, local_conv_size, zero_init=zero_init) if local_conv_size else None
         norm_layer = _create_norm(norm_kind, heads, head_dim, groups, affine, eps)
         self.norm = norm_layer if norm else None
         self.to_gate = nn.Linear(dim, width, bias=gate_bias) if gate else None

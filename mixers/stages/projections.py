@@ -32,7 +32,7 @@ class ProjectionLayers(Protocol):
 
 
 class Projections(nn.Module):
-    """The four projections under diffusers' names; to_q, to_k and to_v have no bias, as in Stable Diffusion.
+    """The four projections under diffusers' names; the defaults are those of Stable Diffusion.
 
     Args:
         dim: model width d.
@@ -40,6 +40,7 @@ class Projections(nn.Module):
         value_width: output channels of to_v and input channels of to_out. None: d.
         key_input: input channels of to_q and to_k. None: d.
         bias: whether to_out has a bias.
+        qkv_bias: whether to_q, to_k and to_v have a bias.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Projections(nn.Module):
         value_width: int | None = None,
         key_input: int | None = None,
         bias: bool = True,
+        qkv_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.to_q = nn.Linear(key_input or dim, key_width or dim, bias=False)
-        self.to_k = nn.Linear(key_input or dim, key_width or dim, bias=False)
-        self.to_v = nn.Linear(dim, value_width or dim, bias=False)
+        self.to_q = nn.Linear(key_input or dim, key_width or dim, bias=qkv_bias)
+        self.to_k = nn.Linear(key_input or dim, key_width or dim, bias=qkv_bias)
+        self.to_v = nn.Linear(dim, value_width or dim, bias=qkv_bias)
         self.to_out = nn.Linear(value_width or dim, dim, bias=bias)
 
 

@@ -18,24 +18,22 @@ class TokenShift(nn.Module):
     siblings; `down.weight` (streams·rank, d), time_maa_w1, initially zero; `up` (streams, rank, d), time_maa_w2.
 
     Args:
-        dim: model width d.
-        streams: number of streams. All offsets start alike, from near 1 in the first channel to near 0 in the last.
+        mu: initial μ (d,).
+        offsets: initial μ_s of each stream, (streams, d).
         rank: width of down and up, per stream.
-        depth: position of the layer in its network, from 0 at the input to 1 at the output: channel i of μ starts at
-            1 − (i/d)^(1 − depth).
 
     Raises:
         ValueError: There are no streams, or rank < 1.
     """
 
-    def __init__(self, dim: int, streams: int = 5, rank: int = 32, depth: float = 0.5) -> None:
+    def __init__(self, mu: Tensor, offsets: Tensor, rank: int = 32) -> None:
         super().__init__()
+        streams, dim = offsets.shape
         if streams < 1 or rank < 1:
             raise ValueError(f"TokenShift: expected at least one stream and rank ≥ 1, got {streams} and {rank}.")
-        start = 1 - (torch.arange(dim) / dim) ** (1 - depth)
         self.streams = streams
-        self.mu = nn.Parameter(start)
-        self.offsets = nn.Parameter(start.repeat(streams, 1))
+        self.mu = nn.Parameter(mu)
+        self.offsets = nn.Parameter(offsets)
         self.down = nn.Linear(dim, streams * rank, bias=False)
         self.up = nn.Parameter(torch.empty(streams, rank, dim).uniform_(-0.01, 0.01))
         nn.init.zeros_(self.down.weight)

@@ -64,8 +64,10 @@ class GatedDeltaNet(TokenMixer):
     """Gated DeltaNet (2412.06464): S_t = α_t (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, y_t = q_tᵀ S_t / √k.
 
     q and k have norm 1, β = σ(to_beta(x)), α = exp(−Δ exp(A_log)) with Δ = softplus(to_dt(x) + dt_bias). The result is
-    normalized by RMSNorm per head and multiplied by SiLU(to_gate(x)). No layer has a bias. Without the short
-    convolution, q, k and v do not pass through SiLU either.
+    normalized by RMSNorm per head and multiplied by SiLU(to_gate(x)). No layer has a bias.
+
+    Deviations from the published block: without the short convolution, q, k and v do not pass through SiLU, because
+    the drop-in form starts from a host's projections; fla applies it.
     """
 
     Config: ClassVar[type[MixerConfig]] = GatedDeltaNetConfig

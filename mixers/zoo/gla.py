@@ -52,6 +52,10 @@ class GLA(LinearMixer):
 
     α = σ(up(down(x)) + bias)^(1/τ). The result is normalized by RMSNorm per head and multiplied by SiLU(to_gate(x));
     to_out and to_gate have no bias.
+
+    Deviations from the published block: as in fla, whose weights load. The code of the paper scales by the width of the
+    model per head (twice k), normalizes by LayerNorm without weights, has a bias in to_gate, and initializes to_q, to_k
+    and the decay by Xavier with gain 2^−2.5.
     """
 
     Config: ClassVar[type[MixerConfig]] = GLAConfig

@@ -19,6 +19,7 @@ from mixers.linear_mixer import LinearMixer, Scale, check_scale
 from mixers.normalization import count_visible_tokens
 from mixers.precision import accumulation_dtype
 from mixers.stages.outputs import Output
+from mixers.stages.projections import Projections
 from mixers.streams import Streams
 
 
@@ -29,6 +30,7 @@ class InLineConfig(MixerConfig):
     Attributes:
         feature_map: φ, positive or signed.
         dynamic_conv: the weights of the local convolution are computed from the mean token; otherwise learned.
+        qkv_bias: whether to_q, to_k and to_v have a bias.
         scale: factor of unnormalized weights, as in `LinearConfig`.
         reference_length: unnormalized weights are divided by this many tokens, whatever the number of tokens is.
         backend: implementation of the operator.
@@ -38,6 +40,7 @@ class InLineConfig(MixerConfig):
 
     feature_map: str | None = None
     dynamic_conv: bool = True
+    qkv_bias: bool = True
     scale: Scale = "constant"
     reference_length: int = 256
     backend: str = "auto"
@@ -73,10 +76,12 @@ class DynamicConvolution(nn.Module):
         """Map the operator's result (b, l, h, v) to (b, l, h, v)."""
         batch, length, heads, _ = y.shape
         height, _ = require_grid(streams.grid, length, "A local convolution", "local_conv_size=0")
+        if batch == 0:  # conv2d refuses zero groups
+            return self.output(y, streams)
         weights = self.residual(streams.x.mean(1)[..., None])
         kernel = weights.reshape(-1, 1, self.size, self.size)  # (b·h·v, 1, size, size)
         image = rearrange(streams.v, "b (i j) h v -> 1 (b h v) i j", i=height)
-        local = F.conv2d(image, kernel, padding=self.size // 2, groups=max(kernel.shape[0], 1))
+        local = F.conv2d(image, kernel, padding=self.size // 2, groups=kernel.shape[0])
         local = rearrange(local, "1 (b h v) i j -> b (i j) h v", b=batch, h=heads)
         return self.output(y.to(accumulation_dtype(y)) + local, streams).to(y.dtype)
 
@@ -105,6 +110,10 @@ class InLine(LinearMixer):
         if config.local_conv_size and config.dynamic_conv:
             assert isinstance(self.output, Output)
             self.output = DynamicConvolution(self.output, dim, heads, self.value_width, config.local_conv_size)
+
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections."""
+        return Projections(self.dim, self.key_width, self.value_width, qkv_bias=self.config.qkv_bias)
 
     @property
     def scale(self) -> float:

@@ -36,6 +36,9 @@ class LinFusion(LinearAttention):
     """LinFusion (2409.02097): linear attention whose to_q and to_k see x + MLP(x); W_ij = φ(q_i)·φ(k_j), normalized.
 
     φ = elu + 1, and eps = 1e-4 is added to the mean weight, as published.
+
+    Deviations from the published block: the last layer of each MLP starts at zero, so that a new mixer is exactly
+    linear attention, where the published one starts at random.
     """
 
     Config: ClassVar[type[MixerConfig]] = LinFusionConfig

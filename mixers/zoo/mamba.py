@@ -19,11 +19,9 @@ from mixers.precision import accumulation_dtype
 from mixers.stages.decays import inverse_softplus_of_log_uniform
 from mixers.stages.projections import FullPrecisionLinear, ProjectionLayers, Projections
 from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
-from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
+from mixers.state_space_mixer import SELECTIONS, Selection, StateSpaceConfig, StateSpaceMixer
 from mixers.streams import Streams
 from mixers.suggest import unknown_name
-
-SELECTIONS = ("inner", "input")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class MambaConfig(StateSpaceConfig):
 
     norm: bool = False
     d_state: int | None = 16
-    selection: str = "inner"
+    selection: Selection = "inner"
     dt_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +119,7 @@ class Mamba(StateSpaceMixer):
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
         """Compute the inner activation u, then B, C and Δ from it or from the tokens."""
         u = projections.to_v(x)
-        u = u if self.short_conv is None else self.short_conv(u)
+        u = u if self.short_conv is None else self.short_conv(u, grid)
         source = u if self.config.selection == "inner" else x
         return Streams(
             x=x,

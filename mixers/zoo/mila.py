@@ -13,8 +13,11 @@ from mixers.config import MixerConfig
 from mixers.entries import register_mixer
 from mixers.image_grid import Grid
 from mixers.normalization import count_visible_tokens
+from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.stages.rotary import rotary_2d
+from mixers.state_space_mixer import SELECTIONS, Selection
 from mixers.streams import Streams
+from mixers.suggest import unknown_name
 from mixers.traits import Traits
 from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
 
@@ -24,16 +27,25 @@ class MILAConfig(LinearAttentionConfig):
     """Options of `mila`.
 
     Attributes:
+        selection: what q and k are computed from: `inner`, the inner activation after the convolution, as published;
+            or `input`, the tokens.
+        qkv_bias: whether to_q, to_k and to_v have a bias.
         rotary: rotate the features of q and k by the row and the column of their token.
     """
 
     default_local_conv_size: ClassVar[int] = 3
+    default_conv_2d: ClassVar[bool] = True
 
+    conv_size: int = 3
     gate: bool = True
+    selection: Selection = "inner"
+    qkv_bias: bool = True
     rotary: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.selection not in SELECTIONS:
+            raise ValueError(unknown_name("selection", self.selection, SELECTIONS))
         if self.rotary and self.scan != "raster":
             raise ValueError(
                 f"rotary=True rotates by positions in the image, in raster order, but scan={self.scan!r}: use "
@@ -45,19 +57,44 @@ class MILAConfig(LinearAttentionConfig):
 class MILA(LinearAttention):
     """MILA (2405.16605): Y = (W V + LePE(V)) · SiLU(to_gate(x)), W_ij = Rφ(q_i)·Rφ(k_j) / (φ(q_i)·mean φ(k)).
 
-    φ = elu + 1; R rotates half of the channels by the row and half by the column, over the full width, so that heads
-    have different frequencies; LePE is a 3 × 3 depthwise convolution. The denominator is computed without R: rows sum
+    V = SiLU(convolution(to_v(x))) with a 3 × 3 depthwise convolution over the image; q and k are computed from V. φ =
+    elu + 1; R rotates half of the channels by the row and half by the column, over the full width, so that heads have
+    different frequencies; LePE is another 3 × 3 depthwise convolution. The denominator is computed without R: rows sum
     to one and entries are ≥ 0 only with rotary=False, and `traits` says so. Unnormalized, W is the rotated product.
-    The published form needs the grid; a causal one has no LePE, and the drop-in form neither LePE nor gate.
 
-    Deviations from the published block: the linear layer, 3 × 3 depthwise convolution and SiLU before q, k and v are
-    left out; v is to_v(x), where the block takes the output of these parts; the gate's layer has no bias.
+    The published form needs the grid. In a causal one the first convolution is over tokens, and there is no LePE. The
+    drop-in form has no convolutions and no gate, and computes q and k from x.
     """
 
     Config: ClassVar[type[MixerConfig]] = MILAConfig
-    drop_in_options: ClassVar[Mapping[str, Any]] = {"local_conv_size": 0, "gate": False}
+    drop_in_options: ClassVar[Mapping[str, Any]] = {
+        "conv_size": 0,
+        "local_conv_size": 0,
+        "gate": False,
+        "selection": "input",
+    }
+    output_options: ClassVar[Mapping[str, Any]] = {"gate_bias": True}
 
     config: MILAConfig
+
+    @property
+    def convolved_width(self) -> int:
+        """Channels of the short convolution: those of the values."""
+        return self.value_width
+
+    def create_projections(self) -> Projections:
+        """Create the mixer's own projections; to_q and to_k see what `selection` names."""
+        key_input = self.value_width if self.config.selection == "inner" else self.dim
+        return Projections(self.dim, self.key_width, self.value_width, key_input, qkv_bias=self.config.qkv_bias)
+
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+        """Compute the inner activation, then q and k from it or from the tokens."""
+        inner = projections.to_v(x)
+        inner = inner if self.short_conv is None else self.short_conv(inner, grid)
+        source = inner if self.config.selection == "inner" else x
+        q = self.split_key_heads(projections.to_q(source))
+        k = self.split_key_heads(projections.to_k(source))
+        return Streams(x=x, q=q, k=k, v=self.split_heads(inner), grid=grid)
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute Rφ(q) and Rφ(k): (b, l, h, k) each, float32 at least."""

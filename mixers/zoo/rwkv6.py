@@ -77,10 +77,8 @@ class RWKV6(LinearMixer):
     def __init__(self, config: RWKV6Config, dim: int, heads: int, *, own_projections: bool = True) -> None:
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.decay = DoubleExponentialDecay(dim, self.key_width, config.decay_rank)
-        self.token_shift = TokenShift(dim, len(STREAMS), config.shift_rank) if config.token_shift else None
-        channels = torch.arange(self.key_width)  # as published, at half the depth of a network
-        start = (1 - channels / max(self.key_width - 1, 1)) / 2 + ((channels + 1) % 3 - 1) * 0.1
-        self.bonus = nn.Parameter(start.view(heads, -1)) if config.bonus else None
+        self.token_shift = TokenShift(*_initial_shift(dim), config.shift_rank) if config.token_shift else None
+        self.bonus = nn.Parameter(_initial_bonus(self.key_width).view(heads, -1)) if config.bonus else None
 
     def create_projections(self) -> Projections:
         """Create the mixer's own projections, without biases."""
@@ -89,7 +87,7 @@ class RWKV6(LinearMixer):
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
         """Compute projections and decay, each from its own interpolation; `x` becomes the input of the gate."""
         w, k, v, r, g = (x,) * len(STREAMS) if self.token_shift is None else self.token_shift(x)
-        query, key, value = self.project(projections, r, k, v)
+        query, key, value = self.project(projections, r, k, v, grid)
         return Streams(g, query, key, value, log_decay=self.split_heads(self.decay(w)), grid=grid)
 
     def mix(self, streams: Streams) -> Tensor:
@@ -214,6 +212,25 @@ class RWKV6(LinearMixer):
             "decay_rank": len(state["w_proj.linear.lora.0.weight"]),
         }
         return ConvertedStateDict(dim, len(state["bonus"]), derived | dict(options), tensors)
+
+
+DEPTH = 0.5
+"""Position of the layer in its network, from 0 at the input to 1 at the output; initial values depend on it."""
+
+
+def _initial_bonus(channels: int) -> Tensor:
+    """Return the initial u of every key channel, (channels,), as published."""
+    index = torch.arange(channels)
+    return DEPTH * (1 - index / max(channels - 1, 1)) + ((index + 1) % 3 - 1) * 0.1
+
+
+def _initial_shift(dim: int) -> tuple[Tensor, Tensor]:
+    """Return the initial μ (d,) and μ_s (streams, d) of the token shift, as published."""
+    ratio = torch.arange(dim) / dim
+    slow = 1 - ratio ** (1 - DEPTH)
+    fast = 1 - ratio ** (0.5 * (1 - DEPTH))
+    offsets = {"w": slow, "k": slow, "v": slow - 0.3 * DEPTH, "r": fast, "g": fast}
+    return slow, torch.stack([offsets[stream] for stream in STREAMS])
 
 
 def _past_matrix(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from mixers.traits import Causality
 class VSSDConfig(StateSpaceConfig):
     """Options of `vssd`."""
 
+    default_conv_2d: ClassVar[bool] = True
+
     causality: Causality = "noncausal"
-    conv_size: int = 0
+    conv_size: int = 3
     d_state: int | None = 64
 
 
@@ -27,8 +29,10 @@ class VSSDConfig(StateSpaceConfig):
 class VSSD(StateSpaceMixer):
     """VSSD (2407.18559): W_ij = C_i·B_j (Δ_j |A|), without decay: a token weighs Δ|A|, wherever it is.
 
-    A causal one sees earlier tokens, with the same weights. LayerNorm(W x + D x)·z follows, as in the published code,
-    whose gate z has no SiLU and whose token weight is Δ·A < 0 (the sign is absorbed by B).
+    x, B and C pass through a 3 × 3 depthwise convolution over the image and SiLU, and LayerNorm(W x + D x)·z follows;
+    the gate z has no SiLU. A causal one sees earlier tokens with the same weights, and its convolution is over tokens.
+
+    Deviations from the published block: the token weight is Δ|A| > 0 instead of Δ·A < 0, a sign that B absorbs.
     """
 
     Config: ClassVar[type[MixerConfig]] = VSSDConfig

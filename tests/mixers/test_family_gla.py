@@ -34,7 +34,7 @@ def built(name: str, **options: Any) -> TokenMixer:
     return mixer
 
 
-def plain(name: str, **options: Any) -> TokenMixer:
+def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form, with projections of its own."""
     return built(name, **{**_class(name).drop_in_options, **options})
 
@@ -51,7 +51,8 @@ def linear_like(mixer: TokenMixer, **options: Any) -> TokenMixer:
     """Linear attention with the projections, map and scale 1/√k of a mixer of this family."""
     settings = {"causality": mixer.config.causality, "normalize": mixer.config.normalize, "eps": mixer.config.eps}
     settings["feature_map"] = "elu_plus_one" if mixer.config.normalize else "identity"
-    peer = create_mixer("linear_attention", 12, 2, reference_length=1, **{**settings, **options}).double()
+    settings["reference_length"] = 256 if mixer.config.causality == "noncausal" else 1
+    peer = create_mixer("linear_attention", 12, 2, **settings, **options).double()
     peer.projections.load_state_dict({"to_out.bias": torch.zeros(12)} | mixer.projections.state_dict())
     return peer
 
@@ -66,7 +67,7 @@ def without_decay(mixer: TokenMixer) -> None:
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gla_with_gates_of_one_is_linear_attention(causality: str, normalize: bool) -> None:
-    mixer = plain("gla", causality=causality, normalize=normalize, eps=1e-200)  # eps means another thing with decay
+    mixer = drop_in("gla", causality=causality, normalize=normalize, eps=1e-200)  # eps means another thing with decay
     without_decay(mixer)
     x = float64(2, LENGTH, 12)
     assert (streams_of(mixer, x).log_decay == 0).all()
@@ -76,7 +77,7 @@ def test_gla_with_gates_of_one_is_linear_attention(causality: str, normalize: bo
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_retnet_with_gates_of_one_is_linear_attention(causality: str, normalize: bool) -> None:
-    mixer = plain("retnet", causality=causality, normalize=normalize, eps=1e-200, first_exponent=900.0)
+    mixer = drop_in("retnet", causality=causality, normalize=normalize, eps=1e-200, first_exponent=900.0)
     x = float64(2, LENGTH, 12)
     assert_close(mixer(x), linear_like(mixer)(x))
 
@@ -84,21 +85,22 @@ def test_retnet_with_gates_of_one_is_linear_attention(causality: str, normalize:
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: str) -> None:
     """Unnormalized, with an order: weights of 1 times the current token's own are the diagonal."""
-    mixer = plain("rwkv6", causality=causality, normalize=False)
+    mixer = drop_in("rwkv6", causality=causality, normalize=False)
     without_decay(mixer)
     torch.nn.init.constant_(mixer.bonus, 0.0 if causality == "noncausal" else 1.0)
     x = float64(2, LENGTH, 12)
     s = streams_of(mixer, x)
-    wanted = linear_attention(s.q, s.k, s.v, causality=causality, normalize=False)
+    scale = 1 / 256 if causality == "noncausal" else 1.0  # without decay, sums grow with the number of tokens
+    wanted = linear_attention(s.q, s.k, s.v, causality=causality, normalize=False, scale=scale)
     assert_close(mixer.mix(s), wanted)
-    without = plain("rwkv6", causality=causality, normalize=False, bonus=False)
+    without = drop_in("rwkv6", causality=causality, normalize=False, bonus=False)
     without.load_state_dict({n: t for n, t in mixer.state_dict().items() if n != "bonus"})
     assert_close(without.mix(s), wanted)
 
 
 @pytest.mark.parametrize("causality", ["causal", "bidirectional"])
 def test_normalized_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: str) -> None:
-    mixer = plain("rwkv6", causality=causality, normalize=True, eps=1e-200)
+    mixer = drop_in("rwkv6", causality=causality, normalize=True, eps=1e-200)
     without_decay(mixer)
     torch.nn.init.zeros_(mixer.bonus)  # exp(0) = 1
     x = float64(2, LENGTH, 12)
@@ -109,7 +111,7 @@ def test_normalized_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(c
 def test_rwkv6_without_order_and_bonus_is_gla_without_order(normalize: bool) -> None:
     """Gates are weights of tokens in both, and eps is added to the mean weight in both."""
     settings = {"causality": "noncausal", "normalize": normalize, "eps": 0.1}
-    mixer, peer = plain("rwkv6", bonus=False, **settings), plain("gla", **settings)
+    mixer, peer = drop_in("rwkv6", bonus=False, **settings), drop_in("gla", **settings)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     assert_close(mixer.mix(s) * (1 if normalize else peer.scale), peer.mix(s))
     assert mixer.traits.permutation_equivariant and mixer.traits.repetition_invariant == normalize
@@ -117,7 +119,7 @@ def test_rwkv6_without_order_and_bonus_is_gla_without_order(normalize: bool) -> 
 
 def test_rwkv6_weights_have_the_gates_between_two_tokens() -> None:
     """Neither end's gate counts, in both directions; a token sees itself through the bonus alone."""
-    mixer = plain("rwkv6", causality="bidirectional", normalize=False)
+    mixer = drop_in("rwkv6", causality="bidirectional", normalize=False)
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
     matrix, gates = structure.mixing_matrix(mixer, x), s.log_decay.exp()
@@ -132,18 +134,19 @@ def test_rwkv6_weights_have_the_gates_between_two_tokens() -> None:
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_gla_with_one_gate_for_all_channels_is_ssd(causality: str) -> None:
     """The mixer with the same gate in every channel of a head, and the operator with one gate a head."""
-    mixer = plain("gla", causality=causality)
+    mixer = drop_in("gla", causality=causality)
     with torch.no_grad():
         for parameter in (mixer.decay.up.weight, mixer.decay.up.bias):
             parameter.copy_(parameter.unflatten(0, (2, -1))[:, :1].expand(2, 6, *parameter.shape[1:]).flatten(0, 1))
     s = streams_of(mixer, float64(2, LENGTH, 12))
-    settings = {"causality": causality, "normalize": False, "scale": 6**-0.5}
+    scale = 6**-0.5 / (256 if causality == "noncausal" else 1)
+    settings = {"causality": causality, "normalize": False, "scale": scale}
     assert_close(mixer.mix(s), linear_attention(s.q, s.k, s.v, s.log_decay[..., 0], **settings))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_retnet_is_gla_with_its_fixed_gates(normalize: bool) -> None:
-    mixer, peer = plain("retnet", normalize=normalize), plain("gla", normalize=normalize, gate_logit_normalizer=1.0)
+    mixer, peer = drop_in("retnet", normalize=normalize), drop_in("gla", normalize=normalize, gate_logit_normalizer=1.0)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     gates = torch.tensor([1 - 2**-5, 1 - 2**-6], dtype=torch.float64).log()
     assert_close(s.log_decay, gates)
@@ -238,7 +241,7 @@ def test_gated_deltanet_is_its_published_formula(decay: bool, negative: bool) ->
 
 def test_gated_deltanet_recalls_what_it_wrote_under_a_key() -> None:
     """β = 1 and no decay: an orthogonal key reads its last value back, the older one is gone."""
-    mixer = plain("gated_deltanet", decay=False)
+    mixer = drop_in("gated_deltanet", decay=False)
     s = streams_of(mixer, float64(1, 3, 12))
     keys = torch.eye(6, dtype=torch.float64)[[0, 1, 0]][None, :, None].expand(1, 3, 2, 6)
     seen = type(s)(s.x, keys * 6**0.5, keys, s.v, beta=torch.ones(1, 3, 2, dtype=torch.float64))
@@ -248,7 +251,8 @@ def test_gated_deltanet_recalls_what_it_wrote_under_a_key() -> None:
 
 
 def test_token_shift_sees_itself_and_the_token_before() -> None:
-    shift, x = TokenShift(12, 2, 3).double(), float64(2, LENGTH, 12)
+    shift = TokenShift(torch.rand(12), torch.rand(2, 12), rank=3).double()
+    x = float64(2, LENGTH, 12)
     with torch.no_grad():
         for parameter in shift.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -279,9 +283,9 @@ def test_every_part_is_a_switch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_plain_form_starts_from_a_hosts_projections(name: str) -> None:
+def test_the_drop_in_form_starts_from_a_hosts_projections(name: str) -> None:
     mounted = create_mixer(name, 12, 2, own_projections=False, **_class(name).tiny_options).double()
-    own = plain(name)
+    own = drop_in(name)
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, LENGTH, 12)
     assert torch.equal(mounted(x, projections=own.projections), own(x))
@@ -312,4 +316,4 @@ def test_refusals_give_the_reason() -> None:
         with pytest.raises(ValueError, match=f"Expected .*{next(iter(options))} > 0"):
             create_mixer(name, 12, 2, **options)
     with pytest.raises(ValueError, match="at least one stream"):
-        TokenShift(4, 0)
+        TokenShift(torch.zeros(4), torch.zeros(0, 4))

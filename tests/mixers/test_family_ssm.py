@@ -17,7 +17,8 @@ from mixers.operators.scan import selective_scan
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
-LENGTH = 19
+LENGTH = 20
+GRID = (4, 5)
 FAMILY = ("mamba", "mamba2", "vssd", "hydra")
 OFF = {"expand": 1, "conv_size": 0, "skip": False, "norm": False, "gate": False}
 
@@ -35,7 +36,7 @@ def built(name: str, **options: Any) -> TokenMixer:
     return mixer
 
 
-def plain(name: str, **options: Any) -> TokenMixer:
+def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form, with projections of its own."""
     return built(name, **{**_class(name).drop_in_options, **options})
 
@@ -45,19 +46,20 @@ def _class(name: str) -> type[TokenMixer]:
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:
-    return mixer.compute_streams(x, mixer.resolve_projections(None))
+    return mixer.compute_streams(x, mixer.resolve_projections(None), GRID)
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_mamba2_without_decay_is_linear_attention_on_weighted_keys(causality: str, normalize: bool) -> None:
     settings = {"causality": causality, "normalize": normalize, "eps": 1e-200}  # eps means another thing with decay
-    mixer = plain("mamba2", **settings)
+    mixer = drop_in("mamba2", **settings)
     torch.nn.init.constant_(mixer.decay.A_log, -torch.inf)  # A = 0
     s = streams_of(mixer, float64(2, LENGTH, 12))
     assert (s.log_decay == 0).all()
     q, k = mixer.features(dataclasses.replace(s, dt=None))
-    assert_close(mixer.mix(s), linear_attention(q, k * s.dt[..., None], s.v, **settings))
+    scale = 1 / 256 if causality == "noncausal" else 1.0  # without decay, sums grow with the number of tokens
+    assert_close(mixer.mix(s), linear_attention(q, k * s.dt[..., None], s.v, scale=scale, **settings))
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
@@ -73,7 +75,7 @@ def test_s6_with_one_a_and_one_step_a_head_is_ssd(causality: str, normalize: boo
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_mamba_with_one_a_and_one_step_a_head_is_mamba2(causality: str) -> None:
     """The two mixers, not their operators alone: the same projections, and Δ and A spread over channels."""
-    wide, narrow = plain("mamba", causality=causality, dt_rank=2), plain("mamba2", causality=causality)
+    wide, narrow = drop_in("mamba", causality=causality, dt_rank=2), drop_in("mamba2", causality=causality)
     wide.projections.load_state_dict(narrow.projections.state_dict())
     with torch.no_grad():
         wide.A_log.copy_(narrow.decay.A_log.repeat_interleave(6)[:, None].expand(12, 6))
@@ -117,9 +119,9 @@ def test_mamba2_is_its_published_formula() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_published_form_with_every_part_off_is_the_plain_form(name: str) -> None:
+def test_the_published_form_with_every_part_off_is_the_drop_in_form(name: str) -> None:
     own = {"mamba": {"selection": "input"}, "hydra": {"shared_keys": True, "own_query": True}}.get(name, {})
-    switched, simple = built(name, **OFF, **own, d_state=6, n_groups=2), plain(name)
+    switched, simple = built(name, **OFF, **own, d_state=6, n_groups=2), drop_in(name)
     wanted = {**simple.config.to_dict(), "d_state": 6, "n_groups": 2}
     assert switched.config.to_dict() == wanted
     switched.load_state_dict(simple.state_dict())
@@ -137,13 +139,13 @@ def test_every_part_is_a_switch(name: str) -> None:
         less = built(name, **{part: type(getattr(full.config, part))(0)})
         missing = less.load_state_dict(full.state_dict(), strict=False)
         assert not missing.missing_keys and missing.unexpected_keys
-        assert (less(x) - full(x)).abs().max() > 1e-6, part
+        assert (less(x, grid=GRID) - full(x, grid=GRID)).abs().max() > 1e-6, part
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_plain_form_starts_from_a_hosts_projections(name: str) -> None:
+def test_the_drop_in_form_starts_from_a_hosts_projections(name: str) -> None:
     mounted = create_mixer(name, 12, 2, own_projections=False).double()
-    own = plain(name)
+    own = drop_in(name)
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, LENGTH, 12)
     assert torch.equal(mounted(x, projections=own.projections), own(x))
@@ -153,21 +155,21 @@ def test_the_plain_form_starts_from_a_hosts_projections(name: str) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gates_without_an_order_are_weights_of_tokens(normalize: bool) -> None:
-    mixer = plain("mamba2", causality="noncausal", normalize=normalize)
+    mixer = drop_in("mamba2", causality="noncausal", normalize=normalize)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     q, k = mixer.features(s)
-    settings = {"causality": "noncausal", "normalize": normalize, "eps": mixer.config.eps}
+    settings = {"causality": "noncausal", "normalize": normalize, "eps": mixer.config.eps, "scale": 1 / 256}
     assert_close(mixer.mix(s), linear_attention(q, k * s.log_decay.exp()[..., None], s.v, **settings))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_s6_without_an_order_has_weighted_tokens(normalize: bool) -> None:
-    mixer = plain("mamba", causality="noncausal", normalize=normalize, eps=1e-200)
+    mixer = drop_in("mamba", causality="noncausal", normalize=normalize, eps=1e-200)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     C, B = mixer.features(s)
     gates = (s.dt[..., None] * mixer.A).exp()  # (b, l, h, v, n)
     weights = torch.einsum("bihn,bjhn,bjhvn,bjhv->bhvij", C, B, gates, s.dt)
-    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights
+    weights = weights / weights.sum(-1, keepdim=True) if normalize else weights / 256
     assert_close(mixer.mix(s), torch.einsum("bhvij,bjhv->bihv", weights, s.v))
 
 
@@ -175,7 +177,7 @@ def test_s6_without_an_order_has_weighted_tokens(normalize: bool) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vssd_with_unit_weights_is_linear_attention(causality: str, normalize: bool) -> None:
     settings = {"causality": causality, "normalize": normalize, "eps": 1e-6}
-    mixer = plain("vssd", **settings)
+    mixer = drop_in("vssd", **settings)
     with torch.no_grad():  # Δ = softplus(log(e − 1)) = 1 and |A| = 1
         mixer.decay.to_dt.weight.zero_()
         mixer.decay.dt_bias.fill_(math.log(math.expm1(1)))
@@ -187,15 +189,18 @@ def test_vssd_with_unit_weights_is_linear_attention(causality: str, normalize: b
 
 
 def test_vssd_is_its_published_formula() -> None:
-    """(C (Bᵀ (V ⊙ Δ|A|)) + D V), LayerNorm over the inner width, then times z itself."""
+    """SiLU(conv(x, B, C)) over the image, C (Bᵀ (V ⊙ Δ|A|)) + D V, LayerNorm over the inner width, times z itself."""
     mixer = built("vssd")
-    x, own = float64(2, LENGTH, 12), mixer.projections
-    v = own.to_v(x).unflatten(-1, (2, -1))
+    x, own, conv = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv
+    image = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).mT.unflatten(-1, GRID)
+    image = F.silu(F.conv2d(image, conv.weight, conv.bias, padding=1, groups=32))
+    v, B, C = image.flatten(2).mT.split([24, 4, 4], dim=-1)
+    v = v.unflatten(-1, (2, -1))
     weight = F.softplus(mixer.decay.to_dt(x) + mixer.decay.dt_bias) * mixer.decay.A_log.exp()
-    state = torch.einsum("bln,blhv->bhnv", own.to_k(x), v * weight[..., None])
-    y = torch.einsum("bln,bhnv->blhv", own.to_q(x), state) + mixer.output.D[:, None] * v
+    state = torch.einsum("bln,blhv->bhnv", B, v * weight[..., None])
+    y = torch.einsum("bln,bhnv->blhv", C, state) + mixer.output.D[:, None] * v
     normed = F.layer_norm(y.flatten(2), (24,), mixer.output.norm.weight, mixer.output.norm.bias)
-    assert_close(mixer(x), own.to_out(normed * mixer.output.to_gate(x)))
+    assert_close(mixer(x, grid=GRID), own.to_out(normed * mixer.output.to_gate(x)))
 
 
 def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
@@ -224,7 +229,7 @@ def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
 
 @pytest.mark.parametrize("own_query", [True, False])
 def test_hydras_matrix_is_quasiseparable(own_query: bool) -> None:
-    mixer = plain("hydra", own_query=own_query, d_state=3)
+    mixer = drop_in("hydra", own_query=own_query, d_state=3)
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
     matrix = structure.mixing_matrix(mixer, x)
@@ -242,7 +247,7 @@ def test_hydras_matrix_is_quasiseparable(own_query: bool) -> None:
 
 def test_hydra_decays_between_two_tokens_alone() -> None:
     """W_{i+1,i} has no gate in it and W_{i+2,i} has that of token i + 1, in both directions."""
-    mixer = plain("hydra")
+    mixer = drop_in("hydra")
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
     W, gates, dt = structure.mixing_matrix(mixer, x), s.log_decay.exp(), s.dt

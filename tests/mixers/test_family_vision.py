@@ -39,7 +39,7 @@ def built(name: str, **options: Any) -> TokenMixer:
     return mixer
 
 
-def plain(name: str, **options: Any) -> TokenMixer:
+def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form, with projections of its own."""
     return built(name, **{**registry.get_mixer_entry(name).mixer.drop_in_options, **options})
 
@@ -130,24 +130,27 @@ def test_focused_is_its_published_formula() -> None:
         u = (t.relu() + 1e-6) / F.softplus(mixer.focus.scale)
         return (u**3 / (u**3).norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)).unflatten(-1, (2, 6))
 
-    q, k, v = focus(own.to_q(x)), focus(own.to_k(x)), own.to_v(x)
+    table = F.interpolate(mixer.positions.weight, size=GRID, mode="bilinear").flatten(2).mT
+    q, k, v = focus(own.to_q(x)), focus(own.to_k(x) + table), own.to_v(x)
     z = 1 / (torch.einsum("blhk,bhk->blh", q, k.mean(1)) + 1e-6)
     kv = torch.einsum("blhk,blhv->bhkv", k, v.unflatten(-1, (2, 6))) / LENGTH
     y = (torch.einsum("blhk,bhkv->blhv", q, kv) * z[..., None]).flatten(2)
     image = v.transpose(1, 2).unflatten(-1, GRID)
-    local = F.conv2d(image, mixer.output.local_conv.weight, mixer.output.local_conv.bias, padding=2, groups=12)
+    conv = mixer.output.local_conv  # shared by the two heads
+    weight, bias = conv.weight.repeat(2, 1, 1, 1), conv.bias.repeat(2)
+    local = F.conv2d(image, weight, bias, padding=2, groups=12)
     assert_close(mixer(x, grid=GRID), own.to_out(y + local.flatten(2).transpose(1, 2)))
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_focused_with_power_one_is_relu_attention(causality: str) -> None:
     """It keeps norms, and directions at power 1; a scale that all channels share divides out."""
-    mixer = plain("focused", causality=causality, power=1.0, eps=1e-200)
+    mixer = drop_in("focused", causality=causality, power=1.0, eps=1e-200)
     torch.nn.init.constant_(mixer.focus.scale, 0.7)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     q, k = s.q.relu() + 1e-6, s.k.relu() + 1e-6
     assert_close(mixer.mix(s), linear_attention(q, k, s.v, causality=causality, eps=1e-200))
-    focused = plain("focused")
+    focused = drop_in("focused")
     features, _ = focused.features(s)
     u = (s.q.relu() + 1e-6).flatten(2) / F.softplus(focused.focus.scale)
     assert_close(features.flatten(2).norm(dim=-1), u.norm(dim=-1))
@@ -174,10 +177,12 @@ def test_sana_is_its_published_formula() -> None:
 
 
 def test_mila_is_its_published_formula() -> None:
-    """Rotation over the full width in the numerator alone, plain features in the divisor, LePE and gate."""
+    """The published block: in-projection, convolution, rotation in the numerator only, LePE and gate."""
     mixer = built("mila")
-    x, own = float64(2, LENGTH, 12), mixer.projections
-    q, k, v = F.elu(own.to_q(x)) + 1, F.elu(own.to_k(x)) + 1, own.to_v(x)
+    x, own, dwc = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv
+    inner = F.conv2d(own.to_v(x).mT.unflatten(-1, GRID), dwc.weight, dwc.bias, padding=1, groups=12)
+    v = F.silu(inner).flatten(2).mT
+    q, k = F.elu(own.to_q(v)) + 1, F.elu(own.to_k(v)) + 1
     turns = []
     for axis in (0, 1):
         places = torch.stack(torch.meshgrid(*map(torch.arange, GRID), indexing="ij"))[axis].flatten().double()
@@ -200,7 +205,7 @@ def test_mila_is_its_published_formula() -> None:
 @every_switch
 def test_mila_without_its_parts_is_linear_attention(causality: str, normalize: bool) -> None:
     settings = {"causality": causality, "normalize": normalize}
-    mila = plain("mila", rotary=False, **settings)
+    mila = drop_in("mila", rotary=False, qkv_bias=False, **settings)
     linear = built("linear_attention", **settings)
     linear.load_state_dict(mila.state_dict())
     x = float64(2, LENGTH, 12)
@@ -211,9 +216,9 @@ def test_mila_without_its_parts_is_linear_attention(causality: str, normalize: b
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_mila_turns_weights_and_not_their_sums(causality: str) -> None:
     """Its matrix over that of linear attention: the turned product over the plain one; its rows sum to less."""
-    mila = plain("mila", causality=causality)
+    mila = drop_in("mila", causality=causality)
     x = float64(1, LENGTH, 12)
-    still = plain("mila", causality=causality, rotary=False)
+    still = drop_in("mila", causality=causality, rotary=False)
     still.load_state_dict(mila.state_dict())
     s = streams_of(mila, x)
     q, k = still.features(s)
@@ -228,7 +233,7 @@ def test_mila_turns_weights_and_not_their_sums(causality: str) -> None:
 @pytest.mark.parametrize("feature_map", [None, "relu", "elu_plus_one"])
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_inline_is_its_published_formula_in_plain_loops(causality: str, feature_map: str | None) -> None:
-    mixer = plain("inline", causality=causality, feature_map=feature_map)
+    mixer = drop_in("inline", causality=causality, feature_map=feature_map)
     phi = {None: lambda t: t, "relu": torch.relu, "elu_plus_one": lambda t: F.elu(t) + 1}[feature_map]
     s = streams_of(mixer, float64(1, LENGTH, 12))
     q, k, y = phi(s.q) * 6**-0.5, phi(s.k), mixer.mix(s)
@@ -244,7 +249,7 @@ def test_inline_is_its_published_formula_in_plain_loops(causality: str, feature_
 @every_switch
 def test_inline_unnormalized_has_no_correction(causality: str, normalize: bool) -> None:
     """It is linear attention on the same kernel; normalized it is not."""
-    inline = plain("inline", causality=causality, normalize=normalize, feature_map="elu_plus_one")
+    inline = drop_in("inline", causality=causality, normalize=normalize, feature_map="elu_plus_one", qkv_bias=False)
     linear = built("linear_attention", causality=causality, normalize=normalize)
     linear.load_state_dict(inline.state_dict())
     x = float64(2, LENGTH, 12)
@@ -253,7 +258,7 @@ def test_inline_unnormalized_has_no_correction(causality: str, normalize: bool) 
 
 
 def test_inline_rows_sum_to_one_with_signed_weights_and_no_eps() -> None:
-    mixer = plain("inline")
+    mixer = drop_in("inline")
     x = 3 * float64(1, LENGTH, 12)
     matrix = structure.mixing_matrix(mixer, x)
     assert_close(structure.row_sums(matrix), torch.ones(1, 2, LENGTH, dtype=torch.float64))
@@ -263,7 +268,7 @@ def test_inline_rows_sum_to_one_with_signed_weights_and_no_eps() -> None:
 
 def test_inline_does_not_see_what_all_weights_of_a_row_share() -> None:
     """A constant added to every key moves all weights of a row alike, which the subtraction takes away."""
-    mixer = plain("inline")
+    mixer = drop_in("inline")
     s = streams_of(mixer, float64(2, LENGTH, 12))
     moved = dataclasses.replace(s, k=s.k + float64(1, 1, 2, 6))
     assert_close(mixer.mixing_matrix(moved), mixer.mixing_matrix(s))
@@ -273,7 +278,7 @@ def test_inline_does_not_see_what_all_weights_of_a_row_share() -> None:
 def test_inline_is_injective_where_division_is_not() -> None:
     """Queries of one direction and two lengths: a division gives both the same weights, a subtraction does not."""
     for name, same, options in (("inline", False, {}), ("linear_attention", True, {"eps": 1e-200})):
-        mixer = plain(name, feature_map="relu", **options)
+        mixer = drop_in(name, feature_map="relu", **options)
         s = streams_of(mixer, float64(1, LENGTH, 12))
         longer = mixer.mixing_matrix(dataclasses.replace(s, q=2 * s.q))
         assert ((longer - mixer.mixing_matrix(s)).abs().max() < 1e-10) == same
@@ -306,7 +311,7 @@ def test_the_local_convolution_is_added_to_the_result(name: str) -> None:
     less = built(name, local_conv_size=0, **off, **extra)
     copy_shared(less, full)
     x = float64(2, LENGTH, 12)
-    v = full.projections.to_v(x)
+    v = full.compute_streams(x, full.projections, GRID).v.flatten(2)
     added = F.linear(full.output.local_conv(v, GRID), full.projections.to_out.weight)
     assert_close(full(x, grid=GRID), less(x, grid=GRID) + added)
 
@@ -329,9 +334,9 @@ def test_the_local_convolution_is_published_where_it_can_be(name: str, size: int
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_plain_form_starts_from_a_hosts_projections(name: str) -> None:
+def test_the_drop_in_form_starts_from_a_hosts_projections(name: str) -> None:
     mounted = create_mixer(name, 12, 2, own_projections=False).double()
-    own = plain(name)
+    own = drop_in(name)
     mounted.load_state_dict({n: p for n, p in own.state_dict().items() if not n.startswith("projections.")})
     x = float64(1, LENGTH, 12)
     assert torch.equal(mounted(x, projections=own.projections, grid=GRID), own(x, grid=GRID))

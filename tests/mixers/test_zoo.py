@@ -22,6 +22,7 @@ from mixers.testing import (
     run_checks,
     strategies,
 )
+from mixers.testing.inputs import grid_of
 from mixers.traits import Traits
 from mixers.zoo.linear_attention import LinearAttention
 
@@ -47,6 +48,24 @@ SCANNED = [
 
 @parametrize_with_checks(SCANNED, deep=DEEP)
 def test_conformance_of_scans(mixer: TokenMixer, check: Check) -> None:
+    check(mixer)
+
+
+@pytest.mark.parametrize("configuration", configurations(list_mixers()), ids=str)
+def test_an_empty_batch_gives_an_empty_batch(configuration: Configuration) -> None:
+    mixer = configuration()
+    x = torch.randn(0, 6, 12, dtype=torch.float64)
+    assert mixer(x, grid=grid_of(mixer, 6)).shape == x.shape
+
+
+SCALED = [
+    Configuration(name, "noncausal", normalize=False, form="drop-in", options={"scale": "mean"})
+    for name in ("linear_attention", "gla", "mamba", "rwkv6", "inline")
+]
+
+
+@parametrize_with_checks(SCALED, deep=DEEP)
+def test_conformance_of_mean_scale(mixer: TokenMixer, check: Check) -> None:
     check(mixer)
 
 

@@ -59,7 +59,11 @@ CHECKS: tuple[Check, ...] = (
     Check(order.check_repeating_every_token_changes_nothing, lambda m: m.traits.repetition_invariant),
     Check(
         order.check_weights_do_not_depend_on_the_number_of_tokens,
-        lambda m: m.traits.permutation_equivariant and not m.config.normalize,
+        lambda m: (
+            m.traits.permutation_equivariant
+            and not m.config.normalize
+            and getattr(m.config, "scale", "constant") == "constant"
+        ),
     ),
     Check(order.check_batch_items_are_independent),
     Check(weights.check_heads_are_independent, lambda m: m.heads > 1),

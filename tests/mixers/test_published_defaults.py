@@ -1,0 +1,205 @@
+"""What `create_mixer(name, dim, heads)` builds, against the code that the papers' authors published.
+
+Sources, all read in the repositories' default branches:
+    mamba_simple.py, mamba2.py      state-spaces/mamba, mamba_ssm/modules
+    hydra.py                        goombalab/hydra, hydra/modules
+    gla.py, gated_deltanet.py       fla-org/flash-linear-attention, fla/layers
+    model.py                        BlinkDL/RWKV-LM, RWKV-v5/src, RWKV_Tmix_x060
+    retnet.py                       microsoft/torchscale, torchscale/architecture, RetNetRelPos
+    vssd                            YuHengsss/VSSD, classification/models/mamba2.py
+    mlla.py                         LeapLabTHU/MLLA, models
+    flatten_pvt.py                  LeapLabTHU/FLatten-Transformer, models
+    inline_deit.py                  LeapLabTHU/InLine, models
+    linfusion                       Huage001/LinFusion, src/linfusion/attention.py
+    sana                            NVlabs/Sana, diffusion/model/nets/sana_blocks.py, LiteLA
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixers import TokenMixer, create_mixer, list_mixers, registry
+
+DIM, HEADS = 128, 4
+CONTROLS = {"identity", "softmax", "uniform", "linear_attention", "linfusion_low_rank"}  # no code was published
+
+# Options of the published block, by the names of ours.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mamba": {  # mamba_simple.py: d_state=16, d_conv=4, expand=2, conv_bias=True, bias=False
+        **{"causality": "causal", "normalize": False, "expand": 2, "d_state": 16, "conv_size": 4, "conv_bias": True},
+        **{"bias": False, "skip": True, "norm": False, "gate": True, "dt_rank": None, "n_groups": 1},
+    },
+    "mamba2": {  # mamba2.py: d_state=128, d_conv=4, expand=2, ngroups=1, conv_bias=True, bias=False
+        **{"causality": "causal", "normalize": False, "expand": 2, "d_state": 128, "conv_size": 4, "conv_bias": True},
+        **{"bias": False, "skip": True, "norm": True, "gate": True, "n_groups": 1},
+    },
+    "hydra": {  # hydra.py: d_state=64, d_conv=7, expand=2, ngroups=1; the diagonal is its skip
+        **{"causality": "bidirectional", "normalize": False, "expand": 2, "d_state": 64, "conv_size": 7},
+        **{"conv_bias": True, "bias": False, "skip": False, "norm": True, "gate": True, "n_groups": 1},
+    },
+    "vssd": {  # d_state=64, d_conv=3 in two dimensions, expand=2, ngroups=1, LayerNorm, a gate without SiLU
+        **{"causality": "noncausal", "normalize": False, "expand": 2, "d_state": 64, "conv_size": 3, "conv_2d": True},
+        **{"conv_bias": True, "bias": False, "skip": True, "norm": True, "gate": True, "n_groups": 1},
+    },
+    "gla": {  # gla.py: expand_k=0.5, expand_v=1, no short convolution, low rank 16, normalizer 16
+        **{"causality": "causal", "normalize": False, "expand": 1, "expand_k": 0.5, "conv_size": 0, "norm": True},
+        **{"gate": True, "gate_low_rank_dim": 16, "gate_logit_normalizer": 16.0},
+    },
+    "gated_deltanet": {  # gated_deltanet.py: keys 0.75 d, values twice as wide, conv_size=4, conv_bias=False
+        **{"causality": "causal", "normalize": False, "expand": 1.5, "expand_k": 0.75, "conv_size": 4},
+        **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "decay": True},
+    },
+    "retnet": {  # retnet.py: values twice as wide, angles over linspace(0, 1), decays 1 − 2^(−5−h)
+        **{"causality": "causal", "normalize": False, "expand": 2, "conv_size": 0, "norm": True, "gate": True},
+        **{"inclusive_angles": True, "first_exponent": 5.0},
+    },
+    "rwkv6": {  # model.py: D_MIX_LORA=32, D_DECAY_LORA=64
+        **{"causality": "causal", "normalize": False, "expand": 1, "norm": True, "gate": True, "bonus": True},
+        **{"token_shift": True, "shift_rank": 32, "decay_rank": 64},
+    },
+    "mila": {  # mlla.py: in_proj, 3 × 3 convolution, SiLU; qkv_bias=True; 3 × 3 LePE; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "conv_size": 3, "conv_2d": True, "local_conv_size": 3},
+        **{"gate": True, "selection": "inner", "qkv_bias": True, "rotary": True, "eps": 1e-6},
+    },
+    "focused": {  # flatten_pvt.py: focusing_factor=3, kernel_size=5, qkv_bias=True in every model
+        **{"causality": "noncausal", "normalize": True, "power": 3.0, "local_conv_size": 5, "qkv_bias": True},
+        **{"position_table_size": 14, "gate": False},
+    },
+    "inline": {  # inline_deit.py: a 3 × 3 convolution from the mean token, qkv_bias=True in every model
+        **{"causality": "noncausal", "normalize": True, "local_conv_size": 3, "dynamic_conv": True, "qkv_bias": True},
+        **{"feature_map": None, "gate": False},
+    },
+    "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
+    "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},
+}
+
+# Which biases the published block has, of: to_q, to_k, to_v, to_out, to_gate.
+BIASES: dict[str, set[str]] = {
+    "mamba": set(),
+    "mamba2": set(),
+    "hydra": set(),
+    "vssd": set(),
+    "gla": set(),
+    "gated_deltanet": set(),
+    "retnet": set(),
+    "rwkv6": set(),
+    "mila": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
+    "focused": {"to_q", "to_k", "to_v", "to_out"},
+    "inline": {"to_q", "to_k", "to_v", "to_out"},
+    "linfusion": {"to_out"},
+    "sana_relu": {"to_out"},
+}
+
+
+def built(name: str) -> TokenMixer:
+    torch.manual_seed(0)
+    return create_mixer(name, DIM, HEADS)
+
+
+def test_every_mixer_with_published_code_is_listed() -> None:
+    assert set(DEFAULTS) | CONTROLS == set(list_mixers()) and set(BIASES) == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_options_are_the_published_ones(name: str) -> None:
+    config = built(name).config.to_dict()
+    assert {option: config[option] for option in DEFAULTS[name]} == DEFAULTS[name]
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_biases_are_the_published_ones(name: str) -> None:
+    mixer = built(name)
+    layers = dict(mixer.projections.named_children())
+    if getattr(mixer.output, "to_gate", None) is not None:
+        layers["to_gate"] = mixer.output.to_gate
+    assert {layer for layer, module in layers.items() if module.bias is not None} == BIASES[name]
+
+
+def between(values: Tensor, low: float, high: float) -> None:
+    """The values fill the range: none outside, some in its outer tenths."""
+    assert (values >= low * (1 - 1e-4)).all() and (values <= high * (1 + 1e-4)).all(), (values.min(), values.max())
+    assert len(values.unique()) > 1
+
+
+@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet"])
+def test_step_sizes_start_log_uniform_between_one_thousandth_and_a_tenth(name: str) -> None:
+    between(F.softplus(built(name).decay.dt_bias), 1e-3, 1e-1)
+
+
+def test_mamba_starts_as_published() -> None:
+    """mamba_simple.py: A = −1 … −n in every channel, Δ in [0.001, 0.1], dt_proj uniform ± rank^(−1/2), D = 1."""
+    mixer = built("mamba")
+    states = torch.arange(1.0, 17.0)
+    assert torch.allclose(-mixer.A.flatten(0, 1), states.expand(2 * DIM, -1))
+    between(F.softplus(mixer.step.up.bias), 1e-3, 1e-1)
+    assert mixer.rank == 8
+    between(mixer.step.up.weight.abs(), 0.0, 8**-0.5)
+    assert mixer.step.up.weight.abs().max() > 0.9 * 8**-0.5
+    assert (mixer.output.D == 1).all() and mixer.output.D.numel() == 2 * DIM
+
+
+def test_decay_rates_start_as_published() -> None:
+    """mamba2.py and vssd: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
+    torch.manual_seed(0)
+    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("gated_deltanet", 0.0)):
+        rates = create_mixer(name, 128, 128).decay.A_log.exp()
+        between(rates, low, 16.0)
+        assert rates.min() < 2.0 and rates.max() > 14.0
+        assert (rates < 1.0).any() == (name == "gated_deltanet")
+    assert (built("hydra").decay.A_log == 0).all()
+
+
+def test_skips_start_as_published() -> None:
+    """D = 1: one per head in Mamba-2 and VSSD, the bias of the diagonal in Hydra."""
+    for name in ("mamba2", "vssd"):
+        assert torch.equal(built(name).output.D, torch.ones(HEADS))
+    hydra = built("hydra")
+    assert torch.equal(hydra.diagonal.bias, torch.ones(HEADS)) and hydra.diagonal.in_features == 2 * DIM
+
+
+def test_rwkv6_starts_as_published_at_half_depth() -> None:
+    """model.py with ratio_0_to_1 = 0.5 and ratio_1_to_almost0 = 0.5, written out."""
+    mixer = built("rwkv6")
+    i = torch.arange(DIM, dtype=torch.float32)
+    assert torch.allclose(mixer.decay.up.bias, -6 + 5 * (i / (DIM - 1)) ** (0.7 + 1.3 * 0.5))
+    zigzag = torch.tensor([((n + 1) % 3 - 1) * 0.1 for n in range(DIM)])
+    assert torch.allclose(mixer.bonus.flatten(), 0.5 * (1 - i / (DIM - 1)) + zigzag, atol=1e-6)
+    slow, fast = 1 - (i / DIM) ** 0.5, 1 - (i / DIM) ** 0.25
+    shift = mixer.token_shift
+    assert torch.allclose(shift.mu, slow)
+    assert torch.allclose(shift.offsets, torch.stack([slow, slow, slow - 0.15, fast, fast]))  # w, k, v, r, g
+    assert (shift.down.weight == 0).all() and (mixer.decay.down.weight == 0).all()
+    for weight in (shift.up, mixer.decay.up.weight):
+        assert 0.009 < weight.abs().max() <= 0.01
+
+
+def test_retnet_decays_and_angles_are_the_published_ones() -> None:
+    """retnet.py: log(1 − 2^(−5−h)), and angles 1 / 10000^linspace(0, 1)."""
+    mixer = built("retnet")
+    log_decay = mixer.decay(torch.zeros(1, 1, DIM))
+    assert torch.allclose(log_decay, torch.log(1 - 2 ** (-5 - torch.arange(HEADS).float())))
+    x = torch.randn(1, 3, DIM)
+    streams = mixer.compute_streams(x, mixer.projections)
+    q, _ = mixer.features(streams)
+    angles = 2 / 10000 ** torch.linspace(0, 1, DIM // HEADS // 2)  # of the third token
+    rotated = torch.view_as_complex(streams.q[:, 2].unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angles)
+    assert torch.allclose(q[:, 2], torch.view_as_real(rotated).flatten(-2), atol=1e-5)
+
+
+def test_vision_mixers_start_as_published() -> None:
+    """flatten_pvt.py: the scale and the positions are zeros, and heads share the 5 × 5 convolution."""
+    mixer = built("focused")
+    assert (mixer.focus.scale == 0).all() and mixer.focus.scale.numel() == DIM
+    assert (mixer.positions.weight == 0).all()
+    assert mixer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
+    assert built("mila").output.local_conv.weight.shape == (DIM, 1, 3, 3)
+
+
+def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
+    for name in ("linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "vssd", "inline", "retnet"):
+        assert registry.get_mixer_entry(name).deviations, name

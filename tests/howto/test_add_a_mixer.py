@@ -139,7 +139,7 @@ def test_a_mixer_that_cannot_be_built_fails_and_the_others_go_on(broken: str) ->
     assert "see mixlab check" in listed.output
     checked = CliRunner().invoke(app, ["check", "broken", "--plugin", broken])
     assert checked.exit_code == 1, checked.output
-    assert "cannot be built: NotImplementedError (in positive, mixer.py line " in checked.output
+    assert "cannot be built: NotImplementedError (in positive, " in checked.output
     assert "2 configurations: 2 of 2 checks failed." in checked.output
     assert "Traceback" not in listed.output + checked.output
 

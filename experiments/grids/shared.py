@@ -88,7 +88,7 @@ def controls(plan: DistillationConfig) -> tuple[Variant, ...]:
                 update={"start": "random", "train": "new+projections", "calibrate_outputs": False}
             ),
         ),
-        Variant(name="identity", label="identity: no mixing", mixer="identity", control="identity"),
+        Variant(name="identity", label="identity: no mixing", mixer="identity", control="no mixing"),
         Variant(name="uniform", label="uniform: the mean of all tokens", mixer="uniform", control="fixed mixing"),
         Variant(
             name="identity_convolution",

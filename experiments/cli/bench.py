@@ -74,6 +74,7 @@ def bench(
     sizes: Annotated[list[int] | None, typer.Option("--size", help="of unet: sides in pixels; repeat")] = None,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="write tables only")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to check that it runs")] = False,
+    plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Measure what mixers cost here, against other implementations and against the machine's limits."""
     import torch
@@ -83,6 +84,7 @@ def bench(
     from experiments.bench.model_benchmarks import DEFAULT_MIXER, UNetBenchmarkConfig
     from experiments.bench.suites import SUITES, run_suite, suite_benchmarks
 
+    load_plugins(plugins)
     with clean_errors():
         if threads is not None:
             torch.set_num_threads(threads)

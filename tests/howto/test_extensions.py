@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.core.plugins import load_plugin
 from experiments.core.registries import OBJECTIVES
+from mixers.operators import backend
 from tests.howto.pages import HOWTO, SMALL_RUN, assert_printed, assert_succeeds, blocks, run_python_blocks
 from unet_adapters.hosts import base as hosts
 
+BACKEND = HOWTO / "add_a_backend.md"
 HOST = HOWTO / "add_a_host.md"
 METRIC = HOWTO / "add_a_metric.md"
 OBJECTIVE = HOWTO / "add_an_objective.md"
@@ -59,7 +62,23 @@ def test_an_objective_is_trained_with(folder: Path) -> None:
     assert "huber" in (folder / "runs" / "huber" / "card.md").read_text(encoding="utf-8")
 
 
+def test_a_backend_is_checked_and_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {operator: dict(backends) for operator, backends in backend._REGISTRY.items()}
+    monkeypatch.setattr(backend, "_REGISTRY", registered)  # so that the backend is gone after this test
+    run_python_blocks(BACKEND)
+
+
+@pytest.mark.slow  # a start of mixlab and a benchmark
+def test_a_backend_is_benchmarked(folder: Path) -> None:
+    (folder / "two_products.py").write_text(blocks(BACKEND, "python")[0], encoding="utf-8")
+    assert_succeeds(blocks(BACKEND, "bash")[0], folder)
+    assert "| all_at_once | 64 |" in (folder / "runs" / "bench" / "operators.md").read_text(encoding="utf-8")
+
+
 def test_a_host_mounts_saves_and_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "_HOSTS", dict(hosts._HOSTS))  # so that the host is gone after this test
+    (folder / "dit_host.py").write_text(blocks(HOST, "python")[0], encoding="utf-8")
+    assert load_plugin(folder / "dit_host.py") == ["host dit"]
+    hosts._HOSTS.pop("dit")
     run_python_blocks(HOST)
     assert (folder / "dit-adapter" / "adapter.json").is_file()

@@ -19,8 +19,7 @@ from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
 from experiments.teacher.load import load_teacher
 from mixers import entries, list_mixers
-from mixers.testing import CHECKS
-from mixers.testing.operators import OPERATOR_CHECKS
+from mixers.testing import MIXER_CHECKS, OPERATOR_CHECKS
 from tests.howto.pages import HOWTO, ROOT, SMALL_RUN, blocks, run_python_blocks
 from tests.unet_adapters.linfusion_files import publish
 from unet_adapters import MixerAdapter, find_sites
@@ -34,6 +33,7 @@ PYTHON_PAGES = ("evaluate", "large_images")
 """Pages whose Python blocks run in order, in any folder."""
 
 EXECUTED_BY = {
+    "add_a_backend": "tests/howto/test_extensions.py",
     "add_a_host": "tests/howto/test_extensions.py",
     "add_a_metric": "tests/howto/test_extensions.py",
     "add_a_mixer": "tests/howto/test_add_a_mixer.py",
@@ -75,7 +75,7 @@ def test_the_page_of_the_conformance_suite_runs() -> None:
 
 
 def test_the_page_of_the_conformance_suite_lists_every_check() -> None:
-    functions = [*(check.run for check in CHECKS), *OPERATOR_CHECKS]
+    functions = [*(check.run for check in MIXER_CHECKS), *OPERATOR_CHECKS]
     summaries = [" ".join((inspect.getdoc(f) or "").split("\n\n")[0].split()) for f in functions]
     expected = [f"- `{f.__name__}`: {summary}" for f, summary in zip(functions, summaries, strict=True)]
     assert re.findall(r"^- `check_.*", CHECK.read_text(encoding="utf-8"), re.M) == expected

@@ -79,14 +79,14 @@ def _castable(mixer: nn.Module) -> Iterator[nn.Module]:
 def test_results_of_layers_are_not_overwritten(configuration: Configuration) -> None:
     """A forward hook that keeps a result still has it after the forward."""
     mixer, x = float32(configuration)
-    kept: list[tuple[str, Tensor, Tensor]] = []
+    results: list[tuple[str, Tensor, Tensor]] = []
     for name, layer in mixer.named_modules():
         layer.register_forward_hook(
-            lambda module, inputs, output, name=name: kept.extend(
+            lambda module, inputs, output, name=name: results.extend(
                 (name, t, t.clone()) for t in (output if isinstance(output, tuple) else (output,))
             )
         )
     run(mixer, x)
-    assert kept
-    changed = [name for name, result, value in kept if not torch.equal(result, value)]
+    assert results
+    changed = [name for name, result, value in results if not torch.equal(result, value)]
     assert not changed, f"overwritten after they were returned: {changed}"

@@ -63,7 +63,8 @@ def check_deterministic_copies(mixer: TokenMixer, inputs: Inputs) -> None:
     x = inputs.tokens(mixer, max(inputs.lengths))
     y = run(mixer, x)
     assert torch.equal(run(mixer, x), y) and torch.equal(run(copy.deepcopy(mixer), x), y)
-    assert torch.equal(run(pickle.loads(pickle.dumps(mixer)), x), y), "a pickled copy gives another output"
+    if "<locals>" not in type(mixer).__qualname__:  # pickle finds no class that is defined in a function
+        assert torch.equal(run(pickle.loads(pickle.dumps(mixer)), x), y), "a pickled copy gives another output"
 
 
 def check_saved_and_loaded(mixer: TokenMixer, inputs: Inputs) -> None:

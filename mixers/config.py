@@ -34,6 +34,8 @@ class MixerConfig:
         skip: add D · v to the result, with one D per head.
         norm: normalize the result per token, by RMSNorm or the norm of the paper.
         gate: multiply the result by SiLU(to_gate(x)).
+        output_gain: multiply the result of every head by a constant, the buffer `output_gain` (h,), initially ones. It
+            is not trained; set it once to bring a new mixer to the scale of the one that it replaces.
     """
 
     default_local_conv_size: ClassVar[int] = 0
@@ -50,6 +52,7 @@ class MixerConfig:
     skip: bool = False
     norm: bool = False
     gate: bool = False
+    output_gain: bool = False
 
     def __post_init__(self) -> None:
         if self.local_conv_size is None:

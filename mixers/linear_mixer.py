@@ -43,8 +43,8 @@ class LinearConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps < 0:
-            raise ValueError(f"Expected eps ≥ 0, got {self.eps}.")
+        if self.eps <= 0:
+            raise ValueError(f"Expected eps > 0, got {self.eps}: a query whose features are all zero would give 0 / 0.")
         check_scale(self.scale, self.reference_length, normalize=self.normalize, causal=self.causality == "causal")
 
 
@@ -99,13 +99,15 @@ class LinearMixer(TokenMixer):
     def mix(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least if unnormalized."""
         q, k, v, feature_map = self.operands(streams)
+        if self.heads_per_group == self.heads:  # the operator computes the products of one head for all
+            q, k = q[:, :, :1], k[:, :, :1]
         options = self._operator_options(streams) | {"feature_map": feature_map, "backend": self.config.backend}
         return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **options))
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
         q, k = self.features(streams)
-        return operators.linear_weights(q, k, streams.log_decay, **self._operator_options(streams))
+        return operators.linear_attention_matrix(q, k, streams.log_decay, **self._operator_options(streams))
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute φ(q) and φ(k), the latter times `dt` if there is one: (b, l, h, k) each, float32 at least."""

@@ -60,6 +60,8 @@ class TokenMixer(MixerProperties):
         self._check_options(own_projections)
         self.projections = self.create_projections() if own_projections else None
         self.short_conv = self._create_short_conv()
+        self.output_gain: Tensor | None
+        self.register_buffer("output_gain", torch.ones(heads) if config.output_gain else None)
         self.output: nn.Module = Output(
             dim,
             heads,
@@ -90,6 +92,8 @@ class TokenMixer(MixerProperties):
         projections = self.resolve_projections(projections)
         passes = [self._scan_once(x, order, projections, grid) for order in self.scan_orders(x, grid)]
         y = passes[0] if len(passes) == 1 else torch.stack(passes).mean(0)
+        if self.output_gain is not None:
+            y = (y * self.output_gain[:, None]).to(y.dtype)
         return apply_to_out(projections.to_out, rearrange(y, "b l h v -> b l (h v)"))
 
     def _scan_once(self, x: Tensor, order: Tensor | None, projections: ProjectionLayers, grid: Grid | None) -> Tensor:

@@ -26,8 +26,7 @@ from experiments.core.registries import OBJECTIVES
 from experiments.distill.objectives import list_objectives
 from experiments.distill.recipe import list_recipes, load_recipe
 from mixers import entries, list_mixers, registry
-from mixers.testing import CHECKS, Outcome, configurations
-from mixers.testing.operators import OPERATOR_CHECKS
+from mixers.testing import MIXER_CHECKS, OPERATOR_CHECKS, CheckOutcome, conformance_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 HOWTO = ROOT / "docs" / "howto"
@@ -225,8 +224,8 @@ def test_a_plug_in_of_the_same_file_name_takes_no_other_s_place(broken: str) -> 
 def test_the_table_of_checks_fits_a_terminal() -> None:
     """All that is registered at 80 columns, in cells as full as they get."""
     counts = {"passed": 19, "failed": 12, "known": 1}
-    outcomes = [Outcome("check_flops", status, "told", 0.0) for status, n in counts.items() for _ in range(n)]
-    everything = configurations(list_mixers())
+    outcomes = [CheckOutcome("check_flops", status, "told", 0.0) for status, n in counts.items() for _ in range(n)]
+    everything = conformance_cases(list_mixers())
     console = Console(width=80, file=io.StringIO(), record=True)
     print_results([ConformanceResult(configuration, outcomes) for configuration in everything], console)
     table, _, rest = console.export_text().partition("passed checks; ")
@@ -238,17 +237,17 @@ def test_the_table_of_checks_fits_a_terminal() -> None:
 
 def test_a_single_mixer_is_shown_check_by_check() -> None:
     outcomes = [
-        Outcome(check.name, status, "told in full", 0.0)
-        for check, status in zip(CHECKS, ("passed", "failed", "known"), strict=False)
+        CheckOutcome(check.name, status, "told in full", 0.0)
+        for check, status in zip(MIXER_CHECKS, ("passed", "failed", "known"), strict=False)
     ]
     console = Console(width=80, file=io.StringIO(), record=True)
-    (chosen, *_) = configurations(list_mixers()[:1])
+    (chosen, *_) = conformance_cases(list_mixers()[:1])
     print_results([ConformanceResult(chosen, outcomes)], console)
     text = console.export_text()
-    for check, status in zip(CHECKS, ("1 ✓", "1/1 ✗", "1/1 ~"), strict=False):
+    for check, status in zip(MIXER_CHECKS, ("1 ✓", "1/1 ✗", "1/1 ~"), strict=False):
         assert f"{status} {check.name}" in text
         assert check.summary.split(",")[0] in text
-    assert f"failed {chosen} {CHECKS[1].name}\ntold in full" in text
+    assert f"failed {chosen} {MIXER_CHECKS[1].name}\ntold in full" in text
 
 
 @pytest.mark.slow  # every check of a mixer and of an operator
@@ -340,7 +339,7 @@ def test_the_page_of_evaluation_asks_for_what_there_is() -> None:
 
 
 def test_the_kit_s_page_lists_every_check() -> None:
-    functions = [*(check.run for check in CHECKS), *OPERATOR_CHECKS]
+    functions = [*(check.run for check in MIXER_CHECKS), *OPERATOR_CHECKS]
     summaries = [" ".join((inspect.getdoc(f) or "").split("\n\n")[0].split()) for f in functions]
     wanted = [f"- `{f.__name__}`: {summary}" for f, summary in zip(functions, summaries, strict=True)]
     assert re.findall(r"^- `check_.*", CHECK.read_text(encoding="utf-8"), re.M) == wanted

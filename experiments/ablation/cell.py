@@ -16,11 +16,12 @@ from torch import Tensor
 from experiments.ablation.result import CellResult, write_result
 from experiments.config import CellConfig, Grid
 from experiments.core.files import read_json, write_json, write_text
+from experiments.core.fingerprints import TensorVersions, tensor_versions
 from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
 from experiments.distill.student import seed_stages, stage_folders
 from experiments.evaluate.measure import measure_student
-from experiments.evaluate.protocol import teacher_fingerprint, tensor_versions
+from experiments.evaluate.protocol import teacher_fingerprint
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.training import delete_checkpoints, training_seconds
 from mixers import registry
@@ -162,7 +163,7 @@ def _encoded_tensors(context: DistillationContext) -> list[Tensor]:
 
 
 @lru_cache(maxsize=2)
-def _encoded_digest(context: DistillationContext, versions: tuple[tuple[int, int], ...]) -> str:
+def _encoded_digest(context: DistillationContext, versions: TensorVersions) -> str:
     digest = hashlib.sha256()
     for size, batch in context.encoded.sizes.items():
         for name, tensor in sorted(batch.items()):

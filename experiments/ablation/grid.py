@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from experiments.config import Grid
-from experiments.core.errors import unknown_name
+from mixers.suggest import unknown_name
 
 _READY_MADE = Path(__file__).parent.parent / "grids"
 

@@ -28,8 +28,8 @@ def combine_variants(
         mixers: {registered name: its name in labels}.
         causalities, normalizations: the values to combine; those that a mixer does not offer are left out.
         condition: a filter of the variants, such as `is_distinct`.
-        mean_scale: whether every unnormalized variant has a companion with `scale="mean"`, whose sums are bounded but
-            whose rows are not normalized: the control that splits the effect of normalization.
+        mean_scale: whether every unnormalized variant that is not causal has a companion with `scale="mean"`, whose
+            sums are bounded but whose rows are not normalized: the control that splits the effect of normalization.
         fields: the other fields of every variant, as `options={"scan": "hilbert"}`.
 
     Raises:
@@ -50,7 +50,7 @@ def combine_variants(
         )
         if condition(variant):
             variants.append(variant)
-            if mean_scale and not normalize and _offers_mean_scale(name):
+            if mean_scale and not normalize and causality != "causal" and _offers_mean_scale(name):
                 variants.append(_with_mean_scale(variant, label))
     if not variants:
         raise ValueError(

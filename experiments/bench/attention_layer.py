@@ -12,9 +12,9 @@ import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from experiments.core.errors import unknown_name
 from experiments.core.timing import time_interleaved
 from experiments.teacher import load
+from mixers.suggest import unknown_name
 from unet_adapters import MixerAdapter
 from unet_adapters.hosts import find_host
 from unet_adapters.mounted_layer import call_layer

@@ -20,8 +20,8 @@ from experiments.bench.inputs import InputFactory, delta_inputs, linear_inputs, 
 from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.core.timing import time_interleaved
 from mixers import operators
-from mixers.operators.choice import FORMULATIONS, LAST_RESORT
-from mixers.operators.preference import VARIABLE, Row, default_path, device_name, save_table
+from mixers.operators.backend import FORMULATIONS, LAST_RESORT
+from mixers.operators.backend_table import TABLE_VARIABLE, BackendPreference, default_path, device_name, save_table
 
 RECURRENT = "recurrent"  # never the fastest
 DENSE = "dense"
@@ -56,7 +56,7 @@ def calibrate_backends(
     lengths: Sequence[int] = LENGTHS,
     budget_seconds: float = math.inf,
     progress: ProgressCallback = ignore_progress,
-) -> tuple[Path, list[Row]]:
+) -> tuple[Path, list[BackendPreference]]:
     """Time every backend that can run here on every kind of call, and write the table.
 
     Args:
@@ -81,9 +81,9 @@ def calibrate_backends(
             break
         progress(f"{kind.operator}, {kind.causality}, decay {kind.decay}", number, len(kinds))
         times = {length: time_backends(config, kind, length, heads, width) for length in lengths}
-        rows.append(Row(kind.operator, kind.causality, kind.decay, tuple(order_backends(times))))
+        rows.append(BackendPreference(kind.operator, kind.causality, kind.decay, tuple(order_backends(times))))
     progress("measured", len(rows), len(kinds))
-    target = path or Path(os.environ.get(VARIABLE) or default_path())
+    target = path or Path(os.environ.get(TABLE_VARIABLE) or default_path())
     save_table(target, device_name(torch.device(config.device)), rows)
     return target, rows
 

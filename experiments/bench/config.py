@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from experiments.core.errors import unknown_name
-from mixers.operators.choice import KERNELS, unavailable
+from mixers.operators import backends
+from mixers.operators.backend import kernel_names
+from mixers.suggest import unknown_name
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DEVICES = ("cpu", "cuda")
@@ -45,7 +46,8 @@ class BenchmarkConfig:
 
     def available_kernels(self) -> list[str]:
         """Return the names of the backends that can run on the device, besides the plain formulations."""
-        return [name for name in KERNELS if unavailable(name, torch.device(self.device).type) is None]
+        availability = backends(torch.device(self.device).type)
+        return [name for name in kernel_names() if availability[name] == "available"]
 
 
 QUICK = BenchmarkConfig(batch=1, heads=((2, 8),), lengths=(64, 128))

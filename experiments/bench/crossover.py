@@ -23,10 +23,10 @@ from experiments.bench.attention_layer import (
 )
 from experiments.bench.config import DTYPES, check_device
 from experiments.bench.machine import describe_machine
-from experiments.core.errors import unknown_name
 from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.core.timing import Clock, Quartiles
 from mixers import list_mixers
+from mixers.suggest import unknown_name
 
 MIN_TOKENS = 64
 """The smallest number of tokens that is measured; the others double from here."""

@@ -16,9 +16,9 @@ from experiments.bench.attention_layer import EMBEDDED, SITE_SHAPES
 from experiments.bench.benchmark import Benchmark, BuildCall
 from experiments.bench.calls import forward_call
 from experiments.bench.config import BenchmarkConfig
-from experiments.core.errors import unknown_name
 from experiments.teacher import load
 from mixers import create_mixer, list_mixers, registry
+from mixers.suggest import unknown_name
 
 SOFTMAX = "softmax"
 DEFAULT_MIXER = "linfusion"

@@ -25,9 +25,9 @@ from experiments.bench.operator_benchmarks import operator_benchmarks
 from experiments.bench.plots import plot_times
 from experiments.bench.roofline import measure_roofline
 from experiments.bench.tables import BenchmarkConditions, plot_path, print_table, write_results
-from experiments.core.errors import unknown_name
 from experiments.core.memory import keep_freed_memory
 from experiments.core.progress import ProgressCallback, ignore_progress
+from mixers.suggest import unknown_name
 
 SUITES: dict[str, Callable[[BenchmarkConfig, UNetBenchmarkConfig], Iterator[Benchmark]]] = {
     "operators": lambda config, _: operator_benchmarks(config),

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from experiments.core.progress import ProgressDisplay, show_progress
 from experiments.core.signals import Interrupted, raise_on_sigterm
+from mixers.allocator import keep_freed_tensors
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
@@ -34,6 +35,7 @@ Plugins = Annotated[
 def main() -> None:
     """Run the console script."""
     _silence_libraries()
+    keep_freed_tensors()
     if threading.current_thread() is threading.main_thread():
         raise_on_sigterm()
     app()

@@ -15,7 +15,15 @@ from rich.text import Text
 
 from experiments.core.progress import ProgressCallback, ignore_progress
 from mixers import list_mixers
-from mixers.testing import CHECKS, Check, Configuration, Outcome, checks_for, configurations, run_checks
+from mixers.testing import (
+    MIXER_CHECKS,
+    CheckOutcome,
+    ConformanceCase,
+    MixerCheck,
+    checks_for,
+    conformance_cases,
+    run_checks,
+)
 from mixers.traits import CAUSALITIES
 
 _SHORT_CAUSALITY = {"causal": "causal", "bidirectional": "bidir.", "noncausal": "non-c."}
@@ -26,11 +34,11 @@ _STATUS_MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "known": 
 class ConformanceResult:
     """The outcomes of all checks on one configuration."""
 
-    configuration: Configuration
-    outcomes: list[Outcome]
+    configuration: ConformanceCase
+    outcomes: list[CheckOutcome]
 
     @property
-    def failures(self) -> list[Outcome]:
+    def failures(self) -> list[CheckOutcome]:
         """The checks that failed, without the known failures."""
         return [outcome for outcome in self.outcomes if outcome.status == "failed"]
 
@@ -51,7 +59,7 @@ def check_mixers(
     names = list_mixers(pattern)
     if not names:
         raise ValueError(f"No mixer matches {pattern!r}: expected one of {', '.join(list_mixers())}.")
-    selected = configurations(names)
+    selected = conformance_cases(names)
     results = []
     for number, configuration in enumerate(selected):
         progress(str(configuration), number, len(selected))
@@ -60,7 +68,7 @@ def check_mixers(
     return results
 
 
-def _check(configuration: Configuration, deep: bool) -> ConformanceResult:
+def _check(configuration: ConformanceCase, deep: bool) -> ConformanceResult:
     """Return its outcomes; a single failure, `builds`, if it cannot be built or its traits cannot be read."""
     try:
         mixer = configuration()
@@ -69,7 +77,7 @@ def _check(configuration: Configuration, deep: bool) -> ConformanceResult:
         *_, last = traceback.extract_tb(error.__traceback__)
         reason = ": ".join(part for part in (type(error).__name__, str(error)) if part)
         message = f"cannot be built: {reason} (in {last.name}, {Path(last.filename).name} line {last.lineno})"
-        return ConformanceResult(configuration, [Outcome("builds", "failed", message, 0.0)])
+        return ConformanceResult(configuration, [CheckOutcome("builds", "failed", message, 0.0)])
     return ConformanceResult(configuration, run_checks(mixer, checks=checks))
 
 
@@ -122,18 +130,18 @@ def _format_cell(result: ConformanceResult | None) -> Text:
 
 def _check_list(results: list[ConformanceResult]) -> Table:
     """Return every check that ran: in how many configurations, with which outcome, and what it asserts."""
-    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    outcomes: dict[str, list[CheckOutcome]] = defaultdict(list)
     for result in results:
         for outcome in result.outcomes:
             outcomes[outcome.check].append(outcome)
     table = Table.grid(Column(justify="right", no_wrap=True), Column(), padding=(0, 1))
-    for check in CHECKS:
+    for check in MIXER_CHECKS:
         if check.name in outcomes:
             table.add_row(_format_status(outcomes[check.name]), _format_check(check))
     return table
 
 
-def _format_status(outcomes: list[Outcome]) -> Text:
+def _format_status(outcomes: list[CheckOutcome]) -> Text:
     worst = next(s for s in ("failed", "known", "passed") if any(o.status == s for o in outcomes))
     mark, style = _STATUS_MARKS[worst]
     count = sum(o.status == worst for o in outcomes)
@@ -141,5 +149,5 @@ def _format_status(outcomes: list[Outcome]) -> Text:
     return Text(f"{count}/{total} {mark}" if worst != "passed" else f"{total} {mark}", style=style)
 
 
-def _format_check(check: Check) -> Text:
+def _format_check(check: MixerCheck) -> Text:
     return Text.assemble((check.name, "bold"), "\n", (check.summary, "dim"))

@@ -1,4 +1,4 @@
-"""`mixlab evaluate`: measure an adapter."""
+"""`mixlab evaluate` and `export`: measure an adapter, and generate images for external benchmarks."""
 
 from __future__ import annotations
 
@@ -36,3 +36,32 @@ def evaluate(
     for table in measurement_tables(measurements):
         console.print(table)
     console.print(f"Record: {path.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    prompts: Annotated[Path, typer.Argument(help="geneval's evaluation_metadata.jsonl, or DPG's folder of .txt files")],
+    layout: Annotated[str, typer.Option(help="geneval or dpg")],
+    out: Out = Path("runs/export"),
+    adapter: Annotated[str | None, typer.Option(help="folder or Hub id of an adapter; default: the teacher")] = None,
+    teacher: Annotated[str, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = "embedded",
+    size: Annotated[int, typer.Option(min=8, help="side of the images in pixels")] = 64,
+    settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
+    plugins: Plugins = [],  # noqa: B006
+) -> None:
+    """Generate images for an external benchmark, in the folders that it expects; start again to continue."""
+    from experiments.config import EvaluationConfig, apply_overrides
+    from experiments.evaluate.export_images import export_images
+    from experiments.evaluate.measure import open_adapter
+    from experiments.teacher.load import open_teacher
+
+    load_plugins(plugins)
+    with clean_errors():
+        plan = apply_overrides(EvaluationConfig(), settings)
+        pipe = open_teacher(teacher).pipe
+        student = None if adapter is None else open_adapter(adapter, pipe).mount()
+        with progress() as display:
+            count = export_images(pipe, layout, prompts, size, plan, out, display.callback("export"))
+        if student is not None:
+            student.unmount()
+    console.print(f"{count} prompts: {out.resolve()}", soft_wrap=True)

@@ -74,6 +74,10 @@ class DistillationConfig(TrainingStage):
         "new+projections", description="what is trained: what the mixers add, and the q, k, v and output projections"
     )
     start: Literal["host", "random"] = Field("host", description="trained projections: the teacher's, or random")
+    calibrate_outputs: bool = Field(
+        False,
+        description="before training, scale the output of every head to the teacher's by least squares; start='host'",
+    )
     image_size: ImageSide = 64
     images: int = Field(1024, gt=0, description="training images, encoded once")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of captions that are replaced by the empty one")
@@ -84,6 +88,11 @@ class DistillationConfig(TrainingStage):
         if self.start == "random" and self.train == "new":
             raise ValueError(
                 "start='random' draws the trained projections, but train='new' trains no projections: drop one of them"
+            )
+        if self.start == "random" and self.calibrate_outputs:
+            raise ValueError(
+                "calibrate_outputs=True compares heads with the teacher's, and start='random' draws heads that have "
+                "nothing in common with them: drop one of them"
             )
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from experiments.config.base import FrozenModel, ImageSide
-from experiments.core.errors import unknown_name
 from experiments.core.registries import METRICS
+from mixers.suggest import unknown_name
 
 Guidance = Annotated[float, Field(ge=1)]
 """The scale of classifier-free guidance; 1 is none."""

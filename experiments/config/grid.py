@@ -10,7 +10,7 @@ from experiments.config.base import CONFIG_NAME, FrozenModel, short_hash
 from experiments.config.distillation import DistillationConfig, MixerSpec
 from experiments.config.evaluation import EvaluationConfig
 
-ControlRole = Literal["teacher", "identity", "fixed mixing"]
+ControlRole = Literal["teacher", "no mixing", "fixed mixing"]
 
 
 class Variant(MixerSpec):

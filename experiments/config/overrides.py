@@ -33,18 +33,18 @@ def apply_overrides(config: ConfigT, settings: list[str]) -> ConfigT:
         keys = path.split(".")
         node = tree
         for depth, key in enumerate(keys):
-            known = _indices(node)
-            if separator and key not in known and depth == len(keys) - 1 and keys[-2:-1] in OPEN_FIELDS:
-                known[key] = key  # whether an item of this name exists is checked below
-            if not separator or key not in known:
+            names = _indices(node)
+            if separator and key not in names and depth == len(keys) - 1 and keys[-2:-1] in OPEN_FIELDS:
+                names[key] = key  # whether an item of this name exists is checked below
+            if not separator or key not in names:
                 parent = ".".join(keys[:depth]) or f"the {type(config).__name__.removesuffix('Config').lower()}"
                 raise ValueError(
-                    f"Cannot set {setting!r}: expected key=value; {parent} has {', '.join(known) or 'nothing'}."
-                    f"{hint(key, known)}"
+                    f"Cannot set {setting!r}: expected key=value; {parent} has {', '.join(names) or 'nothing'}."
+                    f"{hint(key, names)}"
                 )
             if depth < len(keys) - 1:
-                node = node[known[key]]
-        node[known[key]] = _parse_value(text)
+                node = node[names[key]]
+        node[names[key]] = _parse_value(text)
     return validate_config(type(config), tree)
 
 
@@ -98,19 +98,19 @@ def validate_config(kind: type[ConfigT], tree: Any) -> ConfigT:
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         location = ".".join(str(key) for key in first["loc"]) or "it"
         if first["type"] == "extra_forbidden":
-            known = _field_names(kind, first["loc"][:-1])
+            names = _field_names(kind, first["loc"][:-1])
             raise ValueError(
-                f"{location} is unknown: expected one of {', '.join(known)}.{hint(str(first['loc'][-1]), known)}"
+                f"{location} is unknown: expected one of {', '.join(names)}.{hint(str(first['loc'][-1]), names)}"
             ) from None
         raise ValueError(f"{location}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _has_field(node: Any, keys: list[str]) -> bool:
     for key in keys:
-        known = _indices(node)
-        if key not in known:
+        names = _indices(node)
+        if key not in names:
             return False
-        node = node[known[key]]
+        node = node[names[key]]
     return True
 
 

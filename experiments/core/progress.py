@@ -124,7 +124,10 @@ class ProgressLines(ProgressDisplay):
         if row is None:
             row = self._tasks[task] = _LoggedTask(now, done, now, total)
         elif done < row.done or total != row.total:  # another phase counts something else
-            row.start, row.first, row.total, row.complete = now, done, total, False
+            row.start = now
+            row.first = done
+            row.total = total
+            row.complete = False
         row.done = done
         row.latest = now
         completes = done >= total > 0 and not row.complete

@@ -21,7 +21,8 @@ from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from experiments.core.errors import first_line, unknown_name
+from experiments.core.errors import first_line
+from mixers.suggest import unknown_name
 
 Item = TypeVar("Item")
 Registered = TypeVar("Registered")
@@ -104,10 +105,10 @@ class Registry(Generic[Item]):
             ValueError: no such item, or it has no such option; the message names the nearest one.
         """
         item: Any = self.get(name)
-        known = [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else []
+        fields = [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else []
         for option in options:
-            if option not in known:
-                raise ValueError(unknown_name(f"option of the {self.kind} {name}", option, known))
+            if option not in fields:
+                raise ValueError(unknown_name(f"option of the {self.kind} {name}", option, fields))
         return item(**options)
 
     def names_from(self, module: str) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.core.errors import unknown_name
+from mixers.suggest import unknown_name
 
 SPLITS = ("train", "held_out")
 MAX_LOGGED = 10

@@ -208,9 +208,12 @@ def _import_datasets() -> Any:
 def _load(datasets: Any, path: str, options: dict[str, str], stream: bool) -> Any:
     split = options.get("split", "train")
     if path.startswith(HUB):
-        config, revision = options.get("config"), options.get("revision")
         return datasets.load_dataset(
-            path.removeprefix(HUB), name=config, revision=revision, split=split, streaming=stream
+            path.removeprefix(HUB),
+            name=options.get("config"),
+            revision=options.get("revision"),
+            split=split,
+            streaming=stream,
         )
     if _is_saved(path):
         saved = datasets.load_from_disk(path)
@@ -266,14 +269,16 @@ def _parse_source(source: str) -> tuple[str, dict[str, str]]:
     """Return a source's path and options."""
     path, _, fragment = source.rpartition("#") if "=" in source.rpartition("#")[2] else (source, "", "")
     options = dict(parse_qsl(fragment))
-    known = ["image", "text", "key"]
+    allowed = ["image", "text", "key"]
     if path.startswith(HUB) or _is_saved(path):
-        known.append("split")
+        allowed.append("split")
     if path.startswith(HUB):
-        known += ["config", "revision"]
-    unknown = [name for name in options if name not in known]
+        allowed += ["config", "revision"]
+    unknown = [name for name in options if name not in allowed]
     if unknown:
-        raise DataError(f"Cannot open {source} as data: expected options among {', '.join(known)}, got {unknown[0]!r}.")
+        raise DataError(
+            f"Cannot open {source} as data: expected options among {', '.join(allowed)}, got {unknown[0]!r}."
+        )
     return path, options
 
 

@@ -129,7 +129,8 @@ def large_images_allowed() -> Iterator[None]:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """A gray image with values of more than 8 bits: integers up to 65,535, or floating-point numbers from 0 to 1."""
     values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     largest = 1.0 if image.mode == "F" else 65535.0
     if not 0 <= low <= high <= largest:
         raise BadRecord(

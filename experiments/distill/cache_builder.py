@@ -226,7 +226,7 @@ def _existing(directory: Path, contents: dict[str, Any]) -> CacheIndex:
         return CacheIndex(contents)
     index = CacheIndex.read(path)
     require_same_contents(directory, index.contents, contents)
-    index.files = {name: known for name, known in index.files.items() if sha256_of_file(directory / name) == known}
+    index.files = {n: digest for n, digest in index.files.items() if sha256_of_file(directory / n) == digest}
     return index
 
 

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from experiments.config import DistillationConfig, FrozenModel, MixerSpec, apply_overrides, validate_config
 from experiments.config.base import CONFIG_NAME
-from experiments.core.errors import unknown_name
 from mixers import registry
+from mixers.suggest import unknown_name
 
 _READY_MADE = Path(__file__).parent.parent / "recipes"
 

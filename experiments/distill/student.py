@@ -9,14 +9,22 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from experiments.config import DistillationConfig, FitConfig, MixerSpec, TrainingStage
+from experiments.core.files import save_tensors
 from experiments.distill.loss import DistillationLoss
+from experiments.distill.output_gains import apply_output_gains, fit_output_gains
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import StageCallback, fit
+from experiments.training.processes import this_process
 from unet_adapters import MixerAdapter
 from unet_adapters.student_weights import MIXER
+
+CALIBRATION_BATCHES = 4
+"""Batches of the first stage on which output gains are fitted."""
+OUTPUT_GAINS = "output_gains.safetensors"
 
 BatchSource = Callable[[int, FitConfig, tuple[int, ...], float], Batch]
 """Called as (step, fit, sizes, caption dropout) -> the batch; `DistillationContext.batch` is one."""
@@ -29,6 +37,7 @@ def build_student(teacher: Teacher, mixer: str, spec: MixerSpec, config: Distill
         ValueError: no such mixer or site, or an option that the mixer does not have.
     """
     torch.manual_seed(seed)
+    gain: dict[str, Any] = {"output_gain": True} if config.calibrate_outputs else {}
     return MixerAdapter.build(
         teacher.pipe,
         mixer,
@@ -37,6 +46,7 @@ def build_student(teacher: Teacher, mixer: str, spec: MixerSpec, config: Distill
         normalize=spec.normalize,
         train_projections=config.train == "new+projections",
         min_tokens=spec.min_tokens,
+        **gain,
         **spec.options,
     )
 
@@ -85,6 +95,8 @@ def run_stages(
         randomize_projections(adapter, config.fit.seed)
     records: list[dict[str, Any]] = []
     with _prepared_for_training(teacher, adapter, config):
+        if config.calibrate_outputs:
+            _calibrate(teacher, adapter, config, draw, directory)
         for stage, folder in zip(config.stages, stage_folders(config, directory), strict=True):
             start = perf_counter()
             sizes = config.sizes_of(stage)
@@ -107,6 +119,22 @@ def run_stages(
                 }
             )
     return records
+
+
+def _calibrate(
+    teacher: Teacher, adapter: MixerAdapter, config: DistillationConfig, draw: BatchSource, directory: Path
+) -> None:
+    """Set the output gains: those that an earlier run of this directory computed, or new ones."""
+    first = config.stages[0]
+    path = directory / OUTPUT_GAINS
+    if path.is_file():
+        apply_output_gains(adapter, load_file(path))
+        return
+    batches = (draw(step, first.fit, config.sizes_of(first), 0.0) for step in range(CALIBRATION_BATCHES))
+    gains = fit_output_gains(teacher, adapter, batches)
+    apply_output_gains(adapter, gains)
+    if this_process().is_main_process:
+        save_tensors(path, gains)
 
 
 def stage_folders(config: DistillationConfig, directory: Path) -> list[Path]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from experiments.config import EvaluationConfig
 from experiments.core.environment import describe_environment
 from experiments.core.files import save_tensors, write_json
 from experiments.core.progress import ProgressCallback
 from experiments.core.registries import METRICS
-from experiments.distill.context import DistillationContext, open_context
+from experiments.distill.context import open_context
 from experiments.evaluate.measurements import Measurements
 from experiments.evaluate.mixing_arrays import mixing_arrays
 from experiments.evaluate.protocol import freeze_protocol, protocol_of
@@ -74,7 +75,7 @@ def evaluate_adapter(
     size = min(min(extent) for extent in plan.extents)
     context = open_context(teacher, data, size, images=1)
     protocol = protocol_of(context, plan, data)
-    adapter = load_adapter(source, context)
+    adapter = open_adapter(source, context.pipe)
     freeze_protocol(protocol, directory)  # after the adapter is open, so that a wrong one leaves the folder as it was
     save_samples(context.pipe, plan, directory / "teacher" / "samples")
     student = EvaluatedStudent(context, adapter, plan, data)
@@ -85,7 +86,7 @@ def evaluate_adapter(
     return path
 
 
-def load_adapter(source: str, context: DistillationContext) -> MixerAdapter:
+def open_adapter(source: str, pipe: Any) -> MixerAdapter:
     """Open an adapter without mounting it; a `config.json` marks LinFusion's published format.
 
     Raises:
@@ -93,4 +94,4 @@ def load_adapter(source: str, context: DistillationContext) -> MixerAdapter:
     """
     is_linfusion = Path(source, "config.json").is_file()
     load = MixerAdapter.from_linfusion if is_linfusion else MixerAdapter.from_pretrained
-    return load(source, context.pipe).unmount()
+    return load(source, pipe).unmount()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from experiments.config import EvaluationConfig, FrozenModel
 from experiments.core.files import write_json
+from experiments.core.fingerprints import TensorVersions, weights_digest, weights_version
 from experiments.distill.context import DistillationContext
-from experiments.metrics.inputs.feature_networks import open_network, weights_digest
-from experiments.metrics.inputs.reference_images import open_reference
+from experiments.metrics.inputs.feature_networks import open_network
+from experiments.metrics.inputs.true_images import open_true_images
 
 FILE = "protocol.json"
 
@@ -127,14 +128,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def teacher_fingerprint(context: DistillationContext) -> str:
     """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    unet = context.teacher.unet
-    digest = _unet_digest(unet, tensor_versions((*unet.parameters(), *unet.buffers())))
+    digest = _unet_digest(context.teacher.unet, weights_version(context.teacher.unet))
     return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
-
-
-def tensor_versions(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Return what changes whenever a tensor is replaced or changed in place: part of the key of a cache."""
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: str) -> dict[str, str]:
@@ -143,13 +138,13 @@ def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: s
     if hasattr(held_out, "key"):
         compared["held_out_sha256"] = _sha256("\n".join(held_out.key(i) for i in range(len(held_out))))
     if plan.generated.images:
-        reference = open_reference(data, plan)
+        reference = open_true_images(data, plan)
         compared |= {"generated": reference.data.name, "generated_sha256": reference.digest}
     return compared
 
 
 @lru_cache(maxsize=4)
-def _unet_digest(unet: nn.Module, version: tuple[tuple[int, int], ...]) -> str:
+def _unet_digest(unet: nn.Module, version: TensorVersions) -> str:
     return weights_digest(unet)
 
 

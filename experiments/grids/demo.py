@@ -4,7 +4,9 @@ from experiments.ablation.variants import combine_variants
 from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, GeneratedImagesConfig, Grid, Variant
 from experiments.grids.shared import PAPER_CLAIMS, controls
 
-PLAN = DistillationConfig(fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20))
+PLAN = DistillationConfig(
+    fit=FitConfig(steps=80, batch_size=16, learning_rate=1e-3, warmup=10, checkpoint_every=20), calibrate_outputs=True
+)
 
 GRID = Grid(
     name="demo",

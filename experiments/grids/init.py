@@ -7,7 +7,7 @@ from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_di
 
 _STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "host": ("the teacher's projections", {}),
-    "random": ("random projections", {"start": "random"}),
+    "random": ("random projections", {"start": "random", "calibrate_outputs": False}),
     "frozen": ("the teacher's projections, not trained", {"train": "new"}),
 }
 _MIXERS = {

@@ -17,12 +17,14 @@ def _row(name: str, label: str, plan: DistillationConfig) -> Variant:
 
 
 def _one(steps: int, **weights: float) -> DistillationConfig:
-    return DistillationConfig(objectives=loss_terms(**weights), fit=fit_config(steps), images=_IMAGES)
+    return DistillationConfig(
+        objectives=loss_terms(**weights), fit=fit_config(steps), images=_IMAGES, calibrate_outputs=True
+    )
 
 
 _MATRIX = TrainingStage(name="matrix", objectives=loss_terms(matrix=1.0), fit=fit_config(30, 3e-3))
 
-PLAN = DistillationConfig(fit=fit_config(146), images=_IMAGES)
+PLAN = DistillationConfig(fit=fit_config(146), images=_IMAGES, calibrate_outputs=True)
 
 GRID = Grid(
     name="objectives",

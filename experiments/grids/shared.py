@@ -56,6 +56,7 @@ def recommended_distillation(
         objectives=loss_terms(output=1.0, features=0.5),
         fit=fit_config(steps, rate),
         images=1024,
+        calibrate_outputs=True,
     )
 
 
@@ -83,9 +84,11 @@ def controls(plan: DistillationConfig) -> tuple[Variant, ...]:
             label="softmax, distilled from scratch",
             mixer="softmax",
             control="teacher",
-            distillation=plan.model_copy(update={"start": "random", "train": "new+projections"}),
+            distillation=plan.model_copy(
+                update={"start": "random", "train": "new+projections", "calibrate_outputs": False}
+            ),
         ),
-        Variant(name="identity", label="identity: no mixing", mixer="identity", control="identity"),
+        Variant(name="identity", label="identity: no mixing", mixer="identity", control="no mixing"),
         Variant(name="uniform", label="uniform: the mean of all tokens", mixer="uniform", control="fixed mixing"),
         Variant(
             name="identity_convolution",

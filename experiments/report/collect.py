@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from experiments.core.files import write_text
-from experiments.report.run_files import CellRecord, Run, load_run
+from experiments.report.run_files import CellRecord, RunRecord, load_run
 
 FACTS = ("grid", "cell", "variant", "label", "mixer", "causality", "normalization", "seed")
 RUN_FACTS = ("steps", "train_seconds", "seconds", "protocol", "commit", "device")
@@ -56,7 +56,7 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         return list(reader.fieldnames or []), list(reader)
 
 
-def _row(run: Run, cell: CellRecord) -> dict[str, str]:
+def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
     variant = next(v for v in run.variants if v.name == cell.variant)
     result = cell.result
     assert result is not None and result.measurements is not None

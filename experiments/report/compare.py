@@ -17,7 +17,7 @@ from experiments.evaluate.protocol import FILE, differences
 from experiments.report.effects import SIGNIFICANCE
 from experiments.report.errors import errors_by_seed
 from experiments.report.html import render
-from experiments.report.run_files import DESIGN_FIELDS, Run, load_run
+from experiments.report.run_files import DESIGN_FIELDS, RunRecord, load_run
 from experiments.report.tables import ReportTable, TableCell, TableRow, format_number, markdown
 
 
@@ -184,7 +184,9 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     write_text(path, writers[path.suffix](comparison))
 
 
-def _changes(one: Run, two: Run, before: VariantDescription, after: VariantDescription) -> list[ErrorChange]:
+def _changes(
+    one: RunRecord, two: RunRecord, before: VariantDescription, after: VariantDescription
+) -> list[ErrorChange]:
     changes: list[ErrorChange] = []
     for size in sorted(set(one.sizes) & set(two.sizes)):
         first = errors_by_seed(one, before, size)
@@ -196,7 +198,7 @@ def _changes(one: Run, two: Run, before: VariantDescription, after: VariantDescr
     return changes
 
 
-def _redefined(one: Run, two: Run, before: VariantDescription, after: VariantDescription) -> list[str]:
+def _redefined(one: RunRecord, two: RunRecord, before: VariantDescription, after: VariantDescription) -> list[str]:
     """What two rows of one name differ in, themselves or in how they were distilled."""
     designs = []
     for run, variant in ((one, before), (two, after)):

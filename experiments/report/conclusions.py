@@ -12,7 +12,7 @@ from experiments.report.controls import ControlRows, control_note, control_rows,
 from experiments.report.effects import SPLITS, Effect, compute_effects, readable
 from experiments.report.errors import METRIC, errors_by_seed, mean_error
 from experiments.report.rank_stability import describe_rank_stability
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.tables import format_number
 
 MOST_SENTENCES = 8
@@ -49,7 +49,7 @@ class Conclusions:
     broken: list[str] = field(default_factory=list)
 
 
-def draw_conclusions(run: Run) -> Conclusions:
+def draw_conclusions(run: RunRecord) -> Conclusions:
     """Compute which factor matters, by how much, at the largest size measured and at the training size."""
     controls = control_rows(run)
     effects = compute_effects(run)
@@ -76,7 +76,7 @@ def draw_conclusions(run: Run) -> Conclusions:
     return conclusions
 
 
-def check_sanity(run: Run) -> list[str]:
+def check_sanity(run: RunRecord) -> list[str]:
     """Check the teacher's own softmax, mounted and not trained: its error must be exactly zero."""
     faults = []
     for variant in run.variants:
@@ -101,7 +101,7 @@ def format_ratio(ratio: Interval) -> str:
     return f"{format_number(ratio.mean)}×{bounds}"
 
 
-def describe_effect(effect: Effect, effects: list[Effect], run: Run, controls: ControlRows) -> str:
+def describe_effect(effect: Effect, effects: list[Effect], run: RunRecord, controls: ControlRows) -> str:
     """Describe one effect: its size, what it depends on, the training size, and the controls."""
     start = effect.factor.above[0].upper() + effect.factor.above[1:]
     within = f" among {effect.factor.rows} rows" if effect.factor.within else ""
@@ -123,7 +123,7 @@ def describe_effect(effect: Effect, effects: list[Effect], run: Run, controls: C
     return sentence + (f"; {note}" if note else "") + "."
 
 
-def _lead(strongest: Effect, run: Run) -> str:
+def _lead(strongest: Effect, run: RunRecord) -> str:
     times = strongest.size / run.train_size
     size = f"{strongest.size} px" + (f", {times:g} times the training side" if times != 1 else "")
     name = {"mixer": "the mixer"}.get(strongest.factor.name, strongest.factor.name)
@@ -136,7 +136,7 @@ def _lead(strongest: Effect, run: Run) -> str:
     return f"{name[0].upper()}{name[1:]} matters most for the error to the teacher at {size}."
 
 
-def _describe_parts(effect: Effect, run: Run) -> str:
+def _describe_parts(effect: Effect, run: RunRecord) -> str:
     """Return "the mixer: 2.06× [2.01, 2.10] (LinFusion), …" for the factor that the effect depends on."""
     assert effect.depends
     parts = effect.split_by(effect.depends).items()
@@ -165,7 +165,7 @@ def _method(effects: list[Effect]) -> str:
     )
 
 
-def _describe_best(run: Run, size: int) -> str:
+def _describe_best(run: RunRecord, size: int) -> str:
     rows = [(error, v) for v in run.trained if (error := mean_error(run, v, size)) is not None and math.isfinite(error)]
     if not rows:
         return f"No trained row has a finite error at {size} px."
@@ -178,7 +178,7 @@ def _describe_best(run: Run, size: int) -> str:
     )
 
 
-def _judge(claim: Claim, effects: list[Effect], run: Run, controls: ControlRows) -> ClaimVerdict:
+def _judge(claim: Claim, effects: list[Effect], run: RunRecord, controls: ControlRows) -> ClaimVerdict:
     tested = [e for e in effects if e.factor.name == claim.factor and claim.value in (e.factor.value, e.factor.above)]
     if claim.factor == "causality":
         tested = [e for e in tested if e.factor.reference == "noncausal"]
@@ -226,7 +226,7 @@ def _overall_state(states: list[str]) -> str:
     return "does not hold" if "the reverse holds" in states else "undecided"
 
 
-def _few_seeds(run: Run) -> list[str]:
+def _few_seeds(run: RunRecord) -> list[str]:
     counts = {variant.label: len(run.done(variant.name)) for variant in run.trained}
     few = {label: count for label, count in counts.items() if count < 3}
     if not few:

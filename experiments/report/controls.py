@@ -12,7 +12,7 @@ from experiments.ablation.description import VariantDescription
 from experiments.core.statistics import Interval, interval_over_seeds
 from experiments.report.effects import Effect
 from experiments.report.errors import errors_by_seed, log_ratios_of, mean_error, ratio
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class ControlRows:
     no_mixing: tuple[VariantDescription, ...]
 
 
-def control_rows(run: Run) -> ControlRows:
+def control_rows(run: RunRecord) -> ControlRows:
     """Find the controls among a run's rows."""
     rows = [variant for variant in run.trained if variant.control is not None]
-    identity = next((variant for variant in rows if variant.control == "identity"), None)
+    identity = next((variant for variant in rows if variant.control == "no mixing"), None)
     softmax = next((variant for variant in rows if variant.control == "teacher"), None)
     return ControlRows(identity, softmax, tuple(variant for variant in rows if variant.control != "teacher"))
 
 
-def excess_error(run: Run, variant: VariantDescription, controls: ControlRows, size: int) -> Interval | None:
+def excess_error(run: RunRecord, variant: VariantDescription, controls: ControlRows, size: int) -> Interval | None:
     """Return a row's error minus that of distilled softmax, over seeds and images; None without that control."""
     if controls.distilled_softmax is None:
         return None
@@ -48,12 +48,12 @@ def excess_error(run: Run, variant: VariantDescription, controls: ControlRows, s
     return interval_over_seeds({seed: errors[seed] - floor[seed] for seed in shared}) if shared else None
 
 
-def share_of_identity(run: Run, variant: VariantDescription, controls: ControlRows, size: int) -> Interval | None:
+def share_of_identity(run: RunRecord, variant: VariantDescription, controls: ControlRows, size: int) -> Interval | None:
     """Return a row's error over that of the identity, which mixes nothing; None without that control."""
     return None if controls.identity is None else ratio(run, variant, controls.identity, size)
 
 
-def control_note(run: Run, effect: Effect, controls: ControlRows) -> str:
+def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
     """Return a clause that names a control which shows an effect as well; empty if none does.
 
     An effect is an improvement of one row over another. A control shows it if it improves on the same worse rows at
@@ -77,7 +77,7 @@ def control_note(run: Run, effect: Effect, controls: ControlRows) -> str:
     return ""
 
 
-def identity_warnings(run: Run, controls: ControlRows) -> list[str]:
+def identity_warnings(run: RunRecord, controls: ControlRows) -> list[str]:
     """List what the controls say about the whole grid: that they are missing, or where mixing nothing is as good."""
     if controls.identity is None:
         return [
@@ -101,7 +101,7 @@ def identity_warnings(run: Run, controls: ControlRows) -> list[str]:
 
 
 def _mean_log_ratio(
-    run: Run, control: VariantDescription, rows: Sequence[VariantDescription], size: int
+    run: RunRecord, control: VariantDescription, rows: Sequence[VariantDescription], size: int
 ) -> float | None:
     """Mean of log(error of the control / error of a row) over rows, seeds and images."""
     logs = [log_ratios_of(run, control, row, size) for row in rows]

@@ -17,13 +17,13 @@ from experiments.report import style
 from experiments.report.effects import Effect, readable
 from experiments.report.errors import METRIC
 from experiments.report.line_plots import costs_by_tokens
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.tables import summarize_fidelity
 
 COSTS = (("seconds", 1e-3, "time of one forward pass (ms)"), ("state_size", 1, "state: numbers carried between tokens"))
 
 
-def plot_effects(run: Run, effects: list[Effect], path: Path) -> bool:
+def plot_effects(run: RunRecord, effects: list[Effect], path: Path) -> bool:
     """Draw a line for each factor's value and size: the ratio of errors with its interval, and a marker per pair."""
     effects = [e for e in effects if math.isfinite(e.ratio.mean) and e.ratio.mean > 0]
     if not effects:
@@ -53,7 +53,7 @@ def plot_effects(run: Run, effects: list[Effect], path: Path) -> bool:
     return True
 
 
-def plot_pareto(run: Run, path: Path) -> bool:
+def plot_pareto(run: RunRecord, path: Path) -> bool:
     """Draw error at the largest size against time and state of a forward pass; steps join the Pareto-optimal rows."""
     size = max((s for v in run.trained for c in run.done(v.name) for s in c.fidelity), default=0)
     panels = [(cost, points) for cost in COSTS if (points := _error_against_cost(run, size, cost[0]))]
@@ -84,7 +84,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
     return front
 
 
-def _error_against_cost(run: Run, size: int, quantity: str) -> list[tuple[VariantDescription, float, float]]:
+def _error_against_cost(run: RunRecord, size: int, quantity: str) -> list[tuple[VariantDescription, float, float]]:
     """Variant, cost at the largest size timed, and error, of the trained rows that have both."""
     points = []
     for variant in run.trained:
@@ -95,7 +95,7 @@ def _error_against_cost(run: Run, size: int, quantity: str) -> list[tuple[Varian
     return points
 
 
-def _marker(run: Run, variant: VariantDescription, compared: str = "") -> dict[str, Any]:
+def _marker(run: RunRecord, variant: VariantDescription, compared: str = "") -> dict[str, Any]:
     """Color by mixer, marker by causality, hollow unless normalized; the factor that is compared does not show."""
     color = style.color_by_mixer(run)[variant.mixer]
     hollow = variant.normalization != "normalized" and compared != "normalization"
@@ -107,7 +107,7 @@ def _marker(run: Run, variant: VariantDescription, compared: str = "") -> dict[s
     }
 
 
-def _add_legend(canvas: Figure, run: Run) -> None:
+def _add_legend(canvas: Figure, run: RunRecord) -> None:
     """Explain colors, markers and hollow markers."""
     gray: dict[str, Any] = {"color": style.GRAY, "linestyle": ""}
     handles = [

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from experiments.ablation.description import VariantDescription
 from experiments.core.statistics import Interval, holm, interval_over_seeds
 from experiments.report.errors import log_ratios_of
-from experiments.report.run_files import DESIGN_FIELDS, Run
+from experiments.report.run_files import DESIGN_FIELDS, RunRecord
 
 CONTROL = "control"
 SIGNIFICANCE = 0.05
@@ -179,7 +179,7 @@ class Effect:
         return max(opposed, key=lambda field: opposed[field]) if opposed else None
 
 
-def compute_effects(run: Run) -> list[Effect]:
+def compute_effects(run: RunRecord) -> list[Effect]:
     """Compute every factor's effect at every size, with p-values corrected for their number.
 
     Factors are normalization and its parts, causality, the mixer, and whatever else rows differ in.
@@ -197,13 +197,13 @@ def compute_effects(run: Run) -> list[Effect]:
     return [replace(effect, adjusted_p=p) for effect, p in zip(effects, adjusted, strict=True)]
 
 
-def readable(run: Run, value: Any) -> str:
+def readable(run: RunRecord, value: Any) -> str:
     """Return a factor's value as readers know it."""
     return READABLE.get(value) or run.mixer_labels.get(value) or str(value)
 
 
 def _effect(
-    run: Run, factor: Factor, pairs: list[tuple[VariantDescription, VariantDescription]], size: int
+    run: RunRecord, factor: Factor, pairs: list[tuple[VariantDescription, VariantDescription]], size: int
 ) -> Effect | None:
     measured = [Pair(above, below, log_ratios_of(run, above, below, size)) for above, below in pairs]
     measured = [pair for pair in measured if pair.logs]
@@ -213,7 +213,7 @@ def _effect(
     return effect if effect.ratio.count else None
 
 
-def _pairs(run: Run, factor: Factor) -> Iterator[tuple[VariantDescription, VariantDescription]]:
+def _pairs(run: RunRecord, factor: Factor) -> Iterator[tuple[VariantDescription, VariantDescription]]:
     """Rows of the grid that differ in the factor alone."""
     rows = run.trained
     if factor.within is not None:
@@ -231,7 +231,7 @@ def _design(variant: VariantDescription, without: str) -> str:
     return json.dumps(parts, sort_keys=True, default=str)
 
 
-def _mixer_factors(run: Run) -> list[Factor]:
+def _mixer_factors(run: RunRecord) -> list[Factor]:
     """Mixers against that of the reference row."""
     order = list(dict.fromkeys(variant.mixer for variant in run.trained))
     if len(order) < 2 or run.reference is None:
@@ -252,7 +252,9 @@ def _mixer_factors(run: Run) -> list[Factor]:
     ]
 
 
-def _planned_comparisons(run: Run) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
+def _planned_comparisons(
+    run: RunRecord,
+) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
     """Pairs of rows that the grid names."""
     rows = {variant.name: variant for variant in run.trained}
     for planned in run.description.comparisons:
@@ -263,7 +265,7 @@ def _planned_comparisons(run: Run) -> Iterator[tuple[Factor, list[tuple[VariantD
             yield factor, [(above, below)]
 
 
-def _other_factors(run: Run) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
+def _other_factors(run: RunRecord) -> Iterator[tuple[Factor, list[tuple[VariantDescription, VariantDescription]]]]:
     """Rows that differ from the reference row in one field alone that is no factor of its own."""
     reference = run.reference
     if reference is None:

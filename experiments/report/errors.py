@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from experiments.ablation.description import VariantDescription
 from experiments.core.statistics import Interval, interval_over_seeds, log_ratios
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 METRIC = "relative_error_to_teacher"
 """The quantity that factors, claims and the main table are about."""
@@ -18,7 +18,7 @@ ErrorsBySeed = dict[int, NDArray[np.float64]]
 """Seed -> errors (images,), or (1,) if a record has only their mean."""
 
 
-def errors_by_seed(run: Run, variant: VariantDescription, size: int) -> ErrorsBySeed:
+def errors_by_seed(run: RunRecord, variant: VariantDescription, size: int) -> ErrorsBySeed:
     """Return a row's relative errors to the teacher at a size, image by image."""
     errors = {}
     for cell in run.done(variant.name):
@@ -33,20 +33,20 @@ def errors_by_seed(run: Run, variant: VariantDescription, size: int) -> ErrorsBy
     return errors
 
 
-def mean_error(run: Run, variant: VariantDescription, size: int) -> float | None:
+def mean_error(run: RunRecord, variant: VariantDescription, size: int) -> float | None:
     """Return a row's mean error over seeds and images; None if nothing was measured."""
     errors = errors_by_seed(run, variant, size)
     return float(np.mean([values.mean() for values in errors.values()])) if errors else None
 
 
 def log_ratios_of(
-    run: Run, variant: VariantDescription, reference: VariantDescription, size: int
+    run: RunRecord, variant: VariantDescription, reference: VariantDescription, size: int
 ) -> Mapping[int, NDArray[np.float64]]:
     """Return log(error of the row / error of the reference), image by image, for the seeds that both have."""
     return log_ratios(errors_by_seed(run, variant, size), errors_by_seed(run, reference, size))
 
 
-def ratio(run: Run, variant: VariantDescription, reference: VariantDescription, size: int) -> Interval | None:
+def ratio(run: RunRecord, variant: VariantDescription, reference: VariantDescription, size: int) -> Interval | None:
     """Return a row's error over the reference's as a geometric mean; None if they share no seed."""
     logs = log_ratios_of(run, variant, reference, size)
     return interval_over_seeds(logs).exp() if logs else None

@@ -13,7 +13,7 @@ import pyarrow.parquet
 from experiments.ablation.description import VariantDescription
 from experiments.metrics import Metric, MetricRow
 from experiments.report.errors import METRIC
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.sections import reported_metrics
 from experiments.report.tables import ReportTable, best_row, summarize_fidelity
 
@@ -22,7 +22,7 @@ _LATEX = {"\\": r"\textbackslash{}", "×": r"$\times$", "÷": r"$\div$", "±": r
 _LATEX |= {"▼": r"$\downarrow$", "→": r"$\to$", "^": r"\^{}", "~": r"\~{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
 
-def write_numbers(run: Run, table: ReportTable, directory: Path) -> None:
+def write_numbers(run: RunRecord, table: ReportTable, directory: Path) -> None:
     """Write results.csv, results.parquet and results.tex into `directory`."""
     rows = list(result_rows(run))
     columns = result_columns()
@@ -41,7 +41,7 @@ def result_columns() -> list[str]:
     return list(dict.fromkeys([*IDENTITY, *fields, "best"]))
 
 
-def result_rows(run: Run) -> Iterator[dict[str, Any]]:
+def result_rows(run: RunRecord) -> Iterator[dict[str, Any]]:
     """Iterate over all numbers: a row for each row of each metric of each cell, unrounded, and means of fidelity.
 
     Means over seeds are of square held-out images.

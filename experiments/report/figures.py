@@ -14,7 +14,7 @@ from experiments.core.figures import RC
 from experiments.metrics import HeatMap, LinePlot, Metric
 from experiments.report import effect_plots, heat_maps, image_grids, line_plots, style
 from experiments.report.effects import Effect
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.sections import reported_metrics
 
 LEGEND = 'Dashed: not normalized; dash-dotted: scale="mean"; marker: causality.'
@@ -52,7 +52,7 @@ class _Plan:
     caption: str
 
 
-def draw_figures(run: Run, effects: list[Effect], directory: Path) -> list[ReportFigure]:
+def draw_figures(run: RunRecord, effects: list[Effect], directory: Path) -> list[ReportFigure]:
     """Draw every figure for which there is data into `directory`, which is emptied of older ones."""
     directory.mkdir(parents=True, exist_ok=True)
     for old in (*directory.glob("*.png"), *directory.glob("*.svg")):
@@ -66,7 +66,7 @@ def draw_figures(run: Run, effects: list[Effect], directory: Path) -> list[Repor
         ]
 
 
-def _effect_figures(run: Run, effects: list[Effect]) -> Iterator[_Plan]:
+def _effect_figures(run: RunRecord, effects: list[Effect]) -> Iterator[_Plan]:
     yield _Plan(
         "Factors",
         "effects",
@@ -95,7 +95,7 @@ def _effect_figures(run: Run, effects: list[Effect]) -> Iterator[_Plan]:
     )
 
 
-def _metric_figures(run: Run) -> Iterator[_Plan]:
+def _metric_figures(run: RunRecord) -> Iterator[_Plan]:
     for metric in reported_metrics():
         for spec in metric.figures:
             if isinstance(spec, LinePlot):
@@ -111,7 +111,7 @@ def _metric_figures(run: Run) -> Iterator[_Plan]:
                 )
 
 
-def _line_plot(run: Run, metric: type[Metric], spec: LinePlot) -> _Plan:
+def _line_plot(run: RunRecord, metric: type[Metric], spec: LinePlot) -> _Plan:
     label = metric.quantity(spec.quantity).label
     return _Plan(
         metric.title,
@@ -122,7 +122,7 @@ def _line_plot(run: Run, metric: type[Metric], spec: LinePlot) -> _Plan:
     )
 
 
-def _image_figures(run: Run) -> Iterator[_Plan]:
+def _image_figures(run: RunRecord) -> Iterator[_Plan]:
     for size in sorted(run.description.sample_sizes):
         trained = "the training size" if size == run.train_size else "a size that was not trained at"
         yield _Plan(

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from experiments.ablation.description import VariantDescription
 from experiments.metrics import HeatMap, Metric, MetricRow
 from experiments.report import style
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 BEYOND = "#d7301f"
 Panel = tuple[int, list[Any], NDArray[np.float64]]
 """Size in pixels, values of the columns, and the colors (variants, columns)."""
 
 
-def plot_heat_map(run: Run, metric: type[Metric], spec: HeatMap, path: Path) -> bool:
+def plot_heat_map(run: RunRecord, metric: type[Metric], spec: HeatMap, path: Path) -> bool:
     """Draw geometric means over seeds: a row for each trained variant, a panel for each size, one color scale.
 
     Returns:
@@ -71,7 +71,7 @@ def shorten_site(site: str) -> str:
     return f"{match[1]} {position}" + (f" #{match[4]}" if match[4] != "0" else "")
 
 
-def _panels(run: Run, metric: type[Metric], spec: HeatMap, variants: list[VariantDescription]) -> list[Panel]:
+def _panels(run: RunRecord, metric: type[Metric], spec: HeatMap, variants: list[VariantDescription]) -> list[Panel]:
     cells = {v.name: [c.rows(metric.name, metric.row) for c in run.done(v.name)] for v in variants}
     keys = dict.fromkeys(
         (row.height, getattr(row, spec.column))  # type: ignore[attr-defined]  # checked at registration

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from experiments.report import style
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 Pixels = NDArray[np.uint8] | None
 """An RGB image; None if it cannot be read."""
 LICENSE = "Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
-def plot_samples(run: Run, size: int, path: Path) -> bool:
+def plot_samples(run: RunRecord, size: int, path: Path) -> bool:
     """Draw samples at a size: rows are the teacher and the variants, columns are prompts. False if there is none."""
     rows = [("teacher", run.directory / "teacher" / "samples" / str(size))]
     for variant in run.variants:
@@ -48,7 +48,7 @@ def plot_samples(run: Run, size: int, path: Path) -> bool:
     return True
 
 
-def plot_mixing_matrices(run: Run, path: Path) -> bool:
+def plot_mixing_matrices(run: RunRecord, path: Path) -> bool:
     """Draw the mixing matrix of each variant, white at 0."""
 
     def draw(axes: Axes, matrix: NDArray[np.float32]) -> None:
@@ -62,7 +62,7 @@ def plot_mixing_matrices(run: Run, path: Path) -> bool:
     return _small_multiples(run, "mixing_matrix", draw, path)
 
 
-def plot_receptive_fields(run: Run, path: Path) -> bool:
+def plot_receptive_fields(run: RunRecord, path: Path) -> bool:
     """Draw the receptive field of each variant."""
 
     def draw(axes: Axes, field: NDArray[np.float32]) -> None:
@@ -105,7 +105,7 @@ def _mosaic(images: list[list[Pixels]], size: int) -> NDArray[np.uint8]:
     return mosaic
 
 
-def _small_multiples(run: Run, name: str, draw: Callable[[Axes, NDArray[np.float32]], None], path: Path) -> bool:
+def _small_multiples(run: RunRecord, name: str, draw: Callable[[Axes, NDArray[np.float32]], None], path: Path) -> bool:
     """Draw one panel per variant, of its first finished seed that has the array."""
     panels = []
     for variant in run.variants:

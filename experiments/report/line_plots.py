@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from experiments.ablation.description import VariantDescription
 from experiments.metrics import LinePlot, Metric
 from experiments.report import style
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.tables import SeedSummary, summarize
 
 
@@ -32,7 +32,7 @@ class PlottedLine:
 LinesOfVariant = Callable[[VariantDescription], list[PlottedLine]]
 
 
-def plot_metric(run: Run, metric: type[Metric], spec: LinePlot, path: Path) -> bool:
+def plot_metric(run: RunRecord, metric: type[Metric], spec: LinePlot, path: Path) -> bool:
     """Draw a metric's line plot: one line per variant, a band over seeds. False if there is nothing to draw."""
     quantity = metric.quantity(spec.quantity)
     positions = sorted({x for variant in run.variants for x, _ in _points(run, metric, spec, variant)})
@@ -58,7 +58,7 @@ def plot_metric(run: Run, metric: type[Metric], spec: LinePlot, path: Path) -> b
     return _draw(run, lines, decorate, quantity.label, path)
 
 
-def plot_training(run: Run, path: Path) -> bool:
+def plot_training(run: RunRecord, path: Path) -> bool:
     """Draw the smoothed distillation loss against the step, one thin line per seed."""
 
     def lines(variant: VariantDescription) -> list[PlottedLine]:
@@ -85,7 +85,7 @@ def growth_exponent(points: Sequence[tuple[float, float]]) -> float | None:
     return float(np.polyfit(np.log([x for x, _ in tail]), np.log([y for _, y in tail]), 1)[0])
 
 
-def costs_by_tokens(run: Run, variant: VariantDescription, quantity: str) -> list[tuple[float, SeedSummary]]:
+def costs_by_tokens(run: RunRecord, variant: VariantDescription, quantity: str) -> list[tuple[float, SeedSummary]]:
     """Return (tokens, mean over seeds) of a cost of one forward pass."""
     from experiments.metrics.cost import Cost
 
@@ -93,7 +93,7 @@ def costs_by_tokens(run: Run, variant: VariantDescription, quantity: str) -> lis
 
 
 def _points(
-    run: Run, metric: type[Metric], spec: LinePlot, variant: VariantDescription
+    run: RunRecord, metric: type[Metric], spec: LinePlot, variant: VariantDescription
 ) -> list[tuple[float, SeedSummary]]:
     """(x, mean over seeds) of square held-out images, or of whatever rows the metric has."""
     values: dict[float, list[float]] = {}
@@ -115,7 +115,7 @@ def _mark_training_size(axes: Axes, size: int) -> None:
 
 
 def _draw(
-    run: Run,
+    run: RunRecord,
     lines: LinesOfVariant,
     decorate: Callable[[Axes], None],
     y_label: str,

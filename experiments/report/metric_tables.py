@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.metrics import Metric, MetricRow, ValueTable
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.tables import ReportTable, SeedSummary, TableCell, TableRow, best_row, summarize
 
 _Key = tuple[tuple[str, Any], ...]
 
 
-def metric_table(run: Run, metric: type[Metric], spec: ValueTable) -> ReportTable:
+def metric_table(run: RunRecord, metric: type[Metric], spec: ValueTable) -> ReportTable:
     """Return the table that a metric declares; no rows if it was not measured."""
     measured = {
         v.name: [row for c in run.done(v.name) for row in c.rows(metric.name, metric.row)] for v in run.variants

@@ -11,7 +11,7 @@ from experiments.report.figures import ReportFigure
 from experiments.report.html import render
 from experiments.report.image_grids import LICENSE
 from experiments.report.metric_tables import metric_table
-from experiments.report.run_files import CellRecord, Run
+from experiments.report.run_files import CellRecord, RunRecord
 from experiments.report.sample_viewer import collect_samples
 from experiments.report.sections import report_sections, reported_metrics
 from experiments.report.tables import (
@@ -42,7 +42,7 @@ SPLITS_NOTE = "Error to teacher on held-out images, and on images whose objects 
 SHAPES_NOTE = "Error to teacher on held-out images, width × height."
 
 
-def as_html(run: Run, conclusions: Conclusions, table: ReportTable, figures: list[ReportFigure]) -> str:
+def as_html(run: RunRecord, conclusions: Conclusions, table: ReportTable, figures: list[ReportFigure]) -> str:
     """Return the self-contained page: styles, script and images inline, no network."""
     sections = [
         (title, introduction, [figure for figure in figures if figure.section == title], section_tables(run, title))
@@ -73,7 +73,7 @@ def as_html(run: Run, conclusions: Conclusions, table: ReportTable, figures: lis
     )
 
 
-def as_markdown(run: Run, conclusions: Conclusions, table: ReportTable, figures: list[ReportFigure]) -> str:
+def as_markdown(run: RunRecord, conclusions: Conclusions, table: ReportTable, figures: list[ReportFigure]) -> str:
     """Return the page in Markdown, with images beside it in figures/."""
     parts = [f"# {run.name}", run.description.question, _count_cells(run), "## Conclusions"]
     parts += [f"> **{fault}**" for fault in conclusions.broken]
@@ -101,7 +101,7 @@ def as_markdown(run: Run, conclusions: Conclusions, table: ReportTable, figures:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def extra_tables(run: Run) -> list[tuple[str, ReportTable, str]]:
+def extra_tables(run: RunRecord) -> list[tuple[str, ReportTable, str]]:
     """Return (title, table, note) of the tables below the main one that have rows."""
     tables = (
         ("Controls", controls_table(run, control_rows(run)), CONTROLS_NOTE),
@@ -111,7 +111,7 @@ def extra_tables(run: Run) -> list[tuple[str, ReportTable, str]]:
     return [(title, table, note) for title, table, note in tables if table.rows]
 
 
-def section_tables(run: Run, title: str) -> list[tuple[ReportTable, str]]:
+def section_tables(run: RunRecord, title: str) -> list[tuple[ReportTable, str]]:
     """Return (table, caption) of the tables that a section's metrics declare, if they have rows."""
     specs = [
         (metric, spec)
@@ -125,7 +125,7 @@ def section_tables(run: Run, title: str) -> list[tuple[ReportTable, str]]:
 
 
 def _markdown_section(
-    run: Run, conclusions: Conclusions, title: str, introduction: str, figures: list[ReportFigure]
+    run: RunRecord, conclusions: Conclusions, title: str, introduction: str, figures: list[ReportFigure]
 ) -> list[str]:
     own = [figure for figure in figures if figure.section == title]
     tables = section_tables(run, title)
@@ -140,14 +140,14 @@ def _markdown_section(
     return parts
 
 
-def _count_cells(run: Run) -> str:
+def _count_cells(run: RunRecord) -> str:
     counts = {state: sum(cell.state == state for cell in run.cells) for state in ("done", "failed", "damaged")}
     counts["unfinished"] = sum(cell.state == "unfinished" for cell in run.cells) + len(run.missing())
     names = {"done": "finished"}
     return "Cells: " + ", ".join(f"{n} {names.get(s, s)}" for s, n in counts.items() if n or s == "done") + "."
 
 
-def _unfinished(run: Run) -> list[str]:
+def _unfinished(run: RunRecord) -> list[str]:
     started = [f"{c.id}: unfinished, {_steps_logged(c)}" for c in run.cells if c.state == "unfinished"]
     return started + [f"{variant}, seed {seed}: not started" for variant, seed in run.missing()]
 
@@ -179,7 +179,7 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _reference_note(run: Run) -> str:
+def _reference_note(run: RunRecord) -> str:
     if run.reference is None:
         return ""
     return (

@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.ablation.description import VariantDescription
 from experiments.report.errors import mean_error, ratio
-from experiments.report.run_files import DESIGN_FIELDS, Run
+from experiments.report.run_files import DESIGN_FIELDS, RunRecord
 
 MOST_SWAPS = 3
 """Swapped pairs of rows that the statement names."""
@@ -18,7 +18,7 @@ Setting = tuple[int, float]
 """Training steps of all stages, and the learning rate of the last."""
 
 
-def describe_rank_stability(run: Run) -> list[str]:
+def describe_rank_stability(run: RunRecord) -> list[str]:
     """Compare the order of rows between training settings at the training size.
 
     A swap is a pair of designs whose order differs between two settings, with an interval that excludes equality in
@@ -55,7 +55,7 @@ def describe_rank_stability(run: Run) -> list[str]:
     ]
 
 
-def _rows_by_setting(run: Run) -> dict[Setting, dict[str, VariantDescription]]:
+def _rows_by_setting(run: RunRecord) -> dict[Setting, dict[str, VariantDescription]]:
     """Training setting -> design -> row; designs are what rows are beside their distillation."""
     settings: dict[Setting, dict[str, VariantDescription]] = {}
     for variant in run.trained:
@@ -69,7 +69,7 @@ def _rows_by_setting(run: Run) -> dict[Setting, dict[str, VariantDescription]]:
 
 
 def _swaps(
-    run: Run,
+    run: RunRecord,
     settings: dict[Setting, dict[str, VariantDescription]],
     first: Setting,
     second: Setting,

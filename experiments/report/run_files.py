@@ -94,7 +94,7 @@ class CellRecord:
 
 
 @dataclass
-class Run:
+class RunRecord:
     """Everything the report knows.
 
     Attributes:
@@ -182,7 +182,7 @@ class Run:
         return sorted(recorded - set(list_metrics()))
 
 
-def load_run(directory: Path) -> Run:
+def load_run(directory: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
@@ -210,7 +210,7 @@ def load_run(directory: Path) -> Run:
         pass
     except (OSError, ValueError) as error:
         problems.append(f"protocol.json is damaged ({error})")
-    run = Run(directory, description, cells, problems, frozen)
+    run = RunRecord(directory, description, cells, problems, frozen)
     problems += [
         f"rows of the metric {name!r} are not reported, as it is not registered: load it with --plugin"
         for name in run.unregistered_metrics()

@@ -9,12 +9,12 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 QUALITY = 85
 
 
-def collect_samples(run: Run) -> dict[str, Any] | None:
+def collect_samples(run: RunRecord) -> dict[str, Any] | None:
     """Return sizes, prompts, rows (the teacher, then each variant's first finished seed), and the row to start with.
 
     A row has a label and images by size, as data URIs in WebP at quality 85, a tenth of the PNGs. None if the teacher

@@ -12,14 +12,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from experiments.ablation.description import VariantDescription
 from experiments.core.figures import GRAY, PALETTE
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 MANY_COLORS = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
 DPI = 150
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
 
 
-def group_variants(run: Run) -> list[tuple[str, list[VariantDescription]]]:
+def group_variants(run: RunRecord) -> list[tuple[str, list[VariantDescription]]]:
     """Return (title, rows) for the panels of a figure of lines: one panel, or one per mixer if there are many lines."""
     by_mixer: dict[str, list[VariantDescription]] = {}
     for variant in run.trained:
@@ -29,7 +29,7 @@ def group_variants(run: Run) -> list[tuple[str, list[VariantDescription]]]:
     return [(run.mixer_labels[mixer], rows) for mixer, rows in by_mixer.items()]
 
 
-def line_style(run: Run, variant: VariantDescription) -> dict[str, Any]:
+def line_style(run: RunRecord, variant: VariantDescription) -> dict[str, Any]:
     """Color by variant, or by causality in a panel of one mixer; dashed unless normalized; marker by causality."""
     if variant.untouched:
         return {"color": GRAY, "linestyle": "-", "marker": "s"}
@@ -50,7 +50,7 @@ def differ_in_switches(rows: list[VariantDescription]) -> bool:
     return len({(row.causality, row.normalization) for row in rows}) == len(rows)
 
 
-def color_by_mixer(run: Run) -> dict[str, Any]:
+def color_by_mixer(run: RunRecord) -> dict[str, Any]:
     """Return a color for every mixer, for figures whose points are rows."""
     names = list(dict.fromkeys(variant.mixer for variant in run.trained))
     palette = PALETTE if len(names) <= len(PALETTE) else MANY_COLORS

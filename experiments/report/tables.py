@@ -11,7 +11,7 @@ from experiments.core.statistics import Interval
 from experiments.report.controls import ControlRows, excess_error, share_of_identity
 from experiments.report.effects import SPLITS, Effect, readable
 from experiments.report.errors import METRIC, ratio
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 
 SPREAD = "mean ± half the range over seeds; no ± if there is one seed"
 
@@ -98,13 +98,13 @@ def summarize(values: Sequence[float]) -> SeedSummary | None:
     return SeedSummary(math.fsum(values) / len(values), (high - low) / 2, low, high, len(values))
 
 
-def summarize_fidelity(run: Run, variant: VariantDescription, size: int, quantity: str) -> SeedSummary | None:
+def summarize_fidelity(run: RunRecord, variant: VariantDescription, size: int, quantity: str) -> SeedSummary | None:
     """Summarize a quantity of `fidelity` on held-out images of a size over seeds."""
     cells = [cell for cell in run.done(variant.name) if size in cell.fidelity]
     return summarize([getattr(cell.fidelity[size], quantity) for cell in cells])
 
 
-def best_row(run: Run, values: Sequence[SeedSummary | None], higher: bool = False) -> int | None:
+def best_row(run: RunRecord, values: Sequence[SeedSummary | None], higher: bool = False) -> int | None:
     """Return the position of the best mean among the trained variants."""
     candidates = [
         (-value.mean if higher else value.mean, position)
@@ -114,7 +114,7 @@ def best_row(run: Run, values: Sequence[SeedSummary | None], higher: bool = Fals
     return min(candidates)[1] if candidates else None
 
 
-def main_table(run: Run) -> ReportTable:
+def main_table(run: RunRecord) -> ReportTable:
     """Relative error to the teacher, the same over the reference row's, and the error ratio to the truth, by size.
 
     The untouched softmax cannot be the best.
@@ -136,7 +136,7 @@ def main_table(run: Run) -> ReportTable:
     return ReportTable([*first, *errors_at[:split], *against, *errors_at[split:]], rows)
 
 
-def controls_table(run: Run, controls: ControlRows) -> ReportTable:
+def controls_table(run: RunRecord, controls: ControlRows) -> ReportTable:
     """Errors as the excess over distilled softmax and as a share of identity's, by size; no rows without controls."""
     columns = ["Variant"]
     columns += [f"Excess over distilled softmax, {size} px" for size in run.sizes if controls.distilled_softmax]
@@ -152,7 +152,7 @@ def controls_table(run: Run, controls: ControlRows) -> ReportTable:
     return ReportTable(columns, rows)
 
 
-def splits_table(run: Run) -> ReportTable:
+def splits_table(run: RunRecord) -> ReportTable:
     """Relative error to the teacher on held-out and held-in images, by size; no rows without held-in images."""
     columns = ["Variant", *(f"{split}, {size} px" for size in run.sizes for split in ("held out", "held in"))]
     rows = []
@@ -167,7 +167,7 @@ def splits_table(run: Run) -> ReportTable:
     return ReportTable(columns, rows if measured else [])
 
 
-def effects_table(run: Run, effects: list[Effect]) -> ReportTable:
+def effects_table(run: RunRecord, effects: list[Effect]) -> ReportTable:
     """Each factor's effect at each size: over all rows, among those of each value of the others, and pair by pair."""
     by_name: dict[str, list[Effect]] = {}
     for effect in effects:
@@ -192,7 +192,7 @@ def effects_table(run: Run, effects: list[Effect]) -> ReportTable:
     return ReportTable(["Factor", "Among", *(f"{s} px" for s in run.sizes), "Pairs", "Seeds"], rows)
 
 
-def shape_table(run: Run) -> ReportTable:
+def shape_table(run: RunRecord) -> ReportTable:
     """Relative error to the teacher at other aspect ratios; no rows if none was measured."""
     shapes = sorted({shape for variant in run.variants for cell in run.done(variant.name) for shape in cell.shapes})
     values = {
@@ -234,7 +234,7 @@ def markdown(table: ReportTable) -> str:
 _DASH = TableCell("–", math.inf)
 
 
-def _facts(run: Run, variant: VariantDescription) -> list[TableCell]:
+def _facts(run: RunRecord, variant: VariantDescription) -> list[TableCell]:
     cells = run.done(variant.name)
     counts = sorted({cell.result.trained_parameters for cell in cells if cell.result})
     features = _describe_features(variant)
@@ -245,7 +245,7 @@ def _facts(run: Run, variant: VariantDescription) -> list[TableCell]:
     ]
 
 
-def _against_reference(run: Run, variant: VariantDescription) -> list[TableCell]:
+def _against_reference(run: RunRecord, variant: VariantDescription) -> list[TableCell]:
     if run.reference is None:
         return []
     if variant == run.reference:

@@ -1,4 +1,4 @@
-"""The conformance suite, for our mixers and for yours.
+"""The conformance suite, for the library's mixers and for yours.
 
 from mixers.testing import check_mixer, parametrize_with_checks
 
@@ -8,29 +8,35 @@ check_mixer("linfusion", causality="causal")          # names of the checks; rai
 def test_my_mixer(mixer, check): check(mixer)
 """
 
-from mixers.testing.checks import CHECKS, Check, checks_for
-from mixers.testing.inputs import Inputs
-from mixers.testing.run import (
-    Configuration,
-    Outcome,
+from mixers.testing.checks import MIXER_CHECKS, MixerCheck, checks_for
+from mixers.testing.inputs import CheckInputs
+from mixers.testing.operator_cases import OPERATORS, OperatorCase
+from mixers.testing.operator_checks import OPERATOR_CHECKS, check_operator
+from mixers.testing.runner import (
+    CheckOutcome,
+    ConformanceCase,
     check_mixer,
-    configurations,
+    conformance_cases,
     parametrize_with_checks,
     run_checks,
 )
 from mixers.testing.tolerances import TOLERANCES, Tolerance
 
 __all__ = [
-    "CHECKS",
+    "MIXER_CHECKS",
+    "OPERATORS",
+    "OPERATOR_CHECKS",
     "TOLERANCES",
-    "Check",
-    "Configuration",
-    "Inputs",
-    "Outcome",
+    "CheckInputs",
+    "CheckOutcome",
+    "ConformanceCase",
+    "MixerCheck",
+    "OperatorCase",
     "Tolerance",
     "check_mixer",
+    "check_operator",
     "checks_for",
-    "configurations",
+    "conformance_cases",
     "parametrize_with_checks",
     "run_checks",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
 from mixers.mixer import TokenMixer
-from mixers.operators import delta, delta_rule, delta_rule_weights
+from mixers.operators import delta, delta_rule, delta_rule_matrix
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import FullPrecisionLinear, Projections
@@ -125,7 +125,7 @@ class GatedDeltaNet(TokenMixer):
         """Compute W, (b, h, l, l), from its formula."""
         assert streams.beta is not None
         q, k = self.features(streams)
-        return delta_rule_weights(
+        return delta_rule_matrix(
             q, k, streams.beta, streams.log_decay, causality=self.config.causality, scale=self.scale
         )
 

@@ -160,7 +160,7 @@ class Hydra(StateSpaceMixer):
 
     def _past_matrix(self, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
         """Compute the matrix of `_sum_past`, (b, h, l, l)."""
-        matrix = operators.linear_weights(
+        matrix = operators.linear_attention_matrix(
             self._shift_query(q), k, log_decay, causality="causal", normalize=False, eps=0.0, scale=self.scale
         )
         return F.pad(matrix, (0, 0, 1, -1))

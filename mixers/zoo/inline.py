@@ -142,7 +142,7 @@ class InLine(LinearMixer):
         """Compute W, (b, h, l, l), from its formula."""
         q, k = self.features(streams)
         causality = self.config.causality
-        scores = operators.linear_weights(
+        scores = operators.linear_attention_matrix(
             q, k, causality=causality, normalize=False, eps=0.0, scale=self.scale_at(q.shape[1])
         )
         if not self.config.normalize:

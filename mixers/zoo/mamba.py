@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
 from mixers.image_grid import Grid
-from mixers.operators.scan import selective_scan, selective_scan_weights
+from mixers.operators.scan import selective_scan, selective_scan_matrix
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import inverse_softplus_of_log_uniform
 from mixers.stages.projections import FullPrecisionLinear, ProjectionLayers, Projections
@@ -145,7 +145,7 @@ class Mamba(StateSpaceMixer):
         """Compute W, (b, h, v, l, l), from its formula."""
         assert streams.dt is not None
         C, B = self.features(streams)
-        return selective_scan_weights(streams.dt, self.A, B, C, **self._operator_options(streams))
+        return selective_scan_matrix(streams.dt, self.A, B, C, **self._operator_options(streams))
 
     def state_size(self, length: int) -> int:
         """Return channels·n, twice that if normalized, because every channel has its own row sums."""

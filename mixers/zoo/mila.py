@@ -122,8 +122,8 @@ class MILA(LinearAttention):
         if not self._has_separate_denominator:
             return super().mixing_matrix(streams)
         options = self._unnormalized_options(streams)
-        rotated = operators.linear_weights(*self.features(streams), **options)
-        sums = operators.linear_weights(*super().features(streams), **options).sum(-1, keepdim=True)
+        rotated = operators.linear_attention_matrix(*self.features(streams), **options)
+        sums = operators.linear_attention_matrix(*super().features(streams), **options).sum(-1, keepdim=True)
         return rotated / (sums + self._eps_per_token(streams.q)[:, None])
 
     def _unnormalized_options(self, streams: Streams) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from experiments.ablation.result import CellResult
 from experiments.evaluate.measurements import Measurements
 from experiments.grids.shared import PAPER_CLAIMS
 from experiments.metrics.fidelity import FidelityRow
-from experiments.report.run_files import CellRecord, Run
+from experiments.report.run_files import CellRecord, RunRecord
 
 RowKey = tuple[str, str, bool]
 IMAGES = 4
@@ -46,7 +46,7 @@ def cell_record(variant: str, seed: int, errors: Mapping[int, float]) -> CellRec
     return CellRecord(result.cell, Path("nowhere"), variant, seed, "done", result=result)
 
 
-def run_of(errors: Mapping[RowKey, Mapping[int, Mapping[int, float]]], **description: Any) -> Run:
+def run_of(errors: Mapping[RowKey, Mapping[int, Mapping[int, float]]], **description: Any) -> RunRecord:
     """A run in memory: (mixer, causality, normalize) -> seed -> size -> relative error to the teacher."""
     variants = []
     cells = []
@@ -57,7 +57,7 @@ def run_of(errors: Mapping[RowKey, Mapping[int, Mapping[int, float]]], **descrip
         )
         cells += [cell_record(name, seed, sizes) for seed, sizes in seeds.items()]
     record = RunDescription(name="made up", question="?", train_size=64, variants=tuple(variants), **description)
-    return Run(Path("nowhere"), record, cells)
+    return RunRecord(Path("nowhere"), record, cells)
 
 
 SIZES = (64, 128, 256)
@@ -191,7 +191,7 @@ def make_run(run: Path) -> Path:
         "claims": [claim.model_dump(mode="json") for claim in PAPER_CLAIMS],
         "variants": [
             dict(zip(names, v, strict=False))
-            | {"trained": v[-1] > 0, "control": "identity" if v[0] == "identity" else None}
+            | {"trained": v[-1] > 0, "control": "no mixing" if v[0] == "identity" else None}
             for v in VARIANTS
         ],
         "notes": ["A made-up run."],

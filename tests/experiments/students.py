@@ -25,16 +25,16 @@ def open_teacher(kind: str = "text-to-image", dtype: torch.dtype = torch.float64
 
 
 def encoded(teacher: Teacher, sizes: tuple[int, ...] = (16,), count: int = 4) -> EncodedImages:
-    generator, found = torch.Generator().manual_seed(0), {}
+    generator, sizes_ = torch.Generator().manual_seed(0), {}
     for size in sizes:
         images = torch.rand(count, 3, size, size + 8, generator=generator) * 2 - 1
-        found[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
-    return EncodedImages(found, teacher.unconditional)
+        sizes_[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
+    return EncodedImages(sizes_, teacher.unconditional)
 
 
 def batch_of(teacher: Teacher, step: int = 0) -> Batch:
-    made = draw_batch(encoded(teacher), step, FIT, teacher.train_timesteps, (16,))
-    return {n: v.to(teacher.unet.dtype) if n in ("latents", "noise", "rows") else v for n, v in made.items()}
+    batch = draw_batch(encoded(teacher), step, FIT, teacher.train_timesteps, (16,))
+    return {n: v.to(teacher.unet.dtype) if n in ("latents", "noise", "rows") else v for n, v in batch.items()}
 
 
 def student(teacher: Teacher, mixer: str = "linfusion", **options: Any) -> MixerAdapter:

@@ -32,7 +32,7 @@ from experiments.cli import app
 from experiments.core.memory import measure_peak_bytes
 from experiments.core.timing import Quartiles
 from mixers import operators
-from mixers.operators.preference import VARIABLE, preferred
+from mixers.operators.backend_table import TABLE_VARIABLE, preferred_backends
 
 
 @given(st.floats(0.2, 3), st.floats(1e-6, 1), st.lists(st.integers(1, 20), min_size=2, max_size=6, unique=True))
@@ -275,8 +275,8 @@ def test_calibration_writes_what_auto_then_follows(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(calibrate, "time_backends", lambda config, kind, length, *_: {"chunked": length, "dense": 20.0})
     config = BenchmarkConfig(heads=((2, 4),))
     path, rows = calibrate.calibrate_backends(config, tmp_path / "table.json", (16, 64))
-    monkeypatch.setenv(VARIABLE, str(path))
-    assert len(rows) == 14 and preferred("linear", "cpu", "causal", "none") == (
+    monkeypatch.setenv(TABLE_VARIABLE, str(path))
+    assert len(rows) == 14 and preferred_backends("linear", "cpu", "causal", "none") == (
         ("chunked", 32),
         ("dense", 64),
         ("chunked", None),

@@ -123,13 +123,15 @@ def test_a_batch_is_the_rows_asked_for(tmp_path_factory: pytest.TempPathFactory,
     assert len(cache) == len(expected) and cache.sizes == ((8, 8), (4, 12))
     rows = data.draw(st.lists(st.integers(0, len(cache) - 1), min_size=1, max_size=12), "rows")
     for size in sizes:
-        found = cache.batch(rows, size)
-        assert found["latents"].shape == (len(rows), 3, extent(size)[0] // 4, extent(size)[1] // 4)
-        for row, latents, text, pooled in zip(rows, found["latents"], found["text"], found["pooled"], strict=True):
+        tensors = cache.batch(rows, size)
+        assert tensors["latents"].shape == (len(rows), 3, extent(size)[0] // 4, extent(size)[1] // 4)
+        for row, latents, text, pooled in zip(
+            rows, tensors["latents"], tensors["text"], tensors["pooled"], strict=True
+        ):
             number, variation = expected[row]
             assert (latents == (number + 1000 * variation) / 4096).all()
             assert (text == number // 2).all() and (pooled == -(number // 2)).all()
-        assert (found["time_ids"] == 1032).all()
+        assert (tensors["time_ids"] == 1032).all()
     if len(cache) < images:  # all were read
         assert sum(cache.skipped.values()) == len(bad) * variations
 
@@ -158,8 +160,8 @@ def test_a_batch_is_what_the_teacher_encodes(family: str, dtype: torch.dtype, tm
 def test_a_stage_draws_from_it(tmp_path: Path) -> None:
     cache = build(tmp_path, sizes=[8, 16])
     fit = FitConfig(steps=3, batch_size=5, learning_rate=1e-3)
-    drawn = draw_batch(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
-    assert drawn["latents"].shape == (5, 3, 4, 4) and not drawn["text"].any() and not drawn["pooled"].any()
+    examples = draw_batch(cache, 1, fit, 1000, (8, 16), caption_dropout=1.0)
+    assert examples["latents"].shape == (5, 3, 4, 4) and not examples["text"].any() and not examples["pooled"].any()
 
 
 def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
@@ -167,8 +169,8 @@ def test_captions_that_repeat_are_stored_once(tmp_path: Path) -> None:
     with safe_open(tmp_path / "text-00000.safetensors", "pt") as file:
         assert file.get_tensor("text").shape == (1, 2, 3), "records 0 and 1, two variations each: one caption"
         header = json.loads(file.metadata()["cache"])
-    wanted = {"format": 2, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
-    assert wanted.items() <= header.items() and header["records"] == cache.contents["records"]
+    expected = {"format": 2, "teacher": "f", "data": "numbers", "sizes": [[8, 8]], "start": 0, "stop": 4}
+    assert expected.items() <= header.items() and header["records"] == cache.contents["records"]
 
 
 def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_data_that_changed_further_on_is_not_mixed_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"teacher": Fake("other")}, 'teacher: has "f", requested "other"'),
         ({"data": Numbers(10, name="others")}, 'data: has "numbers", requested "others"'),
@@ -252,7 +254,7 @@ def test_data_that_changed_further_on_is_not_mixed_in(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_stale_cache_is_refused_with_what_differs(
-    change: dict[str, Any], told: str, finished: bool, tmp_path: Path
+    change: dict[str, Any], message: str, finished: bool, tmp_path: Path
 ) -> None:
     if finished:
         build(tmp_path)
@@ -260,7 +262,7 @@ def test_a_stale_cache_is_refused_with_what_differs(
         with pytest.raises(Killed):
             build(tmp_path, Fake(budget=5))
     before = contents(tmp_path)
-    with pytest.raises(CacheError, match=told):
+    with pytest.raises(CacheError, match=message):
         build(tmp_path, **change)
     assert contents(tmp_path) == before
 
@@ -284,11 +286,11 @@ def test_any_byte_that_changed_is_noticed(tmp_path_factory: pytest.TempPathFacto
     place, bit = data.draw(st.integers(0, len(original) - 1), "byte"), data.draw(st.integers(0, 7), "bit")
     try:
         path.write_bytes(original[:place] + bytes([original[place] ^ 1 << bit]) + original[place + 1 :])
-        found: Batch = {}
+        tensors: Batch = {}
         with pytest.raises(CacheError, match=f"is damaged: {path.name}") if path.suffix != ".json" else noticed():
             cache = open_cache(directory)
-            found = {**cache.batch(range(10)), "blank": cache.unconditional["text"]}
-        assert all(torch.equal(value, sound[key]) for key, value in found.items() if key in sound)
+            tensors = {**cache.batch(range(10)), "blank": cache.unconditional["text"]}
+        assert all(torch.equal(value, sound[key]) for key, value in tensors.items() if key in sound)
     finally:
         path.write_bytes(original)
 
@@ -320,7 +322,7 @@ def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "told"),
+    ("change", "kind", "message"),
     [
         ({"sizes": [8, 10, (8, 6)]}, CacheError, "Cannot encode at 10x10, 8x6: expected multiples of 4"),
         ({"sizes": []}, CacheError, "Cannot encode at no size"),
@@ -337,9 +339,9 @@ def test_truncated_files_are_named(keep: int, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_built_is_one_sentence(
-    change: dict[str, Any], kind: type[Exception], told: str, tmp_path: Path
+    change: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         build(tmp_path, **change)
 
 

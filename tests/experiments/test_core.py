@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from experiments.core.devices import available_cores, threads_per_process
 from experiments.core.environment import describe_environment
-from experiments.core.errors import first_line, unknown_name
+from experiments.core.errors import first_line
 from experiments.core.files import read_json, save_tensors, sha256_of_file, write_bytes, write_json, write_text
 from experiments.core.locks import is_locked, lock_folder, try_lock
 from experiments.core.registry import Registry
 from experiments.core.signals import Interrupted
 from mixers.files import atomic_path
+from mixers.suggest import unknown_name
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -81,7 +82,8 @@ def _hold(folder: Path, held: multiprocessing.synchronize.Event, release: multip
 
 def test_a_lock_is_one_process_s_and_ends_with_it(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    held, release = context.Event(), context.Event()
+    held = context.Event()
+    release = context.Event()
     process = context.Process(target=_hold, args=(tmp_path, held, release), daemon=True)
     process.start()
     held.wait()

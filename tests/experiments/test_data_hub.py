@@ -222,7 +222,7 @@ def test_an_incomplete_record_at_a_tar_s_start_needs_names(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("nothing/*.parquet", "0 kinds"),
         ("{folder}#color=red", "expected options among image, text, key, got 'color'"),
@@ -233,12 +233,12 @@ def test_an_incomplete_record_at_a_tar_s_start_needs_names(tmp_path: Path) -> No
         ("nowhere", "not a folder"),
     ],
 )
-def test_what_cannot_be_opened_is_one_sentence(source: str, told: str, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_one_sentence(source: str, message: str, tmp_path: Path) -> None:
     parquet(tmp_path)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "empty.tar").write_bytes(b"")
     for opened in (open_records, open_dataset):
-        with pytest.raises(DataError, match=told) as error:
+        with pytest.raises(DataError, match=message) as error:
             opened(source.format(folder=tmp_path / "a.parquet" if "#" in source else tmp_path))
         assert "\n" not in str(error.value)
 
@@ -253,10 +253,10 @@ def test_a_file_damaged_further_on_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_for_what_the_source_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, asked = parquet(tmp_path), []
+    table, calls = parquet(tmp_path), []
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return real("parquet", data_files=[table], split="train", streaming=kwargs["streaming"])
 
     real = datasets.load_dataset
@@ -264,7 +264,7 @@ def test_the_hub_is_asked_for_what_the_source_says(tmp_path: Path, monkeypatch: 
     opened = open_records("hub:owner/name#config=small&split=validation&revision=abc")
     assert opened.name == "hub:owner/name, train" and list(opened.records())
     more = {"name": "small", "split": "validation", "revision": "abc"}
-    assert asked == [(("owner/name",), {**more, "streaming": True})]
+    assert calls == [(("owner/name",), {**more, "streaming": True})]
 
 
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

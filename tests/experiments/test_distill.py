@@ -44,9 +44,9 @@ def batch(teacher: Teacher) -> Batch:
 @contextmanager
 def forwards(teacher: Teacher) -> Iterator[list[bool]]:
     """For each forward of the UNet: whether it builds a graph."""
-    seen: list[bool] = []
-    hook = teacher.unet.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    yield seen
+    records: list[bool] = []
+    hook = teacher.unet.register_forward_pre_hook(lambda *_: records.append(torch.is_grad_enabled()))
+    yield records
     hook.remove()
 
 
@@ -57,45 +57,45 @@ def test_zero_where_the_student_is_the_teacher(teacher: Teacher, batch: Batch, n
 
 
 def test_noise_is_the_teachers_own_loss_where_the_student_is_the_teacher(teacher: Teacher, batch: Batch) -> None:
-    found = DistillationLoss(teacher, MixerAdapter.build(teacher.pipe, "softmax"), one("noise"))(batch)["loss"]
+    result = DistillationLoss(teacher, MixerAdapter.build(teacher.pipe, "softmax"), one("noise"))(batch)["loss"]
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with torch.no_grad():
         own = F.mse_loss(teacher.unet(noisy, batch["timesteps"], batch["text"]).sample, batch["noise"])
-    torch.testing.assert_close(found, own)
+    torch.testing.assert_close(result, own)
 
 
 def test_the_published_loss_by_hand(teacher: Teacher, batch: Batch) -> None:
     adapter = student(teacher)
-    found = DistillationLoss(teacher, adapter, PUBLISHED)(batch)
+    result = DistillationLoss(teacher, adapter, PUBLISHED)(batch)
     adapter.unmount()
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     sites: dict[bool, dict[str, Tensor]] = {}
     outputs: dict[bool, Tensor] = {}
     for mounted in (False, True):
-        seen: dict[str, Tensor] = {}
+        records: dict[str, Tensor] = {}
         adapter.mount() if mounted else adapter.unmount()
         hooks = [
             teacher.unet.get_submodule(site.name).register_forward_hook(
-                lambda _m, _a, out, n=site.name, s=seen: s.update({n: out})
+                lambda _m, _a, out, n=site.name, s=records: s.update({n: out})
             )
             for site in adapter.sites
         ]
         outputs[mounted] = teacher.unet(noisy, batch["timesteps"], batch["text"]).sample.detach()
-        sites[mounted] = seen
+        sites[mounted] = records
         for hook in hooks:
             hook.remove()
     noise, output = F.mse_loss(outputs[True], batch["noise"]), F.mse_loss(outputs[True], outputs[False])
     features = torch.stack([F.mse_loss(sites[True][n], sites[False][n]) for n in sites[True]]).mean()
-    torch.testing.assert_close(found["noise"], noise)
-    torch.testing.assert_close(found["output"], output)
-    torch.testing.assert_close(found["features"], features)
-    torch.testing.assert_close(found["loss"], noise + output / 2 + features / 2)
+    torch.testing.assert_close(result["noise"], noise)
+    torch.testing.assert_close(result["output"], output)
+    torch.testing.assert_close(result["features"], features)
+    torch.testing.assert_close(result["loss"], noise + output / 2 + features / 2)
 
 
 def test_local_by_hand_and_each_sites_gradient_is_its_own(teacher: Teacher, batch: Batch) -> None:
     adapter = student(teacher)
-    found = DistillationLoss(teacher, adapter, one("local"))(batch)["loss"]
-    whole = gradients(adapter, found)
+    result = DistillationLoss(teacher, adapter, one("local"))(batch)["loss"]
+    whole = gradients(adapter, result)
     assert whole.keys() == dict(adapter.student.named_parameters()).keys()
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with adapter.unmounted(), torch.no_grad(), capture_sites(teacher.unet, [s.name for s in adapter.sites]) as calls:
@@ -104,7 +104,7 @@ def test_local_by_hand_and_each_sites_gradient_is_its_own(teacher: Teacher, batc
     for name, call in calls.items():
         error = (adapter.mixers[name](call.input, projections=teacher.unet.get_submodule(name)) - call.output) ** 2
         losses[name] = torch.stack([error[i].mean() / call.output[i].var(correction=0) for i in range(2)]).mean()
-    torch.testing.assert_close(found, torch.stack(list(losses.values())).mean())
+    torch.testing.assert_close(result, torch.stack(list(losses.values())).mean())
     for name, loss in losses.items():
         alone = gradients(adapter, loss / len(losses))
         assert all(n.startswith(f"{name}.") for n in alone)
@@ -116,10 +116,10 @@ def test_rows_of_the_teacher_are_those_of_its_softmax(teacher: Teacher) -> None:
     layer = teacher.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     x = torch.randn(2, 20, layer.query_dim, dtype=torch.float64)
     mixer = create_mixer("softmax", layer.query_dim, layer.heads, own_projections=False)
-    picked = torch.rand(2, 5, dtype=torch.float64)
-    matrix, rows = mixing_matrix(mixer, x, layer), softmax_rows(layer, x, picked)
+    row_shares = torch.rand(2, 5, dtype=torch.float64)
+    matrix, rows = mixing_matrix(mixer, x, layer), softmax_rows(layer, x, row_shares)
     for sample in range(2):
-        for r, i in enumerate((picked[sample] * 20).long().tolist()):
+        for r, i in enumerate((row_shares[sample] * 20).long().tolist()):
             torch.testing.assert_close(rows[sample, r], matrix[sample, :, i])
 
 
@@ -132,7 +132,7 @@ def test_every_row_is_one_of_the_tokens(share: float, length: int) -> None:
 @pytest.mark.parametrize("mixer", ["linfusion", "mamba"], ids=["a matrix a head", "a matrix a channel"])
 def test_matrix_by_hand(teacher: Teacher, batch: Batch, mixer: str) -> None:
     adapter = student(teacher, mixer, select="mid_block")
-    found = DistillationLoss(teacher, adapter, one("matrix"))(batch)["loss"]
+    result = DistillationLoss(teacher, adapter, one("matrix"))(batch)["loss"]
     assert adapter.is_mounted
     (name,) = adapter.mixers
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
@@ -140,18 +140,18 @@ def test_matrix_by_hand(teacher: Teacher, batch: Batch, mixer: str) -> None:
     with adapter.unmounted(), torch.no_grad(), capture_sites(teacher.unet, [name]) as calls:
         teacher.predict(noisy, batch["timesteps"], batch)
         softmax = create_mixer("softmax", layer.query_dim, layer.heads, own_projections=False)
-        wanted = mixing_matrix(softmax, calls[name].input, layer)
+        expected = mixing_matrix(softmax, calls[name].input, layer)
     matrix = mixing_matrix(adapter.mixers[name], calls[name].input, layer, calls[name].grid)
     terms = []
     for sample in range(2):
         rows = (batch["rows"][sample] * matrix.shape[-1]).long()
         for head in range(layer.heads):
             channels = matrix[sample, head] if matrix.ndim == 5 else matrix[sample, head, None]
-            target = wanted[sample, head][rows]
+            target = expected[sample, head][rows]
             error = sum((channel[rows] - target).square().sum() for channel in channels)
             terms.append(error / (len(channels) * target.square().sum()))
-    torch.testing.assert_close(found, torch.stack(terms).mean())
-    trained = gradients(adapter, found)
+    torch.testing.assert_close(result, torch.stack(terms).mean())
+    trained = gradients(adapter, result)
     assert any(n.endswith("to_q.weight") for n in trained) or mixer == "mamba"
     assert not any(".to_out." in n for n in trained)
 
@@ -165,8 +165,8 @@ def test_matrix_leaves_out_large_sites_and_says_so(
     some(batch)
     left_out = [s.name for s in adapter.sites if not any(n.startswith(s.name) for n in trained)]
     assert 0 < len(left_out) < len(adapter.sites)
-    told = [record.message for record in caplog.records]
-    assert len(told) == 1 and all(name in told[0] for name in left_out)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1 and all(name in messages[0] for name in left_out)
     with pytest.raises(ValueError, match="max_tokens=3 tokens"):
         DistillationLoss(teacher, adapter, one("matrix", max_tokens=3))(batch)
 
@@ -200,9 +200,9 @@ def test_only_the_student_is_trained(teacher: Teacher, batch: Batch, name: str) 
 def test_a_step_runs_no_more_than_it_needs(
     teacher: Teacher, batch: Batch, terms: dict[str, LossTerm], graphs: list[bool]
 ) -> None:
-    with forwards(teacher) as seen:
+    with forwards(teacher) as records:
         DistillationLoss(teacher, student(teacher), terms)(batch)
-    assert seen == graphs
+    assert records == graphs
 
 
 def test_a_term_without_weight_is_not_run(teacher: Teacher, batch: Batch) -> None:
@@ -210,9 +210,9 @@ def test_a_term_without_weight_is_not_run(teacher: Teacher, batch: Batch) -> Non
     objective = DistillationLoss(teacher, student(teacher), terms)
     losses = []
     for step, graphs in enumerate([[True], [True], [False, True], [False, True], [False, True]]):
-        with forwards(teacher) as seen:
+        with forwards(teacher) as records:
             losses.append(objective(batch | {"step": torch.full((2,), step)}))
-        assert seen == graphs
+        assert records == graphs
     shares = [(((t["loss"] - t["noise"]) / t["output"]).item() if "output" in t else 0.0) for t in losses]
     assert shares == pytest.approx([0, 0, 0.25, 0.5, 0.5])
 
@@ -248,9 +248,9 @@ def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(teacher: Teach
     expected = gradients(adapter, whole)
     parts = [objective({n: v[i : i + 1] for n, v in batch.items()})["loss"] / 2 for i in range(2)]
     torch.testing.assert_close(sum(parts), whole)
-    found = gradients(adapter, sum(parts))
+    result = gradients(adapter, sum(parts))
     for n, value in expected.items():
-        torch.testing.assert_close(found[n], value)
+        torch.testing.assert_close(result[n], value)
 
 
 @pytest.mark.parametrize("name", list_objectives())
@@ -287,8 +287,8 @@ def test_objectives_of_others_and_their_mistakes(teacher: Teacher, batch: Batch)
     class Greedy(type(create_objective("noise"))):
         needs = frozenset({"student"})
 
-        def __call__(self, seen: DistillationStep) -> Tensor:
-            return seen.teacher.prediction.mean()
+        def __call__(self, records: DistillationStep) -> Tensor:
+            return records.teacher.prediction.mean()
 
     objective = DistillationLoss(teacher, student(teacher), one("noise"))
     objective._terms["noise"] = (LossTerm(), Greedy())

@@ -77,7 +77,7 @@ def distill(
 ) -> MixerAdapter:
     latents = encoded(teacher, plan.all_sizes)
 
-    def tell(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
+    def after_step(stage: str, done: int, _of: int, _losses: dict[str, float]) -> None:
         if (stage, done) == stop:
             raise KeyboardInterrupt
 
@@ -85,7 +85,7 @@ def distill(
         return draw_batch(latents, step, fit, teacher.train_timesteps, sizes, dropout)
 
     adapter = build_student(teacher, "linfusion", MixerSpec(), plan, 0)
-    records = run_stages(teacher, adapter, plan, make_batch, directory, tell)
+    records = run_stages(teacher, adapter, plan, make_batch, directory, after_step)
     assert [r["stage"] for r in records] == [s.name for s in plan.stages]
     return adapter
 

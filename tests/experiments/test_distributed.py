@@ -50,9 +50,9 @@ def batch(step: int) -> dict[str, Tensor]:
 
 def half_broken(step: int) -> dict[str, Tensor]:
     """What breaks is in the second half, the share of the second of two processes."""
-    made = batch(step)
-    made["x"][5] *= float("inf") if step == 6 else 1
-    return made
+    values = batch(step)
+    values["x"][5] *= float("inf") if step == 6 else 1
+    return values
 
 
 def work(folder: Path, rank: int) -> None:
@@ -71,12 +71,12 @@ def work(folder: Path, rank: int) -> None:
     apart = folder / f"apart-{rank}"  # each sees a folder of its own, with checkpoints in the first one's alone
     if rank == 0:
         shutil.copytree(folder / "parts1", apart)
-    said = [
+    output = [
         attempt(half_broken, folder / "broken"),
         attempt(batch, folder / "stopped", ask),
         attempt(batch, apart),
     ]
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    (folder / f"said-{rank}.json").write_text(json.dumps(output))
 
 
 def attempt(data: Callable[[int], Any], folder: Path, report: Callable[..., None] | None = None) -> str:
@@ -122,11 +122,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_are_one(folders: tuple[Path, Path], accumulation: int) -> None:
     one, two = folders
-    wanted = load_file(one / "parts1-0.safetensors")
-    assert not torch.equal(wanted["student.used.weight"], Objective().student["used"].weight)
+    expected = load_file(one / "parts1-0.safetensors")
+    assert not torch.equal(expected["student.used.weight"], Objective().student["used"].weight)
     for rank in range(2):
         got = load_file(two / f"parts{accumulation}-{rank}.safetensors")
-        for name, value in wanted.items():
+        for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5)
     logs = [[json.loads(line) for line in (f / "parts1/metrics.jsonl").read_text().splitlines()] for f in folders]
     assert len(logs[0]) == len(logs[1]) == 3
@@ -139,9 +139,9 @@ def test_two_processes_stop_as_one(folders: tuple[Path, Path]) -> None:
     one, two = folders
     alone, first, second = (json.loads(path.read_text()) for path in (*one.glob("said*"), *sorted(two.glob("said*"))))
     reason = "step 6: loss, size not finite. The first layer whose output is not finite is 0 (torch.float32)."
-    for said in (alone, first, second):
-        assert reason in said[0]
-        assert "after step 6 of 12" in said[1]
+    for output in (alone, first, second):
+        assert reason in output[0]
+        assert "after step 6 of 12" in output[1]
     assert alone[2] == "finished" and "steps 12, 0." in first[2] and first[2] == second[2]
     for folder in folders:
         for name in ("broken", "stopped"):

@@ -89,3 +89,40 @@ def test_invalid_input_is_one_sentence(settings: list[str], message: str, tiny_t
     code, output = run(tmp_path, tiny_teacher, tmp_path / "out", *settings)
     assert code == 2 and message in output, output
     assert not (tmp_path / "out" / "protocol.json").exists()
+
+
+def export(prompts: Path, layout: str, teacher: Path, out: Path) -> tuple[int, str]:
+    options = ["--layout", layout, "--teacher", str(teacher), "--out", str(out), "--set", "sample_steps=1"]
+    done = CliRunner().invoke(app, ["export", str(prompts), *options])
+    assert "Traceback" not in done.output
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_images_for_geneval(tiny_teacher: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    records = [{"tag": "counting", "prompt": "red apple"}, {"tag": "colors", "prompt": "blue heart"}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, output = export(prompts, "geneval", tiny_teacher, tmp_path / "out")
+    assert code == 0, output
+    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert files == [
+        path
+        for k in range(2)
+        for path in (f"0000{k}/metadata.jsonl", *(f"0000{k}/samples/000{n}.png" for n in range(4)))
+    ]
+    assert json.loads((tmp_path / "out" / "00001" / "metadata.jsonl").read_text()) == records[1]
+    code, output = export(tmp_path / "out" / "00001" / "samples" / "0000.png", "geneval", tiny_teacher, tmp_path)
+    assert code == 2 and "as geneval's prompts" in output
+
+
+def test_images_for_dpg(tiny_teacher: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "apple.txt").write_text("red apple")
+    code, output = export(tmp_path / "prompts", "dpg", tiny_teacher, tmp_path / "out")
+    assert code == 0, output
+    with Image.open(tmp_path / "out" / "apple.png") as grid:
+        assert grid.size == (128, 128)
+    code, output = export(tmp_path / "prompts", "dqg", tiny_teacher, tmp_path / "other")
+    assert code == 2 and "Did you mean 'dpg'" in output

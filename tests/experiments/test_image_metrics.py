@@ -20,11 +20,11 @@ from experiments.evaluate.samples import save_samples
 from experiments.metrics.cmmd import ClipMeanDiscrepancy
 from experiments.metrics.frechet_distance import FrechetDistance
 from experiments.metrics.inputs.coco import CocoCaptions
-from experiments.metrics.inputs.feature_networks import INCEPTION, open_network
+from experiments.metrics.inputs.feature_networks import INCEPTION, Clip, open_network
 from experiments.metrics.inputs.generated_images import extract_features
-from experiments.metrics.inputs.reference_images import open_reference
 from experiments.metrics.inputs.set_distances import DistanceMetric
 from experiments.metrics.inputs.student import EvaluatedStudent
+from experiments.metrics.inputs.true_images import open_true_images
 from experiments.metrics.kernel_distance import KernelDistance
 from experiments.metrics.precision_recall import coverage
 from experiments.metrics.teacher_similarity import TeacherSimilarity
@@ -137,29 +137,13 @@ def test_the_embedded_clip_scores_captions_and_sees_every_size_alike() -> None:
     torch.testing.assert_close(parts.caption_scores, right.caption_scores, rtol=1e-4, atol=1e-3)
 
 
-def test_caption_scores_are_those_of_torchmetrics() -> None:
-    from torchmetrics.multimodal.clip_score import CLIPScore
-
+def test_caption_scores_are_cosines_in_percent() -> None:
     network = open_network("embedded")
-    scores = extract_features([(emoji(), CAPTIONS)], [network])[0].caption_scores
-    assert scores is not None
-
-    class Processor:
-        """What CLIPScore calls of a processor and a model."""
-
-        def __call__(self, text=None, images=None, **_):  # type: ignore[no-untyped-def]
-            if images is not None:
-                return {"pixel_values": network.preprocess(torch.stack(images))}  # type: ignore[operator]
-            length = network.model.config.text_config.max_position_embeddings  # type: ignore[union-attr]
-            return dict(
-                network._tokenizer(  # type: ignore[operator]
-                    text, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-                )
-            )
-
-    metric = CLIPScore(lambda: (network.model, Processor()))
-    metric.update(list(emoji()), CAPTIONS)
-    assert float(scores.mean()) == pytest.approx(float(metric.compute()), rel=1e-4)
+    assert isinstance(network, Clip)
+    (result,) = extract_features([(emoji(), CAPTIONS)], [network])
+    image = torch.nn.functional.normalize(network(emoji()))
+    text = torch.nn.functional.normalize(network.embed_captions(CAPTIONS))
+    torch.testing.assert_close(result.caption_scores, 100 * (image * text).sum(1))
 
 
 def test_a_wide_image_is_cropped_to_its_center() -> None:
@@ -253,8 +237,8 @@ def test_coco_from_a_folder(tmp_path: Path) -> None:
     again = CocoCaptions(tmp_path / "annotations" / "captions_val2014.json")
     assert again.items == data.items, "each image always has the same caption"
     plan = EvaluationConfig(generated=GeneratedImagesConfig(images=3, data=f"coco:{tmp_path}"))
-    first = open_reference("emoji", plan)
-    second = open_reference("emoji", plan.model_copy(update={"seed": 1}))
+    first = open_true_images("emoji", plan)
+    second = open_true_images("emoji", plan.model_copy(update={"seed": 1}))
     assert len(first) == len(set(first.indices)) == 3 and first.digest != second.digest
     shapes = [(tuple(p.shape), p.dtype, len(c)) for p, c in first.batches(16, 2)]
     assert shapes == [((2, 3, 16, 16), torch.uint8, 2), ((1, 3, 16, 16), torch.uint8, 1)]
@@ -290,7 +274,9 @@ def test_a_sweep_on_coco_measures_student_teacher_and_true_images(grid: Grid, tm
     exact = measure(MixerAdapter.build(context.pipe, "softmax"))
     for name in ("frechet_distance", "kernel_distance", "text_image_score"):
         assert [row.guidance for row in exact[name]] == [3.0, 1.0]
-        assert all(row.student == row.teacher for row in exact[name]), "the teacher's own images, generated again"
+        assert all(row.student == pytest.approx(row.teacher) for row in exact[name]), (
+            "the teacher's own images, generated again"
+        )
         assert all(row.images == 4 and row.features == "embedded CLIP" for row in exact[name])
     assert all(row.similarity == pytest.approx(1.0) for row in exact["teacher_similarity"])
     assert all(row.student_to_teacher == pytest.approx(0, abs=1e-5) for row in exact["frechet_distance"])

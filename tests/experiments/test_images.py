@@ -22,9 +22,9 @@ from experiments.data.hub import is_table
 EXIF_ORIENTATION = 0x0112
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(original: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    original.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -69,10 +69,10 @@ def half_transparent(mode: str) -> Image.Image:
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_a_ramp_of_16_bits_has_the_mean_of_8_bits(mode: str) -> None:
     values = {"I;16": ramp(), "I": ramp("int32"), "F": (ramp() / 65535).astype(np.float32)}[mode]
-    picture = Image.fromarray(values)
-    assert picture.mode == mode
+    source = Image.fromarray(values)
+    assert source.mode == mode
     kind = "PNG" if mode == "I;16" else "TIFF"
-    pixels = np.asarray(read_image(io.BytesIO(encoded(picture, kind))))
+    pixels = np.asarray(read_image(io.BytesIO(encoded(source, kind))))
     assert pixels.shape == (256, 256, 3) and pixels.dtype == np.uint8
     assert pixels.mean() == pytest.approx(127.5, abs=1) and pixels.min() == 0 and pixels.max() == 255
     assert (np.diff(pixels[..., 0].reshape(-1).astype(int)) >= 0).all()
@@ -85,9 +85,9 @@ def test_a_ramp_of_16_bit_rgb_has_the_mean_of_8_bits() -> None:
 
 @given(st.lists(st.integers(0, 255), min_size=3, max_size=3), st.sampled_from(["RGB", "P", "CMYK", "YCbCr", "RGBA"]))
 def test_a_color_is_the_same_in_every_mode(color: list[int], mode: str) -> None:
-    picture = Image.new("RGB", (3, 2), tuple(color)).convert(mode, palette=Image.Palette.ADAPTIVE)
+    source = Image.new("RGB", (3, 2), tuple(color)).convert(mode, palette=Image.Palette.ADAPTIVE)
     kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
-    pixels = np.asarray(read_image(io.BytesIO(encoded(picture, kind))), dtype=int)
+    pixels = np.asarray(read_image(io.BytesIO(encoded(source, kind))), dtype=int)
     assert np.abs(pixels - color).max() <= (2 if mode == "YCbCr" else 0)
 
 
@@ -107,11 +107,11 @@ def test_transparent_pixels_show_white(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_transparent_color_shows_white(mode: str) -> None:
-    picture = Image.new("RGB", (4, 2), (9, 9, 9)).convert(mode)
-    picture.paste(picture.point(lambda _: 0), (0, 0))
-    picture.paste(9 if mode == "L" else (9, 9, 9), (2, 0, 4, 2))
+    source = Image.new("RGB", (4, 2), (9, 9, 9)).convert(mode)
+    source.paste(source.point(lambda _: 0), (0, 0))
+    source.paste(9 if mode == "L" else (9, 9, 9), (2, 0, 4, 2))
     options = {"transparency": 9 if mode == "L" else (9, 9, 9)}
-    pixels = np.asarray(read_image(io.BytesIO(encoded(picture, **options))))
+    pixels = np.asarray(read_image(io.BytesIO(encoded(source, **options))))
     assert (pixels[:, :2] == 0).all() and (pixels[:, 2:] == 255).all()
 
 

@@ -110,6 +110,20 @@ def test_the_number_of_images_in_a_batch_changes_rounding_alone(context: Distill
         assert a.error_by_image == pytest.approx(b.error_by_image, rel=1e-4)
 
 
+def test_predictions_of_the_teacher_follow_its_weights(context: DistillationContext) -> None:
+    """They are shared by all students, and computed again after the weights change in place."""
+    adapter = student(context.teacher)
+    first = timesteps(evaluated(context, adapter))
+    bias = context.pipe.unet.conv_out.bias
+    original = bias.detach().clone()
+    with torch.no_grad():
+        bias.add_(1)
+        changed = fidelity(evaluated(context, MixerAdapter.build(context.pipe, "softmax")))
+        bias.copy_(original)
+    assert {row.error_to_teacher for row in changed} == {0.0}
+    assert timesteps(evaluated(context, adapter)) == first
+
+
 @pytest.mark.parametrize("kind", ["text-to-image", "SDXL"])
 def test_every_family_of_teachers_is_measured(kind: str) -> None:
     teacher = open_teacher(kind, torch.float32)

@@ -24,7 +24,8 @@ def lines_of(console: Console) -> list[str]:
 
 
 def test_a_log_gets_a_line_at_the_start_at_intervals_and_at_the_end() -> None:
-    console, clock = Console(file=io.StringIO()), Clock()
+    console = Console(file=io.StringIO())
+    clock = Clock()
     lines = ProgressLines(console, interval=30, clock=clock)
     for step in range(101):
         clock.now = float(step)
@@ -40,7 +41,8 @@ def test_a_log_gets_a_line_at_the_start_at_intervals_and_at_the_end() -> None:
 
 
 def test_the_estimate_begins_where_a_resumed_training_begins() -> None:
-    console, clock = Console(file=io.StringIO()), Clock()
+    console = Console(file=io.StringIO())
+    clock = Clock()
     lines = ProgressLines(console, interval=10, clock=clock)
     lines.update("distill", 900, 1000)
     clock.now = 10.0
@@ -49,7 +51,8 @@ def test_the_estimate_begins_where_a_resumed_training_begins() -> None:
 
 
 def test_a_new_phase_of_a_task_is_counted_from_its_own_start() -> None:
-    console, clock = Console(file=io.StringIO()), Clock()
+    console = Console(file=io.StringIO())
+    clock = Clock()
     update = ProgressLines(console, interval=10, clock=clock).callback("cell")
     update("distill", 0, 100)
     clock.now = 9.0

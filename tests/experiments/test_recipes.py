@@ -82,7 +82,7 @@ def test_settings_reach_into_stages(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "message"),
     [
         ("mixer:", "mixr:", "Did you mean 'mixer'"),
         ("checkpoint_every: 1, log", "checkpoints_every: 1, log", "Did you mean 'checkpoint_every'"),
@@ -95,17 +95,17 @@ def test_settings_reach_into_stages(recipe: Path) -> None:
         ("caption_dropout: 0.5", "caption_dropout: 1.5", "distillation.caption_dropout"),
     ],
 )
-def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, told: str) -> None:
+def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, message: str) -> None:
     assert before in recipe.read_text()
     recipe.write_text(recipe.read_text().replace(before, after, 1))
     outcome = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(recipe.parent / "run")])
-    assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+    assert outcome.exit_code == 2 and message in outcome.output and "Traceback" not in outcome.output
     assert len(outcome.output.strip().splitlines()) == 1
     assert not (recipe.parent / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["embeded"], "Did you mean 'embedded'"),
         (["no/such.yaml"], "Unknown recipe"),
@@ -114,9 +114,9 @@ def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, told: 
         (["embedded", "--set", "teacher=no/model"], "Cannot load the teacher"),
     ],
 )
-def test_bad_arguments_are_one_sentence(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_bad_arguments_are_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
     outcome = CliRunner().invoke(app, ["distill", *arguments, "--out", str(tmp_path)])
-    assert outcome.exit_code == 2 and told in outcome.output and "Traceback" not in outcome.output
+    assert outcome.exit_code == 2 and message in outcome.output and "Traceback" not in outcome.output
 
 
 def test_the_progress_tells_terms_and_speed_where_there_is_room() -> None:
@@ -129,10 +129,10 @@ def test_the_progress_tells_terms_and_speed_where_there_is_room() -> None:
 
 
 def test_a_first_mistake_leaves_the_folder_free(recipe: Path, tmp_path: Path) -> None:
-    asked = load_recipe(str(recipe), ["samples.prompts=[]"])
+    config = load_recipe(str(recipe), ["samples.prompts=[]"])
     with pytest.raises(ValueError, match="nowhere"):
-        run_recipe(asked.model_copy(update={"data": str(tmp_path / "nowhere")}), tmp_path / "run", quiet)
-    assert run_recipe(asked, tmp_path / "run", quiet).is_file()
+        run_recipe(config.model_copy(update={"data": str(tmp_path / "nowhere")}), tmp_path / "run", quiet)
+    assert run_recipe(config, tmp_path / "run", quiet).is_file()
 
 
 def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
@@ -146,14 +146,14 @@ def test_from_teacher_to_card(recipe: Path, tmp_path: Path) -> None:
     assert DistillationRecipe.model_validate(card["recipe"]) == load_recipe(str(recipe))
     text = (out / "card.md").read_text()
     assert "| local | 1 local, 0.5 matrix |" in text and "CC-BY 4.0" in text
-    shown = text.partition("```yaml\n")[2].partition("```")[0]
-    assert DistillationRecipe.model_validate(yaml.safe_load(shown)) == load_recipe(str(recipe)), (
+    yaml_text = text.partition("```yaml\n")[2].partition("```")[0]
+    assert DistillationRecipe.model_validate(yaml.safe_load(yaml_text)) == load_recipe(str(recipe)), (
         "the card's recipe is the run's"
     )
     assert Image.open(out / "samples.png").size == (128, 128)
     assert Image.open(out / "curves.png").size[0] > 100
-    drawn = {path.name for path in (out / "samples").iterdir()}
-    assert drawn == {"local-2.png", "local-4.png", "distill-2.png", "distill-4.png"}
+    sample_names = {path.name for path in (out / "samples").iterdir()}
+    assert sample_names == {"local-2.png", "local-4.png", "distill-2.png", "distill-4.png"}
     assert (out / "stage-1-local" / "metrics.jsonl").is_file() and (out / "stage-2-distill" / "metrics.jsonl").is_file()
 
 
@@ -192,10 +192,10 @@ def test_the_adapter_is_the_trained_one(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_cache_on_disk_is_the_same_training_data_every_time(recipe: Path, tmp_path: Path) -> None:
     settings = [f"cache={tmp_path / 'cache'}", "distillation.before=[]", "samples.prompts=[]"]
-    asked = load_recipe(str(recipe), settings)
+    config = load_recipe(str(recipe), settings)
     weights = []
     for name in ("first", "second"):
-        run_recipe(asked, tmp_path / name, quiet)
+        run_recipe(config, tmp_path / name, quiet)
         weights.append(load_file(tmp_path / name / "adapter" / "adapter.safetensors"))
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     assert (tmp_path / "cache" / "index.json").is_file()

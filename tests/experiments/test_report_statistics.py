@@ -15,14 +15,14 @@ from experiments.report.controls import control_note, control_rows, excess_error
 from experiments.report.effect_plots import pareto_front
 from experiments.report.effects import OTHER_FIELDS, SPLITS, Effect, compute_effects
 from experiments.report.rank_stability import describe_rank_stability
-from experiments.report.run_files import Run
+from experiments.report.run_files import RunRecord
 from experiments.report.tables import effects_table
 from tests.experiments.runs import RowKey, cell_record, run_of
 
 SEEDS = range(3)
 
 
-def made_up(noise: float = 0.0, mixers: tuple[str, ...] = ("linear_attention", "mamba2")) -> Run:
+def made_up(noise: float = 0.0, mixers: tuple[str, ...] = ("linear_attention", "mamba2")) -> RunRecord:
     """Errors 2^(not normalized) · 3^(causal) · 5^(mamba2), with each seed's own factor, and noise if requested."""
     random = np.random.default_rng(0)
     rows: dict[RowKey, dict[int, dict[int, float]]] = {}
@@ -35,7 +35,7 @@ def made_up(noise: float = 0.0, mixers: tuple[str, ...] = ("linear_attention", "
     return run_of(rows)
 
 
-def by_name(run: Run) -> dict[str, Effect]:
+def by_name(run: RunRecord) -> dict[str, Effect]:
     return {effect.name: effect for effect in compute_effects(run)}
 
 
@@ -73,7 +73,7 @@ def test_the_effect_of_normalization_splits_into_bounded_sums_and_normalized_row
     assert whole == pytest.approx(2) and bounded * normalized == pytest.approx(whole)
 
 
-def opposed(mixers: tuple[str, str]) -> Run:
+def opposed(mixers: tuple[str, str]) -> RunRecord:
     """Causal is twice as good with the one mixer and eight times worse with the other."""
     rows: dict[RowKey, dict[int, dict[int, float]]] = {}
     for mixer, factor in zip(mixers, (0.5, 8.0), strict=True):
@@ -141,7 +141,7 @@ def test_an_unfinished_pair_makes_its_effect_incomplete() -> None:
     assert any("incomplete: 3 of 4 pairs of rows are measured" in sentence for sentence in conclusions.sentences)
 
 
-def add_row(run: Run, variant: VariantDescription, error: float) -> None:
+def add_row(run: RunRecord, variant: VariantDescription, error: float) -> None:
     run.description = run.description.model_copy(update={"variants": (*run.variants, variant)})
     run.cells += [cell_record(variant.name, seed, {64: error * (1 + seed)}) for seed in SEEDS]
 
@@ -201,7 +201,7 @@ def identity_row() -> VariantDescription:
         mixer="identity",
         causality="noncausal",
         normalize=True,
-        control="identity",
+        control="no mixing",
     )
 
 

@@ -66,8 +66,8 @@ def killed_after(last: int, directory: Path, config: FitConfig = CONFIG) -> None
         fit(Line(), batch, config, directory, kill)
 
 
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def files(directory: Path) -> list[Path]:
@@ -187,8 +187,8 @@ def test_sigterm_in_the_last_step_stops_too(tmp_path: Path, whole: dict[str, Ten
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_micro_batches_are_the_batch(tmp_path: Path, whole: dict[str, Tensor], accumulation: int) -> None:
     got = trained(tmp_path, CONFIG.model_copy(update={"accumulation": accumulation}))
-    for name, wanted in whole.items():
-        torch.testing.assert_close(got[name], wanted, rtol=1e-5, atol=1e-6)
+    for name, expected in whole.items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))

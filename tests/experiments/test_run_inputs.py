@@ -177,8 +177,8 @@ def test_a_full_disk_is_an_oserror_and_loses_no_shard(
     monkeypatch.setattr(files, "save_file", fill)
     with pytest.raises(OSError, match=r"Cannot write .*latents-16x16-00001.*No space left on device"):
         build_cache(open_teacher(str(teacher)), ImageFolder(data), tmp_path / "cache", **options)
-    kept = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert kept == {
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert names == {
         "building.json",
         "unconditional.safetensors",
         "latents-16x16-00000.safetensors",

@@ -152,16 +152,16 @@ def test_a_batch_has_what_the_unet_takes(name: str, size: tuple[int, int], folde
 def test_predict_is_the_unet_s_own_call_in_the_pipeline(name: str, folders: dict[str, Path]) -> None:
     """A real call of the pipeline, without guidance: its UNet's arguments and output, once, are ours."""
     teacher = open_teacher(str(folders[name]))
-    seen: list[Any] = []
+    received: list[Any] = []
     hook = teacher.unet.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append((args, kwargs, output[0])), with_kwargs=True
+        lambda module, args, kwargs, output: received.append((args, kwargs, output[0])), with_kwargs=True
     )
     teacher.pipe("a b", height=16, width=24, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     hook.remove()
-    (noisy, timestep), asked, output = seen[0]
+    (noisy, timestep), calls, output = received[0]
     batch = teacher.encode(_images((16, 24), 1), ["a b"])
-    assert torch.equal(batch["text"], asked["encoder_hidden_states"])
-    added = asked.get("added_cond_kwargs") or {}
+    assert torch.equal(batch["text"], calls["encoder_hidden_states"])
+    added = calls.get("added_cond_kwargs") or {}
     if name == "SDXL":
         assert torch.equal(batch["pooled"], added["text_embeds"])
         assert batch["time_ids"].tolist() == added["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]]

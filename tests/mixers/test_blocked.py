@@ -14,8 +14,9 @@ from torch import Tensor
 from mixers import create_mixer
 from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention, selective_scan
-from mixers.operators.linear import blocked, chunked
-from mixers.operators.scan import chunked as scan
+from mixers.testing import OPERATORS, CheckInputs, OperatorCase
+from mixers.testing.inputs import small_blocks
+from mixers.testing.operator_checks import check_second_derivatives
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
@@ -23,12 +24,10 @@ DECAYS = {"none": None, "fixed": "h", "scalar": "blh", "vector": "blhk"}
 
 
 @pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_blocks() -> Iterator[None]:
     """Blocks of a few tokens, so that short sequences have several."""
-    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 40)
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(scan, "BLOCK_ELEMENTS", 1 << 10)
-    yield
+    with small_blocks(40):
+        yield
 
 
 def inputs(decay: str, batch: int, length: int, k: int = 3, v: int = 2, heads: int = 2, seed: int = 0) -> list[Tensor]:
@@ -136,8 +135,7 @@ def test_backward_under_autocast_sums_in_full_precision() -> None:
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
-def test_nothing_but_tensors_and_states_is_kept(causality: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 2000)
+def test_nothing_but_tensors_and_states_is_kept(causality: str) -> None:
     tensors = [t.detach().requires_grad_() for t in inputs("none", 1, 4000, k=4, v=4)]
     kept: dict[int, int] = {}
 
@@ -145,19 +143,15 @@ def test_nothing_but_tensors_and_states_is_kept(causality: str, monkeypatch: pyt
         kept[t.untyped_storage().data_ptr()] = t.numel()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), small_blocks(2000):
         linear_attention(*tensors, causality=causality, normalize=False)
     own = {t.untyped_storage().data_ptr() for t in tensors}
     assert sum(size for place, size in kept.items() if place not in own) < tensors[0].numel() // 4
 
 
-@pytest.mark.parametrize("causality", CAUSALITIES)
-def test_second_derivatives_are_refused(causality: str) -> None:
-    q, k, v = inputs("none", 1, 5)
-    y = linear_attention(q, k, v, causality=causality, feature_map="elu_plus_one")
-    (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize("case", OPERATORS.values(), ids=str)
+def test_second_derivatives_pass_through_blocks(case: OperatorCase) -> None:
+    check_second_derivatives(case, CheckInputs((37,), batch=1))
 
 
 @pytest.mark.parametrize("name", ["linear_attention", "linfusion", "sana_relu", "gla", "mamba2"])

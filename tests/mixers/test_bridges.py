@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers import operators
-from mixers.operators import bridge, choice
-from mixers.operators.choice import Problem
-from mixers.operators.delta import fla as delta_fla
+from mixers.operators import DeltaRuleCall, LinearAttentionCall, OperatorCall, SelectiveScanCall, external, selection
+from mixers.operators.backend import find_backend
 from mixers.operators.linear import fla as linear_fla
-from mixers.operators.scan import mamba_ssm as scan_ssm
 
 B, H, K, V = 3, 2, 6, 5
 LENGTHS = (1, 2, 33)
@@ -77,7 +75,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     module("fla.ops.simple_gla", chunk_simple_gla=lambda q, k, v, g, **s: gated(q, k, v, g, s))
     module("fla.ops.gated_delta_rule", chunk_gated_delta_rule=delta)
     module("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=selective_scan)
-    monkeypatch.setattr(choice, "unavailable", lambda backend, device: None)
+    monkeypatch.setattr(selection, "unavailable", lambda operator, backend, device: None)
     monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
 
 
@@ -147,7 +145,7 @@ def test_a_stream_goes_from_one_backend_to_another(first: str, second: str) -> N
     q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
     whole = operators.linear_attention(q, k, v, causality="causal", backend="dense")
     head, tail = [t[:, :4] for t in (q, k, v)], [t[:, 4:] for t in (q, k, v)]
-    start, state = operators.linear_attention(*head, causality="causal", backend=first, return_state=True)
+    start, state = operators.linear_attention(*head, causality="causal", backend=first, output_final_state=True)
     end = operators.linear_attention(*tail, causality="causal", backend=second, initial_state=state)
     torch.testing.assert_close(torch.cat([start, end], 1), whole, rtol=1e-4, atol=1e-5)
 
@@ -155,21 +153,24 @@ def test_a_stream_goes_from_one_backend_to_another(first: str, second: str) -> N
 def test_what_passes_32_bit_offsets_is_taken_apart_by_items(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
     calls: list[int] = []
-    kernel = linear_fla._kernel
-    monkeypatch.setattr(linear_fla, "_kernel", lambda *t: (calls.append(len(t[0])), kernel(*t))[1])
-    monkeypatch.setattr(bridge, "LARGEST", 9 * H * 8)
+    kernel = linear_fla._run_kernel
+    monkeypatch.setattr(linear_fla, "_run_kernel", lambda *t: (calls.append(len(t[0])), kernel(*t))[1])
+    monkeypatch.setattr(external, "MOST_ELEMENTS", 9 * H * 8)
     assert_same(operators.linear_attention, q, k, v, backend="fla", causality="causal")
     assert calls and set(calls) == {1}
-    monkeypatch.setattr(bridge, "LARGEST", 9 * H * K - 1)
+    monkeypatch.setattr(external, "MOST_ELEMENTS", 9 * H * K - 1)
     with pytest.raises(ValueError, match="32-bit offsets"):
         operators.linear_attention(q, k, v, backend="fla", causality="causal")
 
 
-def problem(operator: str, causality: str = "causal", dtype: torch.dtype = torch.bfloat16, width: int = K) -> Problem:
+def call_of(
+    operator: str, causality: str = "causal", dtype: torch.dtype = torch.bfloat16, width: int = K
+) -> OperatorCall:
+    """A call of zeros."""
     tokens = (1, 4, H)
     shapes = {
         "linear": {"q": (*tokens, width), "k": (*tokens, width), "v": (*tokens, V), "log_decay": (*tokens, 1)},
-        "delta": {"q": (*tokens, width), "k": (*tokens, width), "beta": tokens, "v": (*tokens, V)},
+        "delta": {"q": (*tokens, width), "k": (*tokens, width), "beta": tokens, "log_decay": tokens, "v": (*tokens, V)},
         "scan": {
             "dt": (*tokens, V),
             "A": (H, V, width),
@@ -178,49 +179,60 @@ def problem(operator: str, causality: str = "causal", dtype: torch.dtype = torch
             "u": (*tokens, V),
         },
     }
-    return Problem(operator, {n: torch.zeros(s, dtype=dtype) for n, s in shapes[operator].items()}, causality)
+    kinds = {"linear": LinearAttentionCall, "delta": DeltaRuleCall, "scan": SelectiveScanCall}
+    tensors: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes[operator].items()}
+    if operator == "delta":
+        tensors["decays"] = True
+    return kinds[operator](causality=causality, **tensors)
+
+
+def refusal(backend: str, call: OperatorCall) -> str | None:
+    """Why a backend refuses a call."""
+    implementation = find_backend(call.operator, backend)
+    assert implementation is not None
+    return implementation.refuses(call)
 
 
 @pytest.mark.parametrize(
-    ("module", "asked", "reason"),
+    ("backend", "call", "reason"),
     [
-        (linear_fla, problem("linear"), None),
-        (linear_fla, problem("linear", "noncausal"), "no order"),
-        (linear_fla, problem("linear", dtype=torch.float64), "no float64"),
-        (linear_fla, problem("linear", width=300), "wider than its 256"),
-        (delta_fla, problem("delta"), None),
-        (delta_fla, problem("delta", dtype=torch.float64), "no float64"),
-        (scan_ssm, problem("scan"), None),
-        (scan_ssm, problem("scan", "noncausal"), "no order"),
-        (scan_ssm, problem("scan", width=300), "larger than its 256"),
-        (scan_ssm, problem("scan", dtype=torch.float64), "no float64"),
+        ("fla", call_of("linear"), None),
+        ("fla", call_of("linear", "noncausal"), "no order"),
+        ("fla", call_of("linear", dtype=torch.float64), "no float64"),
+        ("fla", call_of("linear", width=300), "wider than its 256"),
+        ("fla", call_of("delta"), None),
+        ("fla", call_of("delta", dtype=torch.float64), "no float64"),
+        ("mamba_ssm", call_of("scan"), None),
+        ("mamba_ssm", call_of("scan", "noncausal"), "no order"),
+        ("mamba_ssm", call_of("scan", width=300), "larger than its 256"),
+        ("mamba_ssm", call_of("scan", dtype=torch.float64), "no float64"),
     ],
 )
-def test_refusals(module: ModuleType, asked: Problem, reason: str | None) -> None:
-    told = module.refuses(asked)
-    assert told is None if reason is None else told is not None and reason in told
+def test_refusals(backend: str, call: OperatorCall, reason: str | None) -> None:
+    message = refusal(backend, call)
+    assert message is None if reason is None else message is not None and reason in message
 
 
-def test_float32_is_not_rounded_to_tf32_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert linear_fla.refuses(problem("linear", dtype=torch.float32)) is None
+def test_float32_is_not_rounded_to_tf32_unless_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal("fla", call_of("linear", dtype=torch.float32)) is None
     monkeypatch.delenv("TRITON_F32_DEFAULT")
-    told = linear_fla.refuses(problem("linear", dtype=torch.float32))
-    assert told is not None and "TF32" in told
+    message = refusal("fla", call_of("linear", dtype=torch.float32))
+    assert message is not None and "TF32" in message
 
 
 def test_a_build_without_the_scan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
-    told = scan_ssm.refuses(problem("scan"))
-    assert told is not None and "MAMBA_FORCE_BUILD" in told
+    message = refusal("mamba_ssm", call_of("scan"))
+    assert message is not None and "MAMBA_FORCE_BUILD" in message
 
 
-def test_half_precision_is_handed_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.dtype] = []
-    kernel = linear_fla._kernel
-    monkeypatch.setattr(linear_fla, "_kernel", lambda q, *t: (seen.append(q.dtype), kernel(q, *t))[1])
+def test_half_precision_is_passed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[torch.dtype] = []
+    kernel = linear_fla._run_kernel
+    monkeypatch.setattr(linear_fla, "_run_kernel", lambda q, *t: (dtypes.append(q.dtype), kernel(q, *t))[1])
     q, k, v = (torch.rand(1, 5, H, 8, dtype=torch.bfloat16) for _ in range(3))
     y = operators.linear_attention(q, k, v, causality="causal", backend="fla", feature_map="elu_plus_one")
-    assert seen == [torch.bfloat16] and y.dtype == torch.bfloat16
+    assert dtypes == [torch.bfloat16] and y.dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

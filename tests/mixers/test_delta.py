@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mixers.operators.delta import chunked, delta_rule, delta_rule_weights
+from mixers.operators.delta import chunked, delta_rule, delta_rule_matrix
 from mixers.operators.linear import linear_attention
 from mixers.testing import strategies
 from mixers.testing.tolerances import assert_close
@@ -87,7 +87,7 @@ def test_gradients_are_derivatives_of_the_chunked_rule(diagonal: bool) -> None:
     q, k, v, beta, log_decay = (t.detach() for t in inputs(9, "token", batch=1, key=3, value=2))
     memory = torch.rand(1, HEADS, 3, 2, dtype=torch.float64)
     tensors = [t.requires_grad_() for t in (q, k, beta, log_decay.clamp(-1, -0.05), v, memory)]
-    assert torch.autograd.gradcheck(lambda *tensors: chunked.causal(*tensors, diagonal=diagonal), tensors)
+    assert torch.autograd.gradcheck(lambda *tensors: chunked.read_causally(*tensors, diagonal=diagonal), tensors)
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
@@ -98,7 +98,7 @@ def test_the_formula_is_written_out_once_more(decay: str, causality: str) -> Non
     q, k, v, beta, *gates = (t.detach() for t in inputs(length, decay))
     settings: dict[str, Any] = {"causality": causality, "scale": 0.3}
     y = mix(q, k, v, beta, *gates, **settings)
-    matrix = delta_rule_weights(q, k, beta, *gates, **settings)
+    matrix = delta_rule_matrix(q, k, beta, *gates, **settings)
     a = (gates[0] if gates else torch.zeros(HEADS, dtype=q.dtype)).expand(BATCH, length, HEADS).exp()
     wanted = torch.zeros_like(matrix)
     for b, h in ((b, h) for b in range(BATCH) for h in range(HEADS)):
@@ -122,11 +122,11 @@ def test_the_formula_is_written_out_once_more(decay: str, causality: str) -> Non
 )
 def test_streaming_in_any_parts_equals_one_pass(edges: list[int], backend: str, decay: str) -> None:
     tensors = [t.detach() for t in inputs(140, decay, batch=1)]
-    whole, final = mix(*tensors, return_state=True)
+    whole, final = mix(*tensors, output_final_state=True)
     state, parts = None, []
     for start, stop in pairwise(edges):
         part = (t[:, start:stop] if t.ndim > 1 else t for t in tensors)
-        y, state = mix(*part, initial_state=state, return_state=True, backend=backend)
+        y, state = mix(*part, initial_state=state, output_final_state=True, backend=backend)
         parts.append(y)
     assert state is not None
     assert_close(torch.cat(parts, dim=1), whole)
@@ -144,8 +144,8 @@ def test_streaming_in_any_parts_equals_one_pass(edges: list[int], backend: str, 
 )
 def test_chunked_equals_recurrent_at_any_shape(length: int, key: int, value: int, strength: float, seed: int) -> None:
     q, k, v, beta, gates = (t.detach() for t in inputs(length, "token", key=key, value=value, seed=seed))
-    fast, after = mix(q, k, v, strength * beta, gates, return_state=True)
-    truth, wanted = mix(q, k, v, strength * beta, gates, return_state=True, backend="recurrent")
+    fast, after = mix(q, k, v, strength * beta, gates, output_final_state=True)
+    truth, wanted = mix(q, k, v, strength * beta, gates, output_final_state=True, backend="recurrent")
     assert_close(fast, truth)
     assert_close(after.memory, wanted.memory, what="memory")
 
@@ -218,7 +218,7 @@ def test_with_orthogonal_keys_it_is_linear_attention(decay: str, causality: str,
 def test_writing_a_key_again_leaves_only_the_second_value(backend: str) -> None:
     _, k, v, *_ = (t.detach() for t in inputs(2))
     k = k[:, :1].expand_as(k)
-    _, state = mix(k, k, v, torch.ones(BATCH, 2, HEADS), return_state=True, backend=backend)
+    _, state = mix(k, k, v, torch.ones(BATCH, 2, HEADS), output_final_state=True, backend=backend)
     assert_close(state.memory, k[:, 1, :, :, None] * v[:, 1, :, None])
 
 
@@ -274,12 +274,12 @@ def test_state_and_sums_are_float32_at_least(causality: str) -> None:
     y = mix(*half, causality=causality)
     assert y.dtype == torch.bfloat16
     assert_close(y, mix(*(t.float() for t in half), causality=causality))
-    assert mix(*half, return_state=True)[1].memory.dtype == torch.float32
+    assert mix(*half, output_final_state=True)[1].memory.dtype == torch.float32
 
 
 def test_a_state_fits_what_it_was_made_with() -> None:
     tensors = inputs(3)
-    _, state = mix(*tensors, return_state=True)
+    _, state = mix(*tensors, output_final_state=True)
     with pytest.raises(ValueError, match=r"initial_state.memory \(b, h, k, v\) = \(1, 2, 5, 3\), got \(2, 2, 5, 3\)"):
         mix(*(t[:1] for t in tensors), initial_state=state)
     with pytest.raises(ValueError, match="causal passes only"):
@@ -293,7 +293,7 @@ def test_a_state_fits_what_it_was_made_with() -> None:
         ({"backend": "fastest"}, "no such backend"),
         ({"causality": "acausal"}, "Unknown causality"),
         ({"causality": "noncausal"}, "without an order there is no before"),
-        ({"causality": "bidirectional", "return_state": True}, "causal passes only"),
+        ({"causality": "bidirectional", "output_final_state": True}, "causal passes only"),
     ],
 )
 def test_what_cannot_be_done_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -302,7 +302,7 @@ def test_what_cannot_be_done_is_refused(settings: dict[str, Any], message: str) 
         mix(q, k, v, beta, **settings)
     if "causality" in settings and len(settings) == 1:
         with pytest.raises(ValueError, match=message):
-            delta_rule_weights(q, k, beta, **settings, scale=1.0)
+            delta_rule_matrix(q, k, beta, **settings, scale=1.0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
         ("linear_attention", {"causality": "acausal"}, "does not support causality"),
         ("linear_attention", {"feature_map": "identity"}, "signed.*elu_plus_one.*normalize=False"),
         ("linear_attention", {"feature_map": "elu"}, "Did you mean"),
-        ("linear_attention", {"eps": -1.0}, "eps ≥ 0"),
+        ("linear_attention", {"eps": -1.0}, "eps > 0"),
         ("linear_attention", {"reference_length": 0}, "reference_length > 0"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixers import create_mixer, structure
-from mixers.operators import linear_weights
+from mixers.operators import linear_attention_matrix
 from mixers.stages.scan_orders import SCANS
 from mixers.testing.tolerances import assert_close
 
@@ -29,10 +29,10 @@ def test_semiseparable_rank_is_at_most_the_state(state: int, length: int, seed: 
     q, k = (torch.randn(1, length, 1, state, dtype=torch.float64, generator=generator) for _ in range(2))
     decay = -torch.rand(1, length, 1, dtype=torch.float64, generator=generator)
     settings = {"normalize": False, "eps": 0.0, "scale": 1.0}
-    causal = linear_weights(q, k, decay, causality="causal", **settings)
+    causal = linear_attention_matrix(q, k, decay, causality="causal", **settings)
     lower, upper = structure.semiseparable_rank(causal)
     assert lower.max() <= min(state, length // 2) and upper.max() == 0
-    both = linear_weights(q, k, decay, causality="bidirectional", **settings)
+    both = linear_attention_matrix(q, k, decay, causality="bidirectional", **settings)
     assert max(r.max() for r in structure.semiseparable_rank(both)) <= state
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from experiments.core.errors import first_line
+from experiments.core.fingerprints import weights_digest
 from experiments.teacher.load import EMBEDDED
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -145,15 +145,6 @@ def open_network(source: str, device: str = "cpu") -> FeatureNetwork:
             f"No feature network {source!r}: expected embedded, clip:WHERE, dino:WHERE, inception or inception:FILE."
         )
     return openers[kind](where).requires_grad_(False).eval().to(device)
-
-
-def weights_digest(network: nn.Module) -> str:
-    """Return the SHA-256 of parameters and buffers: names, types, shapes and values. Takes about a second per GB."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _open_embedded(_: str) -> FeatureNetwork:

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.config import EvaluationConfig
+from experiments.core.fingerprints import TensorVersions, weights_version
 from experiments.data.image import crop_and_resize
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
 from experiments.metrics.inputs.feature_networks import Clip, FeatureNetwork, open_network
-from experiments.metrics.inputs.reference_images import open_reference
+from experiments.metrics.inputs.true_images import open_true_images
 from experiments.teacher.teacher import Teacher
 from unet_adapters import MixerAdapter
 
@@ -95,7 +96,8 @@ def feature_sets(
     for size in plan.generated.sizes if plan.generated.images else ():
         true = _true_features(context, plan, data, size)
         for guidance in plan.all_guidances:
-            teacher = _teacher_features(context, plan, data, size, guidance)
+            version = weights_version(context.teacher.unet)
+            teacher = _teacher_features(context, plan, data, size, guidance, version)
             with adapter.mounted():
                 student = _features_by_network(context, plan, _generated(context, plan, data, size, guidance))
             for name in plan.generated.features:
@@ -136,7 +138,7 @@ def _generated(
     """Images by the UNet as it is mounted now; noise of seed + k for caption k."""
     start = plan.seed
     resized_to = plan.generated.resize or size
-    for _, captions in open_reference(data, plan).batches(resized_to, plan.generated.batch_size):
+    for _, captions in open_true_images(data, plan).batches(resized_to, plan.generated.batch_size):
         images = generate_images(context.pipe, captions, (size, size), plan, guidance, start)
         yield torch.stack([_as_uint8(image, resized_to) for image in images]), captions
         start += len(captions)
@@ -150,12 +152,17 @@ def _as_uint8(image: Image.Image, size: int) -> Tensor:
 def _true_features(
     context: DistillationContext, plan: EvaluationConfig, data: str, size: int
 ) -> dict[str, ImageFeatures]:
-    batches = open_reference(data, plan).batches(plan.generated.resize or size, plan.generated.batch_size)
+    batches = open_true_images(data, plan).batches(plan.generated.resize or size, plan.generated.batch_size)
     return _features_by_network(context, plan, batches)
 
 
 @lru_cache(maxsize=16)
 def _teacher_features(
-    context: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
+    context: DistillationContext,
+    plan: EvaluationConfig,
+    data: str,
+    size: int,
+    guidance: float,
+    version: TensorVersions,
 ) -> dict[str, ImageFeatures]:
     return _features_by_network(context, plan, _generated(context, plan, data, size, guidance))

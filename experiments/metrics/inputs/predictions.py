@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.config import EvaluationConfig
+from experiments.core.fingerprints import TensorVersions, weights_version
 from experiments.data import batch, open_dataset
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
@@ -60,6 +61,7 @@ class NoisyImages:
         self._noise_seed = noise_seed
         self._batch_size = batch_size
         self._predictions: dict[int, Tensor] = {}
+        self._teacher_version: TensorVersions = ()
 
     def __len__(self) -> int:
         return len(self._encoded["latents"])
@@ -89,6 +91,10 @@ class NoisyImages:
 
     def teacher_prediction(self, timestep: int) -> Tensor:
         """Return the teacher's prediction; nothing may be mounted when it is asked for first."""
+        version = weights_version(self._teacher.unet)
+        if self._teacher_version != version:
+            self._predictions.clear()
+            self._teacher_version = version
         if timestep not in self._predictions:
             self._predictions[timestep] = self.predict(timestep)
         return self._predictions[timestep]

@@ -1,34 +1,46 @@
-"""The second truth: token by token, S ← a (S − β k kᵀ S) + β k vᵀ, y = q S. O(l) steps, each O(k·v)."""
+"""The second reference: token by token, S ← a (S − β k kᵀ S) + β k vᵀ, y = q S. O(l) steps of O(k·v)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mixers.operators.common import both_directions
+from mixers.operators.backend import register_backend
+from mixers.operators.delta.backend import DeltaRuleBackend, empty_memory
+from mixers.operators.directions import sum_both_directions
 
 
-def causal(
+@register_backend("recurrent")
+class RecurrentDeltaRule(DeltaRuleBackend):
+    """The recurrence, one token at a time."""
+
+    def causal(
+        self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what tokens read of tokens 0 … i and the memory, (b, l, h, v), and the final memory (b, h, k, v)."""
+        return recur(q, k, beta, log_decay, v, memory)
+
+    def bidirectional(self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
+        """Return what tokens read in both directions, (b, l, h, v)."""
+        memory = empty_memory(k, v)
+        return sum_both_directions(
+            lambda q, k, beta, g, v, diagonal: recur(q, k, beta, g, v, memory, diagonal)[0], q, k, beta, log_decay, v
+        )
+
+
+def recur(
     q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What tokens read of tokens 0 … i and of the memory, (b, l, h, v), and the memory after the last, (b, h, k, v).
+    """Run the recurrence from a memory; returns what the tokens read, (b, l, h, v), and the final memory.
 
-    Without the diagonal a token reads the memory that it decayed and erased, before it writes.
+    With diagonal=False a token reads the memory after decaying and erasing it, and before writing to it.
     """
     reads = []
     for i in range(q.shape[1]):
         decayed = memory * log_decay[:, i, :, None, None].exp()
-        under_key = torch.einsum("bhk,bhkv->bhv", k[:, i], decayed)
-        writer = (beta[:, i, :, None] * k[:, i])[..., None]
-        kept = decayed - writer * under_key[:, :, None]
-        memory = kept + writer * v[:, i, :, None, :]
-        reads.append(torch.einsum("bhk,bhkv->bhv", q[:, i], memory if diagonal else kept))
+        stored = torch.einsum("bhk,bhkv->bhv", k[:, i], decayed)
+        write_key = (beta[:, i, :, None] * k[:, i])[..., None]
+        erased = decayed - write_key * stored[:, :, None]
+        memory = erased + write_key * v[:, i, :, None, :]
+        reads.append(torch.einsum("bhk,bhkv->bhv", q[:, i], memory if diagonal else erased))
     return torch.stack(reads, dim=1), memory
-
-
-def bidirectional(q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
-    """What tokens read in both directions, (b, l, h, v)."""
-    memory = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
-    return both_directions(
-        lambda q, k, beta, g, v, diagonal: causal(q, k, beta, g, v, memory, diagonal)[0], *(q, k, beta, log_decay, v)
-    )

@@ -1,47 +1,60 @@
-"""Causal passes by flash-linear-attention (fla-org/flash-linear-attention): simple_gla without decay or with one gate a
-head, gla with one a channel. Normalized by their own output for a column of ones."""
+"""Ordered passes by flash-linear-attention (fla-org/flash-linear-attention).
+
+simple_gla computes passes without decay or with one gate per head, gla those with one gate per channel. Normalized
+results are divided by the kernel's own output for a channel of ones.
+"""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixers.operators.bridge import in_parts, later, refuses_tensors
-from mixers.operators.choice import Problem
-from mixers.operators.common import both_directions
+from mixers.operators.backend import register_backend
+from mixers.operators.directions import delay_one_token, sum_both_directions
+from mixers.operators.external import refuses_tensors, split_batch
+from mixers.operators.linear.backend import LinearAttentionBackend, LinearAttentionCall, empty_memory
 
-NARROW = True
-LARGEST_HEAD = 256
-
-
-def refuses(problem: Problem) -> str | None:
-    """Why fla cannot compute this, or None."""
-    if problem.causality == "noncausal" or (problem.causality == "bidirectional" and problem.decay == "none"):
-        return "there is no order to scan over; triton has a kernel for that"
-    return refuses_tensors(problem, LARGEST_HEAD - int(problem.normalize))
+WIDEST_HEAD = 256
 
 
-def causal(q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """Decayed sums over tokens 0 … i and over the memory, (b, l, h, v), and the memory after the last, in float32."""
-    width = v.shape[-1]
-    padded = -width % 8  # rows that start where a vector load may
-    y, memory = in_parts(_kernel, (q, k, log_decay, F.pad(v, (0, padded))), F.pad(memory.float(), (0, padded)))
-    return y[..., :width], memory[..., :width]
+@register_backend("fla")
+class FlaLinearAttention(LinearAttentionBackend):
+    """fla's chunk_simple_gla and chunk_gla."""
+
+    package = "fla"
+    takes_half_precision = True
+
+    def refuses(self, call: LinearAttentionCall) -> str | None:
+        """Return why fla cannot compute a call, or None if it can."""
+        if not call.has_order:
+            return "there is no order to scan over; triton has a kernel for that"
+        return refuses_tensors(call, WIDEST_HEAD - int(call.normalize))
+
+    def causal(
+        self, q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return decayed sums over tokens 0 … i and over the memory, (b, l, h, v), and the float32 final memory."""
+        width = v.shape[-1]
+        padding = -width % 8  # so that rows start where a vector load may
+        v = F.pad(v, (0, padding))
+        y, memory = split_batch(_run_kernel, (q, k, log_decay, v), F.pad(memory.float(), (0, padding)))
+        return y[..., :width], memory[..., :width]
+
+    def bidirectional(self, q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor) -> Tensor:
+        """Return sums over all tokens, decayed in both directions, (b, l, h, v)."""
+        memory = empty_memory(k, v)
+
+        def one_direction(q: Tensor, k: Tensor, g: Tensor, v: Tensor, diagonal: bool) -> Tensor:
+            if not diagonal:
+                q = (q * g.exp()).to(q.dtype)
+                k, g, v = (delay_one_token(t) for t in (k, g, v))
+            return self.causal(q, k, g, v, memory)[0]
+
+        assert log_decay is not None
+        return sum_both_directions(one_direction, q, k, log_decay, v)
 
 
-def bidirectional(q: Tensor, k: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
-    """Sums over all tokens, decayed in both directions, (b, l, h, v)."""
-    memory = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
-
-    def one_way(q: Tensor, k: Tensor, g: Tensor, v: Tensor, diagonal: bool) -> Tensor:
-        if not diagonal:
-            q, k, g, v = (q * g.exp()).to(q.dtype), later(k), later(g), later(v)
-        return causal(q, k, g, v, memory)[0]
-
-    return both_directions(one_way, q, k, log_decay, v)
-
-
-def _kernel(q: Tensor, k: Tensor, g: Tensor | None, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def _run_kernel(q: Tensor, k: Tensor, g: Tensor | None, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 

@@ -1,39 +1,52 @@
-"""The second truth: token by token, S ← a S + k vᵀ, y = q S. O(l) steps, each O(k·v)."""
+"""The second reference: token by token, S ← a S + k vᵀ, y = q S. O(l) steps of O(k·v)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mixers.operators.common import both_directions
+from mixers.operators.backend import register_backend
+from mixers.operators.directions import sum_both_directions
+from mixers.operators.linear.backend import LinearAttentionBackend, empty_memory
 
 
-def causal(
+@register_backend("recurrent")
+class RecurrentLinearAttention(LinearAttentionBackend):
+    """The recurrence, one token at a time."""
+
+    def causal(
+        self, q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return decayed sums over tokens 0 … i and over the memory, (b, l, h, v), and the final memory."""
+        return recur(q, k, log_decay, v, memory)
+
+    def bidirectional(self, q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor) -> Tensor:
+        """Return sums over all tokens, decayed in both directions, (b, l, h, v)."""
+        memory = empty_memory(k, v)
+        if log_decay is None:
+            return sum_both_directions(lambda q, k, v, diagonal: recur(q, k, None, v, memory, diagonal)[0], q, k, v)
+        return sum_both_directions(
+            lambda q, k, g, v, diagonal: recur(q, k, g, v, memory, diagonal)[0], q, k, log_decay, v
+        )
+
+    def noncausal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return means over all tokens, (b, l, h, v): every token reads the memory after the last one."""
+        memory = empty_memory(k, v)
+        for i in range(q.shape[1]):
+            memory = memory + k[:, i, :, :, None] * v[:, i, :, None, :]
+        return torch.stack([torch.einsum("bhk,bhkv->bhv", row, memory) for row in q.unbind(1)], dim=1) / q.shape[1]
+
+
+def recur(
     q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor, memory: Tensor, diagonal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Decayed sums over tokens 0 … i and over the memory, (b, l, h, v), and the memory after the last.
+    """Run the recurrence from a memory; returns what the tokens read, (b, l, h, v), and the final memory.
 
-    Without the diagonal a token reads the memory after it decayed it, and before it adds to it.
+    With diagonal=False a token reads the memory after decaying it and before adding to it.
     """
     sums = []
     for i in range(q.shape[1]):
-        kept = memory if log_decay is None else memory * log_decay[:, i, :, :, None].exp()
-        memory = kept + k[:, i, :, :, None] * v[:, i, :, None, :]
-        sums.append(torch.einsum("bhk,bhkv->bhv", q[:, i], memory if diagonal else kept))
+        decayed = memory if log_decay is None else memory * log_decay[:, i, :, :, None].exp()
+        memory = decayed + k[:, i, :, :, None] * v[:, i, :, None, :]
+        sums.append(torch.einsum("bhk,bhkv->bhv", q[:, i], memory if diagonal else decayed))
     return torch.stack(sums, dim=1), memory
-
-
-def bidirectional(q: Tensor, k: Tensor, log_decay: Tensor | None, v: Tensor) -> Tensor:
-    """Sums over all tokens, decayed in both directions, (b, l, h, v)."""
-    memory = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
-    if log_decay is None:
-        return both_directions(lambda q, k, v, diagonal: causal(q, k, None, v, memory, diagonal)[0], q, k, v)
-    return both_directions(lambda q, k, g, v, diagonal: causal(q, k, g, v, memory, diagonal)[0], q, k, log_decay, v)
-
-
-def noncausal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Means over all tokens, (b, l, h, v): the memory after the last token, read by every token."""
-    memory = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
-    for i in range(q.shape[1]):
-        memory = memory + k[:, i, :, :, None] * v[:, i, :, None, :]
-    return torch.stack([torch.einsum("bhk,bhkv->bhv", row, memory) for row in q.unbind(1)], dim=1) / q.shape[1]

@@ -1,32 +1,44 @@
-"""This project's Triton kernels, where there are no better ones: without an order, and both directions with decay."""
+"""This project's Triton kernels, for the passes that fla has none for: non-causal, and both directions with decay."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from mixers.operators.choice import Problem
-from mixers.operators.linear.call import Call
+from mixers.operators.backend import register_backend, triton_unavailable
+from mixers.operators.linear.backend import LinearAttentionBackend, LinearAttentionCall
 
-LARGEST_HEAD = 256
-
-
-def refuses(problem: Problem) -> str | None:
-    """Why the kernels cannot compute this, or None."""
-    q, v = problem.tensors["q"], problem.tensors["v"]
-    assert q is not None and v is not None
-    if problem.causality == "causal":
-        return "it has no kernel for causality='causal'; fla has"
-    if max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD:
-        return f"heads of {max(q.shape[-1], v.shape[-1])} channels are wider than its {LARGEST_HEAD}"
-    return None
+WIDEST_HEAD = 256
 
 
-def noncausal(call: Call) -> tuple[Tensor, None]:
-    """The result (b, l, h, v): two reads of the tokens, the feature map fused in. First derivatives only."""
+@register_backend("triton")
+class TritonLinearAttention(LinearAttentionBackend):
+    """Fused Triton kernels; first derivatives only."""
+
+    package = "triton"
+
+    def unavailable(self, device: str) -> str | None:
+        """Return why the kernels cannot run on this type of device, or None if they can."""
+        return triton_unavailable(device)
+
+    def refuses(self, call: LinearAttentionCall) -> str | None:
+        """Return why the kernels cannot compute a call, or None if they can."""
+        if call.causality == "causal":
+            return "it has no kernel for causality='causal'; fla has"
+        width = max(call.q.shape[-1], call.v.shape[-1])
+        return f"heads of {width} channels are wider than its {WIDEST_HEAD}" if width > WIDEST_HEAD else None
+
+    def run(self, call: LinearAttentionCall) -> tuple[Tensor, None]:
+        """Return the result (b, l, h, v)."""
+        call = call.with_all_heads()
+        return (_run_ordered(call) if call.has_order else _run_noncausal(call)), None
+
+
+def _run_noncausal(call: LinearAttentionCall) -> Tensor:
+    """Read the tokens twice, with the feature map fused in."""
     from mixers.operators.linear.kernels.noncausal import noncausal_attention
 
-    call = call if call.log_decay is None else call.mapped()  # gates are weights of the keys' features
-    y = noncausal_attention(
+    call = call if call.log_decay is None else call.with_features()  # gates are weights of the keys' features
+    return noncausal_attention(
         call.q,
         call.k,
         call.v,
@@ -35,16 +47,20 @@ def noncausal(call: Call) -> tuple[Tensor, None]:
         eps=call.eps,
         scale=call.scale,
     )
-    return y, None
 
 
-def bidirectional(call: Call) -> tuple[Tensor, None]:
-    """The result (b, l, h, v): both directions in one go over the tokens. Without decay there is no direction."""
-    if call.log_decay is None:
-        return noncausal(call)
+def _run_ordered(call: LinearAttentionCall) -> Tensor:
+    """Compute both directions in one pass over the tokens."""
     from mixers.operators.linear.kernels.bidirectional import bidirectional_attention
 
-    gates = call.log_decay
-    call = call if call.feature_map == "identity" else call.mapped()  # features are float32, which is slower
-    y = bidirectional_attention(call.q, call.k, call.v, gates, normalize=call.normalize, eps=call.eps, scale=call.scale)
-    return y, None
+    assert call.log_decay is not None
+    mapped = call if call.feature_map == "identity" else call.with_features()  # features are float32, which is slower
+    return bidirectional_attention(
+        mapped.q,
+        mapped.k,
+        mapped.v,
+        call.log_decay,
+        normalize=call.normalize,
+        eps=call.eps,
+        scale=call.scale,
+    )

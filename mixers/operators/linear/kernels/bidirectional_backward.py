@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixers.operators.linear.kernels.bidirectional import (
+from mixers.operators.linear.kernels.chunks import (
     UNSPECIALIZED,
     chunk_states,
     decay_mask,

@@ -18,7 +18,7 @@ VARIATION = 1000  # backgrounds and positions that no training draws; photograph
 COCO = "coco:"
 
 
-class ReferenceImages:
+class TrueImages:
     """Images drawn from a data set without replacement, or all of them if there are fewer.
 
     Attributes:
@@ -54,7 +54,7 @@ class ReferenceImages:
 
 
 @lru_cache(maxsize=2)
-def open_reference(data: str, plan: EvaluationConfig) -> ReferenceImages:
+def open_true_images(data: str, plan: EvaluationConfig) -> TrueImages:
     """Open the true images of an evaluation.
 
     Args:
@@ -67,5 +67,5 @@ def open_reference(data: str, plan: EvaluationConfig) -> ReferenceImages:
     """
     source = plan.generated.data or data
     if source.startswith(COCO):
-        return ReferenceImages(CocoCaptions(source.removeprefix(COCO)), plan.generated.images, plan.seed)
-    return ReferenceImages(open_dataset(source, split="train"), plan.generated.images, plan.seed)
+        return TrueImages(CocoCaptions(source.removeprefix(COCO)), plan.generated.images, plan.seed)
+    return TrueImages(open_dataset(source, split="train"), plan.generated.images, plan.seed)

@@ -1,7 +1,4 @@
-"""What a compiled graph does not look into.
-
-Loops over chunks are one node of it, so that another number of tokens compiles nothing anew.
-"""
+"""How operators appear in a compiled graph: loops over blocks are one node, whatever the number of tokens."""
 
 from __future__ import annotations
 
@@ -11,34 +8,38 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-F = TypeVar("F", bound=Callable[..., Any])
-Formulation = Callable[..., tuple[Tensor, Tensor]]
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+StatefulFunction = Callable[..., tuple[Tensor, Tensor]]
+"""(*tensors, diagonal=…) -> (result, final memory)."""
 
 
-def constant_in_graphs(function: F) -> F:
-    """Make a compiled graph take a function's result as a constant: it runs when the graph is traced.
+def constant_in_graphs(function: FunctionT) -> FunctionT:
+    """Mark a function whose result a compiled graph takes as a constant: it runs when the graph is traced.
 
-    What `torch.compiler.assume_constant_result` does, without importing the compiler, and with it triton.
+    This is what `torch.compiler.assume_constant_result` does, without importing the compiler, and with it triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-def opaque(name: str, formulation: Formulation) -> Formulation:
-    """Make a formulation a custom operator of torch wherever a graph is being compiled; elsewhere it runs as it is.
+def as_graph_node(name: str, function: StatefulFunction) -> StatefulFunction:
+    """Turn a function into a custom operator of torch while a graph is compiled; elsewhere it runs as it is.
 
     Args:
         name: of the operator, unique.
-        formulation: (*tensors, diagonal) -> (result, memory); of the tensors the last but one has the shape of the
-            result and the last that of the memory. Its gradient, compiled, runs it once more: that costs its time
-            again, and keeps nothing but the tensors.
+        function: (*tensors, diagonal=…) -> (result, memory), where the last tensor but one has the shape of the result
+            and the last one that of the memory.
+
+    Returns:
+        A function with the same arguments and results. Its compiled gradient runs `function` a second time, which
+        costs its time again and keeps only the tensors.
     """
 
     @torch.library.custom_op(
         f"mixers::{name}", mutates_args=(), schema="(Tensor[] tensors, bool diagonal) -> (Tensor, Tensor)"
     )
     def forward(tensors: list[Tensor], diagonal: bool) -> tuple[Tensor, Tensor]:
-        result, memory = formulation(*tensors, diagonal=diagonal)
+        result, memory = function(*tensors, diagonal=diagonal)
         return result.contiguous(), memory.clone(memory_format=torch.contiguous_format)
 
     @torch.library.custom_op(
@@ -47,11 +48,11 @@ def opaque(name: str, formulation: Formulation) -> Formulation:
         schema="(Tensor[] tensors, bool diagonal, Tensor result, Tensor memory) -> Tensor[]",
     )
     def backward(tensors: list[Tensor], diagonal: bool, result: Tensor, memory: Tensor) -> list[Tensor]:
-        # Inside a custom operator autograd is switched off in the dispatcher; its gradient needs it on.
+        # Inside a custom operator autograd is switched off in the dispatcher; the gradient needs it on.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):  # type: ignore[attr-defined]
             with torch.enable_grad():
                 inputs = [t.detach().requires_grad_() for t in tensors]
-                outputs = formulation(*inputs, diagonal=diagonal)
+                outputs = function(*inputs, diagonal=diagonal)
             gradients = torch.autograd.grad(
                 outputs, inputs, (result, memory), allow_unused=True, materialize_grads=True
             )
@@ -76,6 +77,6 @@ def opaque(name: str, formulation: Formulation) -> Formulation:
     def run(*tensors: Tensor, diagonal: bool = True) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return forward(list(tensors), diagonal)
-        return formulation(*tensors, diagonal=diagonal)
+        return function(*tensors, diagonal=diagonal)
 
     return run

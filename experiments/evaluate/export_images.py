@@ -1,0 +1,127 @@
+"""Images in the folder layouts that external benchmarks of text-to-image models expect; they judge, this generates.
+
+    geneval   <out>/00000/metadata.jsonl, <out>/00000/samples/0000.png …   (2310.11513; four samples for each prompt)
+    dpg       <out>/<prompt id>.png, a 2 × 2 grid of four samples          (DPG-Bench, 2403.05135)
+
+Prompts come from the benchmark's own files, which are not part of this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from experiments.config import EvaluationConfig
+from experiments.core.progress import ProgressCallback
+from experiments.metrics.inputs.generated_images import generate_images
+from mixers.suggest import unknown_name
+
+SAMPLES = 4
+"""Images of each prompt, as both benchmarks define it."""
+
+
+@dataclass(frozen=True)
+class BenchmarkPrompt:
+    """A prompt of a benchmark.
+
+    Attributes:
+        id: names its files.
+        text: the prompt.
+        metadata: the benchmark's own record of it, written back unchanged.
+    """
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+
+
+def export_images(
+    pipe: Any,
+    layout: str,
+    prompts: Path,
+    size: int,
+    plan: EvaluationConfig,
+    directory: Path,
+    progress: ProgressCallback,
+) -> int:
+    """Generate four images for every prompt with the UNet as it is mounted now, and write them in a layout.
+
+    An interrupted export continues after the last complete prompt.
+
+    Args:
+        pipe: the teacher's pipeline.
+        layout: "geneval" or "dpg".
+        prompts: geneval's `evaluation_metadata.jsonl`, or DPG's folder of .txt files.
+        size: side of the images in pixels.
+        plan: sampling steps, guidance and seed; image k of a prompt starts from noise of seed + k.
+        directory: receives the images.
+        progress: called as (phase, done, total).
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        ValueError: there is no such layout, or the prompts are not what it expects.
+        OSError: the disk is full.
+    """
+    if layout not in _LAYOUTS:
+        raise ValueError(unknown_name("layout", layout, _LAYOUTS))
+    read, write, name_last_file = _LAYOUTS[layout]
+    items = read(prompts)
+    for number, prompt in enumerate(items):
+        progress("export", number, len(items))
+        if (directory / name_last_file(prompt)).is_file():
+            continue
+        images = generate_images(pipe, [prompt.text] * SAMPLES, (size, size), plan, plan.guidance, plan.seed)
+        write(directory, prompt, images)
+    progress("export", len(items), len(items))
+    return len(items)
+
+
+def _read_geneval(path: Path) -> list[BenchmarkPrompt]:
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [BenchmarkPrompt(f"{k:05d}", str(record["prompt"]), record) for k, record in enumerate(records)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"Cannot read {path} as geneval's prompts ({type(error).__name__}: {error}): expected a file with one JSON "
+            'object per line, {"prompt": …}, as evaluation_metadata.jsonl.'
+        ) from error
+
+
+def _read_dpg(path: Path) -> list[BenchmarkPrompt]:
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise ValueError(f"Cannot read {path} as DPG's prompts: expected a folder of .txt files, one for each prompt.")
+    return [BenchmarkPrompt(file.stem, file.read_text(encoding="utf-8-sig").strip(), {}) for file in files]
+
+
+def _write_geneval(directory: Path, prompt: BenchmarkPrompt, images: list[Image.Image]) -> None:
+    folder = directory / prompt.id
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text(json.dumps(prompt.metadata, ensure_ascii=False) + "\n", encoding="utf-8")
+    for number, image in enumerate(images):
+        image.save(folder / "samples" / f"{number:04d}.png")
+
+
+def _write_dpg(directory: Path, prompt: BenchmarkPrompt, images: list[Image.Image]) -> None:
+    width, height = images[0].size
+    grid = Image.new("RGB", (2 * width, 2 * height))
+    for number, image in enumerate(images):
+        grid.paste(image, (number % 2 * width, number // 2 * height))
+    directory.mkdir(parents=True, exist_ok=True)
+    grid.save(directory / f"{prompt.id}.png")
+
+
+_Reader = Callable[[Path], list[BenchmarkPrompt]]
+_Writer = Callable[[Path, BenchmarkPrompt, list[Image.Image]], None]
+_LAYOUTS: dict[str, tuple[_Reader, _Writer, Callable[[BenchmarkPrompt], str]]] = {
+    "geneval": (_read_geneval, _write_geneval, lambda prompt: f"{prompt.id}/samples/{SAMPLES - 1:04d}.png"),
+    "dpg": (_read_dpg, _write_dpg, lambda prompt: f"{prompt.id}.png"),
+}
+"""Layout -> how prompts are read, how images are written, and the file that is written last."""

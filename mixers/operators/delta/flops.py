@@ -1,0 +1,23 @@
+"""The number of operations of the delta rule."""
+
+from __future__ import annotations
+
+from mixers.operators.delta.chunked import CHUNK
+from mixers.traits import Causality
+
+
+def flops(length: int, k: int, v: int, causality: Causality) -> int:
+    """Return multiply-adds × 2 of the chunked formulation's products for one head.
+
+    Elementwise work is not counted, nor is solving the triangular systems, (c − 1)·(k + v) more per token, which torch
+    does not count either.
+
+    Args:
+        length: number of tokens.
+        k: channels of queries and keys.
+        v: channels of the values.
+        causality: as in `delta_rule`.
+    """
+    products = CHUNK * (3 * k + v) + k * (k + 2 * v)  # within blocks, and to and from the state
+    between = -(-length // CHUNK) * k * k * v
+    return 2 * (length * products + between) * (2 if causality == "bidirectional" else 1)

@@ -19,7 +19,7 @@ from experiments.core.files import read_json, write_json, write_text
 from experiments.core.fingerprints import TensorVersions, tensor_versions
 from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
-from experiments.distill.student import seed_stages, stage_folders
+from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders
 from experiments.evaluate.measure import measure_student
 from experiments.evaluate.protocol import teacher_fingerprint
 from experiments.metrics.inputs.student import EvaluatedStudent
@@ -140,11 +140,11 @@ def distill_cell(
 
 
 def _discard_training(config: CellConfig, directory: Path) -> None:
-    """Delete checkpoints, logs and weights that belong to another key."""
+    """Delete checkpoints, logs, output gains and the mark of trained weights that belong to another key."""
     for folder in stage_folders(config.distillation, directory):
         delete_checkpoints(folder)
         (folder / LOG).unlink(missing_ok=True)
-    for name in (LOG, TRAINED):
+    for name in (LOG, TRAINED, OUTPUT_GAINS):
         (directory / name).unlink(missing_ok=True)
 
 

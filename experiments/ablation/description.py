@@ -120,7 +120,7 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
         sample_sizes=evaluation.sample_sizes,
         prompts=evaluation.prompts,
         seeds=grid.seeds,
-        reference=grid.reference or next((v.name for v in grid.variants if v.trained), None),
+        reference=grid.reference or next((v.name for v in grid.variants if v.trained and v.control is None), None),
         variants=tuple(_describe_variant(variant) for variant in grid.variants),
         claims=grid.claims,
         comparisons=grid.comparisons,

@@ -91,7 +91,7 @@ class Grid(FrozenModel):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     distillation: DistillationConfig
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    reference: str | None = Field(None, description="the row that others are compared with; None: the first trained")
+    reference: str | None = Field(None, description="the row that others are compared with; None: the first mixer")
     claims: tuple[Claim, ...] = ()
     comparisons: tuple[PlannedComparison, ...] = Field((), description="further pairs of rows that the report compares")
 

@@ -25,7 +25,7 @@ class FrechetDistance(DistanceMetric):
     quantities = distance_quantities("Fréchet distance")
     figures = distance_table(
         "Fréchet distance to true images; lower is better. Differences below the floor, which is the distance between "
-        "two disjoint halves of the true images, mean nothing."
+        "two disjoint sets of true images, mean nothing."
     )
 
     def distance(self, a: Tensor, b: Tensor) -> float:

@@ -43,12 +43,19 @@ def _baselines(
     """Rows of what the metric is compared with, which is the same for all variants."""
     rows = [row for variant_rows in measured.values() for row in variant_rows]
     for label, field in spec.baselines if columns else ():
-        yield TableRow(label, [TableCell.of_summary(_summary(metric, rows, field, key)) for _, key in columns])
+        yield TableRow(
+            label,
+            [TableCell.of_summary(summarize(sorted(set(_values(metric, rows, field, key))))) for _, key in columns],
+        )
 
 
 def _summary(metric: type[Metric], rows: list[MetricRow], field: str, key: _Key) -> SeedSummary | None:
+    return summarize(_values(metric, rows, field, key))
+
+
+def _values(metric: type[Metric], rows: list[MetricRow], field: str, key: _Key) -> list[float]:
     values = [getattr(row, field) for row in rows if _key(metric, row) == key]
-    return summarize([float(value) for value in values if value is not None])
+    return [float(value) for value in values if value is not None]
 
 
 def _key(metric: type[Metric], row: MetricRow) -> _Key:

@@ -159,10 +159,11 @@ class RunRecord:
 
     @property
     def reference(self) -> VariantDescription | None:
-        """The row that others are compared with: the grid's, otherwise the first trained one with a finished cell."""
-        named = [v for v in self.trained if v.name == self.description.reference]
-        finished = [v for v in self.trained if self.done(v.name)]
-        return next((v for v in (*named, *finished, *self.trained)), None)
+        """The row that others are compared with: the grid's, or the first mixer with a finished cell; no control."""
+        mixers = [variant for variant in self.trained if variant.control is None]
+        named = [variant for variant in mixers if variant.name == self.description.reference]
+        finished = [variant for variant in mixers if self.done(variant.name)]
+        return next(iter((*named, *finished, *mixers)), None)
 
     def done(self, variant: str) -> list[CellRecord]:
         """Return the finished cells of a variant, by seed."""

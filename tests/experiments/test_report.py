@@ -62,7 +62,7 @@ def test_figures_and_markdown(run: Path) -> None:
     assert set(re.findall(r"\(figures/([^)]+)\)", text)) == figures
     assert re.search(r"\| LinFusion \|.*\*\*0\.0254 ± 0\.00121\*\*", text)
     distances = text.split("## Fréchet distance")[1]
-    assert "| teacher | 20.0 |" in distances and "| two disjoint halves of the true images | 3.00 |" in distances
+    assert "| teacher | 20.0 |" in distances and "| other true images | 3.00 |" in distances
     assert "| identity: no mixing | 1.00 [1.00, 1.00] |" in text.split("## Controls")[1]
 
 
@@ -221,7 +221,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["0"]}, {"variants": {"a": 1}}, {"train_size": "64"}]
+    "damage", [{"sizes": ["a"]}, {"sizes": 3}, {"seeds": ["a"]}, {"variants": {"a": 1}}, {"train_size": "large"}]
 )
 def test_a_damaged_grid_is_one_sentence(damage: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text(json.dumps({"name": "x", "question": "?", "variants": [], **damage}))

@@ -17,7 +17,7 @@ from experiments.data.image import crop_and_resize
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
 from experiments.metrics.inputs.feature_networks import Clip, FeatureNetwork, open_network
-from experiments.metrics.inputs.true_images import open_true_images
+from experiments.metrics.inputs.true_images import open_second_set, open_true_images
 from experiments.teacher.teacher import Teacher
 from unet_adapters import MixerAdapter
 
@@ -46,6 +46,7 @@ class FeatureSets:
         network: its name.
         size: side of the images in pixels.
         guidance: that student and teacher used.
+        second_true: features of as many other true images; None if the data has too few.
     """
 
     network: str
@@ -54,6 +55,7 @@ class FeatureSets:
     student: ImageFeatures
     teacher: ImageFeatures
     true: ImageFeatures
+    second_true: ImageFeatures | None = None
 
 
 @torch.no_grad()
@@ -95,6 +97,7 @@ def feature_sets(
     """
     for size in plan.generated.sizes if plan.generated.images else ():
         true = _true_features(context, plan, data, size)
+        second = _second_true_features(context, plan, data, size)
         for guidance in plan.all_guidances:
             version = weights_version(context.teacher.unet)
             teacher = _teacher_features(context, plan, data, size, guidance, version)
@@ -102,7 +105,7 @@ def feature_sets(
                 student = _features_by_network(context, plan, _generated(context, plan, data, size, guidance))
             for name in plan.generated.features:
                 network = open_network(name, str(context.teacher.device)).name
-                yield FeatureSets(network, size, guidance, student[name], teacher[name], true[name])
+                yield FeatureSets(network, size, guidance, student[name], teacher[name], true[name], second.get(name))
 
 
 @torch.no_grad()
@@ -154,6 +157,16 @@ def _true_features(
 ) -> dict[str, ImageFeatures]:
     batches = open_true_images(data, plan).batches(plan.generated.resize or size, plan.generated.batch_size)
     return _features_by_network(context, plan, batches)
+
+
+@lru_cache(maxsize=8)
+def _second_true_features(
+    context: DistillationContext, plan: EvaluationConfig, data: str, size: int
+) -> dict[str, ImageFeatures]:
+    images = open_second_set(data, plan)
+    if images is None:
+        return {}
+    return _features_by_network(context, plan, images.batches(plan.generated.resize or size, plan.generated.batch_size))
 
 
 @lru_cache(maxsize=16)

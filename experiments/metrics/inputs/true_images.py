@@ -25,13 +25,20 @@ class TrueImages:
         data: the data set.
         indices: which of its images, in order.
 
+    Args:
+        data: the data set.
+        count: of images.
+        seed: selects them.
+        skip: images that come before in the seed's order, so that two sets are disjoint.
+
     Raises:
         ValueError: fewer than two images.
     """
 
-    def __init__(self, data: Any, count: int, seed: int) -> None:
+    def __init__(self, data: Any, count: int, seed: int, skip: int = 0) -> None:
         self.data = data
-        self.indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        self.indices = order[skip : skip + count].tolist()
         if len(self.indices) < 2:
             raise ValueError(
                 f"Distances between sets of images need at least two images: {data.name} has {len(self.indices)}."
@@ -65,7 +72,16 @@ def open_true_images(data: str, plan: EvaluationConfig) -> TrueImages:
         DataError: the data cannot be read.
         ValueError: there are fewer than two images.
     """
+    return TrueImages(_open_source(data, plan), plan.generated.images, plan.seed)
+
+
+def open_second_set(data: str, plan: EvaluationConfig) -> TrueImages | None:
+    """Open as many other true images, for the distance between two sets of them; None if the data has too few."""
+    source = _open_source(data, plan)
+    count = plan.generated.images
+    return TrueImages(source, count, plan.seed, skip=count) if len(source) >= 2 * count else None
+
+
+def _open_source(data: str, plan: EvaluationConfig) -> Any:
     source = plan.generated.data or data
-    if source.startswith(COCO):
-        return TrueImages(CocoCaptions(source.removeprefix(COCO)), plan.generated.images, plan.seed)
-    return TrueImages(open_dataset(source, split="train"), plan.generated.images, plan.seed)
+    return CocoCaptions(source.removeprefix(COCO)) if source.startswith(COCO) else open_dataset(source, split="train")

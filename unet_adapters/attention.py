@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unet_adapters.mounted_layer import GridSize, MountedLayer, stock_processor
 from unet_adapters.projections import teacher_view
+from unet_adapters.sites import Site
 
 # Perturbed-attention guidance: the number of parts that a batch is made of; the last part is the perturbed one.
 PERTURBED_PARTS: dict[type, int] = {
@@ -27,12 +28,20 @@ PLAIN_PROCESSORS = frozenset(
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
+        "FusedJointAttnProcessor2_0",
+        "JointAttnProcessor2_0",
         "SlicedAttnProcessor",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",
     )
     if hasattr(stock, name)
 )
+
+# Processors that read a fused copy of the projections, and what computes the same without it.
+UNFUSED: dict[type, type] = {
+    stock.FusedAttnProcessor2_0: stock.AttnProcessor2_0,
+    stock.FusedJointAttnProcessor2_0: stock.JointAttnProcessor2_0,
+}
 
 
 class MixerDispatch:
@@ -88,7 +97,7 @@ class MixerAttention(MountedLayer, Attention):
     stock_class = Attention
     dispatcher = MixerDispatch()
     supported_processors = PLAIN_PROCESSORS | PERTURBED_PARTS.keys()
-    fused_processors = frozenset({stock.FusedAttnProcessor2_0})
+    fused_processors = frozenset(UNFUSED)
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
         """The stock processor: the one that runs when no mixer is mounted."""
@@ -97,13 +106,56 @@ class MixerAttention(MountedLayer, Attention):
         return super().get_processor()
 
 
+class LayerProjections:
+    """The projections of an attention layer, with its norms of queries and keys per head (Stable Diffusion 3.5).
+
+    Mixers get this and not the layer: accelerate's hooks move every argument that has a method `to`.
+    """
+
+    def __init__(self, attn: Any) -> None:
+        self._attn = attn
+        self.to_v = attn.to_v
+        self.to_out = attn.to_out
+
+    def to_q(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l, d) -> queries (b, l, h·k)."""
+        return self._norm_heads(self._attn.to_q(tokens), self._attn.norm_q)
+
+    def to_k(self, tokens: Tensor) -> Tensor:
+        """Tokens (b, l, d) -> keys (b, l, h·k)."""
+        return self._norm_heads(self._attn.to_k(tokens), self._attn.norm_k)
+
+    def _norm_heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        return x if norm is None else norm(x.unflatten(-1, (self._attn.heads, -1))).flatten(-2)
+
+
+def check_attention(site: Site, layer: Any) -> None:
+    """Refuse an `Attention` with parts that `MixerDispatch` would skip.
+
+    Raises:
+        ValueError: it has added projections (for text), norms across heads, or an inner width that is not that of the
+            tokens.
+    """
+    if getattr(layer, "add_k_proj", None) is not None:
+        raise ValueError(f"{site.name} has add_k_proj, which a mixer would skip: leave it out with `select`")
+    for name in ("norm_q", "norm_k"):
+        weight = getattr(getattr(layer, name, None), "weight", None)
+        if weight is not None and tuple(weight.shape) != (layer.inner_dim // layer.heads,):
+            raise ValueError(f"{site.name} has {name} across heads, which a mixer cannot apply: leave it out")
+    if layer.inner_dim != layer.query_dim:
+        raise ValueError(
+            f"{site.name} mixes at width {layer.inner_dim} but its tokens have width {layer.query_dim}: "
+            "leave it out with `select`"
+        )
+
+
 def _teacher_attention(
     attn: Any, processor: Any, hidden_states: Tensor, attention_mask: Tensor | None, temb: Tensor | None
 ) -> Tensor:
     if attn.teacher:
         attn = teacher_view(attn, attn.teacher, hidden_states)
-        if isinstance(processor, stock.FusedAttnProcessor2_0):  # fused from the student's projections
-            processor = stock.AttnProcessor2_0()
+        if type(processor) in UNFUSED:  # the fused copy is of the student's projections
+            processor = UNFUSED[type(processor)]()
     return _run_stock(processor, attn, hidden_states, None, attention_mask, temb)
 
 
@@ -142,10 +194,11 @@ def _mix(attn: Any, tokens: Tensor, grid: GridSize | None, parts: int | None) ->
             "tomesd, HiDiffusion or HyperTile regroups tokens before this layer. Remove the patch, or use a mixer that "
             "needs no grid (scan='raster', no local convolution)"
         )
+    projections = LayerProjections(attn)
     if parts is None:
-        return attn.mixer(tokens, grid=grid, projections=attn)
+        return attn.mixer(tokens, grid=grid, projections=projections)
     *unperturbed, perturbed = tokens.chunk(parts)
-    mixed = attn.mixer(torch.cat(unperturbed), grid=grid, projections=attn)
+    mixed = attn.mixer(torch.cat(unperturbed), grid=grid, projections=projections)
     return torch.cat([mixed, _identity_attention(attn, perturbed)])
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from tests.unet_adapters import pipelines
+from tests.unet_adapters import comparisons, pipelines
 from unet_adapters import MixerAdapter
 from unet_adapters.highres import SAVINGS, ControlNetCondition, save_memory
 from unet_adapters.highres.denoising import ClassifierFreeGuidance
@@ -36,10 +36,10 @@ def predict(pipe: Any, savings: tuple[str, ...], control: ControlNetCondition | 
 @pytest.mark.parametrize("savings", COMBINATIONS, ids="+".join)
 def test_savings_do_not_change_the_prediction(family: str, savings: tuple[str, ...]) -> None:
     pipe = pipelines.make(family)
-    before = pipelines.fingerprint(pipe.unet.double())
+    before = comparisons.fingerprint(pipe.unet.double())
     plain = predict(pipe, ())
     torch.testing.assert_close(predict(pipe, savings), plain, rtol=1e-9, atol=1e-9)
-    pipelines.assert_same_model(pipelines.fingerprint(pipe.unet), before)
+    comparisons.assert_same_model(comparisons.fingerprint(pipe.unet), before)
     assert torch.equal(predict(pipe, ()), plain)
     with MixerAdapter.build(pipe, "linfusion").mounted():
         torch.testing.assert_close(predict(pipe, savings), predict(pipe, ()), rtol=1e-9, atol=1e-9)

@@ -182,8 +182,12 @@ def test_weights_on_meta_are_refused(adapter) -> None:
 def test_layers_that_are_not_stock_are_refused(unet) -> None:
     adapter = MixerAdapter.build(unet, "linear_attention")
     attn = first(adapter)
-    attn.norm_q = torch.nn.LayerNorm(4)
-    with pytest.raises(ValueError, match="has norm_q, which a mixer would skip"):
+    attn.norm_q = torch.nn.LayerNorm(8)
+    with pytest.raises(ValueError, match="has norm_q across heads"):
+        adapter.mount()
+    attn.norm_q = None
+    attn.add_k_proj = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="has add_k_proj, which a mixer would skip"):
         adapter.mount()
     attn.__class__ = type("Theirs", (Attention,), {})
     with pytest.raises(RuntimeError, match="is a Theirs, not diffusers' own"):

@@ -156,6 +156,17 @@ class Host(ABC):
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
 
+# Known architectures without a host, and why.
+_JOINT = "its only attention is joint attention over image and text tokens, which has no host yet"
+_FUSED = "its blocks fuse the projections of attention and MLP into one layer, so that no q, k and v can be called"
+UNSUPPORTED: dict[str, str] = {
+    "ChromaTransformer2DModel": _JOINT,
+    "Flux2Transformer2DModel": _FUSED,
+    "FluxTransformer2DModel": _JOINT,
+    "QwenImageTransformer2DModel": _JOINT,
+    "SanaTransformer2DModel": "its self-attention is linear attention already",
+}
+
 _HOSTS: dict[str, type[Host]] = {}
 _Host = TypeVar("_Host", bound=type[Host])
 
@@ -191,6 +202,11 @@ def _discover() -> None:
         importlib.import_module(module.name)
 
 
+def hosts_from(module: str) -> list[str]:
+    """Names of the hosts that the named module defines, sorted."""
+    return sorted(name for name, host in _HOSTS.items() if host.__module__ == module)
+
+
 def list_hosts() -> list[str]:
     """Names of the registered hosts, sorted."""
     _discover()
@@ -212,9 +228,13 @@ def find_host(pipe_or_model: Any) -> Host:
     for host in reversed(list(_HOSTS.values())):  # the most recently registered, a user's own, goes first
         if host.matches(model):
             return host(model, scale)
+    name = type(model).__name__
+    reason = UNSUPPORTED.get(name)
+    if reason is not None:
+        raise TypeError(f"cannot mount mixers in {name}: {reason}")
     raise TypeError(
-        f"no registered host knows the architecture {type(model).__name__}: expected one of {', '.join(list_hosts())}; "
-        "register one with unet_adapters.hosts.register_host"
+        f"no registered host knows the architecture {name}: expected one of {', '.join(list_hosts())}; register one "
+        "with unet_adapters.register_host"
     )
 
 

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from unet_adapters.attention import MixerAttention
+from unet_adapters.attention import MixerAttention, check_attention
 from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, GridSource, Host, register_host
 from unet_adapters.hosts.grids import measure_image, pass_grid
 from unet_adapters.mounted_layer import MountedLayer
@@ -58,18 +58,8 @@ class UNetHost(Host):
         return MixerAttention if type(layer) is Attention else None
 
     def check_layer(self, site: Site, layer: Any) -> None:
-        """Refuse query and key norms, added projections, and an inner width that is not that of the tokens."""
-        parts = ("norm_q", "norm_k", "add_k_proj")
-        skipped = [part for part in parts if getattr(layer, part, None) is not None]
-        if skipped:
-            raise ValueError(
-                f"{site.name} has {', '.join(skipped)}, which a mixer would skip: leave it out with `select`"
-            )
-        if layer.inner_dim != layer.query_dim:
-            raise ValueError(
-                f"{site.name} mixes at width {layer.inner_dim} but its tokens have width {layer.query_dim}: "
-                "leave it out with `select`"
-            )
+        """See `attention.check_attention`."""
+        check_attention(site, layer)
 
     def attach_grid(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
         """Each `Transformer2DModel` around a layer adds the grid to its `cross_attention_kwargs`."""

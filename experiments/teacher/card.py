@@ -40,7 +40,8 @@ def write_card(folder: Path, recipe: TeacherRecipe, measured: dict[str, Any] | N
     write_sheet(pipe, folder / "sheet.png", SHEET)
     write_sheet(pipe, folder / "sheet-128.png", SHEET // 2, 128)
     parts = {"UNet": pipe.unet, "autoencoder": pipe.vae, "text encoder": pipe.text_encoder, "judge": judge}
-    history, notes = folder / "training.json", folder / "notes.md"
+    history = folder / "training.json"
+    notes = folder / "notes.md"
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).render(
         measured=measured,
         need={split: gates.format_need(errors) for split, errors in measured["need"].items()},

@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from experiments.teacher import networks
 from experiments.teacher.objectives import JointDenoising
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.teacher.train import build_denoiser, caption_words, checkpoint_step, newest_checkpoint
+from experiments.teacher.train import build_denoiser, checkpoint_step, newest_checkpoint, open_tokenizer
 from experiments.training import training_seconds
 
 
@@ -39,7 +39,7 @@ def load_trained(directory: Path, recipe: TeacherRecipe, stage: str = "unet") ->
         recipe: architectures.
         stage: the folder of the UNet's training, `"unet"` or `"decay"`.
     """
-    words = networks.tokenizer(caption_words(), recipe)
+    words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe)
     step = load_averaged(directory / stage, model)
     coder = AutoencoderKL.from_pretrained(directory / "encoder")

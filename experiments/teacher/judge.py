@@ -11,20 +11,20 @@ from transformers import CLIPModel, CLIPTokenizer
 from experiments.data import SceneSet
 from experiments.teacher import networks
 from experiments.teacher.objectives import Contrastive
-from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.recipe import StageCallback, TeacherRecipe
 from experiments.teacher.shards import encode_captions
-from experiments.teacher.train import Report
 from experiments.training import batch_indices, fit
 
 NAMED_KINDS = ("single", "counted", "shapes")
 
 
 def train_judge(
-    directory: Path, words: CLIPTokenizer, recipe: TeacherRecipe, report: Report | None = None
+    directory: Path, words: CLIPTokenizer, recipe: TeacherRecipe, report: StageCallback | None = None
 ) -> CLIPModel:
     """Train the judge on renders of named training scenes and on their captions, or resume its training."""
     torch.manual_seed(recipe.judge.seed)
-    model, data = networks.judge(words, recipe), SceneSet("train", kinds=NAMED_KINDS)
+    model = networks.judge(words, recipe)
+    data = SceneSet("train", kinds=NAMED_KINDS)
     count = 12_000 if recipe.judge.steps > 100 else 64
     draw = torch.Generator().manual_seed(recipe.judge.seed)
     indices = torch.randint(0, len(data), (count,), generator=draw).tolist()

@@ -14,7 +14,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from experiments.teacher.recipe import TeacherRecipe
 
 _END_OF_WORD = "</w>"
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+_START = "<|startoftext|>"
+_END = "<|endoftext|>"
 
 
 def tokenizer(captions: Iterable[str], recipe: TeacherRecipe) -> CLIPTokenizer:

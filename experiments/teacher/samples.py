@@ -13,7 +13,8 @@ from torch import Tensor
 from experiments.data import SceneSet
 from experiments.data.scenes import Scene
 
-GUIDANCE, STEPS = 2.0, 25
+GUIDANCE = 2.0
+STEPS = 25
 
 
 def unpicked_scenes(count: int, split: str = "train", kinds: tuple[str, ...] | None = None) -> list[Scene]:
@@ -40,11 +41,13 @@ def draw_samples(
 def make_sheet(images: Tensor, columns: int = 10, scale: int = 2) -> Image.Image:
     """Return images (n, 3, s, s) in [-1, 1] as one sheet without captions, each pixel enlarged `scale` times."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    side, gap = images.shape[-1], 2
+    side = images.shape[-1]
+    gap = 2
     rows = -(-len(images) // columns)
     page = np.full((rows * (side + gap) + gap, columns * (side + gap) + gap, 3), 255, dtype=np.uint8)
     for number, tile in enumerate(pixels):
-        top, left = gap + (number // columns) * (side + gap), gap + (number % columns) * (side + gap)
+        top = gap + (number // columns) * (side + gap)
+        left = gap + (number % columns) * (side + gap)
         page[top : top + side, left : left + side] = tile
     image = Image.fromarray(page)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

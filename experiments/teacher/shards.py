@@ -56,7 +56,8 @@ class LatentShards:
         sets = [SceneSet("train", growth) for growth in growths]
         draw = torch.Generator().manual_seed(number * 1009 + size)
         indices = torch.randint(0, len(sets[0]), (count,), generator=draw).tolist()
-        latents, captions = [], []
+        latents = []
+        captions = []
         for start in range(0, count, 64):
             chunk = range(start, min(start + 64, count))
             examples = [sets[k % len(sets)].example(indices[k], size, number * 1_000_000 + k) for k in chunk]

@@ -21,19 +21,19 @@ from experiments.data.emoji import BACKGROUNDS
 from experiments.data.scenes.catalogue import SHAPE_COLORS, SHAPES, load_drawings
 from experiments.data.scenes.words import NUMBERS, pluralize
 from experiments.teacher import networks
+from experiments.teacher.judge import train_judge
 from experiments.teacher.objectives import JointDenoising, Reconstruction
-from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.recipe import StageCallback, TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
 from experiments.training import batch_indices, fit
 
 STAGES = ("decoder", "judge", "unet")
-Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 def train_teacher(
     directory: Path,
     recipe: TeacherRecipe,
-    report: Report | None = None,
+    report: StageCallback | None = None,
     *,
     device: str = "cpu",
     seconds: float | None = None,
@@ -55,8 +55,6 @@ def train_teacher(
         Interrupted: SIGTERM, or the budget is spent. The same call resumes.
         ValueError: there is no such stage.
     """
-    from experiments.teacher.judge import train_judge
-
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
         raise ValueError(f"Unknown stage {', '.join(unknown)}: expected some of {', '.join(STAGES)}.")
@@ -64,17 +62,28 @@ def train_teacher(
     if "decoder" in stages:
         train_decoder(coder, directory, recipe, report)
     if "judge" in stages:
-        train_judge(directory, networks.tokenizer(caption_words(), recipe), recipe, report)
+        train_judge(directory, open_tokenizer(directory, recipe), recipe, report)
     if "unet" in stages:
         train_unet(directory, coder, recipe, report, device=device, seconds=seconds)
 
 
-def open_encoder(directory: Path, recipe: TeacherRecipe, report: Report | None = None) -> AutoencoderKL:
+def open_encoder(directory: Path, recipe: TeacherRecipe, report: StageCallback | None = None) -> AutoencoderKL:
     """Return the autoencoder of the first stage, trained if `directory / "encoder"` does not exist."""
     folder = directory / "encoder"
     if not folder.exists():
         train_autoencoder(directory, recipe, report).save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder).eval()
+
+
+def open_tokenizer(directory: Path, recipe: TeacherRecipe) -> CLIPTokenizer:
+    """Return the tokenizer of a training, from `directory / "tokenizer"`; trained and saved there the first time.
+
+    Merges of equal frequency get their numbers in another order in every process, so a training keeps one file.
+    """
+    folder = directory / "tokenizer"
+    if not folder.exists():
+        networks.tokenizer(caption_words(), recipe).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=recipe.max_tokens)
 
 
 def caption_words() -> list[str]:
@@ -99,7 +108,7 @@ def render_images(recipe: TeacherRecipe, count: int, first_variation: int = 1000
     return torch.stack([((image + 1) * 127.5).round().to(torch.uint8) for image in images])
 
 
-def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: Report | None = None) -> AutoencoderKL:
+def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: StageCallback | None = None) -> AutoencoderKL:
     """Train the autoencoder on crops, or resume its training; sets its `scaling_factor` from scenes."""
     torch.manual_seed(0)
     coder = networks.vae(recipe)
@@ -122,7 +131,7 @@ def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: Report | N
 
 
 def train_decoder(
-    coder: AutoencoderKL, directory: Path, recipe: TeacherRecipe, report: Report | None = None
+    coder: AutoencoderKL, directory: Path, recipe: TeacherRecipe, report: StageCallback | None = None
 ) -> AutoencoderKL:
     """Train the decoder on whole images while the encoder, and so every cached latent, stays as it is."""
     coder.encoder.requires_grad_(False)
@@ -140,7 +149,7 @@ def train_unet(
     directory: Path,
     coder: AutoencoderKL,
     recipe: TeacherRecipe,
-    report: Report | None = None,
+    report: StageCallback | None = None,
     *,
     device: str = "cpu",
     seconds: float | None = None,
@@ -158,10 +167,11 @@ def train_unet(
     Raises:
         Interrupted: SIGTERM, or the budget is spent. The same call resumes.
     """
-    words = networks.tokenizer(caption_words(), recipe)
+    words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe).to(device)
     batch = unet_batches(directory, coder, words, recipe)
-    step_report, deadline = _prefix(report, "unet", recipe.unet), time.monotonic() + (seconds or float("inf"))
+    step_report = _prefix(report, "unet", recipe.unet)
+    deadline = time.monotonic() + (seconds or float("inf"))
 
     def watch(step: int, losses: dict[str, float]) -> None:
         if step_report:
@@ -178,14 +188,20 @@ def train_unet(
 
 
 def decay_learning_rate(
-    directory: Path, coder: AutoencoderKL, recipe: TeacherRecipe, report: Report | None = None, *, device: str = "cpu"
+    directory: Path,
+    coder: AutoencoderKL,
+    recipe: TeacherRecipe,
+    report: StageCallback | None = None,
+    *,
+    device: str = "cpu",
 ) -> JointDenoising:
     """Train a copy of the newest state while the learning rate falls to a tenth: what an export is made of.
 
     The copy is in `directory / "decay"` and replaces an earlier one of another step; the open-ended training in
     `directory / "unet"` is not changed.
     """
-    source, folder = newest_checkpoint(directory / "unet"), directory / "decay"
+    source = newest_checkpoint(directory / "unet")
+    folder = directory / "decay"
     step = checkpoint_step(source)
     config = recipe.unet.model_copy(
         update={"steps": step + recipe.decay, "warmup": step, "schedule": "cosine", "ema": recipe.decay_ema}
@@ -196,7 +212,7 @@ def decay_learning_rate(
         for path in (source, source.with_name(source.name + ".sha256")):
             shutil.copy2(path, folder / "checkpoints")
         (folder / f"from-{step}").touch()
-    words = networks.tokenizer(caption_words(), recipe)
+    words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe).to(device)
     batch = unet_batches(directory, coder, words, recipe)
 
@@ -255,6 +271,8 @@ def unet_batches(
     )
 
 
-def _prefix(report: Report | None, stage: str, config: FitConfig) -> Callable[[int, dict[str, float]], None] | None:
+def _prefix(
+    report: StageCallback | None, stage: str, config: FitConfig
+) -> Callable[[int, dict[str, float]], None] | None:
     """`report` for one stage, as `fit` calls it."""
     return (lambda step, losses: report(stage, step, config.steps, losses)) if report else None

@@ -29,9 +29,11 @@ def background_of(scene: Scene) -> str:
 
 
 def test_an_item_is_a_pure_function_of_index_size_and_variation() -> None:
-    first, second = SceneSet(), open_dataset("scenes")
+    first = SceneSet()
+    second = open_dataset("scenes")
     for index in (0, 5, 1234):
-        a, b = first.example(index, 64, 3), second.example(index, 64, 3)
+        a = first.example(index, 64, 3)
+        b = second.example(index, 64, 3)
         assert torch.equal(a.image, b.image)
         assert (a.caption, a.key) == (b.caption, b.key)
         assert a.image.shape == (3, 64, 64)
@@ -58,9 +60,11 @@ def test_a_larger_image_shows_the_same_scene(factor: int) -> None:
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_more_has_more_objects_at_the_training_scale(factor: int) -> None:
-    data, small = SceneSet(growth="more"), SceneSet()
+    data = SceneSet(growth="more")
+    small = SceneSet()
     for index in range(len(KINDS) * 2):
-        large, base = data.scene(index, 1, 64 * factor), small.scene(index, 1)
+        large = data.scene(index, 1, 64 * factor)
+        base = small.scene(index, 1)
         assert len(large.placements) > len(base.placements) * factor
         sides = [p.side for p in large.placements]
         assert max(sides) < 1 and min(sides) > 0.15
@@ -69,7 +73,8 @@ def test_more_has_more_objects_at_the_training_scale(factor: int) -> None:
 
 def test_a_wide_image_has_the_scene_in_its_middle() -> None:
     data = SceneSet()
-    square, wide = data.example(7, 64).image, data.example(7, (64, 96)).image
+    square = data.example(7, 64).image
+    wide = data.example(7, (64, 96)).image
     assert wide.shape == (3, 64, 96)
     assert torch.equal(square, wide[:, :, 16:80])
 
@@ -128,7 +133,8 @@ def test_mirrored_scenes_are_symmetric() -> None:
 
 
 def test_held_out_drawings_and_combinations_are_never_in_training() -> None:
-    train, held_out = SceneSet("train"), SceneSet("held_out")
+    train = SceneSet("train")
+    held_out = SceneSet("held_out")
     train_keys = {drawing.key for drawing in drawings_of_split("train")}
     unseen = {drawing.key for drawing in drawings_of_split("held_out")}
     assert not train_keys & unseen and len(unseen) >= 10
@@ -153,7 +159,7 @@ def test_held_out_drawings_and_combinations_are_never_in_training() -> None:
 
 
 def test_shapes_with_held_out_colors_are_only_in_the_held_out_split() -> None:
-    seen: set[bool] = set()
+    outcomes: set[bool] = set()
     for split in ("train", "held_out"):
         data = SceneSet(split, kinds=("shapes",))
         for index in range(0, len(data), 2):
@@ -163,8 +169,8 @@ def test_shapes_with_held_out_colors_are_only_in_the_held_out_split() -> None:
                 if split == "train":
                     assert held_out_color(shape) != color
                 else:
-                    seen.add(held_out_color(shape) == color)
-    assert True in seen
+                    outcomes.add(held_out_color(shape) == color)
+    assert True in outcomes
 
 
 def test_drawings_stand_out_from_their_backgrounds() -> None:

@@ -133,6 +133,7 @@ def _unit_content(svg: str, key: str) -> str:
         raise ValueError(f"Cannot use the drawing {key}: its root element has no viewBox.")
     x, y, width, height = (float(number) for number in box.group(1).split())
     side = max(width, height)
-    left, top = x - (side - width) / 2, y - (side - height) / 2
+    left = x - (side - width) / 2
+    top = y - (side - height) / 2
     inner = _IDENTIFIER.sub(rf"\g<1>{key}-", svg[opening.end() : svg.rindex("</svg>")])
     return f'<g transform="scale({1 / side}) translate({-left} {-top})">{inner}</g>'

@@ -49,7 +49,8 @@ class SceneSet(RandomAccess):
             )
         details = [split, *([growth] if growth != "larger" else []), *(kinds or ())]
         self.name = ", ".join(["scenes", *details])
-        self.split, self.growth = split, growth
+        self.split = split
+        self.growth = growth
         self._kinds = [kind for kind in KINDS.values() if kinds is None or kind.name in kinds]
         self._shares = [(kind, copy) for kind in self._kinds for copy in range(kind.share)]
         self._drawings = _leading_drawings(split)

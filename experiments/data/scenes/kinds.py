@@ -53,8 +53,8 @@ class SceneContext:
 
     def count(self, low: int, high: int) -> int:
         """A random count from `low` to `high` per unit of area, for the whole canvas."""
-        drawn = int(self.rng.integers(low, high + 1))
-        return max(1, round((self.fixed_count or drawn) * self.canvas[0] * self.canvas[1]))
+        random_count = int(self.rng.integers(low, high + 1))
+        return max(1, round((self.fixed_count or random_count) * self.canvas[0] * self.canvas[1]))
 
     def background(self, second: Drawing | None = None) -> str:
         """The name of a background that the drawings stand out from, in combinations of this split."""
@@ -139,7 +139,8 @@ def counted(context: SceneContext) -> Scene:
 @register_kind(hidden=False, share=2)
 def relation(context: SceneContext) -> Scene:
     """Two named drawings and how they stand: "a key to the left of a red apple, white background"."""
-    first, second = context.drawing, context.second_drawing()
+    first = context.drawing
+    second = context.second_drawing()
     side, words = context.choose(("left", "to the left of"), ("above", "above"))
     count = context.count(2, 2)
     here, there = layout.split_sides(context.rng, count, context.canvas, side)
@@ -150,7 +151,8 @@ def relation(context: SceneContext) -> Scene:
 @register_kind(hidden=False, share=1)
 def mixed(context: SceneContext) -> Scene:
     """Several of one named drawing and one of another: "two red apples and a key, teal background"."""
-    first, second = context.drawing, context.second_drawing()
+    first = context.drawing
+    second = context.second_drawing()
     count = context.count(3, 4)
     few = max(1, count // 4)
     boxes = layout.scatter(context.rng, count, context.canvas)
@@ -164,7 +166,8 @@ def shapes(context: SceneContext) -> Scene:
     """Plain shapes with named colors: "two red circles and a blue star, white background"."""
     background = context.choose(*BACKGROUNDS)
     count = context.count(1, 4)
-    first, second = _named_shape(context, background), _named_shape(context, background)
+    first = _named_shape(context, background)
+    second = _named_shape(context, background)
     few = 0 if count == 1 or first == second else max(1, count // 3)
     boxes = layout.scatter(context.rng, count, context.canvas)
     phrases = [

@@ -46,7 +46,8 @@ def split_sides(rng: Generator, count: int, canvas: Canvas, side_of_first: str) 
     width, height = canvas
     across = side_of_first == "left"
     half = (width / 2, height) if across else (width, height / 2)
-    first, second = _fill_half(rng, count // 2, half), _fill_half(rng, count // 2, half)
+    first = _fill_half(rng, count // 2, half)
+    second = _fill_half(rng, count // 2, half)
     shift = (width / 2, 0.0) if across else (0.0, height / 2)
     return first, [(x + shift[0], y + shift[1], side) for x, y, side in second]
 
@@ -80,15 +81,18 @@ def _fill_half(rng: Generator, count: int, half: Canvas) -> list[Box]:
     if count > 1:
         return scatter(rng, count, half)
     side = float(rng.uniform(*HALF)) * min(max(half), 2 * min(half))
-    return [(*(float(rng.uniform(GAP, max(GAP, length - side - GAP / 2))) for length in half), side)]  # type: ignore[return-value]
+    x, y = (float(rng.uniform(GAP, max(GAP, length - side - GAP / 2))) for length in half)
+    return [(x, y, side)]
 
 
 def _try_scatter(rng: Generator, count: int, side: float, canvas: Canvas) -> list[Box] | None:
     boxes: list[Box] = []
-    width, height = canvas[0] - side - GAP, canvas[1] - side - GAP
+    width = canvas[0] - side - GAP
+    height = canvas[1] - side - GAP
     for _ in range(count):
         for _ in range(_ATTEMPTS):
-            x, y = GAP + rng.random() * (width - GAP), GAP + rng.random() * (height - GAP)
+            x = GAP + rng.random() * (width - GAP)
+            y = GAP + rng.random() * (height - GAP)
             if all(max(abs(x - left), abs(y - top)) >= side + GAP for left, top, _ in boxes):
                 boxes.append((x, y, side))
                 break

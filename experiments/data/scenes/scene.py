@@ -55,7 +55,8 @@ def compose_svg(scene: Scene, size: Size) -> str:
     height, width = extent(size)
     across, down = scene.canvas
     scale = min(width / across, height / down)
-    left, top = (width - across * scale) / 2, (height - down * scale) / 2
+    left = (width - across * scale) / 2
+    top = (height - down * scale) / 2
     numbers = {drawing: number for number, drawing in enumerate(scene.drawings)}
     definitions = "".join(f'<g id="d{number}">{drawing.content}</g>' for drawing, number in numbers.items())
     copies = "".join(
@@ -81,7 +82,8 @@ def render_scene(scene: Scene, size: Size) -> np.ndarray:
 def _transform(item: Placement, scale: float, left: float, top: float) -> str:
     """The matrix that maps the unit box of a drawing to its place in pixels."""
     side = item.side * scale
-    x, y = left + item.x * scale, top + item.y * scale
+    x = left + item.x * scale
+    y = top + item.y * scale
     a, e = (-side, x + side) if item.flip == "x" else (side, x)
     d, f = (-side, y + side) if item.flip == "y" else (side, y)
     return f"matrix({a:.4f} 0 0 {d:.4f} {e:.4f} {f:.4f})"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,18 +80,39 @@ STEPS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="gpu.sh", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/gpu"), help="folder of the results")
+    description = (__doc__ or "").splitlines()[0]
+    return run_gpu_command("gpu.sh", description, STEPS, Path("runs/gpu"), arguments)
+
+
+def run_gpu_command(
+    name: str, description: str, steps: Sequence[SessionStep], out: Path, arguments: list[str] | None
+) -> int:
+    """Parse the arguments of a script that measures on a GPU, and run its session.
+
+    Args:
+        name: of the script.
+        description: for its help.
+        steps: of the session.
+        out: default folder of the results.
+        arguments: of the script; None: those of the process.
+
+    Returns:
+        The exit code: 0 if every step succeeded, 1 if not, 2 without a GPU.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser.add_argument("out", type=Path, nargs="?", default=out, help="folder of the results")
     parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for all steps")
     parser.add_argument("--archive", type=Path, help="a .tar.gz file that receives the folder after every step")
     parser.add_argument("--dry-run", action="store_true", help="run every step on the CPU at tiny sizes")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
-        print("gpu.sh: torch finds no GPU here, so nothing was run. Pass --dry-run to run on the CPU.", file=sys.stderr)
+        print(
+            f"{name}: torch finds no GPU here, so nothing was run. Pass --dry-run to run on the CPU.", file=sys.stderr
+        )
         return 2
     device = "CPU" if options.dry_run else torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}", flush=True)
-    outcomes = run_session(STEPS, options.out, options.budget, dry_run=options.dry_run, archive=options.archive)
+    outcomes = run_session(steps, options.out, options.budget, dry_run=options.dry_run, archive=options.archive)
     print_outcomes(outcomes)
     return 0 if all(outcome.status == "succeeded" for outcome in outcomes) else 1
 

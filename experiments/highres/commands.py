@@ -134,6 +134,7 @@ def generate_image(
     start_image = None if image is None else open_image(image, "--image")
     if memory_budget is not None:
         return_freed_memory()  # otherwise the process holds more than its tensors on a CPU
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails early
     stage_dir = stage_dir or out.with_suffix(".stages")
     with _explain_interruption(stage_dir), _explain_out_of_memory(), options.open() as (pipe, _), show() as display:
         plan = plan_request(pipe, request, memory_budget=memory_budget)

@@ -14,8 +14,6 @@ Batch = dict[str, Tensor]
 """latents (b, c, h, w), scaled; text (b, t, d); of SDXL also pooled (b, p) and time_ids (b, 6)."""
 
 CONDITIONS = ("text", "pooled", "time_ids")
-TIME_IDS = 6
-"""SDXL's micro-conditions: original height and width, crop top and left, target height and width."""
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _PROVENANCE = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # entries that change no result

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -21,6 +22,7 @@ from experiments.cli import app
 from experiments.core.progress import ProgressLines
 from experiments.core.signals import Interrupted
 from experiments.highres import commands
+from experiments.highres.options import open_image
 from experiments.highres.pipelines import PipelineOptions
 from experiments.highres.random_pipeline import RandomPipeline
 from experiments.highres.throughput import measure_throughput
@@ -79,6 +81,14 @@ def test_an_image_is_enlarged(tmp_path: Path) -> None:
         assert image.size == (128, 128) and len(json.loads(image.text["mixers"])["stages"]) == 2
 
 
+def test_an_image_is_read_as_upright_8_bit_rgb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # what this library writes exceeds Pillow's limit
+    path = tmp_path / "ramp.png"
+    Image.fromarray(np.linspace(0, 65535, 64 * 32).astype(np.uint16).reshape(32, 64)).save(path)
+    ramp = np.asarray(open_image(path, "--image"))
+    assert ramp.shape == (32, 64, 3) and abs(ramp.mean() - 127.5) < 1
+
+
 def test_a_plan_is_a_table_and_refuses_too_small_a_budget() -> None:
     process = mixlab("plan", "--size", "128x128", *SHORT)
     assert process.exit_code == 0 and "128 × 128" in process.output and "Denoising takes about" in process.output
@@ -105,7 +115,7 @@ def test_a_plan_is_a_table_and_refuses_too_small_a_budget() -> None:
         (("--adapter", "a", "--mixer", "b"), "not both"),
         (("--mixer", "linfussion"), "linfusion"),
         (("--out", "image.jpg"), "ends in .png"),
-        (("--image", "nowhere.png"), "--image nowhere.png: cannot be read as an image"),
+        (("--image", "nowhere.png"), "--image: nowhere.png cannot be read as an image"),
         (("--strength", "0.3"), "together with --image"),
         (("--control", "x"), "A ControlNet needs both"),
     ],
@@ -206,10 +216,10 @@ def test_a_controlnet_that_does_not_fit_is_one_sentence(
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tensors: Any, path: Path) -> None:
+    def fail(tensors: Any, path: Path, **_: Any) -> None:
         raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr("unet_adapters.highres.stage_store.save_file", fail)
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
     out = tmp_path / "image.png"
     process = mixlab("generate", "sun", "--size", "64x64", "--steps", "1", "--out", str(out))
     assert process.exit_code == 2 and "No space left on device" in process.output and not out.exists()

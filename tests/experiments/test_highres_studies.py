@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from experiments.core.files import write_json
 from experiments.studies.large_images.areas import count_areas
 from experiments.studies.large_images.figures import NAMES
 from experiments.studies.large_images.page import write_page
-from experiments.studies.large_images.study import list_cases
+from experiments.studies.large_images.study import RECORD, list_cases
+from experiments.studies.largest_image import gpu_session
 from experiments.studies.largest_image import study as largest_image
 
 
@@ -68,6 +70,23 @@ def test_the_page_contains_every_image(tmp_path: Path) -> None:
         assert (tmp_path / "page" / f"{figure}.png").stat().st_size > 1000
 
 
+def test_an_image_of_another_adapter_is_made_again(tmp_path: Path) -> None:
+    adapters = []
+    for name in ("first", "second"):
+        adapters.append(tmp_path / name)
+        adapters[-1].mkdir()
+        (adapters[-1] / "adapter.safetensors").write_text(name)
+    first, second = (list_cases(str(adapter), "raw", 1024)[3] for adapter in adapters)
+    assert first.folder == second.folder and first.adapter == str(adapters[0])
+    folder = tmp_path / "image"
+    folder.mkdir()
+    assert not first.is_complete(folder)
+    write_json(folder / RECORD, {**asdict(first), **first.provenance(), "stages": []})
+    assert first.is_complete(folder) and not second.is_complete(folder)
+    (adapters[0] / "adapter.safetensors").write_text("trained again")
+    assert not first.is_complete(folder)
+
+
 def test_the_largest_image_study_appends_a_line_per_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,3 +103,11 @@ def test_the_largest_image_study_appends_a_line_per_image(
     capsys.readouterr()
     largest_image.main()
     assert capsys.readouterr().out.count("128x64") == 2
+
+
+def test_a_dry_run_of_the_gpu_session_executes_every_step(tmp_path: Path) -> None:
+    assert gpu_session.main([str(tmp_path), "--dry-run", "--budget", "600"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == len(gpu_session.STEPS) - 1 and not [row for row in rows if "error" in row]
+    outcomes = json.loads((tmp_path / "steps.json").read_text())
+    assert {outcome["status"] for outcome in outcomes} == {"succeeded"}

@@ -16,8 +16,9 @@ from torch import nn
 from tests.unet_adapters import pipelines
 from unet_adapters import MixerAdapter
 from unet_adapters.highres import SAVINGS, GenerationRequest, MemoryPlan, generate, plan_memory
-from unet_adapters.highres.denoising import ClassifierFreeGuidance, DenoisingSchedule, denoise
+from unet_adapters.highres.denoising import ClassifierFreeGuidance, denoise
 from unet_adapters.highres.pipeline import size_multiple
+from unet_adapters.highres.schedule import DenoisingSchedule
 
 FAMILIES = ("text-to-image", "SDXL")
 SHORT = {"steps": 3, "guidance": 3.0}
@@ -103,6 +104,8 @@ def test_an_image_is_enlarged_or_changed(tmp_path: Path) -> None:
     assert changed.stages[0].strength == 0.4 and changed.pixels.shape == (32, 32, 3)
     with pytest.raises(ValueError, match="already has 32 × 32 pixels"):
         generate(pipe, "abc", (32, 32), image=image, **SHORT)
+    with pytest.raises(ValueError, match="expected mode RGB, got L"):
+        generate(pipe, "abc", (64, 64), image=image.convert("L"), **SHORT)
     with pytest.raises(ValueError, match="use mode progressive"):
         generate(pipe, "abc", (64, 64), image=image, mode="direct", **SHORT)
     larger.save(tmp_path / "image.png", model="tiny")
@@ -135,19 +138,15 @@ def test_an_invalid_request_raises(option: dict[str, Any]) -> None:
         GenerationRequest("abc", **option)
 
 
-def test_strength_selects_the_end_of_the_schedule() -> None:
-    scheduler = pipelines.make().scheduler
-    cpu = torch.device("cpu")
-    whole = DenoisingSchedule.of(scheduler, 10, 1.0, cpu)
-    part = DenoisingSchedule.of(scheduler, 10, 0.3, cpu)
-    assert torch.equal(part.timesteps, whole.timesteps[7:]) and len(whole.timesteps) == 10
-    completed_steps: list[int] = []
+def test_progress_is_reported_before_the_first_step_and_after_every_step() -> None:
     pipe = pipelines.make()
+    schedule = DenoisingSchedule.create(pipe.scheduler, 10, 0.3, "cpu")
     conditions = {"text": torch.zeros(1, 3, pipe.unet.config.cross_attention_dim)}
+    completed_steps: list[int] = []
     denoise(
         pipe.unet,
         ClassifierFreeGuidance(conditions, conditions),
-        part,
+        schedule,
         pipelines.noise(1, 4, 8, 8),
         torch.Generator(),
         lambda completed, total: completed_steps.append(completed),

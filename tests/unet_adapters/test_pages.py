@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from unet_adapters.hosts import base
-
 HOWTO = Path(__file__).resolve().parents[2] / "docs" / "howto"
 
 
@@ -28,17 +26,3 @@ def run_page(page: Path) -> dict[str, Any]:
 def test_the_page_of_what_works_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert not run_page(HOWTO / "works_with.md")["adapter"].is_mounted
-
-
-def test_a_host_is_one_file_outside_the_repository(tmp_path, monkeypatch, capsys) -> None:
-    page = HOWTO / "add_a_host.md"
-    base.list_hosts()
-    monkeypatch.setattr(base, "_HOSTS", dict(base._HOSTS))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    first, *rest = blocks(page, "python")
-    Path("dit_host.py").write_text(first, encoding="utf-8")
-    names: dict[str, Any] = {"__name__": "page"}
-    for code in rest:
-        exec(compile(code, str(page), "exec"), names)
-    assert capsys.readouterr().out == "".join(blocks(page, "text"))

@@ -58,9 +58,9 @@ def generate(
         size: (height, width) in pixels; multiples of `size_multiple(pipe)`.
         memory_budget: bytes that may be used; savings are chosen so that the image fits. None: no limit.
         plan: a plan made before, instead of a budget.
-        image: start from this image. Without `strength` it is the result of the stage of its size, and the later stages
-            enlarge it (super-resolution); with `strength` it is resized to the first stage's size and changed
-            (image to image).
+        image: start from this image, in mode RGB. Without `strength` it is the result of the stage of its size, and the
+            later stages enlarge it (super-resolution); with `strength` it is resized to the first stage's size and
+            changed (image to image).
         strength: share of the schedule that the first stage runs on `image`, above 0 and up to 1.
         control: a ControlNet and its image, which is resized to every stage.
         stage_dir: folder for the latents of finished stages, from which a run that was killed resumes.
@@ -76,6 +76,8 @@ def generate(
     """
     request = GenerationRequest(prompt=prompt, size=size, **options)
     check_text_to_image(pipe)
+    if image is not None and image.mode != "RGB":
+        raise ValueError(f"image: expected mode RGB, got {image.mode}. Convert it first, 16-bit values to 8 bits.")
     stages = _stages(pipe, request, image if strength is None else None)
     check_scheduler(pipe.scheduler, request.steps, [stage.strength for stage in stages])
     plan = plan or plan_request(pipe, request, memory_budget=memory_budget)
@@ -219,7 +221,7 @@ def _stages(pipe: Any, request: GenerationRequest, image: Image.Image | None) ->
 
 def _encode_image(pipe: Any, image: Image.Image, size: ImageSize, plan: MemoryPlan) -> Tensor:
     """Return the latents of an image after resizing it to `size`."""
-    resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size[0], size[1], 3)
     return encode_tiled(pipe.vae, pixels, plan.tiling).to(pipe.unet.device, pipe.unet.dtype)
 

@@ -9,23 +9,26 @@ and the figures.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from rich.progress import track
 from safetensors import safe_open
 
-from experiments.core.files import write_json
+from experiments.core.files import read_json, sha256_of_file, write_json
 from experiments.core.memory import keep_freed_memory
 from experiments.highres.memory_monitor import MemoryMonitor
 from experiments.highres.pipelines import mount, open_pipeline
 from experiments.highres.throughput import measure_throughput
 from experiments.studies.large_images.page import write_page
+from experiments.teacher.load import EMBEDDED
 from unet_adapters.highres import GenerationRequest, decode_tiled, generate, plan_memory
 from unet_adapters.highres.stages import format_size
 
@@ -33,6 +36,7 @@ PROMPTS = ("red apple, teal background", "blue heart, yellow background", "cat f
 """The index of a prompt is its seed. The first is made at the full size, all of them up to COMPARED_SIZE."""
 
 COMPARED_SIZE = 512  # pixels: the largest size at which softmax attention and direct generation are compared
+RECORD = "record.json"
 STEPS = 20
 GUIDANCE = 3.0
 
@@ -60,6 +64,18 @@ class ImageCase:
     def folder(self) -> str:
         """Name of the image's folder."""
         return f"{self.name}-{self.mode}-{self.size}-s{self.seed}"
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what else the image depends on: the weights of the adapter and of the model, and the settings."""
+        files = sorted(Path(self.adapter).glob("*")) if self.adapter else []
+        weights = [*files, *sorted(EMBEDDED.rglob("*.safetensors"))]
+        return {"files": [sha256_of_file(path) for path in weights], "steps": STEPS, "guidance": GUIDANCE}
+
+    def is_complete(self, folder: Path) -> bool:
+        """Return whether `folder` contains this image, made with the same files and settings."""
+        record = read_json(folder / RECORD)
+        expected = json.loads(json.dumps({**asdict(self), **self.provenance()}))
+        return {key: record.get(key) for key in expected} == expected
 
 
 def list_cases(normalized: str, unnormalized: str, size: int) -> list[ImageCase]:
@@ -124,14 +140,14 @@ def make_image(case: ImageCase, folder: Path) -> None:
         for estimate in plan.stages
         if (part := format_size(estimate.stage.size)) in monitor.parts
     ]
-    write_json(folder / "record.json", {**asdict(case), "adapter": bool(case.adapter), "stages": stages})
+    write_json(folder / RECORD, {**asdict(case), **case.provenance(), "stages": stages})
 
 
 def make_missing_images(cases: list[ImageCase], runs: Path) -> None:
     """Make every image that has no record yet, each in its own process."""
     for number, case in enumerate(track(cases, "images")):
         folder = runs / case.folder
-        if not (folder / "record.json").is_file():
+        if not case.is_complete(folder):
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "experiments.studies.large_images", *sys.argv[1:], "--one", str(number)]
             subprocess.run(command, check=True)

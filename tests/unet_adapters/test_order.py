@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
+from re import DOTALL, MULTILINE, findall
 from typing import Any
 
 import pytest
@@ -165,3 +167,13 @@ def test_the_order_of_operations_does_not_matter(mixer, operations, order) -> No
     else:
         assert torch.equal(output, base)
     assert_same_model(now, then)
+
+
+@pytest.mark.slow  # the teacher that ships
+def test_the_page_runs(tmp_path, monkeypatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "howto" / "works_with.md"
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), MULTILINE | DOTALL):
+        exec(compile(code, str(page), "exec"), names)
+    assert not names["adapter"].is_mounted

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mixers import create_mixer
-from unet_adapters.files import replace_atomically
+from mixers.files import atomic_path
 from unet_adapters.hosts import Host
 from unet_adapters.hub import fetch
 from unet_adapters.sites import Site
@@ -90,9 +90,9 @@ def save_adapter(
         "fingerprint": host.fingerprint(),
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
-    with replace_atomically(folder / WEIGHTS) as path:
+    with atomic_path(folder / WEIGHTS, durable=True) as path:
         path.write_bytes(payload)
-    with replace_atomically(folder / DESCRIPTION) as path:
+    with atomic_path(folder / DESCRIPTION, durable=True) as path:
         path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 

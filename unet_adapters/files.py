@@ -1,21 +1,44 @@
-"""Write files so that a reader sees the old content or the new, never a part."""
+"""Write safetensors files: atomically, and with an OSError where the disk is full or fails."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-@contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; moved to `path` on success, deleted on an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+from mixers.files import atomic_path
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically: a reader sees the old file or the new one.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    with atomic_path(path) as partial:
+        write_tensors(partial, tensors, metadata, shown_as=path)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, shown_as: Path | None = None
+) -> None:
+    """Write a safetensors file in place, for use inside `atomic_path`.
+
+    Args:
+        path: the file.
+        tensors: by name; made contiguous.
+        metadata: for the file's header.
+        shown_as: the path to name in the message; None: `path`.
+
+    Raises:
+        OSError: the disk is full or fails; safetensors itself raises `SafetensorError`, which is no OSError.
+    """
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        save_file(contiguous, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(f"Cannot write {shown_as or path}: {reason}.") from error

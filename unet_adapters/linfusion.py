@@ -17,12 +17,12 @@ from typing import Any
 
 import diffusers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixers import create_mixer
+from mixers.files import atomic_path
 from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, SavedAdapter, SiteMixer
-from unet_adapters.files import replace_atomically
+from unet_adapters.files import write_tensors
 from unet_adapters.hosts import Host
 from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
@@ -148,11 +148,10 @@ def write_linfusion(
     entries = [asdict(module) for module in modules]
     config = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__, "modules_list": entries}
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        config_path = stack.enter_context(replace_atomically(folder / CONFIG))
-        weights_path = stack.enter_context(replace_atomically(folder / WEIGHTS))
-        save_file(weights, weights_path, metadata={"format": "pt"})
+        config_path = stack.enter_context(atomic_path(folder / CONFIG, durable=True))
+        weights_path = stack.enter_context(atomic_path(folder / WEIGHTS, durable=True))
+        write_tensors(weights_path, weights, {"format": "pt"}, shown_as=folder / WEIGHTS)
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ def distill(
     load_plugins(plugins)
     with clean_errors():
         plan = load_recipe(recipe, settings)
-        console.print(f"[bold]{plan.name}[/]: {plan.about}")
+        console.print(f"[bold]{plan.name}[/]: {plan.about}", soft_wrap=True)
         batch_sizes = {stage.name: stage.fit.batch_size for stage in plan.distillation.stages}
         with progress() as display:
 

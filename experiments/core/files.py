@@ -1,18 +1,15 @@
-"""JSON and safetensors files that are replaced as a whole; built on `mixers.files.atomic_path`."""
+"""Text and JSON files that are replaced as a whole, and hashes of files.
+
+Built on `mixers.files.atomic_path`; `unet_adapters.files` does the same for safetensors files.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-from experiments.core.errors import first_line
 from mixers.files import atomic_path
 
 
@@ -44,20 +41,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically.
-
-    Raises:
-        OSError: the disk is full or fails; safetensors itself raises `SafetensorError`, which is no OSError.
-    """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as partial:
-        try:
-            save_file(contiguous, partial, metadata=None if metadata is None else dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"Cannot write {path}: {first_line(error)}.") from error
 
 
 def folder_state(source: str) -> str:

@@ -68,7 +68,7 @@ class CaptionedImages(Protocol):
     def example(self, index: int, size: Size, variation: int = 0) -> Example: ...
 
 
-class ImageRecord(Protocol):
+class DataRecord(Protocol):
     """An item of a data set whose image is not decoded or rendered yet."""
 
     @property
@@ -89,7 +89,7 @@ class RecordSource(Protocol):
     def name(self) -> str:
         """What it is, for messages, and to distinguish it from other data."""
 
-    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
         """Iterate over all records in an order that never changes; `seed` decides it if any order is possible."""
 
 
@@ -114,11 +114,11 @@ class RandomAccess(ABC):
         example = self.example(index, DIGEST_SIZE)
         return content_digest(example.key, example.caption, example.image.numpy().tobytes())
 
-    def record(self, index: int) -> ImageRecord:
+    def record(self, index: int) -> DataRecord:
         """Return an item, not decoded or rendered yet."""
         return _IndexedRecord(self, index)
 
-    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
         """Iterate over all items, shuffled by `seed`."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return map(self.record, order.tolist())

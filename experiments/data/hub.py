@@ -23,8 +23,8 @@ from experiments.core.errors import first_line
 from experiments.data.example import (
     BadRecord,
     DataError,
+    DataRecord,
     Example,
-    ImageRecord,
     RandomAccess,
     Size,
     SkipCounter,
@@ -101,7 +101,7 @@ class TableImages(RandomAccess):
         """Return what the row is split by."""
         return str(self._keys[self._rows[index]])
 
-    def record(self, index: int) -> ImageRecord:
+    def record(self, index: int) -> DataRecord:
         """Return a row, which may turn out to be unusable."""
         return _Row(self.key(index), lambda: self._table.rows[self._rows[index]], self._table)
 
@@ -129,7 +129,7 @@ class TableStream:
         if split is not None:
             in_split("", split)  # refuses an unknown split
 
-    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
         """Iterate over the rows in their files' order, whatever the seed."""
         rows = iter(self._table.rows)
         while True:

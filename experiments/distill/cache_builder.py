@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from experiments.core.files import save_tensors, sha256_of_file
+from experiments.core.files import sha256_of_file
 from experiments.core.progress import ProgressCallback, ignore_progress
-from experiments.data import BadRecord, DataError, Example, ImageRecord, RecordSource, Size, extent
+from experiments.data import BadRecord, DataError, DataRecord, Example, RecordSource, Size, extent
 from experiments.data.example import SkipCounter, digest_records
 from experiments.distill.cache import LatentCache
 from experiments.distill.cache_index import (
@@ -26,6 +26,7 @@ from experiments.distill.cache_index import (
     require_same_contents,
 )
 from experiments.teacher.teacher import Batch, Teacher
+from unet_adapters.files import save_tensors
 
 SHARD = 1024
 """Images per file."""
@@ -87,7 +88,7 @@ class _Builder:
         self._sizes = [tuple(size) for size in index.contents["sizes"]]
         self._dtype: torch.dtype = getattr(torch, index.contents["dtype"])
 
-    def build(self, images: Iterator[tuple[ImageRecord, int]], progress: ProgressCallback) -> None:
+    def build(self, images: Iterator[tuple[DataRecord, int]], progress: ProgressCallback) -> None:
         index = self._index
         length = index.contents["shard"]
         total = index.contents["images"]
@@ -116,7 +117,7 @@ class _Builder:
         self._finish()
 
     def _build_shard(
-        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[ImageRecord, int]]
+        self, number: int, start: int, read: int, count: int, images: Iterator[tuple[DataRecord, int]]
     ) -> dict[str, Any]:
         skipped = SkipCounter()
         keys: list[str] = []
@@ -230,7 +231,7 @@ def _existing(directory: Path, contents: dict[str, Any]) -> CacheIndex:
     return index
 
 
-def _images(data: RecordSource, seed: int, variations: int) -> Iterator[tuple[ImageRecord, int]]:
+def _images(data: RecordSource, seed: int, variations: int) -> Iterator[tuple[DataRecord, int]]:
     return ((record, variation) for record in data.records(seed) for variation in range(variations))
 
 

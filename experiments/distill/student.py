@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from experiments.config import DistillationConfig, FitConfig, MixerSpec, TrainingStage
-from experiments.core.files import save_tensors
 from experiments.distill.loss import DistillationLoss
 from experiments.distill.output_gains import apply_output_gains, fit_output_gains
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import StageCallback, fit
 from experiments.training.processes import this_process
 from unet_adapters import MixerAdapter
+from unet_adapters.files import save_tensors
 from unet_adapters.student_weights import MIXER
 
 CALIBRATION_BATCHES = 4

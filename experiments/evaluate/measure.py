@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.config import EvaluationConfig
 from experiments.core.environment import describe_environment
-from experiments.core.files import save_tensors, write_json
+from experiments.core.files import write_json
 from experiments.core.progress import ProgressCallback
 from experiments.core.registries import METRICS
 from experiments.distill.context import open_context
@@ -18,6 +18,7 @@ from experiments.evaluate.samples import save_samples
 from experiments.metrics.base import Metric
 from experiments.metrics.inputs.student import EvaluatedStudent
 from unet_adapters import MixerAdapter
+from unet_adapters.files import save_tensors
 
 RESULT = "evaluation.json"
 

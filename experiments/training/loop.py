@@ -30,7 +30,7 @@ from experiments.training.processes import agree_on_start, open_accelerator, spl
 from experiments.training.schedule import learning_rate_factor
 from experiments.training.state import TrainingState, trainable_parameters
 
-StepCallback = Callable[[int, dict[str, float]], None]
+LossCallback = Callable[[int, dict[str, float]], None]
 """Called after each step as (completed steps, losses by name)."""
 
 StageCallback = Callable[[str, int, int, dict[str, float]], None]
@@ -42,7 +42,7 @@ def fit(
     batch: Callable[[int], Any],
     config: FitConfig,
     directory: Path,
-    callback: StepCallback | None = None,
+    callback: LossCallback | None = None,
     *,
     watched: nn.Module | None = None,
 ) -> list[dict[str, float]]:

@@ -17,7 +17,7 @@ from mixers.testing.operator_cases import HEADS, OPERATORS, NamedTensors, Operat
 from mixers.testing.tolerances import assert_close
 
 WIDE = 48  # channels for which memory is measured
-MAX_INTERPRETED = 65  # tokens up to which kernels are checked on a CPU, where an interpreter runs them
+MAX_INTERPRETED = 33  # tokens up to which kernels are checked on a CPU, where an interpreter runs them
 SHORT = 40  # tokens up to which second derivatives and function transforms are checked: more than one chunk
 LONG = (257, 1021)
 OperatorCheck = Callable[[OperatorCase, CheckInputs], None]

@@ -25,11 +25,12 @@ def open_teacher(kind: str = "text-to-image", dtype: torch.dtype = torch.float64
 
 
 def encoded(teacher: Teacher, sizes: tuple[int, ...] = (16,), count: int = 4) -> EncodedImages:
-    generator, sizes_ = torch.Generator().manual_seed(0), {}
+    generator = torch.Generator().manual_seed(0)
+    by_size = {}
     for size in sizes:
         images = torch.rand(count, 3, size, size + 8, generator=generator) * 2 - 1
-        sizes_[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
-    return EncodedImages(sizes_, teacher.unconditional)
+        by_size[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
+    return EncodedImages(by_size, teacher.unconditional)
 
 
 def batch_of(teacher: Teacher, step: int = 0) -> Batch:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.config import FitConfig
-from experiments.data import BadRecord, DataError, EmojiSet, Example, ImageRecord, Size, batch, extent
+from experiments.data import BadRecord, DataError, DataRecord, EmojiSet, Example, Size, batch, extent
 from experiments.distill.batches import draw_batch
 from experiments.distill.cache import LatentCache, open_cache
 from experiments.distill.cache_builder import build_cache
@@ -59,7 +59,7 @@ class Fake:
 
 @dataclass
 class Numbers:
-    """Records 0, 1, 2, …: a picture of one value, and the caption says which; some are bad; two have one caption."""
+    """Records 0, 1, 2, …: an image of one value, which the caption names; some cannot be used; two have one caption."""
 
     count: int
     bad: frozenset[int] = frozenset()
@@ -67,7 +67,7 @@ class Numbers:
     shift: int = 0
     content: str = ""
 
-    def records(self, seed: int = 0) -> Iterator[ImageRecord]:
+    def records(self, seed: int = 0) -> Iterator[DataRecord]:
         return (_Number(n, n in self.bad, self.shift + seed, self.content) for n in range(self.count))
 
 
@@ -101,14 +101,16 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# --- every picture where it belongs ---------------------------------------------------------------
+# --- every image where it belongs ---------------------------------------------------------------
 
 
 @given(st.data())
 def test_a_batch_is_the_rows_asked_for(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    count, variations = data.draw(st.integers(1, 9), "records"), data.draw(st.integers(1, 3), "variations")
+    count = data.draw(st.integers(1, 9), "records")
+    variations = data.draw(st.integers(1, 3), "variations")
     bad = data.draw(st.frozensets(st.integers(0, count - 1), max_size=count - 1), "bad")
-    images, shard = data.draw(st.integers(1, 30), "images"), data.draw(st.integers(1, 7), "shard")
+    images = data.draw(st.integers(1, 30), "images")
+    shard = data.draw(st.integers(1, 7), "shard")
     sizes = [8, (4, 12)]
     cache = build(
         tmp_path_factory.mktemp("cache"),
@@ -140,13 +142,15 @@ def test_a_batch_is_the_rows_asked_for(tmp_path_factory: pytest.TempPathFactory,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_batch_is_what_the_teacher_encodes(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     teacher = open_teacher() if family == "embedded" else Teacher(pipelines.make(family))
-    data, sizes = EmojiSet(), (32, (32, 64))
+    data = EmojiSet()
+    sizes = (32, (32, 64))
     cache = build(tmp_path, teacher, data, sizes=sizes, images=6, shard=4, variations=2, dtype=dtype)
     keys = [record.key for record in islice(data.records(), 3)]
     records = [next(i for i in range(len(data)) if data.key(i) == key) for key in keys]
     for size in sizes:
         images, captions = batch(data, [i for i in records for _ in (0, 1)], size, [0, 1] * 3)
-        direct, cached = teacher.encode(images, captions), cache.batch(range(6), size)
+        direct = teacher.encode(images, captions)
+        cached = cache.batch(range(6), size)
         assert set(cached) == set(direct)
         for name, value in cached.items():
             assert value.dtype == (torch.float32 if name == "time_ids" else dtype)
@@ -189,8 +193,8 @@ def test_it_can_be_pickled_and_asked_wrongly(tmp_path: Path) -> None:
 # --- stopped and started again --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pictures", range(0, 44, 3))
-def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(pictures: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", range(0, 44, 3))
+def test_a_killed_build_continues_and_ends_with_the_same_bytes(images: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "data": Numbers(14, frozenset({1, 5, 6})),
         "sizes": [8, 12],
@@ -198,7 +202,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(pictures: int, tmp_
         "variations": 2,
     }
     build(tmp_path / "undisturbed", **options)
-    teacher = Fake(budget=pictures)
+    teacher = Fake(budget=images)
     try:
         build(tmp_path / "killed", teacher, **options)
     except Killed:
@@ -207,7 +211,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(pictures: int, tmp_
     left = Fake()
     build(tmp_path / "killed", left, **options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
-    whole = min(teacher.encoded, pictures) // 8 * 8  # four pictures at two sizes a shard
+    whole = min(teacher.encoded, images) // 8 * 8  # four images at two sizes a shard
     assert left.encoded == 40 - whole, "whole shards are not encoded again"
     idle = Fake(budget=0)
     assert len(build(tmp_path / "killed", idle, **options)) == 20
@@ -283,7 +287,8 @@ def test_any_byte_that_changed_is_noticed(tmp_path_factory: pytest.TempPathFacto
     sound = {key: value.clone() for key, value in cache.batch(range(10)).items()}
     path = directory / data.draw(st.sampled_from(sorted(p.name for p in directory.iterdir())), "file")
     original = path.read_bytes()
-    place, bit = data.draw(st.integers(0, len(original) - 1), "byte"), data.draw(st.integers(0, 7), "bit")
+    place = data.draw(st.integers(0, len(original) - 1), "byte")
+    bit = data.draw(st.integers(0, 7), "bit")
     try:
         path.write_bytes(original[:place] + bytes([original[place] ^ 1 << bit]) + original[place + 1 :])
         tensors: Batch = {}

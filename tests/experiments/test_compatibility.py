@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_sentence(
 
     functions = {
         "controlnet": "safetensors.torch.save_file",
-        "ip_adapter": "experiments.core.files.save_file",
+        "ip_adapter": "unet_adapters.files.save_file",
     }
     train = getattr(training, f"train_{part}")
 

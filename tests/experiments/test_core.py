@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from experiments.core.devices import available_cores, threads_per_process
 from experiments.core.environment import describe_environment
 from experiments.core.errors import first_line
-from experiments.core.files import read_json, save_tensors, sha256_of_file, write_bytes, write_json, write_text
+from experiments.core.files import read_json, sha256_of_file, write_bytes, write_json, write_text
 from experiments.core.locks import is_locked, lock_folder, try_lock
 from experiments.core.registry import Registry
 from experiments.core.signals import Interrupted
 from mixers.files import atomic_path
 from mixers.suggest import unknown_name
+from unet_adapters.files import save_tensors
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

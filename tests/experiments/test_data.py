@@ -14,7 +14,8 @@ from PIL import Image
 from experiments.data import DataError, EmojiSet, ImageFolder, batch, open_dataset
 from experiments.data.emoji import BACKGROUNDS, catalogue, render
 
-CAT, DOG = (200, 40, 40), (40, 40, 200)
+CAT = (200, 40, 40)
+DOG = (40, 40, 200)
 
 
 def save(path: Path, color: tuple[int, int, int] = CAT, size: tuple[int, int] = (48, 48)) -> None:
@@ -60,9 +61,11 @@ def test_the_caption_names_the_background(index: int) -> None:
 
 
 def test_a_variation_is_a_pure_function_of_its_numbers() -> None:
-    first, second = EmojiSet(), EmojiSet()
+    first = EmojiSet()
+    second = EmojiSet()
     for variation in range(4):
-        a, b = first.example(7, 32, variation), second.example(7, 32, variation)
+        a = first.example(7, 32, variation)
+        b = second.example(7, 32, variation)
         assert a.caption == b.caption and torch.equal(a.image, b.image)
     scenes = [first.example(7, 32, variation) for variation in range(12)]
     assert len({background_of(s.caption) for s in scenes}) > 1
@@ -109,7 +112,8 @@ def test_a_drawing_that_is_not_square_is_not_cropped(width: int, height: int) ->
         f'<rect width="{width}" height="{height}" fill="#ff0000"/></svg>'
     )
     red = (render(svg, 144, "#000000", scale=0.75) == [255, 0, 0]).all(-1)
-    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    rows = np.flatnonzero(red.any(1))
+    columns = np.flatnonzero(red.any(0))
     unit = 144 * 0.75 / 36  # pixels per unit of the drawing
     assert columns[-1] - columns[0] + 1 == pytest.approx(width * unit, abs=2)
     assert rows[-1] - rows[0] + 1 == pytest.approx(height * unit, abs=2)
@@ -146,11 +150,13 @@ def test_a_folder_with_metadata(tmp_path: Path) -> None:
 
 def test_odd_variations_are_mirrored_and_wide_images_lose_their_sides(tmp_path: Path) -> None:
     pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :8], pixels[:, 8:16] = 255, 128  # white side to be cut off, then gray: the left half of the square
+    pixels[:, :8] = 255
+    pixels[:, 8:16] = 128  # white side to be cut off, then gray: the left half of the square
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide")
     data = ImageFolder(tmp_path)
-    plain, mirrored = data.example(0, 16, 0).image, data.example(0, 16, 1).image
+    plain = data.example(0, 16, 0).image
+    mirrored = data.example(0, 16, 1).image
     assert torch.equal(plain.flip(-1), mirrored)
     assert plain[0, 8, 2] == pytest.approx(128 / 127.5 - 1, abs=1e-4) and plain[0, 8, 13] == -1
 

@@ -1,4 +1,4 @@
-"""Tables of captioned images, from disk: every format the same pictures, broken rows skipped aloud; and sizes."""
+"""Tables of captioned images from disk: every format has the same images, unusable rows are reported; and sizes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 
 def png(number: int) -> bytes:
-    """A picture that tells its number, and left from right; not square."""
+    """An image that encodes its number, and left and right; not square."""
     pixels = np.full((20, 32, 3), 7 * number, np.uint8)
     pixels[:, 16:, 0] = 255
     file = io.BytesIO()
@@ -45,8 +45,8 @@ def png(number: int) -> bytes:
 
 
 # Four broken rows among the good ones: pixels, caption, and a caption of the wrong kind in formats that have kinds.
-ROWS: list[tuple[bytes | None, str | None]] = [(png(n), f"picture {n}") for n in range(GOOD)]
-ROWS[3:3] = [(b"no picture", "broken"), (png(1)[:60], "cut"), (png(1), None), (None, "nothing"), (png(1), "  ")]
+ROWS: list[tuple[bytes | None, str | None]] = [(png(n), f"image {n}") for n in range(GOOD)]
+ROWS[3:3] = [(b"no image", "broken"), (png(1)[:60], "cut"), (png(1), None), (None, "nothing"), (png(1), "  ")]
 
 
 def parquet(folder: Path, rows: list[tuple[Any, Any]] = ROWS, name: str = "a.parquet") -> str:
@@ -105,7 +105,8 @@ FORMATS: dict[str, Callable[[Path], str]] = {
 def test_a_stream_is_every_row_in_order_and_bad_ones_say_why(kind: str, tmp_path: Path) -> None:
     source = FORMATS[kind](tmp_path)
     for _ in range(2):  # opened again, read again: the same
-        captions, reasons = [], []
+        captions = []
+        reasons = []
         for split in ("train", "held_out"):
             for record in open_records(source, split=split).records():
                 try:
@@ -116,7 +117,7 @@ def test_a_stream_is_every_row_in_order_and_bad_ones_say_why(kind: str, tmp_path
                 captions.append(example.caption)
                 number = int(example.caption.split()[1])
                 assert example.image[1, 4, 4] == pytest.approx(7 * number / 127.5 - 1)
-        assert sorted(captions, key=lambda c: int(c.split()[1])) == [f"picture {n}" for n in range(GOOD)]
+        assert sorted(captions, key=lambda c: int(c.split()[1])) == [f"image {n}" for n in range(GOOD)]
         assert sorted(reasons)[2:] == ["no caption", "no caption", "no image"]
         assert all(reason.startswith("its image cannot be read") for reason in sorted(reasons)[:2])
 
@@ -128,11 +129,12 @@ def test_in_any_order_it_is_the_same_rows(kind: str, tmp_path: Path, caplog: pyt
         data = TableImages(source)
         good = [e for e in (data.example(i, (10, 16)) for i in range(len(data)))]
     assert len(data) == GOOD + 3, "what opening cannot see stays in, and is replaced"
-    assert {e.caption for e in good} == {f"picture {n}" for n in range(GOOD)}
-    assert good[3].caption == good[6].caption == "picture 3", "by the next good row"
+    assert {e.caption for e in good} == {f"image {n}" for n in range(GOOD)}
+    assert good[3].caption == good[6].caption == "image 3", "by the next good row"
     assert data.skipped["no caption"] == 2 and data.skipped["no image"] >= 1
     assert "Skipped row" in caplog.text and f"{GOOD + 3} used, 2 skipped (2 × no caption)" in caplog.text
-    first, mirrored = data.example(2, (10, 16)), data.example(2, (10, 16), variation=1)
+    first = data.example(2, (10, 16))
+    mirrored = data.example(2, (10, 16), variation=1)
     assert torch.equal(first.image.flip(-1), mirrored.image)
     assert first.image.shape == (3, 10, 16) and first.image[0, 5, 2] < first.image[0, 5, 13] == 1
     streamed = [r for s in ("train", "held_out") for r in open_records(source, split=s).records()]
@@ -166,15 +168,17 @@ def first_index(data: EmojiSet, key: str) -> int:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_cache_is_built_of_a_stream_and_goes_on_in_the_middle_of_it(
+def test_a_cache_is_built_from_a_stream_and_resumes_in_the_middle(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data").mkdir()
-    source, teacher = FORMATS[kind](tmp_path / "data"), Teacher(pipelines.make())
+    source = FORMATS[kind](tmp_path / "data")
+    teacher = Teacher(pipelines.make())
     options: dict[str, Any] = {"sizes": [8, (8, 12)], "images": 100, "shard": 4, "variations": 2, "batch_size": 3}
     build_cache(teacher, open_records(source), tmp_path / "undisturbed", **options)
 
-    calls, encode = iter(range(9)), teacher.encode_images
+    calls = iter(range(9))
+    encode = teacher.encode_images
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
         patch.setattr(teacher, "encode_images", lambda images: (next(calls), encode(images))[1])
         build_cache(teacher, open_records(source), tmp_path / "cache", **options)
@@ -253,7 +257,8 @@ def test_a_file_damaged_further_on_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_for_what_the_source_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table, calls = parquet(tmp_path), []
+    table = parquet(tmp_path)
+    calls = []
 
     def load(*args: Any, **kwargs: Any) -> Any:
         calls.append((args, kwargs))
@@ -278,13 +283,13 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24))
-def test_a_photograph_has_the_size_asked_for_and_its_own_colors(height: int, width: int, h: int, w: int) -> None:
+def test_a_resized_image_has_the_requested_size_and_its_own_colors(height: int, width: int, h: int, w: int) -> None:
     image = crop_and_resize(Image.new("RGB", (width, height), (200, 40, 10)), (h, w))
     assert image.shape == (3, h, w)
     torch.testing.assert_close(image, (torch.tensor([200.0, 40, 10]) / 127.5 - 1).view(3, 1, 1).expand(3, h, w))
 
 
-def test_the_centre_of_the_shape_asked_for_is_kept() -> None:
+def test_the_center_of_the_requested_shape_is_kept() -> None:
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[10:30] = 255
     image = crop_and_resize(Image.fromarray(pixels), (10, 20))  # 20 × 40 of it
@@ -298,7 +303,7 @@ def test_emoji_that_are_not_square_have_the_square_in_the_middle() -> None:
     assert torch.equal(wide[:, :, :24].amax((1, 2)), wide[:, :, 56:].amin((1, 2))), "one color to both sides"
 
 
-def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+def test_images_of_a_folder_are_turned_upright(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4] = 255
     exif = Image.Exif()

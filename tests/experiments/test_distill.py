@@ -84,7 +84,8 @@ def test_the_published_loss_by_hand(teacher: Teacher, batch: Batch) -> None:
         sites[mounted] = records
         for hook in hooks:
             hook.remove()
-    noise, output = F.mse_loss(outputs[True], batch["noise"]), F.mse_loss(outputs[True], outputs[False])
+    noise = F.mse_loss(outputs[True], batch["noise"])
+    output = F.mse_loss(outputs[True], outputs[False])
     features = torch.stack([F.mse_loss(sites[True][n], sites[False][n]) for n in sites[True]]).mean()
     torch.testing.assert_close(result["noise"], noise)
     torch.testing.assert_close(result["output"], output)
@@ -117,7 +118,8 @@ def test_rows_of_the_teacher_are_those_of_its_softmax(teacher: Teacher) -> None:
     x = torch.randn(2, 20, layer.query_dim, dtype=torch.float64)
     mixer = create_mixer("softmax", layer.query_dim, layer.heads, own_projections=False)
     row_shares = torch.rand(2, 5, dtype=torch.float64)
-    matrix, rows = mixing_matrix(mixer, x, layer), softmax_rows(layer, x, row_shares)
+    matrix = mixing_matrix(mixer, x, layer)
+    rows = softmax_rows(layer, x, row_shares)
     for sample in range(2):
         for r, i in enumerate((row_shares[sample] * 20).long().tolist()):
             torch.testing.assert_close(rows[sample, r], matrix[sample, :, i])
@@ -256,14 +258,15 @@ def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(teacher: Teach
 @pytest.mark.parametrize("name", list_objectives())
 def test_a_step_of_sdxl(name: str) -> None:
     teacher = open_teacher("SDXL")
-    adapter, batch = student(teacher), batch_of(teacher)
+    adapter = student(teacher)
+    batch = batch_of(teacher)
     assert {"pooled", "time_ids"} <= batch.keys()
     assert any(
         g.any() for g in gradients(adapter, DistillationLoss(teacher, adapter, one(name))(batch)["loss"]).values()
     )
 
 
-def test_sites_below_min_tokens_are_no_business_of_local(teacher: Teacher, batch: Batch) -> None:
+def test_local_ignores_sites_below_min_tokens(teacher: Teacher, batch: Batch) -> None:
     every = student(teacher)
     sizes = {row.site: row.tokens for row in every.status(size=(16, 24))}
     some = student(teacher, min_tokens=max(t for t in sizes.values() if t))

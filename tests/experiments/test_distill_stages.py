@@ -69,7 +69,8 @@ def plan(**changes: Any) -> DistillationConfig:
         TrainingStage(name="matrix", objectives={"matrix": 1}, fit=FIT),
         TrainingStage(name="local", objectives={"local": 1}, fit=FIT, sizes=(24, 16)),
     )
-    return DistillationConfig(**{"fit": FIT, "before": before, "image_size": 16, "images": 4, **changes})
+    settings: dict[str, Any] = {"fit": FIT, "before": before, "image_size": 16, "images": 4} | changes
+    return DistillationConfig(**settings)
 
 
 def distill(

@@ -59,13 +59,14 @@ def work(folder: Path, rank: int) -> None:
     """What each process does."""
     torch.set_num_threads(1)
     for accumulation in (1, 2):
-        model, config = Objective(), CONFIG.model_copy(update={"accumulation": accumulation})
+        model = Objective()
+        config = CONFIG.model_copy(update={"accumulation": accumulation})
         fit(model, batch, config, folder / f"parts{accumulation}")
         state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         save_file(state, folder / f"parts{accumulation}-{rank}.safetensors")
 
     def ask(step: int, _: dict[str, float]) -> None:
-        if step == 5 and rank == 0:  # of several, one is told
+        if step == 5 and rank == 0:  # only one of the processes gets the signal
             os.kill(os.getpid(), signal.SIGTERM)
 
     apart = folder / f"apart-{rank}"  # each sees a folder of its own, with checkpoints in the first one's alone

@@ -63,7 +63,7 @@ def test_a_full_disk_is_one_sentence(tiny_teacher: Path, tmp_path: Path, monkeyp
         raise SafetensorError(f"Error while serializing: I/O error: {errno.ENOSPC} No space left on device")
 
     student(open_teacher(str(tiny_teacher))).save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("experiments.core.files.save_file", fail)
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
     code, output = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out", "generated.images=0")
     assert code == 2 and "No space left on device" in output
 

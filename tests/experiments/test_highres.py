@@ -216,10 +216,10 @@ def test_a_controlnet_that_does_not_fit_is_one_sentence(
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tensors: Any, path: Path) -> None:
+    def fail(tensors: Any, path: Path, **_: Any) -> None:
         raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
 
-    monkeypatch.setattr("unet_adapters.highres.stage_store.save_file", fail)
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
     out = tmp_path / "image.png"
     process = mixlab("generate", "sun", "--size", "64x64", "--steps", "1", "--out", str(out))
     assert process.exit_code == 2 and "No space left on device" in process.output and not out.exists()

@@ -55,7 +55,8 @@ def test_ready_made_recipes_load_and_fit_their_teachers(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.distillation.fit.steps > 0
     profile = next(p for p in PROFILES if p.name == PLACES[name.partition("_")[0]])
-    choice, kinds = recipe.mixer, set()
+    choice = recipe.mixer
+    kinds = set()
     for site in find_sites(profile.unet("meta"), choice.select):
         kinds.add((site.dim, site.heads))
     for dim, heads in kinds:

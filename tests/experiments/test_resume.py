@@ -229,7 +229,7 @@ def test_what_is_not_finite_is_named(tmp_path: Path, whole: dict[str, Tensor]) -
     ):
         fit(model, broken, CONFIG, tmp_path)
     assert [path.stem for path in files(tmp_path)] == ["step-00000006", "step-00000007"]
-    assert_equal(trained(tmp_path), whole)  # with the batch mended, it goes on
+    assert_equal(trained(tmp_path), whole)  # it continues once the batch is fixed
 
 
 def test_the_first_module_that_broke_is_named() -> None:
@@ -255,7 +255,8 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def test_half_precision_trains_float32_weights_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model, inner = Line(), []
+    model = Line()
+    inner = []
     model.line.register_forward_hook(lambda _m, _i, output: inner.append(output.dtype))
     log = fit(model, batch, CONFIG.model_copy(update={"mixed_precision": "bf16"}), tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and set(inner) == {torch.bfloat16}
@@ -298,7 +299,7 @@ def test_float16_does_not_skip_for_ever(tmp_path: Path, monkeypatch: pytest.Monk
         fit(Root(), batch, config, tmp_path)
 
 
-def test_what_the_launcher_is_told_does_not_come_on_top(
+def test_the_launcher_s_settings_are_not_added(
     tmp_path: Path, whole: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")

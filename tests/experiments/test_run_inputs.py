@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import SafetensorError
 
-from experiments.core import files
 from experiments.core.locks import lock_folder
 from experiments.data import ImageFolder
 from experiments.distill import open_context
@@ -21,6 +20,7 @@ from experiments.distill.recipe import DistillationRecipe
 from experiments.distill.run import run_recipe
 from experiments.teacher.load import load_teacher, open_teacher
 from tests.unet_adapters import pipelines
+from unet_adapters import files
 
 
 def ignore(*_: object) -> None:
@@ -137,7 +137,8 @@ def test_a_context_is_not_reused_for_other_arguments(argument: str, teacher: Pat
         "images": {"images": 3},
         "sizes": {"more_sizes": (8,)},
     }
-    assert open_context(**{**arguments, **changes[argument]}) is not first
+    arguments |= changes[argument]
+    assert open_context(**arguments) is not first
 
 
 @pytest.mark.parametrize("change", ["one image", "one caption", "one weight of the autoencoder"])

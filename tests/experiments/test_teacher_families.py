@@ -1,4 +1,4 @@
-"""Teachers of every family: opened from disk, encoded, predicted with, and told apart by their fingerprints."""
+"""Teachers of every family: opened from disk, encoded, predicted with, and distinguished by their fingerprints."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def _images(size: tuple[int, int], count: int = len(CAPTIONS)) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_opened_frozen_in_eval_and_with_the_same_weights(name: str, folders: dict[str, Path]) -> None:
-    pipe, original = load_teacher(str(folders[name])), FAMILIES[name]()
+    pipe = load_teacher(str(folders[name]))
+    original = FAMILIES[name]()
     assert type(pipe) is type(original)
     networks = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     assert len(networks) == (4 if name == "SDXL" else 3)
@@ -130,12 +131,16 @@ def test_a_damaged_teacher_is_one_clear_sentence(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_has_what_the_unet_takes(name: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     teacher = open_teacher(str(folders[name]))
-    images, timesteps = _images(size), torch.tensor([0, 400, 999])
-    batch, again = teacher.encode(images, CAPTIONS), teacher.encode(images, CAPTIONS)
+    images = _images(size)
+    timesteps = torch.tensor([0, 400, 999])
+    batch = teacher.encode(images, CAPTIONS)
+    again = teacher.encode(images, CAPTIONS)
     assert set(batch) == ({"latents", "text", "pooled", "time_ids"} if name == "SDXL" else {"latents", "text"})
     assert all(torch.equal(value, again[key]) for key, value in batch.items())
     assert batch["latents"].shape == (3, 4, size[0] // 2, size[1] // 2)
-    assert len({tuple(text.flatten().tolist()) for text in batch["text"]}) == 3, "captions are told apart"
+    assert len({tuple(text.flatten().tolist()) for text in batch["text"]}) == 3, (
+        "different captions have different states"
+    )
 
     noise = pipelines.noise(*batch["latents"].shape, seed=5)
     noisy = teacher.scheduler.add_noise(batch["latents"], noise, timesteps)
@@ -171,7 +176,8 @@ def test_predict_is_the_unet_s_own_call_in_the_pipeline(name: str, folders: dict
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_unconditional_is_what_the_pipeline_guides_with(name: str, folders: dict[str, Path]) -> None:
     teacher = open_teacher(str(folders[name]))
-    blank, caption = teacher.unconditional, teacher.conditions(["a"])
+    blank = teacher.unconditional
+    caption = teacher.conditions(["a"])
     assert {key: value.shape for key, value in blank.items()} == {k: v.shape[1:] for k, v in caption.items()}
     empty = teacher.conditions([""])
     if name == "SDXL":  # the published XL is trained, and guided, with zeros; not with an encoded empty caption

@@ -41,7 +41,8 @@ class Killed(BaseException):
 @settings(max_examples=8)
 @given(stop=st.integers(1, 8))
 def test_a_run_killed_anywhere_ends_bit_identical(stop: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    undisturbed, resumed = Noisy(), Noisy()
+    undisturbed = Noisy()
+    resumed = Noisy()
     whole = fit(undisturbed, batch, CONFIG, tmp_path_factory.mktemp("whole"))
     directory = tmp_path_factory.mktemp("killed")
 
@@ -72,7 +73,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path:
     with pytest.raises(FloatingPointError, match="step 5"):
         fit(Noisy(), broken, CONFIG, tmp_path)
     assert [json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
-    resumed, whole = Noisy(), Noisy()
+    resumed = Noisy()
+    whole = Noisy()
     log = fit(resumed, batch, CONFIG, tmp_path)  # goes on from step 5, which was good
     assert log == fit(whole, batch, CONFIG, tmp_path / "whole")
     assert torch.equal(resumed.line.weight, whole.line.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mixers.operators.delta import chunked, delta_rule, delta_rule_matrix
 from mixers.operators.linear import linear_attention
 from mixers.testing import strategies
+from mixers.testing.inputs import small_blocks
 from mixers.testing.tolerances import assert_close
 
 NAMES = ("q", "k", "v", "beta", "log_decay")
@@ -61,25 +63,10 @@ def outcome(function: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_groups() -> Iterator[None]:
     """Groups of two blocks, so that short sequences have several."""
-    monkeypatch.setattr(chunked, "GROUP_ELEMENTS", 2 * BATCH * HEADS * chunked.CHUNK**2)
-
-
-@pytest.mark.usefixtures("small_groups")
-@pytest.mark.parametrize("length", (1, 2, 63, 64, 65, 131))
-@pytest.mark.parametrize("causality", CAUSALITIES)
-@pytest.mark.parametrize("decay", DECAYS)
-def test_formulations_agree(decay: str, causality: str, length: int) -> None:
-    found = {
-        backend: outcome(
-            lambda *tensors, b=backend: mix(*tensors, causality=causality, scale=0.3, backend=b), inputs(length, decay)
-        )
-        for backend in BACKENDS
-    }
-    for backend in ("recurrent", "chunked"):
-        for what, got, wanted in zip(("y", *NAMES), found[backend], found["dense"], strict=False):
-            assert_close(got, wanted, what=f"{backend} against dense, {what}")
+    with small_blocks(4 * BATCH * HEADS * chunked.CHUNK**2):
+        yield
 
 
 @pytest.mark.parametrize("diagonal", [True, False])

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from huggingface_hub import RepoUrl
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mixers import list_mixers
@@ -173,3 +174,25 @@ def test_what_cannot_be_pushed_is_one_clear_error(unet, tmp_path, monkeypatch, r
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path, error))
     with pytest.raises(kind, match=message):
         MixerAdapter.build(unet, "linfusion").push_to_hub(repo_id)
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save_linfusion"])
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_files(
+    unet: UNet2DConditionModel, save: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = MixerAdapter.build(unet, "linfusion")
+    getattr(adapter, save)(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def fail_to_write(path: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail_to_write)
+    with pytest.raises(OSError, match="No space left on device"):
+        getattr(adapter, save)(tmp_path)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -19,7 +19,7 @@ from torch import nn
 
 from tests.unet_adapters import pipelines
 from unet_adapters import MixerAdapter
-from unet_adapters.highres import ControlNetCondition, GenerationRequest, MemoryPlan, Tiling, stage_store
+from unet_adapters.highres import ControlNetCondition, GenerationRequest, MemoryPlan, Tiling
 from unet_adapters.highres.fingerprint import describe, fingerprint
 from unet_adapters.highres.pipeline import encode_prompts
 from unet_adapters.highres.stage_store import StageStore, stage_key
@@ -234,12 +234,12 @@ def test_offloaded_weights_are_part_of_the_fingerprint() -> None:
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(tensors: Any, path: Path) -> None:
+    def fail(tensors: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half")
         raise SafetensorError(f"Error while serializing: I/O error: {errno.ENOSPC}")
 
-    monkeypatch.setattr(stage_store, "save_file", fail)
+    monkeypatch.setattr("unet_adapters.files.save_file", fail)
     store = StageStore(tmp_path, "key")
-    with pytest.raises(OSError, match=r"Cannot write the finished stage .*I/O error"):
+    with pytest.raises(OSError, match=r"Cannot write .*I/O error"):
         store.save(ProgressiveStage((32, 32), 1.0), torch.zeros(1))
     assert not list(tmp_path.iterdir())

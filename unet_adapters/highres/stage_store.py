@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mixers.files import atomic_path
+from unet_adapters.files import save_tensors
 from unet_adapters.highres.fingerprint import config_values, fingerprint
 from unet_adapters.highres.plan import MemoryPlan
 from unet_adapters.highres.request import GenerationRequest
@@ -55,11 +54,7 @@ class StageStore:
         path = self._path(stage)
         if path is None:
             return
-        with atomic_path(path) as partial:
-            try:
-                save_file({"latents": latents.cpu().contiguous()}, partial)
-            except SafetensorError as error:  # not an OSError, whatever its cause
-                raise OSError(f"Cannot write the finished stage {path}: {error}.") from error
+        save_tensors(path, {"latents": latents.cpu()})
 
     def _path(self, stage: ProgressiveStage) -> Path | None:
         name = f"{self.key}-{stage.size[0]}x{stage.size[1]}.safetensors"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.core.environment import describe_environment
-from experiments.core.files import save_tensors, write_json
+from experiments.core.files import write_json
 from experiments.core.progress import ProgressCallback
 from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.studies.compatibility.controlnet import detect_edges
@@ -39,6 +39,7 @@ from experiments.studies.compatibility.sampling import (
     reconstruct,
 )
 from experiments.studies.compatibility.training import CompatibilityModels, train_models
+from unet_adapters.files import save_tensors
 
 ARMS = ("teacher+", "student+", "teacher", "student")
 """The compared models; + is with the ControlNet or the IP-Adapter."""

@@ -17,7 +17,6 @@ from transformers import CLIPModel
 
 from experiments.ablation.cell import distill_cell
 from experiments.core.errors import first_line
-from experiments.core.files import save_tensors
 from experiments.core.progress import ProgressCallback
 from experiments.data import open_dataset
 from experiments.distill import DistillationContext, build_student, open_context
@@ -28,6 +27,7 @@ from experiments.teacher.load import EMBEDDED
 from experiments.training import fit
 from mixers.files import atomic_path
 from unet_adapters import MixerAdapter
+from unet_adapters.files import save_tensors
 
 
 @dataclass(frozen=True)

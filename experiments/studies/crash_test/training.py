@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from experiments.config import DistillationConfig, FitConfig, MixerSpec
-from experiments.core.files import save_tensors
 from experiments.distill import DistillationLoss, build_student, open_context
 from experiments.studies.crash_test.study import WEIGHTS
 from experiments.training import fit
+from unet_adapters.files import save_tensors
 
 
 class NoisyRegression(nn.Module):

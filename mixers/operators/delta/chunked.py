@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from mixers.operators import blockwise
 from mixers.operators.backend import register_backend
 from mixers.operators.compilation import as_graph_node
 from mixers.operators.delta.backend import DeltaRuleBackend, empty_memory
 from mixers.operators.directions import segment_sums, sum_both_directions
 
 CHUNK = 32
-GROUP_ELEMENTS = 1 << 17  # of the c × c systems that are set up at once: all of them would not stay in a cache
 
 
 @register_backend("chunked")
@@ -61,7 +61,8 @@ def _read_causally(
     if not diagonal:  # the query of the erased memory, qᵀ (I − β k kᵀ): subtracting the own value would cancel
         q = q - (beta * (q * k).sum(-1))[..., None] * k
     streams = [_split_blocks(t, chunk) for t in (q, k, beta[..., None], log_decay[..., None], v)]
-    blocks_per_group = max(1, GROUP_ELEMENTS // max(1, b * h * chunk * chunk))
+    # Not all c × c systems are set up at once, because they would not stay in a cache.
+    blocks_per_group = max(1, blockwise.BLOCK_ELEMENTS // 2 // max(1, b * h * chunk * chunk))
     results = []
     memory = memory.flatten(0, 1)
     for q, k, beta, g, v in zip(*(t.split(blocks_per_group) for t in streams), strict=True):

@@ -16,24 +16,27 @@ from mixers.precision import accumulation_dtype
 def bidirectional_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, normalize: bool, eps: float, scale: float
 ) -> Tensor:
-    """Linear attention decayed in both directions (SSD, 2405.21060, or GLA, 2312.06635, to the left and to the right).
+    """Linear attention with decay in both directions (SSD, 2405.21060, or GLA, 2312.06635).
 
     W_ij = Σ_c q_ic k_jc L_ijc with L_ij = ∏_{t=j+1..i} a_t for j ≤ i, ∏_{t=i..j−1} a_t for j > i, a = exp(log_decay);
     y = W v / (row sums of W + eps), or scale · W v.
 
     Args:
-        q, k: (b, l, h, k), features already, of any floating dtype and strides.
+        q: (b, l, h, k), features already, of any floating dtype and strides.
+        k: likewise.
         v: (b, l, h, v), likewise.
         log_decay: ≤ 0, (b, l, h, 1) or (b, l, h, k); −inf is a gate of 0.
-        normalize, eps, scale: as of `linear_attention`.
+        normalize: as in `linear_attention`.
+        eps: as in `linear_attention`.
+        scale: as in `linear_attention`.
 
     Returns:
         (b, l, h, v) in v's dtype. Sums are float32, float64 for float64 inputs; products of half-precision inputs are
         as `launch.precisions` says. First derivatives only. Deterministic.
-        Cost: O(l·(c·(k + v) + k·v)) time, with a gate a channel O(l·(c·(k·log c + v) + k·v)), for chunks of c = 64 or,
-        with a gate a channel or in float64, 32 tokens. Memory besides inputs and result: 2·l·k·v / c numbers a head.
-        Backward keeps the inputs alone. It computes the states and, where `normalize`, the result once more: four or
-        five passes over the tokens, with twice that memory and b·l·h·v numbers.
+        Cost: O(l·(c·(k + v) + k·v)) time, with one gate per channel O(l·(c·(k·log c + v) + k·v)), for chunks of c = 64
+        tokens, or 32 with one gate per channel or in float64. Memory besides inputs and result: 2·l·k·v / c numbers per
+        head. Only the inputs are saved for the backward pass. It computes the states and, if `normalize`, the result
+        again: four or five passes over the tokens, with twice that memory and b·l·h·v numbers.
     """
     return _attention(q, k, v, log_decay, normalize, eps, scale)
 

@@ -5,10 +5,10 @@ With the factors f_i = 1 / (Σ_j W_ij + eps), unnormalized the scale, and e_i = 
     dW_ij = e_i·v_j + s_i   with the shares s_i = −e_i·y_i, unnormalized 0
     dv = Wᵀ e     dq_ic = Σ_j dW_ij k_jc L_ijc     dk_jc = Σ_i dW_ij q_ic L_ijc     dg_tc = Σ P_ijc over pairs across t
 
-with P_ijc = dW_ij q_ic k_jc L_ijc and, of pairs across t, j < t ≤ i and i ≤ t < j. What a chunk gets from others goes
-through two states from either side: that of the keys, Σ k_j v_jᵀ, and that of the queries, Σ q_i e_iᵀ, which is decayed
-as Lᵀ is. The pairs inside are taken apart by halves once more, and sums of gates' gradients stay inside a half: summing
-over the whole sequence what every token adds and takes away would lose small ones next to large ones.
+with P_ijc = dW_ij q_ic k_jc L_ijc; pairs across t are those with j < t ≤ i or i ≤ t < j. Contributions of other chunks
+come through two states from either side: that of the keys, Σ k_j v_jᵀ, and that of the queries, Σ q_i e_iᵀ, which
+decays like Lᵀ. Pairs inside a chunk are split into halves again, and the sums of the gates' gradients stay inside a
+half: a running sum over the whole sequence would lose small terms next to large ones.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from mixers.precision import accumulation_dtype
 
 @triton.jit
 def _across(rows, columns, SIZE: tl.constexpr):
-    """What pairs between two halves of SIZE add to the gates (c, n) between them, from their sums by row and column.
+    """Return the gates' gradient (c, n) from pairs between two halves of SIZE, given their sums by row and column.
 
-    A row's own gate is between, a column's is not.
+    The gate of the row's token is between the two, that of the column's token is not.
     """
     both = rows + columns
     second = (tl.arange(0, rows.shape[0]) // SIZE % 2 == 1)[:, None]
@@ -59,9 +59,9 @@ def _gradients(
     K: tl.constexpr, V: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALAR: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk (b, l, h, k) and dg (b, l, h, k) for the tokens of a chunk and a tile of channels; r is q, x k, w v, y dy.
+    """Store dq, dk and dg (b, l, h, k) for the tokens of a chunk and a tile of channels; r is q, x k, w v, y dy.
 
-    With one gate dg is (tiles of k, b, l, h, 1): what each tile adds.
+    With one gate per token, dg is (tiles of k, b, l, h, 1), one part per tile.
     """
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0).to(tl.int64)
@@ -75,7 +75,7 @@ def _gradients(
     keys = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     known = keys < K
 
-    # What comes from other chunks: `_left` from those before this one, `_right` from those after it.
+    # Contributions of other chunks: `_left` of those before this one, `_right` of those after it.
     w = head_of(w, batch, head, w_b, w_h, ALIGN)
     y = head_of(y, batch, head, y_b, y_h, ALIGN)
     row = (batch * length + tokens) * heads + head
@@ -142,7 +142,7 @@ def _gradients(
     d_queries = dq_left + dq_right
     d_keys = dk_left + dk_right
 
-    # What comes from inside.
+    # Contributions of pairs inside the chunk.
     apart = distances(C)
     if SCALAR:
         masked = d_weights * decay_mask(own, before, after, LEVELS, False)
@@ -178,14 +178,14 @@ def _gradients(
 def gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, normalize: bool, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and dg of `bidirectional_attention`, from its inputs and dy (b, l, h, v)."""
+    """Return dq, dk, dv and dg of `bidirectional_attention`, from its inputs and dy (b, l, h, v)."""
     dtype = accumulation_dtype(q, k, v)
     plain, differences = precisions(q, k, v)
     exact: dict[str, Any] = {"g": g, "dtype": dtype, "PRECISION": differences}
     key_states, key_sums, kept = chunk_states(k, v, normalize, **exact)
     factors, shares = dy.new_full(dy.shape[:-1], scale, dtype=dtype), None
     if normalize:
-        # Shares enter small differences, so y is computed once more: a stored one would be rounded.
+        # Shares enter small differences, so y is computed again: a stored one would be rounded.
         y = dy.new_empty(dy.shape, dtype=dtype)
         factors = mix(q, k, v, key_states, key_sums, y, EPS=eps, **exact)
         shares = -(y.mul_(dy).sum(-1) * factors)
@@ -196,7 +196,7 @@ def gradients(
 
     batch, _, heads, key = q.shape
     sizes = launch_sizes(q, v, g, dtype, q, k, v, dy)
-    block_k = 16  # as many channels as registers hold
+    block_k = 16  # channels that fit the registers
     tiles = triton.cdiv(key, block_k)
     dg = g.new_empty(tiles if sizes["SCALAR"] else 1, *g.shape, dtype=dtype)
     _gradients[(batch * heads * sizes["chunks"] * tiles,)](

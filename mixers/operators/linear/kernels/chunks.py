@@ -30,8 +30,8 @@ from torch import Tensor
 from mixers.operators.linear.kernels.launch import alignment, product, tile
 
 LEVELS = 6  # of halves: chunks of 64 tokens
-FEW_LEVELS = 5  # chunks of 32: with a gate a channel every level is a product, and float64 takes twice the room
-CARRIED = 256  # numbers of a state that a program of the scan carries
+FEW_LEVELS = 5  # chunks of 32: with one gate per channel every level is a product, and float64 needs twice the space
+CARRIED = 256  # elements of a state that one program of the scan carries
 
 # Arguments that change with l; kernels are not compiled again for them.
 UNSPECIALIZED = ["length", "heads", "chunks", *(f"{tensor}_{axis}" for tensor in "rxwgy" for axis in "blh")]
@@ -39,13 +39,13 @@ UNSPECIALIZED = ["length", "heads", "chunks", *(f"{tensor}_{axis}" for tensor in
 
 @triton.jit
 def head_of(x, batch, head, x_b, x_h, ALIGN: tl.constexpr):
-    """Where a head of x (b, l, h, ·) starts."""
+    """Return the address of a head of x (b, l, h, ·)."""
     return x + tl.multiple_of(batch * x_b + head * x_h, ALIGN)
 
 
 @triton.jit
 def load_tokens(x, tokens, channels, length, x_l, x_c, WIDTH: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr):
-    """(tokens, channels) of a head; 0 outside, which adds nothing and decays nothing."""
+    """Load (tokens, channels) of a head; 0 outside, which adds nothing and decays nothing."""
     at = tl.multiple_of(tokens * x_l, ALIGN)[:, None] + channels[None, :] * x_c
     inside = ((tokens >= 0) & (tokens < length))[:, None] & (channels < WIDTH)[None, :]
     return tl.load(x + at, mask=inside, other=0.0).to(DTYPE)
@@ -53,7 +53,7 @@ def load_tokens(x, tokens, channels, length, x_l, x_c, WIDTH: tl.constexpr, ALIG
 
 @triton.jit
 def load_gates(g, tokens, channels, length, g_l, g_c, WIDTH: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr):
-    """The log decays of tokens, of the tokens before them, and of those after them."""
+    """Load the log decays of tokens, of the tokens before them, and of those after them."""
     own = load_tokens(g, tokens, channels, length, g_l, g_c, WIDTH, ALIGN, DTYPE)
     before = load_tokens(g, tokens - 1, channels, length, g_l, g_c, WIDTH, ALIGN, DTYPE)
     after = load_tokens(g, tokens + 1, channels, length, g_l, g_c, WIDTH, ALIGN, DTYPE)
@@ -62,7 +62,7 @@ def load_gates(g, tokens, channels, length, g_l, g_c, WIDTH: tl.constexpr, ALIGN
 
 @triton.jit
 def running_sums(x, SIZE: tl.constexpr, REVERSE: tl.constexpr):
-    """(c, n): sums from the start of every block of SIZE rows to each row, itself included; or from it to the end."""
+    """Return sums (c, n) from the start of every block of SIZE rows through each row, or from it to the end."""
     if SIZE > 1:
         blocks = tl.reshape(x, (x.shape[0] // SIZE, SIZE, x.shape[1]))
         x = tl.reshape(tl.cumsum(blocks, 1, reverse=REVERSE), (x.shape[0], x.shape[1]))
@@ -71,7 +71,7 @@ def running_sums(x, SIZE: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def decays(own, before, after, SIZE: tl.constexpr, OWN: tl.constexpr):
-    """The decays from the start of a token's block of SIZE up to it, and from it to the end; its own gate in or not.
+    """Return the decays from the start of a token's block of SIZE to it, and from it to the end, with its gate if OWN.
 
     Without it the neighbors' gates are summed: a difference would lose small ones next to a large one.
     """
@@ -86,21 +86,21 @@ def decays(own, before, after, SIZE: tl.constexpr, OWN: tl.constexpr):
 
 @triton.jit
 def half_decays(own, before, after, SIZE: tl.constexpr, OWN: tl.constexpr):
-    """The decays between tokens and the middle of their block, which has two halves of SIZE."""
+    """Return the decays between tokens and the middle of their block, which has two halves of SIZE."""
     since, until = decays(own, before, after, SIZE, OWN)
     return tl.where((tl.arange(0, own.shape[0]) // SIZE % 2 == 1)[:, None], since, until)
 
 
 @triton.jit
 def distances(C: tl.constexpr):
-    """(c, c): i xor j, whose highest bit is the level at which i and j are in different halves."""
+    """Return i xor j, (c, c), whose highest bit is the level at which i and j are in different halves."""
     token = tl.arange(0, C)
     return token[:, None] ^ token[None, :]
 
 
 @triton.jit
 def decay_mask(own, before, after, LEVELS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """L (c, c), or Lᵀ, for one gate a token: (c, 1)."""
+    """Return L (c, c), or Lᵀ, for one gate per token, (c, 1)."""
     apart = distances(1 << LEVELS)
     mask = tl.where(apart == 0, 1.0, 0.0).to(own.dtype)
     for level in tl.static_range(LEVELS):
@@ -112,7 +112,7 @@ def decay_mask(own, before, after, LEVELS: tl.constexpr, TRANSPOSED: tl.constexp
 
 @triton.jit
 def _decayed_product(r, x, own, before, after, LEVELS: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """W (c, c) = Σ_c r_ic x_jc L_ijc, or with Lᵀ, for a gate a channel; all (c, k)."""
+    """Return W (c, c) = Σ_c r_ic x_jc L_ijc, or with Lᵀ, for one gate per channel; all inputs are (c, k)."""
     apart = distances(1 << LEVELS)
     weights = tl.where(apart == 0, tl.sum(r * x, 1)[:, None], 0.0)
     for level in tl.static_range(LEVELS):
@@ -130,9 +130,9 @@ def _chunk_states(
     K: tl.constexpr, V: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALAR: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """states[b, h, n] = Σ_j x_j w_jᵀ (k, v) over chunk n, decayed to its end and to its start; sums = Σ_j x_j (k).
+    """Store states[b, h, n] = Σ_j x_j w_jᵀ (k, v) over chunk n, decayed to its end and start, and sums = Σ_j x_j (k).
 
-    Transposed: with w_j · factors_j in the place of w_j, and x_j · shares_j in the sums.
+    Transposed: with w_j · factors_j for w_j, and x_j · shares_j in the sums.
     """
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -162,7 +162,7 @@ def _chunk_states(
     out = states + place * 2 * K * V + keys[:, None] * V + values[None, :]
     tl.store(out, product(tl.trans(x * until), w, PRECISION), mask=inner)
     tl.store(out + K * V, product(tl.trans(x * since), w, PRECISION), mask=inner)
-    # Every tile of v writes the same, and with one gate every tile of k the same decay.
+    # Every tile of v writes the same values, and with one gate every tile of k the same decay.
     if sums is not None:
         if TRANSPOSED:
             x *= tl.load(shares + at, mask=tokens < length, other=0.0)[:, None]
@@ -173,7 +173,7 @@ def _chunk_states(
 
 @triton.jit(do_not_specialize=["chunks"])
 def _carry(states, kept, chunks, SIZE: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, SCALAR: tl.constexpr):
-    """(b·h, n, 2, SIZE) in place: what a chunk adds to a state -> the state that comes into it, from left and right."""
+    """Replace what each chunk adds by the state that enters it, from left and right: (b·h, n, 2, SIZE), in place."""
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     gates: tl.constexpr = 1 if SCALAR else SIZE // INNER
     program = tl.program_id(0).to(tl.int64)
@@ -201,10 +201,10 @@ def _mix(
     K: tl.constexpr, V: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALAR: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """y_i = factor_i Σ_j W_ij w_j for the tokens of a chunk, W_ij = Σ_c r_ic x_jc L_ijc; factors are written.
+    """Store y_i = factor_i Σ_j W_ij w_j for the tokens of a chunk, W_ij = Σ_c r_ic x_jc L_ijc, and the factors.
 
-    With sums the factor is 1 / (Σ_j W_ij + eps), without it is the scale. Transposed: with Lᵀ for L and w_j · factors_j
-    for w_j.
+    The factor is 1 / (Σ_j W_ij + eps) with sums, and the scale without. Transposed: with Lᵀ for L, w_j · factors_j for
+    w_j.
     """
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0).to(tl.int64)
@@ -257,7 +257,7 @@ def _mix(
         if sums is not None:
             factor = 1.0 / (total + tl.sum(weights, 1) + EPS)
         mixed *= factor[:, None]
-        tl.store(at, factor, mask=inside)  # every tile of v the same
+        tl.store(at, factor, mask=inside)  # every tile of v stores the same values
     out = head_of(y, batch, head, y_b, y_h, ALIGN) + (tokens * y_l)[:, None] + values[None, :] * y_c
     tl.store(out, mixed.to(y.dtype.element_ty), mask=inside[:, None] & (values < V)[None, :])
 
@@ -266,9 +266,9 @@ def chunk_states(
     x: Tensor, w: Tensor, normalize: bool, factors: Tensor | None = None, shares: Tensor | None = None,
     *, g: Tensor, dtype: torch.dtype, PRECISION: str,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """What comes into every chunk from either side, (b, h, n, 2, k, v) and (b, h, n, 2, k), and what a chunk keeps.
+    """Return the states that enter every chunk from either side, (b, h, n, 2, k, v) and (b, h, n, 2, k), and its decay.
 
-    Of keys x and values w; with factors and shares, of queries and gradients of the result (`TRANSPOSED`).
+    They are sums over keys x and values w; with factors and shares, over queries and gradients (`TRANSPOSED`).
     """
     (batch, _, heads, key), value = x.shape, w.shape[-1]
     sizes = launch_sizes(x, w, g, dtype, x, w)
@@ -294,7 +294,7 @@ def mix(
     r: Tensor, x: Tensor, w: Tensor, states: Tensor, sums: Tensor | None, y: Tensor, factors: Tensor | None = None,
     *, g: Tensor, dtype: torch.dtype, PRECISION: str, EPS: float = 0.0, SCALE: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Write y (b, l, h, v) = factor · W w and return the factors (b, l, h); given factors, y = Wᵀ (factor · w)."""
+    """Write y (b, l, h, v) = factor · W w and return the factors (b, l, h); with factors given, y = Wᵀ (factor · w)."""
     (batch, length, heads, key), value = r.shape, w.shape[-1]
     sizes = launch_sizes(r, w, g, dtype, r, x, w, y)
     block_v = tile(value, 64 if PRECISION == "tf32" else 32)
@@ -307,7 +307,7 @@ def mix(
 
 
 def launch_sizes(x: Tensor, w: Tensor, g: Tensor, dtype: torch.dtype, *strided: Tensor) -> dict[str, Any]:
-    """What every kernel over chunks gets: how many of what there is, and what divides the strides it is given."""
+    """Return the sizes that every kernel over chunks gets, and the alignment of the strides."""
     scalar = g.shape[-1] == 1
     levels = LEVELS if scalar and dtype == torch.float32 else FEW_LEVELS
     counts = {"length": x.shape[1], "heads": x.shape[2], "chunks": triton.cdiv(x.shape[1], 1 << levels)}
@@ -316,5 +316,5 @@ def launch_sizes(x: Tensor, w: Tensor, g: Tensor, dtype: torch.dtype, *strided: 
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
-    """The strides of (b, l, h, ·) tensors by the names of the kernels' arguments."""
+    """Return the strides of (b, l, h, ·) tensors by the names of the kernels' arguments."""
     return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("blhc")}

@@ -1,4 +1,4 @@
-"""What the kernels share: feature maps on the device, precision of products, and how work is cut into programs."""
+"""Shared by the kernels: feature maps on the device, precision of products, and how work is split into programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mixers.precision import accumulation_dtype
 
 PROGRAMS_PER_PROCESSOR = 4
-LONGEST_SPLIT = 2**15  # tokens: beyond it, the rounding of one running float32 sum begins to show
+LONGEST_SPLIT = 2**15  # tokens; beyond them the rounding error of one running float32 sum becomes visible
 
 
 @triton.jit
@@ -51,7 +51,7 @@ FEATURES: dict[str, tuple[Any, Any]] = {
     "relu": (_relu, _relu_slope),
     "identity": (_identity, _identity_slope),
 }
-"""φ, and φ′ from the values of φ, as device functions that kernels take as constexpr; NaN stays NaN.
+"""φ, and φ′ as a function of φ(x), as device functions that kernels take as constexpr; NaN stays NaN.
 
 The names are those of `mixers.feature_maps.FEATURE_MAPS`.
 """
@@ -59,7 +59,7 @@ The names are those of `mixers.feature_maps.FEATURE_MAPS`.
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a @ b; for `tf32` the operands are rounded to the nearest, where the hardware alone would cut them off."""
+    """Return a @ b; for `tf32` the operands are rounded to nearest, where the hardware would truncate them."""
     if PRECISION == "tf32":
         result = tl.dot(_to_tf32(a), _to_tf32(b), input_precision="tf32")
     else:
@@ -69,20 +69,20 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _to_tf32(x):
-    # Half of the last kept bit is added before the 13 that TF32 has not are cleared; NaN and infinity stay.
+    # Adds half of the last TF32 bit before clearing the 13 bits that TF32 lacks; NaN and infinity stay.
     bits = x.to(tl.int32, bitcast=True)
     special = (bits & 0x7F800000) == 0x7F800000
     return tl.where(special, bits, (bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 def precisions(*tensors: Tensor) -> tuple[str, str]:
-    """How matrix products are computed, as `PRECISION`: those of values, and those that end in differences.
+    """Return the `PRECISION` of matrix products: of those of values, and of those that end in differences.
 
-    Where all inputs are half precision, the former are products in TF32: it has the mantissa of float16, which is
-    longer than that of bfloat16, and the range of float32, so that values of either type are exact in it and rounding
-    features costs no more than storing them in float16 would. The latter, gradients of features, are small differences
-    of large sums; they, and all products of float32 inputs, are three products in TF32, of the operands' upper and
-    lower halves, which leave a relative error of about 2⁻²¹. Sums are float32. float64 stays float64.
+    If all inputs are half precision, the former are products in TF32. TF32 has the mantissa of float16, longer than
+    that of bfloat16, and the range of float32, so values of either type are exact in it, and rounding features loses no
+    more than storing them in float16 would. The latter, gradients of features, are small differences of large sums.
+    They, and all products of float32 inputs, are three TF32 products of the operands' upper and lower halves, with a
+    relative error of about 2⁻²¹. Sums are float32. float64 stays float64.
     """
     if accumulation_dtype(*tensors) == torch.float64 or torch.version.hip:
         return "ieee", "ieee"
@@ -91,17 +91,17 @@ def precisions(*tensors: Tensor) -> tuple[str, str]:
 
 
 def alignment(*tensors: Tensor) -> int:
-    """The largest power of two ≤ 16 that divides every stride that is used: how far loads can be vectorized.
+    """Return the largest power of two ≤ 16 that divides every stride in use, which bounds how far loads are vectorized.
 
-    It goes to kernels as a constexpr. Triton would see 16 alone, and heads of 40 channels are aligned to 8; and it
-    does not depend on l, where strides themselves do.
+    Kernels get it as a constexpr: Triton by itself recognizes only multiples of 16, and heads of 40 channels are
+    aligned to 8. Unlike the strides, it does not depend on l.
     """
     strides = (s for t in tensors for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
     return math.gcd(16, *strides)
 
 
 def largest_tile(plain: str, dtype: torch.dtype) -> int:
-    """Channels of a tile whose products fit the registers, and 99 KiB of shared memory, which GPUs have since 2020.
+    """Return the channels of a tile whose products fit the registers and 99 KiB of shared memory (GPUs since 2020).
 
     Args:
         plain: the first of `precisions`.
@@ -111,22 +111,22 @@ def largest_tile(plain: str, dtype: torch.dtype) -> int:
 
 
 def tile(width: int, largest: int) -> int:
-    """Channels of a head to take at once: `largest` or half of it, whichever pads less; no more than needed."""
+    """Return the channels of a head per tile: `largest` or half of it, whichever pads less, and no more than needed."""
     padding_least = min(largest, largest // 2, key=lambda size: -width % size)
-    return min(max(16, triton.next_power_of_2(width)), padding_least)  # a matrix product takes 16 at least
+    return min(max(16, triton.next_power_of_2(width)), padding_least)  # a matrix product needs at least 16
 
 
 def split(length: int, block: int, others: int, device: torch.device) -> tuple[int, int]:
-    """How a sequence is cut for a sum over its tokens: (number of splits, tokens of each, a multiple of `block`).
+    """Return how to split a sequence for a sum over its tokens: (number of splits, tokens per split).
 
     Args:
         length: tokens.
-        block: tokens that are read at once.
-        others: programs for each split (batch, heads and tiles).
-        device: the number of its processors says how many programs fill it.
+        block: tokens that are read at once; splits are multiples of it.
+        others: programs per split (batch, heads and tiles).
+        device: its number of processors determines how many programs occupy it.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // others)
-    tokens = min(triton.cdiv(length, wanted), LONGEST_SPLIT)
+    splits = max(1, PROGRAMS_PER_PROCESSOR * processors // others)
+    tokens = min(triton.cdiv(length, splits), LONGEST_SPLIT)
     tokens = triton.cdiv(tokens, block) * block
     return triton.cdiv(length, tokens), tokens

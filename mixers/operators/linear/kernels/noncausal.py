@@ -1,14 +1,14 @@
-"""Non-causal linear attention as Triton kernels, the feature map inside, forward and backward.
+"""Non-causal linear attention as Triton kernels with the feature map fused in, forward and backward.
 
-M = mean_j φ(k_j) v_jᵀ and z = mean_j φ(k_j) are summed in two stages: every program sums a part of the sequence, and
-the parts are added up. Then y_i = φ(q_i) M / n_i with n_i = φ(q_i)·z + eps. No atomics: the same call on the same
-device gives the same bits. Backward, with a_i = dy_i / n_i and δ_i = dy_i·y_i, taken as φ(q_i)·(M dy_i) / n_i, since
-a stored y is rounded and the difference that it enters is small:
+M = mean_j φ(k_j) v_jᵀ and z = mean_j φ(k_j) are summed in two stages: every program sums a part of the sequence, then
+the parts are added. Then y_i = φ(q_i) M / n_i with n_i = φ(q_i)·z + eps. There are no atomics, so the same call on the
+same device gives bit-identical results. Backward, with a_i = dy_i / n_i and δ_i = dy_i·y_i, which is computed as
+φ(q_i)·(M dy_i) / n_i, because a stored y is rounded and enters a small difference:
 
     dφ(q)_i = (M dy_i − δ_i z) / n_i      dM = mean_i φ(q_i) a_iᵀ       dz = −mean_i φ(q_i) δ_i / n_i
     dφ(k)_j = dM v_j + dz                 dv_j = dMᵀ φ(k_j)             (the mean over keys is in dM and dz)
 
-Unnormalized, M times scale·l takes the place of M, n_i is 1, and there is no z.
+Unnormalized, M is multiplied by scale·l, n_i is 1, and there is no z.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from mixers.precision import accumulation_dtype
 
 BLOCK = 64  # tokens of a matrix product
 
-# What another l changes: nothing is compiled anew for it.
+# Arguments that change with l; kernels are not compiled again for them.
 _SIZES = ["length", "heads", "splits", "part", "blocks"]
 _STRIDES = [f"{tensor}_{axis}" for tensor in ("x", "w", "y") for axis in "blh"]
 
 
 @triton.jit
 def _load(x, batch, head, rows, length, columns, WIDTH: tl.constexpr, x_b, x_l, x_h, ALIGN: tl.constexpr):
-    """Some tokens and channels of a head of x (b, l, h, ·), and 0 beyond the last of either."""
+    """Load some tokens and channels of a head of x (b, l, h, ·); 0 beyond the last of either."""
     start = tl.multiple_of(batch * x_b + head * x_h, ALIGN)
     at = tl.multiple_of(rows.to(tl.int64) * x_l, ALIGN)[:, None] + columns[None, :]
     return tl.load(x + start + at, mask=(rows < length)[:, None] & (columns < WIDTH)[None, :], other=0.0)
@@ -48,7 +48,7 @@ def _load(x, batch, head, rows, length, columns, WIDTH: tl.constexpr, x_b, x_l, 
 
 @triton.jit
 def _store(x, tile, batch, head, rows, length, columns, WIDTH: tl.constexpr, x_b, x_l, x_h, ALIGN: tl.constexpr):
-    """Write what `_load` reads."""
+    """Store a tile where `_load` reads it."""
     start = tl.multiple_of(batch * x_b + head * x_h, ALIGN)
     at = tl.multiple_of(rows.to(tl.int64) * x_l, ALIGN)[:, None] + columns[None, :]
     inside = (rows < length)[:, None] & (columns < WIDTH)[None, :]
@@ -57,20 +57,20 @@ def _store(x, tile, batch, head, rows, length, columns, WIDTH: tl.constexpr, x_b
 
 @triton.jit
 def _load_memory(memory, keys, values, K: tl.constexpr, V: tl.constexpr):
-    """Some keys and values of M (k, v), and 0 beyond the last of either."""
+    """Load some keys and values of M (k, v); 0 beyond the last of either."""
     inside = (keys < K)[:, None] & (values < V)[None, :]
     return tl.load(memory + keys[:, None] * V + values[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _load_sums(memory, keys, K: tl.constexpr, V: tl.constexpr):
-    """Some keys of z (k,), which lies behind M, and 0 beyond the last."""
+    """Load some keys of z (k,), which follows M in memory; 0 beyond the last."""
     return tl.load(memory + K * V + keys, mask=keys < K, other=0.0)
 
 
 @triton.jit
 def _block(memory, heads, blocks, WIDTH: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Which block of tokens a program has: batch, head, the tokens, and the memory of that head."""
+    """Return the block of tokens of a program: batch, head, the tokens, and the memory of that head."""
     program = tl.program_id(0)
     head = program % heads
     batch = (program // heads // blocks).to(tl.int64)
@@ -86,9 +86,9 @@ def _mean(
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, batch, head] = [mean φ(x_j) w_jᵀ, mean φ(x_j)], a tile of it, over a part of the tokens.
+    """Store a tile of partial[split, batch, head] = [mean φ(x_j) w_jᵀ, mean φ(x_j)] over a part of the tokens.
 
-    With norms and deltas: of w_j / n_j and, in place of the last, of −φ(x_j) δ_j / n_j.
+    With norms and deltas: [mean φ(x_j) w_jᵀ / n_j, mean −φ(x_j) δ_j / n_j].
     """
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -115,14 +115,14 @@ def _mean(
                 weights = -tl.load(deltas + at, mask=tokens < length, other=0.0)
             sums += tl.sum(features * weights[:, None], 0) * share
         block = _load(w, batch, head, tokens, length, values, V, w_b, w_l, w_h, ALIGN).to(dtype)
-        # The factor keeps the running sum out of the matrix units, whose additions are cut off, not rounded.
+        # The factor keeps the running sum out of the matrix units, which truncate additions instead of rounding.
         memory += product(tl.trans(features), block, PRECISION) * share
 
     groups = tl.num_programs(0) // (tiles_v * tiles_k * splits)
     out = partial + (place.to(tl.int64) * groups + batch * heads + head) * WIDTH
     inside = (keys < K)[:, None] & (values < V)[None, :]
     tl.store(out + keys[:, None] * V + values[None, :], memory, mask=inside)
-    if NORMALIZE:  # every tile of v writes the same
+    if NORMALIZE:  # every tile of v writes the same values
         tl.store(out + K * V + keys, sums, mask=keys < K)
 
 
@@ -134,7 +134,7 @@ def _read(
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """y_i = φ(x_i) M / n_i for a block of tokens; n_i = 1 where not normalized."""
+    """Store y_i = φ(x_i) M / n_i for a block of tokens; n_i = 1 if not normalized."""
     batch, head, tokens, memory = _block(memory, heads, blocks, WIDTH, BLOCK_L)
     dtype: tl.constexpr = memory.dtype.element_ty
     for first_v in range(0, V, BLOCK_V):
@@ -157,7 +157,7 @@ def _changes(
     w, memory, batch, head, tokens, length, keys, w_b, w_l, w_h,
     K: tl.constexpr, V: tl.constexpr, ALIGN: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some keys of M w_i, for a block of tokens."""
+    """Return some keys of M w_i, for a block of tokens."""
     dtype: tl.constexpr = memory.dtype.element_ty
     changes = tl.zeros((tokens.shape[0], keys.shape[0]), dtype)
     for first in range(0, V, BLOCK_V):
@@ -176,7 +176,7 @@ def _query_gradient(
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """y_i = (M w_i − δ_i z) / n_i · φ′(x_i) and n_i and δ_i (b, h, l), for a block of tokens."""
+    """Store y_i = (M w_i − δ_i z) / n_i · φ′(x_i), and n_i and δ_i (b, h, l), for a block of tokens."""
     batch, head, tokens, memory = _block(memory, heads, blocks, WIDTH, BLOCK_L)
     dtype: tl.constexpr = memory.dtype.element_ty
     norm = tl.zeros((BLOCK_L,), dtype) + EPS
@@ -191,7 +191,7 @@ def _query_gradient(
     delta = delta / norm
     for first in range(0, K, BLOCK_K):
         keys = first + tl.arange(0, BLOCK_K)
-        if K > BLOCK_K:  # else they are still there
+        if K > BLOCK_K:  # otherwise they are still available
             changes = _changes(
                 w, memory, batch, head, tokens, length, keys, w_b, w_l, w_h, K, V, ALIGN, BLOCK_V, PRECISION
             )
@@ -212,7 +212,7 @@ def _gradient_of_sums(
     BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FEATURE: tl.constexpr, SLOPE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y_i = (M w_i + z) φ′(x_i) for a block of tokens; z = 0 where not normalized."""
+    """Store y_i = (M w_i + z) φ′(x_i) for a block of tokens; z = 0 if not normalized."""
     batch, head, tokens, memory = _block(memory, heads, blocks, WIDTH, BLOCK_L)
     dtype: tl.constexpr = memory.dtype.element_ty
     for first in range(0, K, BLOCK_K):
@@ -229,23 +229,26 @@ def _gradient_of_sums(
 def noncausal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, feature_map: str = "identity", normalize: bool, eps: float, scale: float
 ) -> Tensor:
-    """Linear attention without an order (2006.16236), the feature map applied as q and k are read.
+    """Linear attention without an order (2006.16236); the feature map is applied when q and k are read.
 
     y_i = φ(q_i)·mean_j(φ(k_j) v_jᵀ) / (φ(q_i)·mean_j φ(k_j) + eps), or scale · Σ_j (φ(q_i)·φ(k_j)) v_j.
 
     Args:
-        q, k: (b, l, h, k), before φ, of any floating dtype; any strides, of which a last one other than 1 costs a copy.
+        q: (b, l, h, k), before φ, of any floating dtype and strides; a last stride other than 1 costs a copy.
+        k: likewise.
         v: (b, l, h, v), likewise.
         feature_map: a name in `mixers.feature_maps`.
-        normalize, eps, scale: as of `linear_attention`.
+        normalize: as in `linear_attention`.
+        eps: as in `linear_attention`.
+        scale: as in `linear_attention`.
 
     Returns:
         (b, l, h, v) in v's dtype. Features and sums are float32, float64 for float64 inputs; for half precision see
-        `launch.precisions`. First derivatives only. O(l·k·v) time; memory besides q, k, v, the result and the gradients
-        is that of some k × v matrices for each processor of the GPU, and backward 2·b·l·h numbers.
+        `launch.precisions`. First derivatives only. O(l·k·v) time. Besides q, k, v, the result and the gradients it
+        needs memory for a few k × v matrices per processor of the GPU, and 2·b·l·h numbers in the backward pass.
 
     Raises:
-        KeyError: no such feature map.
+        KeyError: There is no such feature map.
     """
     y, _ = _attention(q, k, v, feature_map, normalize, eps, scale)
     return y
@@ -255,7 +258,7 @@ def noncausal_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, feature_map: str, normalize: bool, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the memory [M, z] (b, h, k·v + k) that it was read from; unnormalized [M] (b, h, k·v)."""
+    """Return the result, and the memory [M, z] (b, h, k·v + k) that it reads; unnormalized [M] (b, h, k·v)."""
     q, k, v = (_with_rows(t) for t in (q, k, v))
     feature, _ = FEATURES[feature_map]
     plain, _ = precisions(q, k, v)
@@ -273,22 +276,23 @@ def _gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor,
     feature_map: str, normalize: bool, eps: float, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     dy, q, k, v = (_with_rows(t) for t in (dy, q, k, v))
     feature, slope = FEATURES[feature_map]
     plain, differences = precisions(q, k, v)
     features = {"FEATURE": feature, "SLOPE": slope, "PRECISION": differences}
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    notes: tuple[Tensor, ...] = ()
+    norms_and_deltas: tuple[Tensor, ...] = ()
     with torch.cuda.device_of(q):
         grid, sizes = _blocks(q, v, memory, plain)
         strides = _strides(x=q, w=dy, y=dq)
         if normalize:
-            notes = tuple(memory.new_empty(q.shape[0], q.shape[2], q.shape[1]) for _ in range(2))  # n_i and δ_i
-            _query_gradient[grid](q, dy, memory, dq, *notes, **strides, **sizes, **features, EPS=eps)
+            shape = (q.shape[0], q.shape[2], q.shape[1])
+            norms_and_deltas = (memory.new_empty(shape), memory.new_empty(shape))  # n_i and δ_i
+            _query_gradient[grid](q, dy, memory, dq, *norms_and_deltas, **strides, **sizes, **features, EPS=eps)
         else:
             _gradient_of_sums[grid](q, dy, memory, dq, **strides, **sizes, **features, NORMALIZE=False)
-        change = _memory(q, dy, feature, normalize, scale, plain, memory.dtype, *notes)
+        change = _memory(q, dy, feature, normalize, scale, plain, memory.dtype, *norms_and_deltas)
         strides = _strides(x=k, w=v, y=dk)
         _gradient_of_sums[grid](k, v, change, dk, **strides, **sizes, **features, NORMALIZE=normalize)
         strides = _strides(x=k, y=dv)
@@ -300,7 +304,7 @@ def _memory(
     x: Tensor, w: Tensor, feature: Any, normalize: bool, scale: float, plain: str, dtype: torch.dtype,
     norms: Tensor | None = None, deltas: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[mean φ(x_j) w_jᵀ, mean φ(x_j)] (b, h, k·v + k) or, unnormalized, scale times the sum, (b, h, k·v)."""
+    """Return [mean φ(x_j) w_jᵀ, mean φ(x_j)] (b, h, k·v + k) or, unnormalized, scale times the sum, (b, h, k·v)."""
     (batch, length, heads, key), value = x.shape, w.shape[-1]
     block_k, block_v = (tile(width, largest_tile(plain, dtype)) for width in (key, value))
     groups = batch * heads * triton.cdiv(key, block_k) * triton.cdiv(value, block_v)
@@ -317,7 +321,7 @@ def _memory(
 
 
 def _blocks(q: Tensor, v: Tensor, memory: Tensor, plain: str) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the sizes of a kernel that goes over blocks of tokens."""
+    """Return the grid and the sizes of a kernel over blocks of tokens."""
     (batch, length, heads, key), value = q.shape, v.shape[-1]
     largest = largest_tile(plain, memory.dtype)
     block_k, block_v = tile(key, largest), tile(value, min(BLOCK, largest))
@@ -329,13 +333,13 @@ def _blocks(q: Tensor, v: Tensor, memory: Tensor, plain: str) -> tuple[tuple[int
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    """The strides of (b, l, h, ·) tensors by the names of the kernels' arguments, and what divides all of them."""
+    """Return the strides of (b, l, h, ·) tensors by the names of the kernels' arguments, and their alignment."""
     named = {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("blh")}
     return {**named, "ALIGN": alignment(*tensors.values())}
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """The tensor, its channels next to each other in memory."""
+    """Return the tensor with its channels contiguous in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -158,6 +158,12 @@ def register_backend(name: str) -> Callable[[BackendT], BackendT]:
     return register
 
 
+def backends_from(module: str) -> list[str]:
+    """Return the names of the backends that the named module defines, sorted."""
+    backends = [backend for registered in _REGISTRY.values() for backend in registered.values()]
+    return sorted(backend.name for backend in backends if type(backend).__module__ == module)
+
+
 def import_backends(package: str) -> None:
     """Import every module of an operator's package, which registers the backends in them."""
     path = importlib.import_module(package).__path__

@@ -71,7 +71,7 @@ class MixerEntry:
         traits = self.default_traits
         words = {
             "positive": traits.positive,
-            "permutation-equivariant": traits.permutation_equivariant,
+            "equivariant": traits.permutation_equivariant,
             "quadratic": not traits.linear,
             "needs grid": traits.needs_grid,
         }

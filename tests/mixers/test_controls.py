@@ -39,9 +39,9 @@ def test_identity_with_a_local_convolution_sees_its_window_only() -> None:
     x = tokens().requires_grad_()
     mixer(x, grid=GRID)[:, 2 * GRID[1] + 2].sum().backward()
     assert x.grad is not None
-    seen = x.grad[0].abs().sum(-1).nonzero().flatten()
-    assert (seen // GRID[1]).unique().tolist() == [1, 2, 3]
-    assert (seen % GRID[1]).unique().tolist() == [1, 2, 3]
+    visible = x.grad[0].abs().sum(-1).nonzero().flatten()
+    assert (visible // GRID[1]).unique().tolist() == [1, 2, 3]
+    assert (visible % GRID[1]).unique().tolist() == [1, 2, 3]
 
 
 def test_uniform_is_the_mean_over_visible_tokens() -> None:
@@ -101,7 +101,7 @@ def test_mean_scale_bounds_sums_and_does_not_normalize_rows() -> None:
 )
 def test_mean_scale_is_refused_where_it_has_no_meaning(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        create_mixer("linear_attention", 12, 2, **{"scale": "mean", **options})
+        create_mixer("linear_attention", 12, 2, **({"scale": "mean"} | options))
 
 
 @pytest.mark.parametrize("name", SCALABLE)

@@ -27,7 +27,7 @@ def float64(*shape: int) -> Tensor:
 
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **{**_class(name).tiny_options, **options}).double()
+    mixer = create_mixer(name, 12, 2, **(dict(_class(name).tiny_options) | options)).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -36,7 +36,7 @@ def built(name: str, **options: Any) -> TokenMixer:
 
 def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form, with projections of its own."""
-    return built(name, **{**_class(name).drop_in_options, **options})
+    return built(name, **(dict(_class(name).drop_in_options) | options))
 
 
 def _class(name: str) -> type[TokenMixer]:
@@ -91,11 +91,11 @@ def test_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(causality: s
     x = float64(2, LENGTH, 12)
     s = streams_of(mixer, x)
     scale = 1 / 256 if causality == "noncausal" else 1.0  # without decay, sums grow with the number of tokens
-    wanted = linear_attention(s.q, s.k, s.v, causality=causality, normalize=False, scale=scale)
-    assert_close(mixer.mix(s), wanted)
+    expected = linear_attention(s.q, s.k, s.v, causality=causality, normalize=False, scale=scale)
+    assert_close(mixer.mix(s), expected)
     without = drop_in("rwkv6", causality=causality, normalize=False, bonus=False)
     without.load_state_dict({n: t for n, t in mixer.state_dict().items() if n != "bonus"})
-    assert_close(without.mix(s), wanted)
+    assert_close(without.mix(s), expected)
 
 
 @pytest.mark.parametrize("causality", ["causal", "bidirectional"])
@@ -111,7 +111,8 @@ def test_normalized_rwkv6_with_a_bonus_of_one_and_no_decay_is_linear_attention(c
 def test_rwkv6_without_order_and_bonus_is_gla_without_order(normalize: bool) -> None:
     """Gates are weights of tokens in both, and eps is added to the mean weight in both."""
     settings = {"causality": "noncausal", "normalize": normalize, "eps": 0.1}
-    mixer, peer = drop_in("rwkv6", bonus=False, **settings), drop_in("gla", **settings)
+    mixer = drop_in("rwkv6", bonus=False, **settings)
+    peer = drop_in("gla", **settings)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     assert_close(mixer.mix(s) * (1 if normalize else peer.scale), peer.mix(s))
     assert mixer.traits.permutation_equivariant and mixer.traits.repetition_invariant == normalize
@@ -122,7 +123,8 @@ def test_rwkv6_weights_have_the_gates_between_two_tokens() -> None:
     mixer = drop_in("rwkv6", causality="bidirectional", normalize=False)
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
-    matrix, gates = structure.mixing_matrix(mixer, x), s.log_decay.exp()
+    matrix = structure.mixing_matrix(mixer, x)
+    gates = s.log_decay.exp()
     for i in range(LENGTH):
         assert_close(matrix[:, :, i, i], (s.q[:, i] * mixer.bonus * s.k[:, i]).sum(-1))
         for j in range(LENGTH):
@@ -146,7 +148,8 @@ def test_gla_with_one_gate_for_all_channels_is_ssd(causality: str) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_retnet_is_gla_with_its_fixed_gates(normalize: bool) -> None:
-    mixer, peer = drop_in("retnet", normalize=normalize), drop_in("gla", normalize=normalize, gate_logit_normalizer=1.0)
+    mixer = drop_in("retnet", normalize=normalize)
+    peer = drop_in("gla", normalize=normalize, gate_logit_normalizer=1.0)
     s = streams_of(mixer, float64(2, LENGTH, 12))
     gates = torch.tensor([1 - 2**-5, 1 - 2**-6], dtype=torch.float64).log()
     assert_close(s.log_decay, gates)
@@ -161,7 +164,8 @@ def test_retnet_is_gla_with_its_fixed_gates(normalize: bool) -> None:
 def test_retnet_is_its_published_formula() -> None:
     """Every published part on, as the paper's parallel form: (Q Kᵀ ⊙ D) V with Q, K turned, GroupNorm, swish."""
     mixer = built("retnet")
-    x, own = float64(2, LENGTH, 12), mixer.projections
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
     q, k = (rotary(p(x).unflatten(-1, (2, -1)), inclusive=True) for p in (own.to_q, own.to_k))
     v = own.to_v(x).unflatten(-1, (2, -1))
     apart = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
@@ -183,10 +187,13 @@ def test_retnets_turned_weights_depend_on_differences_of_places() -> None:
 def test_gla_is_its_published_formula() -> None:
     """Every published part on: the block written out token by token."""
     mixer = built("gla")
-    x, own, decay = float64(2, LENGTH, 12), mixer.projections, mixer.decay
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    decay = mixer.decay
     q, k, v = (p(x).unflatten(-1, (2, -1)) for p in (own.to_q, own.to_k, own.to_v))
     a = (x @ decay.down.weight.T @ decay.up.weight.T + decay.up.bias).sigmoid().pow(1 / 16).unflatten(-1, (2, -1))
-    state, rows = torch.zeros(2, 2, 3, 6, dtype=torch.float64), []
+    state = torch.zeros(2, 2, 3, 6, dtype=torch.float64)
+    rows = []
     for t in range(LENGTH):
         state = a[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
         rows.append((q[:, t, :, :, None] * state).sum(-2) / math.sqrt(3))
@@ -197,10 +204,16 @@ def test_gla_is_its_published_formula() -> None:
 def test_rwkv6_is_its_published_formula() -> None:
     """Every published part on, token by token with the paper's names."""
     mixer = built("rwkv6")
-    x, own, shift = float64(2, LENGTH, 12), mixer.projections, mixer.token_shift
-    last, state, u, rows = torch.zeros(2, 12).double(), torch.zeros(2, 2, 6, 6).double(), mixer.bonus, []
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    shift = mixer.token_shift
+    last = torch.zeros(2, 12).double()
+    state = torch.zeros(2, 2, 6, 6).double()
+    u = mixer.bonus
+    rows = []
     for t in range(LENGTH):
-        a, b = x[:, t], last
+        a = x[:, t]
+        b = last
         low = torch.tanh((a + (b - a) * shift.mu) @ shift.down.weight.T).unflatten(-1, (5, 3))
         mixed = [a + (b - a) * (shift.offsets[s] + low[:, s] @ shift.up[s]) for s in range(5)]
         for_w, for_k, for_v, for_r, for_g = mixed
@@ -220,7 +233,9 @@ def test_rwkv6_is_its_published_formula() -> None:
 def test_gated_deltanet_is_its_published_formula(decay: bool, negative: bool) -> None:
     """Plain loops on the module's own parts: erase under the key, write, read."""
     mixer = built("gated_deltanet", decay=decay, allow_neg_eigval=negative)
-    x, own, conv = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    conv = mixer.short_conv
     streams = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).mT
     streams = F.silu(F.conv1d(F.pad(streams, (3, 0)), conv.weight, conv.bias, groups=34)).mT
     v, k, q = (t.unflatten(-1, (2, -1)) for t in streams.split([18, 8, 8], dim=-1))
@@ -229,10 +244,12 @@ def test_gated_deltanet_is_its_published_formula(decay: bool, negative: bool) ->
     a = torch.ones_like(beta)
     if decay:
         a = (-F.softplus(mixer.decay.to_dt(x) + mixer.decay.dt_bias) * mixer.decay.A_log.exp()).exp()
-    rows, eye = [], torch.eye(k.shape[-1], dtype=torch.float64)
+    rows = []
+    eye = torch.eye(k.shape[-1], dtype=torch.float64)
     state = torch.zeros(2, 2, k.shape[-1], v.shape[-1], dtype=torch.float64)
     for t in range(LENGTH):
-        key, b = k[:, t, :, :, None], beta[:, t, :, None, None]
+        key = k[:, t, :, :, None]
+        b = beta[:, t, :, None, None]
         state = a[:, t, :, None, None] * (eye - b * key @ key.mT) @ state + b * key * v[:, t, :, None]
         rows.append((q[:, t, :, None] @ state)[..., 0, :] / math.sqrt(k.shape[-1]))
     y = F.rms_norm(torch.stack(rows, dim=1), (9,), mixer.output.norm.weight, eps=1e-5).flatten(2)
@@ -244,8 +261,8 @@ def test_gated_deltanet_recalls_what_it_wrote_under_a_key() -> None:
     mixer = drop_in("gated_deltanet", decay=False)
     s = streams_of(mixer, float64(1, 3, 12))
     keys = torch.eye(6, dtype=torch.float64)[[0, 1, 0]][None, :, None].expand(1, 3, 2, 6)
-    seen = type(s)(s.x, keys * 6**0.5, keys, s.v, beta=torch.ones(1, 3, 2, dtype=torch.float64))
-    matrix = mixer.mixing_matrix(seen)
+    streams = type(s)(s.x, keys * 6**0.5, keys, s.v, beta=torch.ones(1, 3, 2, dtype=torch.float64))
+    matrix = mixer.mixing_matrix(streams)
     assert (matrix - torch.eye(3, dtype=torch.float64)).abs().max() < 1  # W_20 = 0: erased
     assert matrix[..., 2, 0].abs().max() < 1e-5
 
@@ -270,11 +287,13 @@ def test_token_shift_sees_itself_and_the_token_before() -> None:
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_part_is_a_switch(name: str) -> None:
     """Each of the published parts can be taken away alone, and makes a difference."""
-    x, full = float64(1, LENGTH, 12), built(name)
+    x = float64(1, LENGTH, 12)
+    full = built(name)
     parts = [p for p in ("conv_size", "norm", "gate", "bonus", "token_shift") if getattr(full.config, p, 0)]
     assert parts
     for part in parts:
-        less = built(name, **{part: type(getattr(full.config, part))(0)})
+        off = {part: type(getattr(full.config, part))(0)}
+        less = built(name, **off)
         missing = less.load_state_dict(full.state_dict(), strict=False)
         assert not missing.missing_keys
         assert (less(x) - full(x)).abs().max() > 1e-6, part

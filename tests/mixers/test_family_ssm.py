@@ -29,7 +29,7 @@ def float64(*shape: int) -> Tensor:
 
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **{"d_state": 4, **options}).double()
+    mixer = create_mixer(name, 12, 2, **({"d_state": 4} | options)).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -38,7 +38,7 @@ def built(name: str, **options: Any) -> TokenMixer:
 
 def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form, with projections of its own."""
-    return built(name, **{**_class(name).drop_in_options, **options})
+    return built(name, **(dict(_class(name).drop_in_options) | options))
 
 
 def _class(name: str) -> type[TokenMixer]:
@@ -65,8 +65,11 @@ def test_mamba2_without_decay_is_linear_attention_on_weighted_keys(causality: st
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_s6_with_one_a_and_one_step_a_head_is_ssd(causality: str, normalize: bool) -> None:
-    dt, A = float64(2, LENGTH, 3).exp(), -float64(3).exp()
-    B, C, u = float64(2, LENGTH, 3, 4).exp(), float64(2, LENGTH, 3, 4).exp(), float64(2, LENGTH, 3, 5)
+    dt = float64(2, LENGTH, 3).exp()
+    A = -float64(3).exp()
+    B = float64(2, LENGTH, 3, 4).exp()
+    C = float64(2, LENGTH, 3, 4).exp()
+    u = float64(2, LENGTH, 3, 5)
     settings = {"causality": causality, "normalize": normalize}
     wide = selective_scan(u, dt[..., None].expand_as(u), A[:, None, None].expand(3, 5, 4), B, C, **settings)
     assert_close(wide, linear_attention(C, B * dt[..., None], u, dt * A, **settings))
@@ -75,7 +78,8 @@ def test_s6_with_one_a_and_one_step_a_head_is_ssd(causality: str, normalize: boo
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_mamba_with_one_a_and_one_step_a_head_is_mamba2(causality: str) -> None:
     """The two mixers, not their operators alone: the same projections, and Δ and A spread over channels."""
-    wide, narrow = drop_in("mamba", causality=causality, dt_rank=2), drop_in("mamba2", causality=causality)
+    wide = drop_in("mamba", causality=causality, dt_rank=2)
+    narrow = drop_in("mamba2", causality=causality)
     wide.projections.load_state_dict(narrow.projections.state_dict())
     with torch.no_grad():
         wide.A_log.copy_(narrow.decay.A_log.repeat_interleave(6)[:, None].expand(12, 6))
@@ -91,7 +95,9 @@ def test_mamba_with_one_a_and_one_step_a_head_is_mamba2(causality: str) -> None:
 @pytest.mark.parametrize("causality", CAUSALITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_vector_of_equal_gates_is_one_gate(causality: str, normalize: bool) -> None:
-    q, k, v = float64(2, LENGTH, 2, 4).exp(), float64(2, LENGTH, 2, 4).exp(), float64(2, LENGTH, 2, 3)
+    q = float64(2, LENGTH, 2, 4).exp()
+    k = float64(2, LENGTH, 2, 4).exp()
+    v = float64(2, LENGTH, 2, 3)
     gate = -float64(2, LENGTH, 2).exp()
     settings = {"causality": causality, "normalize": normalize}
     vector = linear_attention(q, k, v, gate[..., None].expand_as(q), **settings)
@@ -101,14 +107,17 @@ def test_a_vector_of_equal_gates_is_one_gate(causality: str, normalize: bool) ->
 def test_mamba2_is_its_published_formula() -> None:
     """Every published part on: the block written out token by token."""
     mixer = built("mamba2", n_groups=2)
-    x, own = float64(2, LENGTH, 12), mixer.projections
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
     conv = mixer.short_conv
     xBC = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).transpose(1, 2)
     xBC = F.silu(F.conv1d(F.pad(xBC, (3, 0)), conv.weight, conv.bias, groups=xBC.shape[1])).transpose(1, 2)
     inner, B, C = xBC.split([24, 8, 8], dim=-1)
     u, B, C = (t.unflatten(-1, (2, -1)) for t in (inner, B, C))
     dt = F.softplus(mixer.decay.to_dt(x) + mixer.decay.dt_bias)
-    a, state, rows = (-dt * mixer.decay.A_log.exp()).exp(), torch.zeros(2, 2, 12, 4, dtype=torch.float64), []
+    a = (-dt * mixer.decay.A_log.exp()).exp()
+    state = torch.zeros(2, 2, 12, 4, dtype=torch.float64)
+    rows = []
     for t in range(LENGTH):
         added = (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, :, None]
         state = a[:, t, :, None, None] * state + added
@@ -121,9 +130,10 @@ def test_mamba2_is_its_published_formula() -> None:
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_published_form_with_every_part_off_is_the_drop_in_form(name: str) -> None:
     own = {"mamba": {"selection": "input"}, "hydra": {"shared_keys": True, "own_query": True}}.get(name, {})
-    switched, simple = built(name, **OFF, **own, d_state=6, n_groups=2), drop_in(name)
-    wanted = {**simple.config.to_dict(), "d_state": 6, "n_groups": 2}
-    assert switched.config.to_dict() == wanted
+    switched = built(name, **OFF, **own, d_state=6, n_groups=2)
+    simple = drop_in(name)
+    expected = {**simple.config.to_dict(), "d_state": 6, "n_groups": 2}
+    assert switched.config.to_dict() == expected
     switched.load_state_dict(simple.state_dict())
     x = float64(2, LENGTH, 12)
     assert torch.equal(switched(x), simple(x))
@@ -132,11 +142,13 @@ def test_the_published_form_with_every_part_off_is_the_drop_in_form(name: str) -
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_part_is_a_switch(name: str) -> None:
     """Each of the published parts can be taken away alone, and makes a difference."""
-    x, full = float64(1, LENGTH, 12), built(name)
+    x = float64(1, LENGTH, 12)
+    full = built(name)
     parts = [part for part in ("conv_size", "skip", "norm", "gate") if getattr(full.config, part)]
     assert parts
     for part in parts:
-        less = built(name, **{part: type(getattr(full.config, part))(0)})
+        off = {part: type(getattr(full.config, part))(0)}
+        less = built(name, **off)
         missing = less.load_state_dict(full.state_dict(), strict=False)
         assert not missing.missing_keys and missing.unexpected_keys
         assert (less(x, grid=GRID) - full(x, grid=GRID)).abs().max() > 1e-6, part
@@ -191,7 +203,9 @@ def test_vssd_with_unit_weights_is_linear_attention(causality: str, normalize: b
 def test_vssd_is_its_published_formula() -> None:
     """SiLU(conv(x, B, C)) over the image, C (Bᵀ (V ⊙ Δ|A|)) + D V, LayerNorm over the inner width, times z itself."""
     mixer = built("vssd")
-    x, own, conv = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    conv = mixer.short_conv
     image = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).mT.unflatten(-1, GRID)
     image = F.silu(F.conv2d(image, conv.weight, conv.bias, padding=1, groups=32))
     v, B, C = image.flatten(2).mT.split([24, 4, 4], dim=-1)
@@ -206,8 +220,10 @@ def test_vssd_is_its_published_formula() -> None:
 def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
     """As published: y = shift(SS(x)) + flip(shift(SS(flip x))) + (fc(x) + D) ⊙ x, then RMSNorm(y)·SiLU(z)."""
     mixer = built("hydra")
-    x, own = float64(2, LENGTH, 12), mixer.projections
-    conv, parts = mixer.short_conv, [own.to_v(x), own.to_k(x), own.to_q(x)]
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    conv = mixer.short_conv
+    parts = [own.to_v(x), own.to_k(x), own.to_q(x)]
     mixed = F.silu(F.conv1d(torch.cat(parts, dim=-1).transpose(1, 2), conv.weight, conv.bias, padding=3, groups=40))
     inner, B, C = mixed.transpose(1, 2).split([24, 8, 8], dim=-1)
     u = inner.unflatten(-1, (2, -1))
@@ -220,8 +236,8 @@ def test_hydra_is_two_moved_scans_and_a_diagonal() -> None:
         b, c = (t[:, :, None].expand(2, LENGTH, 2, 4) for t in (b, c))
         log_decay = -dt * mixer.decay.A_log.exp()
         scan = linear_attention(c, b * dt[..., None], v, log_decay, causality="causal", normalize=False)
-        moved = torch.cat([torch.zeros_like(scan[:, :1]), scan[:, :-1]], dim=1)
-        y = y + (moved if direction == 0 else moved.flip(1))
+        shifted = torch.cat([torch.zeros_like(scan[:, :1]), scan[:, :-1]], dim=1)
+        y = y + (shifted if direction == 0 else shifted.flip(1))
     y = y.flatten(2)
     normed = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * mixer.output.norm.weight
     assert_close(mixer(x), own.to_out(normed * F.silu(mixer.output.to_gate(x))))
@@ -239,9 +255,8 @@ def test_hydras_matrix_is_quasiseparable(own_query: bool) -> None:
             ranks = structure.numerical_rank(block, 1e-10)
             assert (ranks <= 3).all()
     assert (structure.numerical_rank(matrix[..., 9:, :9], 1e-10) == 3).all()  # and as rich as that
-    past = create_mixer(
-        "hydra", 12, 2, causality="causal", **{**_class("hydra").drop_in_options, "own_query": own_query}
-    )
+    causal = {"causality": "causal", "own_query": own_query}
+    past = create_mixer("hydra", 12, 2, **(dict(_class("hydra").drop_in_options) | causal))
     assert structure.is_causal(structure.mixing_matrix(past.double(), x))
 
 
@@ -250,7 +265,9 @@ def test_hydra_decays_between_two_tokens_alone() -> None:
     mixer = drop_in("hydra")
     x = float64(1, LENGTH, 12)
     s = streams_of(mixer, x)
-    W, gates, dt = structure.mixing_matrix(mixer, x), s.log_decay.exp(), s.dt
+    W = structure.mixing_matrix(mixer, x)
+    gates = s.log_decay.exp()
+    dt = s.dt
     pairs = torch.einsum("bihn,bjhn->bhij", s.q, s.k)
     for i in range(LENGTH - 2):
         assert_close(W[:, :, i + 1, i], pairs[:, :, i + 1, i] * dt[:, i, :2])

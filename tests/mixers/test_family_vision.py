@@ -41,7 +41,7 @@ def built(name: str, **options: Any) -> TokenMixer:
 
 def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form, with projections of its own."""
-    return built(name, **{**registry.get_mixer_entry(name).mixer.drop_in_options, **options})
+    return built(name, **(dict(registry.get_mixer_entry(name).mixer.drop_in_options) | options))
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:
@@ -56,7 +56,8 @@ def copy_shared(to: TokenMixer, source: TokenMixer) -> None:
 def test_rank_r_is_linear_attention_on_khatri_rao_features(causality: str, normalize: bool) -> None:
     mixer = built("linfusion_low_rank", causality=causality, normalize=normalize, rank=3)
     s = streams_of(mixer, float64(2, LENGTH, 12))
-    C, B = F.elu(s.q) + 1, F.elu(s.k) + 1
+    C = F.elu(s.q) + 1
+    B = F.elu(s.k) + 1
     f, g = mixer.factors(s.x)
     pairs = [(a, b) for a in range(6) for b in range(3)]
     c = torch.stack([C[..., i] * f[..., r] for i, r in pairs], dim=-1)
@@ -71,7 +72,9 @@ def test_the_matrix_is_a_product_of_two_of_low_rank(rank: int) -> None:
     mixer = built("linfusion_low_rank", normalize=False, rank=rank)
     x = 2 * float64(1, 40, 12)
     s = mixer.compute_streams(x, mixer.resolve_projections(None))
-    C, B, (f, g) = F.elu(s.q) + 1, F.elu(s.k) + 1, mixer.factors(x)
+    C = F.elu(s.q) + 1
+    B = F.elu(s.k) + 1
+    (f, g) = mixer.factors(x)
     dense, mask = (torch.einsum("bihk,bjhk->bhij", *pair) for pair in ((C, B), (f, g)))
     matrix = structure.mixing_matrix(mixer, x)
     assert_close(matrix, dense * mask / (256 * 6**0.5))
@@ -95,7 +98,8 @@ def test_low_rank_starts_as_linfusion(causality: str, normalize: bool) -> None:
 
 def test_low_rank_learns_from_its_start_and_its_components_part() -> None:
     mixer = create_mixer("linfusion_low_rank", 12, 2, rank=3).double()
-    x, target = float64(2, LENGTH, 12), float64(2, LENGTH, 12)
+    x = float64(2, LENGTH, 12)
+    target = float64(2, LENGTH, 12)
     optimizer = torch.optim.SGD([*mixer.to_f.parameters(), *mixer.to_g.parameters()], lr=1.0)
     for _ in range(3):
         optimizer.zero_grad()
@@ -124,20 +128,24 @@ def test_rank_one_is_linfusion(causality: str) -> None:
 
 def test_focused_is_its_published_formula() -> None:
     mixer = built("focused")
-    x, own = float64(2, LENGTH, 12), mixer.projections
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
 
     def focus(t: Tensor) -> Tensor:
         u = (t.relu() + 1e-6) / F.softplus(mixer.focus.scale)
         return (u**3 / (u**3).norm(dim=-1, keepdim=True) * u.norm(dim=-1, keepdim=True)).unflatten(-1, (2, 6))
 
     table = F.interpolate(mixer.positions.weight, size=GRID, mode="bilinear").flatten(2).mT
-    q, k, v = focus(own.to_q(x)), focus(own.to_k(x) + table), own.to_v(x)
+    q = focus(own.to_q(x))
+    k = focus(own.to_k(x) + table)
+    v = own.to_v(x)
     z = 1 / (torch.einsum("blhk,bhk->blh", q, k.mean(1)) + 1e-6)
     kv = torch.einsum("blhk,blhv->bhkv", k, v.unflatten(-1, (2, 6))) / LENGTH
     y = (torch.einsum("blhk,bhkv->blhv", q, kv) * z[..., None]).flatten(2)
     image = v.transpose(1, 2).unflatten(-1, GRID)
     conv = mixer.output.local_conv  # shared by the two heads
-    weight, bias = conv.weight.repeat(2, 1, 1, 1), conv.bias.repeat(2)
+    weight = conv.weight.repeat(2, 1, 1, 1)
+    bias = conv.bias.repeat(2)
     local = F.conv2d(image, weight, bias, padding=2, groups=12)
     assert_close(mixer(x, grid=GRID), own.to_out(y + local.flatten(2).transpose(1, 2)))
 
@@ -148,7 +156,8 @@ def test_focused_with_power_one_is_relu_attention(causality: str) -> None:
     mixer = drop_in("focused", causality=causality, power=1.0, eps=1e-200)
     torch.nn.init.constant_(mixer.focus.scale, 0.7)
     s = streams_of(mixer, float64(2, LENGTH, 12))
-    q, k = s.q.relu() + 1e-6, s.k.relu() + 1e-6
+    q = s.q.relu() + 1e-6
+    k = s.k.relu() + 1e-6
     assert_close(mixer.mix(s), linear_attention(q, k, s.v, causality=causality, eps=1e-200))
     focused = drop_in("focused")
     features, _ = focused.features(s)
@@ -169,7 +178,8 @@ def test_sana_is_linear_attention_with_relu(causality: str, normalize: bool) -> 
 def test_sana_is_its_published_formula() -> None:
     """Values with a row of ones, times keys, times queries; the last row divides the others."""
     mixer = built("sana_relu")
-    x, own = float64(2, LENGTH, 12), mixer.projections
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
     q, k, v = (p(x).transpose(1, 2).unflatten(1, (2, 6)) for p in (own.to_q, own.to_k, own.to_v))  # (b, h, k, l)
     y = F.pad(v, (0, 0, 0, 1), value=1.0) @ k.relu().mT @ q.relu()
     y = y[:, :, :-1] / (y[:, :, -1:] + 1e-15)
@@ -179,20 +189,23 @@ def test_sana_is_its_published_formula() -> None:
 def test_mila_is_its_published_formula() -> None:
     """The published block: in-projection, convolution, rotation in the numerator only, LePE and gate."""
     mixer = built("mila")
-    x, own, dwc = float64(2, LENGTH, 12), mixer.projections, mixer.short_conv
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    dwc = mixer.short_conv
     inner = F.conv2d(own.to_v(x).mT.unflatten(-1, GRID), dwc.weight, dwc.bias, padding=1, groups=12)
     v = F.silu(inner).flatten(2).mT
-    q, k = F.elu(own.to_q(v)) + 1, F.elu(own.to_k(v)) + 1
+    q = F.elu(own.to_q(v)) + 1
+    k = F.elu(own.to_k(v)) + 1
     turns = []
     for axis in (0, 1):
         places = torch.stack(torch.meshgrid(*map(torch.arange, GRID), indexing="ij"))[axis].flatten().double()
         turns.append(places[:, None] / 10000 ** (torch.arange(3).double() / 3))
     turn = torch.polar(torch.ones(LENGTH, 6).double(), torch.cat(turns, dim=-1))
 
-    def turned(t: Tensor) -> Tensor:
+    def rotated(t: Tensor) -> Tensor:
         return torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
-    heads = [t.unflatten(-1, (2, 6)) for t in (turned(q), turned(k), q, k, v)]
+    heads = [t.unflatten(-1, (2, 6)) for t in (rotated(q), rotated(k), q, k, v)]
     weights = torch.einsum("bihk,bjhk->bhij", *heads[:2]) / LENGTH
     weights = weights / (torch.einsum("bihk,bhk->bhi", heads[2], heads[3].mean(1)) + 1e-6)[..., None]
     y = torch.einsum("bhij,bjhv->bihv", weights, heads[4]).flatten(2)
@@ -222,8 +235,8 @@ def test_mila_turns_weights_and_not_their_sums(causality: str) -> None:
     still.load_state_dict(mila.state_dict())
     s = streams_of(mila, x)
     q, k = still.features(s)
-    turned = [rotary_2d(t.flatten(2)[:, :, None], GRID).view_as(t) for t in (q, k)]
-    ratio = torch.einsum("bihk,bjhk->bhij", *turned) / torch.einsum("bihk,bjhk->bhij", q, k)
+    rotated = [rotary_2d(t.flatten(2)[:, :, None], GRID).view_as(t) for t in (q, k)]
+    ratio = torch.einsum("bihk,bjhk->bhij", *rotated) / torch.einsum("bihk,bjhk->bhij", q, k)
     matrix = structure.mixing_matrix(mila, x, grid=GRID)
     assert_close(matrix, structure.mixing_matrix(still, x) * ratio)
     assert not mila.traits.normalized and not mila.traits.positive and mila.traits.needs_grid
@@ -236,13 +249,15 @@ def test_inline_is_its_published_formula_in_plain_loops(causality: str, feature_
     mixer = drop_in("inline", causality=causality, feature_map=feature_map)
     phi = {None: lambda t: t, "relu": torch.relu, "elu_plus_one": lambda t: F.elu(t) + 1}[feature_map]
     s = streams_of(mixer, float64(1, LENGTH, 12))
-    q, k, y = phi(s.q) * 6**-0.5, phi(s.k), mixer.mix(s)
+    q = phi(s.q) * 6**-0.5
+    k = phi(s.k)
+    y = mixer.mix(s)
     for i in range(LENGTH):
-        seen = range(i + 1) if causality == "causal" else range(LENGTH)
+        visible = range(i + 1) if causality == "causal" else range(LENGTH)
         for h in range(2):
-            products = [q[0, i, h] @ k[0, j, h] for j in seen]
+            products = [q[0, i, h] @ k[0, j, h] for j in visible]
             mean = sum(products) / len(products)
-            row = sum((p + 1 - mean) / len(products) * s.v[0, j, h] for p, j in zip(products, seen, strict=True))
+            row = sum((p + 1 - mean) / len(products) * s.v[0, j, h] for p, j in zip(products, visible, strict=True))
             assert_close(y[0, i, h], row)
 
 
@@ -270,9 +285,9 @@ def test_inline_does_not_see_what_all_weights_of_a_row_share() -> None:
     """A constant added to every key moves all weights of a row alike, which the subtraction takes away."""
     mixer = drop_in("inline")
     s = streams_of(mixer, float64(2, LENGTH, 12))
-    moved = dataclasses.replace(s, k=s.k + float64(1, 1, 2, 6))
-    assert_close(mixer.mixing_matrix(moved), mixer.mixing_matrix(s))
-    assert_close(mixer.mix(moved), mixer.mix(s))
+    shifted = dataclasses.replace(s, k=s.k + float64(1, 1, 2, 6))
+    assert_close(mixer.mixing_matrix(shifted), mixer.mixing_matrix(s))
+    assert_close(mixer.mix(shifted), mixer.mix(s))
 
 
 def test_inline_is_injective_where_division_is_not() -> None:
@@ -287,10 +302,12 @@ def test_inline_is_injective_where_division_is_not() -> None:
 def test_inline_chooses_the_weights_of_its_convolution_from_the_mean_token() -> None:
     """As published: one 3 × 3 kernel for every item and channel, from two layers in one block a head."""
     mixer = built("inline")
-    x, stage = float64(2, LENGTH, 12), mixer.output
+    x = float64(2, LENGTH, 12)
+    stage = mixer.output
     s = streams_of(mixer, x)
     first, _, last = stage.residual
-    added, v = torch.zeros(2, LENGTH, 12, dtype=torch.float64), s.v.flatten(2)
+    added = torch.zeros(2, LENGTH, 12, dtype=torch.float64)
+    v = s.v.flatten(2)
     for b in range(2):
         mean = x[b].mean(0)
         hidden = [F.gelu(first.weight[6 * h :][:6, :, 0] @ mean[6 * h :][:6] + first.bias[6 * h :][:6]) for h in (0, 1)]

@@ -27,14 +27,17 @@ def test_linfusion_is_its_published_formula() -> None:
     mixer = create_mixer("linfusion", 12, 2, mid_dim=5).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    x, own = float64(2, 9, 12), mixer.projections
+    x = float64(2, 9, 12)
+    own = mixer.projections
 
     def mapped(mlp: torch.nn.Module, projection: torch.nn.Module) -> torch.Tensor:
         first, norm, _, last = mlp.net
-        moved = x + last(F.leaky_relu(norm(first(x)), 0.01))
-        return mixer.split_heads(F.elu(projection(moved)) + 1)
+        shifted = x + last(F.leaky_relu(norm(first(x)), 0.01))
+        return mixer.split_heads(F.elu(projection(shifted)) + 1)
 
-    q, k, v = mapped(mixer.for_q, own.to_q), mapped(mixer.for_k, own.to_k), mixer.split_heads(own.to_v(x))
+    q = mapped(mixer.for_q, own.to_q)
+    k = mapped(mixer.for_k, own.to_k)
+    v = mixer.split_heads(own.to_v(x))
     divided = q / (torch.einsum("blhk,bhk->blh", q, k.mean(1)) + 1e-4)[..., None]
     truth = torch.einsum("blhk,bhkv->blhv", divided, torch.einsum("blhk,blhv->bhkv", k / 9, v))
     assert_close(mixer(x), own.to_out(truth.flatten(2)))
@@ -43,7 +46,8 @@ def test_linfusion_is_its_published_formula() -> None:
 @pytest.mark.parametrize("causality", ["causal", "noncausal"])
 def test_softmax_is_attention_as_torch_computes_it(causality: str) -> None:
     mixer = create_mixer("softmax", 12, 2, causality=causality).double()
-    x, own = float64(2, 9, 12), mixer.projections
+    x = float64(2, 9, 12)
+    own = mixer.projections
     q, k, v = (mixer.split_heads(p(x)).transpose(1, 2) for p in (own.to_q, own.to_k, own.to_v))
     truth = F.scaled_dot_product_attention(q, k, v, is_causal=causality == "causal").transpose(1, 2).flatten(2)
     assert_close(mixer(x), own.to_out(truth))
@@ -51,7 +55,9 @@ def test_softmax_is_attention_as_torch_computes_it(causality: str) -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_bidirectional_without_decay_is_noncausal(normalize: bool) -> None:
-    q, k, v = float64(2, 9, 2, 4).exp(), float64(2, 9, 2, 4).exp(), float64(2, 9, 2, 3)
+    q = float64(2, 9, 2, 4).exp()
+    k = float64(2, 9, 2, 4).exp()
+    v = float64(2, 9, 2, 3)
     noncausal = linear_attention(q, k, v, causality="noncausal", normalize=normalize, backend="dense")
     for backend in ("auto", "chunked", "dense"):  # dense builds the two passes
         both = linear_attention(q, k, v, causality="bidirectional", normalize=normalize, backend=backend)
@@ -69,7 +75,8 @@ def test_rank_is_at_most_the_number_of_features() -> None:
 def test_unnormalized_weights_do_not_depend_on_the_number_of_tokens() -> None:
     mixer = create_mixer("linear_attention", 12, 2, normalize=False)
     x = torch.randn(1, 8, 12)
-    small, large = structure.mixing_matrix(mixer, x), structure.mixing_matrix(mixer, x.repeat(1, 4, 1))
+    small = structure.mixing_matrix(mixer, x)
+    large = structure.mixing_matrix(mixer, x.repeat(1, 4, 1))
     assert torch.allclose(small, large[..., :8, :8])
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mixers import TokenMixer, create_mixer, list_mixers, registry
 
-DIM, HEADS = 128, 4
+DIM = 128
+HEADS = 4
 CONTROLS = {"identity", "softmax", "uniform", "linear_attention", "linfusion_low_rank"}  # no code was published
 
 # Options of the published block, by the names of ours.
@@ -169,7 +170,8 @@ def test_rwkv6_starts_as_published_at_half_depth() -> None:
     assert torch.allclose(mixer.decay.up.bias, -6 + 5 * (i / (DIM - 1)) ** (0.7 + 1.3 * 0.5))
     zigzag = torch.tensor([((n + 1) % 3 - 1) * 0.1 for n in range(DIM)])
     assert torch.allclose(mixer.bonus.flatten(), 0.5 * (1 - i / (DIM - 1)) + zigzag, atol=1e-6)
-    slow, fast = 1 - (i / DIM) ** 0.5, 1 - (i / DIM) ** 0.25
+    slow = 1 - (i / DIM) ** 0.5
+    fast = 1 - (i / DIM) ** 0.25
     shift = mixer.token_shift
     assert torch.allclose(shift.mu, slow)
     assert torch.allclose(shift.offsets, torch.stack([slow, slow, slow - 0.15, fast, fast]))  # w, k, v, r, g

@@ -92,15 +92,15 @@ def test_one_class_adds_a_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    groups = []
 
     def installed(group: str) -> list[EntryPoint]:
-        asked.append(group)
+        groups.append(group)
         return [EntryPoint("plugin", "mixers.zoo.softmax", "mixers")]
 
     monkeypatch.setattr(registry, "entry_points", installed)
     registry._discover.__wrapped__()
-    assert asked == ["mixers"]
+    assert groups == ["mixers"]
 
 
 def test_the_tables_of_the_page_of_mixers_are_current() -> None:

@@ -1,4 +1,4 @@
-"""The stages: scan orders, convolutions, decays, rotary positions, the focused map, norms and gates."""
+"""The stages: scan orders, convolutions, decays, the focused map, norms and gates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from mixers.stages.convolutions import LocalConvolution, ShortConvolution
 from mixers.stages.decays import DoubleExponentialDecay, FixedDecay, LowRankDecay, ScalarDecay
 from mixers.stages.focused import FocusedMap
 from mixers.stages.outputs import HeadGroupNorm, Output, RMSNorm
-from mixers.stages.rotary import rotary, rotary_2d
 from mixers.stages.scan_orders import SCANS, inverse_permutation, scan_orders
 from mixers.testing.tolerances import assert_close
 
@@ -56,7 +55,8 @@ def test_zigzag_and_hilbert_go_from_neighbor_to_neighbor(height: int, width: int
     rows, columns = steps(order_of("hilbert", height, width), width)
     assert (torch.maximum(rows, columns) == 1).all()
     diagonal = int((rows + columns == 2).sum())
-    long, short = max(height, width), min(height, width)
+    long = max(height, width)
+    short = min(height, width)
     assert diagonal <= int(long % 2 == 1 and short % 2 == 0)
 
 
@@ -65,7 +65,8 @@ def test_hilbert_on_powers_of_two_fills_one_quarter_after_the_other(power: int) 
     side = 2**power
     order = order_of("hilbert", side, side)
     for quarter in order.chunk(4):
-        rows, columns = quarter // side, quarter % side
+        rows = quarter // side
+        columns = quarter % side
         assert int(rows.max() - rows.min()) == int(columns.max() - columns.min()) == side // 2 - 1
 
 
@@ -102,25 +103,26 @@ def test_orders_compile_in_one_graph_at_any_size(scan: str) -> None:
         y = compiled(x, grid)
         assert_close(y, there_and_back(x, grid))
         y.sum().backward()
-    assert counter.frame_count <= 3, "compiled anew for every size"
+    assert counter.frame_count <= 3, "compiled again for every size"
 
 
 @given(length=st.integers(1, 9), size=st.integers(1, 6), causal=st.booleans(), activation=st.booleans())
 def test_the_short_convolution_is_the_sum_written_out(length: int, size: int, causal: bool, activation: bool) -> None:
     layer = ShortConvolution(3, size, causal=causal, activation=activation).double()
     x = torch.randn(2, length, 3, dtype=torch.float64)
-    weight, bias = layer.weight, layer.bias
+    weight = layer.weight
+    bias = layer.bias
     assert weight.shape == (3, 1, size) and bias is not None
     first = size - 1 if causal else size // 2
-    wanted = bias.expand(2, length, 3).clone()
+    expected = bias.expand(2, length, 3).clone()
     for i, s in product(range(length), range(size)):
         if 0 <= i - first + s < length:
-            wanted[:, i] += weight[:, 0, s] * x[:, i - first + s]
-    assert_close(layer(x), F.silu(wanted) if activation else wanted)
+            expected[:, i] += weight[:, 0, s] * x[:, i - first + s]
+    assert_close(layer(x), F.silu(expected) if activation else expected)
 
 
 @given(length=st.integers(1, 12), size=st.integers(2, 5), place=st.integers(0, 11))
-def test_the_causal_convolution_never_looks_ahead_and_the_centred_one_sees_both_sides(
+def test_the_causal_convolution_never_looks_ahead_and_the_centered_one_sees_both_sides(
     length: int, size: int, place: int
 ) -> None:
     place %= length
@@ -128,9 +130,9 @@ def test_the_causal_convolution_never_looks_ahead_and_the_centred_one_sees_both_
         x = torch.randn(1, length, 2, dtype=torch.float64, requires_grad=True)
         ShortConvolution(2, size, causal).double()(x)[:, place].sum().backward()
         assert x.grad is not None
-        seen = x.grad[0].abs().sum(-1).nonzero().flatten().tolist()
+        visible = x.grad[0].abs().sum(-1).nonzero().flatten().tolist()
         first = place - (size - 1 if causal else size // 2)
-        assert seen == [i for i in range(first, first + size) if 0 <= i < length]
+        assert visible == [i for i in range(first, first + size) if 0 <= i < length]
 
 
 @given(height=st.integers(1, 6), width=st.integers(1, 6), size=st.sampled_from([1, 3, 5]))
@@ -140,12 +142,13 @@ def test_the_local_convolution_is_the_sum_written_out(height: int, width: int, s
     y = layer(x, (height, width))
     assert layer.bias is not None
     for i, j in ((0, 0), (height - 1, 0), (height // 2, width // 2)):
-        wanted = layer.bias.expand(2, 2).clone()
+        expected = layer.bias.expand(2, 2).clone()
         for s, t in product(range(size), repeat=2):
-            row, column = i + s - size // 2, j + t - size // 2
+            row = i + s - size // 2
+            column = j + t - size // 2
             if 0 <= row < height and 0 <= column < width:
-                wanted += layer.weight[:, 0, s, t] * x[:, row * width + column]
-        assert_close(y[:, i * width + j], wanted, what=f"place {(i, j)}")
+                expected += layer.weight[:, 0, s, t] * x[:, row * width + column]
+        assert_close(y[:, i * width + j], expected, what=f"place {(i, j)}")
 
 
 def test_a_zero_local_convolution_adds_nothing_and_grids_are_checked() -> None:
@@ -161,14 +164,15 @@ def test_a_zero_local_convolution_adds_nothing_and_grids_are_checked() -> None:
 @given(groups=st.integers(1, 3), width=st.integers(1, 5))
 def test_norms_are_those_of_torch(groups: int, width: int) -> None:
     x = torch.randn(2, 4, groups * width, dtype=torch.float64)
-    rms, group = RMSNorm(groups * width, groups=groups).double(), HeadGroupNorm(groups, width).double()
+    rms = RMSNorm(groups * width, groups=groups).double()
+    group = HeadGroupNorm(groups, width).double()
     assert rms.weight is not None and group.weight is not None and group.bias is not None
     for parameter in (rms.weight, group.weight, group.bias):
         nn.init.normal_(parameter)
     plain = F.rms_norm(x.unflatten(-1, (groups, -1)), (width,), eps=1e-5).flatten(-2)
     assert_close(rms(x), plain * rms.weight)
-    wanted = F.group_norm(x.flatten(0, 1), groups, group.weight, group.bias, eps=1e-5).view_as(x)
-    assert_close(group(x), wanted)
+    expected = F.group_norm(x.flatten(0, 1), groups, group.weight, group.bias, eps=1e-5).view_as(x)
+    assert_close(group(x), expected)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -196,8 +200,8 @@ def test_mamba2_gates_before_the_norm_over_the_whole_width() -> None:
     output = built(skip=True, norm=True, gate=True, norm_kind="rms", gate_first=True)
     assert output.to_gate is not None and output.D is not None and output.D.shape == (2,)
     gated = (y + output.D[:, None] * given_streams.v).flatten(-2) * F.silu(output.to_gate(given_streams.x))
-    wanted = F.rms_norm(gated, (6,), output.norm.weight, eps=1e-5)  # type: ignore[union-attr,arg-type]
-    assert_close(output(y, given_streams).flatten(-2), wanted)
+    expected = F.rms_norm(gated, (6,), output.norm.weight, eps=1e-5)  # type: ignore[union-attr,arg-type]
+    assert_close(output(y, given_streams).flatten(-2), expected)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -207,8 +211,8 @@ def test_gla_norms_each_head_and_then_gates(affine: bool) -> None:
     assert output.to_gate is not None and output.norm is not None
     assert (output.norm.weight is not None) == affine
     normed = F.rms_norm(y, (3,), output.norm.weight, eps=1e-5)  # type: ignore[arg-type]
-    wanted = normed.flatten(-2) * F.silu(output.to_gate(given_streams.x))
-    assert_close(output(y, given_streams).flatten(-2), wanted)
+    expected = normed.flatten(-2) * F.silu(output.to_gate(given_streams.x))
+    assert_close(output(y, given_streams).flatten(-2), expected)
 
 
 def test_rwkv6_has_a_group_norm_and_mamba_a_skip_for_every_channel() -> None:
@@ -216,8 +220,8 @@ def test_rwkv6_has_a_group_norm_and_mamba_a_skip_for_every_channel() -> None:
     output = built(skip=True, skip_per_channel=True, norm=True, norm_kind="head_group", eps=64e-5)
     assert output.norm is not None and output.D is not None and output.D.shape == (2, 3)
     wide = (y + output.D * given_streams.v).flatten(-2).flatten(0, 1)
-    wanted = F.group_norm(wide, 2, output.norm.weight, output.norm.bias, eps=64e-5)  # type: ignore[arg-type]
-    assert_close(output(y, given_streams), wanted.view_as(y))
+    expected = F.group_norm(wide, 2, output.norm.weight, output.norm.bias, eps=64e-5)  # type: ignore[arg-type]
+    assert_close(output(y, given_streams), expected.view_as(y))
 
 
 def test_the_local_convolution_of_the_values_is_added_and_nothing_on_is_the_identity() -> None:
@@ -305,66 +309,9 @@ def test_published_decays_at_the_start() -> None:
     slow_to_fast = DoubleExponentialDecay(8, 6)(torch.randn(1, 1, 8)).flatten()
     assert (slow_to_fast.diff() < 0).all()
     assert_close(slow_to_fast[[0, -1]], -torch.tensor([-6.0, -1.0]).exp())
-    layer, x = LowRankDecay(8, 6, rank=2).double(), torch.randn(1, 3, 8, dtype=torch.float64)
+    layer = LowRankDecay(8, 6, rank=2).double()
+    x = torch.randn(1, 3, 8, dtype=torch.float64)
     assert_close(layer(x), torch.sigmoid(layer.up(layer.down(x))).log() / 16)
-
-
-@given(
-    key=st.integers(4, 11),
-    start=st.integers(0, 50),
-    height=st.integers(1, 5),
-    width=st.integers(1, 5),
-    adjacent=st.booleans(),
-)
-def test_rotary_products_depend_on_differences_of_places(
-    key: int, start: int, height: int, width: int, adjacent: bool
-) -> None:
-    q, k = torch.randn(2, key, dtype=torch.float64)
-    length = height * width
-    q, k = (t.expand(1, length, 2, key) for t in (q, k))
-    turned = rotary(q, adjacent=adjacent, start=start), rotary(k, adjacent=adjacent, start=start)
-    products = torch.einsum("blhk,bmhk->hlm", *turned)[0]
-    for offset in range(length):
-        diagonal = products.diagonal(offset)
-        assert_close(diagonal, diagonal[0].expand_as(diagonal))
-    turned = rotary_2d(q, (height, width), adjacent=adjacent), rotary_2d(k, (height, width), adjacent=adjacent)
-    products = torch.einsum("blhk,bmhk->hlm", *turned)[0].view(height, width, height, width)
-    for i, j in product(range(height), range(width)):
-        assert_close(products[i:, j:, i:, j:], products[: height - i, : width - j, : height - i, : width - j])
-    assert_close(turned[0].norm(dim=-1), q.norm(dim=-1))
-
-
-@pytest.mark.parametrize("adjacent", [True, False])
-def test_rotary_angles_are_the_published_ones(adjacent: bool) -> None:
-    x = torch.randn(1, 6, 1, 10, dtype=torch.float64)
-    first, second = rotary(x, adjacent=adjacent), rotary_2d(x, (2, 3), adjacent=adjacent)
-    pair, n = ((2, 3), 5) if adjacent else ((1, 6), 5)  # pair 1 of five
-    angle = torch.tensor(4 * 10000 ** (-1 / n), dtype=torch.float64)
-    a, b = x[0, 4, 0, list(pair)]
-    assert_close(first[0, 4, 0, pair[0]], a * angle.cos() - b * angle.sin())
-    assert_close(first[0, 4, 0, pair[1]], a * angle.sin() + b * angle.cos())
-    # Token 5 of 2 × 3 is in row 1 and column 2; pairs 0 and 1 turn with the row, 2 and 3 with the column.
-    for i, steps_away in ((0, 1), (2, 2)):
-        pair = (2 * i, 2 * i + 1) if adjacent else (i, i + 4)
-        angle = torch.tensor(float(steps_away), dtype=torch.float64)
-        a, b = x[0, 5, 0, list(pair)]
-        assert_close(second[0, 5, 0, pair[0]], a * angle.cos() - b * angle.sin())
-    assert torch.equal(second[..., 8:], x[..., 8:])
-
-
-def test_rotary_streams_keeps_the_dtype_and_refuses() -> None:
-    x = torch.randn(1, 6, 2, 6)
-    assert_close(torch.cat([rotary(x[:, :2]), rotary(x[:, 2:], start=2)], dim=1), rotary(x))
-    assert torch.equal(rotary_2d(x, (2, 3))[..., 4:], x[..., 4:])
-    half = rotary_2d(x.bfloat16(), (2, 3))
-    assert half.dtype == torch.bfloat16
-    assert_close(half, rotary_2d(x.bfloat16().float(), (2, 3)).bfloat16())
-    with pytest.raises(ValueError, match="pass grid"):
-        rotary_2d(x, None)
-    with pytest.raises(ValueError, match="4 positions, but there are 6 tokens"):
-        rotary_2d(x, (2, 2))
-    with pytest.raises(ValueError, match="at least 4 channels, got 3"):
-        rotary_2d(x[..., :3], (2, 3))
 
 
 @given(power=st.sampled_from([1.0, 2.0, 3.0, 4.5]), size=st.sampled_from([1e-3, 1.0, 30.0]))

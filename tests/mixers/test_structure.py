@@ -41,7 +41,7 @@ def test_a_full_matrix_has_full_blocks() -> None:
     assert (lower, upper) == (4, 4)
 
 
-def test_the_receptive_field_is_the_row_as_a_picture() -> None:
+def test_the_receptive_field_is_the_row_as_an_image() -> None:
     matrix = torch.zeros(6, 6)
     matrix[4, 1] = -3.0
     field = structure.receptive_field(matrix, (2, 3))
@@ -56,7 +56,8 @@ def test_the_radius_of_known_matrices(grid: tuple[int, int]) -> None:
     length = height * width
     assert (structure.effective_radius(torch.eye(length), grid) == 0).all()
     uniform = torch.ones(length, length, dtype=torch.float64)
-    rows, columns = torch.arange(height), torch.arange(width)
+    rows = torch.arange(height)
+    columns = torch.arange(width)
     expected = ((rows**2).double().mean() + (columns**2).double().mean()).sqrt()  # of the token in the corner
     assert_close(structure.effective_radius(uniform, grid)[0], expected)
     offsets = [(torch.arange(n).double() - (n - 1) / 2).square() for n in grid]
@@ -76,13 +77,14 @@ def test_decay_shortens_what_a_token_sees() -> None:
 
 
 def test_a_cross_scan_is_the_mean_of_its_two_orders() -> None:
-    x, made = torch.randn(1, 12, 12, dtype=torch.float64), {}
+    x = torch.randn(1, 12, 12, dtype=torch.float64)
+    matrices = {}
     for scan in ("raster", "column", "cross"):
         torch.manual_seed(0)
         mixer = create_mixer("linear_attention", 12, 2, causality="causal", scan=scan).double()
-        made[scan] = structure.mixing_matrix(mixer, x, grid=(3, 4))
-    assert_close(made["cross"], (made["raster"] + made["column"]) / 2)
-    assert structure.is_causal(made["raster"]) and not structure.is_causal(made["column"])
+        matrices[scan] = structure.mixing_matrix(mixer, x, grid=(3, 4))
+    assert_close(matrices["cross"], (matrices["raster"] + matrices["column"]) / 2)
+    assert structure.is_causal(matrices["raster"]) and not structure.is_causal(matrices["column"])
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -106,15 +108,16 @@ def test_the_matrix_has_gradients_through_a_cross_scan() -> None:
 
 
 def test_measures_take_a_matrix_for_every_value_channel() -> None:
-    grid, generator = (2, 3), torch.Generator().manual_seed(0)
+    grid = (2, 3)
+    generator = torch.Generator().manual_seed(0)
     many = torch.randn(2, 1, 3, 6, 6, dtype=torch.float64, generator=generator)
     many[0] = many[0].tril()
     one = many[1, 0, 2]
     for measure in (structure.numerical_rank, structure.row_sums):
         assert_close(measure(many)[1, 0, 2].double(), measure(one).double())
     for measure in (structure.triangularity, structure.semiseparable_rank):
-        for found, wanted in zip(measure(many), measure(one), strict=True):
-            assert found.shape == (2, 1, 3)
-            assert_close(found[1, 0, 2].double(), wanted.double())
+        for measured, expected_value in zip(measure(many), measure(one), strict=True):
+            assert measured.shape == (2, 1, 3)
+            assert_close(measured[1, 0, 2].double(), expected_value.double())
     assert structure.receptive_field(many, grid).shape == (2, 1, 3, 6, *grid)
     assert_close(structure.effective_radius(many, grid)[1, 0, 2], structure.effective_radius(one, grid))

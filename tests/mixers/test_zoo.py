@@ -76,9 +76,9 @@ def built(configuration: ConformanceCase) -> TokenMixer:
 @pytest.mark.parametrize("check", [check for check in MIXER_CHECKS if not check.heavy], ids=lambda c: c.name)
 @given(data=st.data(), inputs=strategies.inputs())
 def test_every_check_holds_for_any_mixer_and_input(check: MixerCheck, data: st.DataObject, inputs: CheckInputs) -> None:
-    chosen = [c for c in conformance_cases(list_mixers()) if check.applies(built(c))]
-    chosen = [c for c in chosen if check.name not in built(c).exceptions]
-    check(built(data.draw(st.sampled_from(chosen))), inputs)
+    candidates = [c for c in conformance_cases(list_mixers()) if check.applies(built(c))]
+    candidates = [c for c in candidates if check.name not in built(c).exceptions]
+    check(built(data.draw(st.sampled_from(candidates))), inputs)
 
 
 class LooksAhead(LinearAttention):
@@ -146,10 +146,10 @@ def test_a_broken_promise_is_caught(liar: type[LinearAttention], causality: str,
 
 def test_exceptions_are_data_and_strict() -> None:
     liar = LooksAhead(LooksAhead.Config(causality="noncausal"), 12, 2)
-    known = {"check_never_looks_ahead": "it sees every token"}
-    assert not failures(liar, known)
+    expected_failures = {"check_never_looks_ahead": "it sees every token"}
+    assert not failures(liar, expected_failures)
     honest = LinearAttention(LinearAttention.Config(causality="causal"), 12, 2)
-    assert "remove it from the exceptions" in failures(honest, known)
+    assert "remove it from the exceptions" in failures(honest, expected_failures)
     with pytest.raises(ValueError, match="names no check"):
         check_mixer("linear_attention", exceptions={"check_nothing": "?"})
     with pytest.raises(ValueError, match="No mixer to check"):

@@ -26,7 +26,10 @@ fla = pytest.importorskip("fla", reason=HERE)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LENGTHS = (1, 2, 7, 64, 65, 131)
-B, H, K, V = 2, 3, 8, 5
+B = 2
+H = 3
+K = 8
+V = 5
 BACKENDS = ("dense", "recurrent", "chunked")
 
 
@@ -59,9 +62,9 @@ def test_gla(length: int, backend: str) -> None:
 
     q, k, v = streams(length)
     gates = F.logsigmoid(torch.randn(B, length, H, K))
-    wanted, state = naive_recurrent_gla(q, k, v, gates, output_final_state=True)
+    expected, state = naive_recurrent_gla(q, k, v, gates, output_final_state=True)
     y, memory = ours(q, k, v, gates, backend=backend)
-    assert relative(y, wanted) < 1e-5 and relative(memory, state) < 1e-5
+    assert relative(y, expected) < 1e-5 and relative(memory, state) < 1e-5
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -71,9 +74,9 @@ def test_simple_gla_has_one_gate_a_head(length: int, backend: str) -> None:
 
     q, k, v = streams(length)
     gates = F.logsigmoid(torch.randn(B, length, H))
-    wanted, state = naive_recurrent_simple_gla(q, k, v, gates)
+    expected, state = naive_recurrent_simple_gla(q, k, v, gates)
     y, memory = ours(q, k, v, gates, backend=backend)
-    assert relative(y, wanted) < 1e-5 and relative(memory, state) < 1e-5
+    assert relative(y, expected) < 1e-5 and relative(memory, state) < 1e-5
     assert relative(y, naive_parallel_simple_gla(q, k, v, gates)[0]) < 1e-5
 
 
@@ -83,8 +86,8 @@ def test_retention(length: int, backend: str) -> None:
     from fla.ops.retention.naive import naive_retention
 
     q, k, v = streams(length)
-    (wanted,) = heads_first(naive_retention(*heads_first(q, k, v)))
-    assert relative(ours(q, k, v, FixedDecay(H)(q), backend=backend)[0], wanted) < 1e-5
+    (expected,) = heads_first(naive_retention(*heads_first(q, k, v)))
+    assert relative(ours(q, k, v, FixedDecay(H)(q), backend=backend)[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -94,9 +97,9 @@ def test_linear_attention(length: int, normalize: bool) -> None:
 
     q, k, v = streams(length)
     q, k = (q.exp(), k.exp()) if normalize else (q, k)
-    wanted, _ = naive_recurrent_linear_attn(q, k, v, normalize=normalize)
+    expected, _ = naive_recurrent_linear_attn(q, k, v, normalize=normalize)
     settings: dict[str, Any] = {"causality": "causal", "eps": 1e-30, "scale": K**-0.5}
-    assert relative(linear_attention(q, k, v, normalize=normalize, **settings), wanted) < 1e-5
+    assert relative(linear_attention(q, k, v, normalize=normalize, **settings), expected) < 1e-5
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -107,9 +110,9 @@ def test_gated_delta_rule(length: int, backend: str) -> None:
     q, k, v = streams(length)
     k, beta = F.normalize(k, dim=-1), torch.rand(B, length, H)
     gates = F.logsigmoid(torch.randn(B, length, H))
-    wanted, state = naive_recurrent_gated_delta_rule(q, k, v, beta, gates, output_final_state=True)
+    expected, state = naive_recurrent_gated_delta_rule(q, k, v, beta, gates, output_final_state=True)
     y, memory = ours(q, k, v, beta, gates, backend=backend)
-    assert relative(y, wanted) < 1e-5 and relative(memory, state) < 1e-5
+    assert relative(y, expected) < 1e-5 and relative(memory, state) < 1e-5
     assert relative(y, naive_chunk_gated_delta_rule(q, k, v, gates, beta)[0]) < 1e-5
 
 
@@ -119,15 +122,16 @@ def test_rwkv6(length: int, backend: str) -> None:
     """What our mixer makes of the linear attention operator: past without the own gate, and the bonus."""
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
 
-    (q, k, v), u = streams(length), torch.randn(H, K)
+    (q, k, v) = streams(length)
+    u = torch.randn(H, K)
     gates = -torch.randn(B, length, H, K).exp()
     mixer = create_mixer("rwkv6", H * K, H, backend=backend)
     with torch.no_grad():
         mixer.bonus.copy_(u)
-    (wanted,) = heads_first(naive_recurrent_rwkv6(*heads_first(q, k, v, gates), u, scale=1.0)[0])
-    seen = Streams(q.flatten(2), q, k, v, log_decay=gates)
-    assert relative(mixer.mix(seen), wanted) < 1e-5
-    assert relative(torch.einsum("bhij,bjhv->bihv", mixer.mixing_matrix(seen), v), wanted) < 1e-5
+    (expected,) = heads_first(naive_recurrent_rwkv6(*heads_first(q, k, v, gates), u, scale=1.0)[0])
+    inputs = Streams(q.flatten(2), q, k, v, log_decay=gates)
+    assert relative(mixer.mix(inputs), expected) < 1e-5
+    assert relative(torch.einsum("bhij,bjhv->bihv", mixer.mixing_matrix(inputs), v), expected) < 1e-5
 
 
 # Layers: what their kernels compute, in torch
@@ -136,10 +140,10 @@ def test_rwkv6(length: int, backend: str) -> None:
 def naive(operator: Callable[..., Any]) -> Callable[..., Any]:
     """fla's naive operator under the keywords of the fused one."""
 
-    def run(**given: Any) -> tuple[Tensor, None]:
+    def run(**arguments: Any) -> tuple[Tensor, None]:
         for name in ("output_final_state", "state_v_first", "cu_seqlens", "initial_state"):
-            given.pop(name, None)
-        return operator(**given), None
+            arguments.pop(name, None)
+        return operator(**arguments), None
 
     return run
 
@@ -162,18 +166,18 @@ def rwkv6_op(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, scale: float
     return heads_first(naive_recurrent_rwkv6(*heads_first(r, k, v, w), u, scale=scale)[0])[0]
 
 
-def delta_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **given: Any) -> Tensor:
+def delta_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **arguments: Any) -> Tensor:
     from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 
     fused = ("use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "use_gate_in_kernel")
-    assert all(given[name] for name in fused)
+    assert all(arguments[name] for name in fused)
     q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
-    beta = (2 if given["allow_neg_eigval"] else 1) * beta.sigmoid()
-    log_decay = -given["A_log"].exp() * F.softplus(g + given["dt_bias"])
+    beta = (2 if arguments["allow_neg_eigval"] else 1) * beta.sigmoid()
+    log_decay = -arguments["A_log"].exp() * F.softplus(g + arguments["dt_bias"])
     return naive_recurrent_gated_delta_rule(q, k, v, beta, log_decay)[0]
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> Tensor:
     from fla.modules.rotary import ops
 
     return ops.rotary_embedding_ref(x, cos[: x.shape[1]], sin[: x.shape[1]])
@@ -213,7 +217,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in names:
             monkeypatch.setattr(module, name, naive(operator))
     monkeypatch.setattr(rwkv6, "token_shift", token_shift.token_shift_ref)
-    monkeypatch.setitem(rotary.RotaryEmbedding.forward.__globals__, "rotary_embedding", turned)
+    monkeypatch.setitem(rotary.RotaryEmbedding.forward.__globals__, "rotary_embedding", rotated)
     monkeypatch.setattr(modules.FusedRMSNormGated, "forward", normed_and_gated)
     monkeypatch.setattr(modules.RMSNorm, "forward", normed)
     monkeypatch.setattr(modules.GroupNorm, "forward", group_normed)
@@ -225,14 +229,14 @@ def layer(name: str, **options: Any) -> nn.Module:
     """fla's layer of 24 channels and 3 heads, away from its start."""
     import fla.layers as layers
 
-    made = {
+    published = {
         "gla": ("GatedLinearAttention", {"gate_low_rank_dim": 4}),
         "retnet": ("MultiScaleRetention", {}),
         "gated_deltanet": ("GatedDeltaNet", {"head_dim": 6}),
         "rwkv6": ("RWKV6Attention", {"expand_k": 1.0, "norm_eps": 64e-5, "proj_low_rank_dim": 4}),
     }
-    kind, settings = made[name]
-    module = getattr(layers, kind)(hidden_size=24, num_heads=3, **{**settings, **options})
+    kind, settings = published[name]
+    module = getattr(layers, kind)(hidden_size=24, num_heads=3, **(settings | options))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -262,18 +266,20 @@ LAYERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("length", [1, 19, 65])
 @pytest.mark.parametrize(("name", "settings", "said"), LAYERS, ids=lambda value: str(value))
-def test_layer(on_cpu: None, name: str, settings: dict[str, Any], said: dict[str, Any], length: int) -> None:
+def test_layer(on_cpu: None, name: str, settings: dict[str, Any], arguments: dict[str, Any], length: int) -> None:
     """Output to 1e-5 of the largest, the gradient of the tokens to 1e-4."""
     peer = layer(name, **settings)
-    mixer = mixer_from_state_dict(name, peer.state_dict(), **said)
+    mixer = mixer_from_state_dict(name, peer.state_dict(), **arguments)
     x = torch.randn(2, length, 24)
-    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, wanted = mixer(mine), peer(theirs)[0]
-    assert y.dtype == wanted.dtype == torch.float32
-    assert relative(y, wanted) < 1e-5, f"outputs differ by {relative(y, wanted):.1e}"
+    x_ours = x.clone().requires_grad_()
+    x_theirs = x.clone().requires_grad_()
+    y = mixer(x_ours)
+    expected = peer(x_theirs)[0]
+    assert y.dtype == expected.dtype == torch.float32
+    assert relative(y, expected) < 1e-5, f"outputs differ by {relative(y, expected):.1e}"
     weighting = torch.randn_like(y)
-    (gradient,) = torch.autograd.grad((y * weighting).sum(), mine)
-    (truth,) = torch.autograd.grad((wanted * weighting).sum(), theirs)
+    (gradient,) = torch.autograd.grad((y * weighting).sum(), x_ours)
+    (truth,) = torch.autograd.grad((expected * weighting).sum(), x_theirs)
     assert relative(gradient, truth) < 1e-4, f"gradients differ by {relative(gradient, truth):.1e}"
 
 

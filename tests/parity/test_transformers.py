@@ -27,7 +27,7 @@ def mamba(**options: object) -> nn.Module:
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     settings = {"hidden_size": 24, "state_size": 5, "conv_kernel": 4, "num_hidden_layers": 1, "vocab_size": 8}
-    return randomized(MambaMixer(transformers.MambaConfig(**{**settings, **options}), layer_idx=0))
+    return randomized(MambaMixer(transformers.MambaConfig(**(settings | options)), layer_idx=0))
 
 
 def mamba2(**options: object) -> nn.Module:
@@ -35,20 +35,22 @@ def mamba2(**options: object) -> nn.Module:
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     settings = {"hidden_size": 24, "num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 1, "chunk_size": 16}
-    made = transformers.Mamba2Config(num_hidden_layers=1, vocab_size=8, **{**settings, **options})
-    return randomized(Mamba2Mixer(made, layer_idx=0))
+    config = transformers.Mamba2Config(num_hidden_layers=1, vocab_size=8, **(settings | options))
+    return randomized(Mamba2Mixer(config, layer_idx=0))
 
 
 def assert_same(ours: nn.Module, peer: nn.Module, length: int) -> None:
     """Outputs to 1e-5 of the largest, the gradient of the tokens to 1e-4."""
     x = torch.randn(2, length, 24)
-    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, wanted = ours(mine), peer(theirs)
-    assert y.dtype == wanted.dtype == torch.float32
-    assert relative(y, wanted) < 1e-5, f"outputs differ by {relative(y, wanted):.1e}"
+    x_ours = x.clone().requires_grad_()
+    x_theirs = x.clone().requires_grad_()
+    y = ours(x_ours)
+    expected = peer(x_theirs)
+    assert y.dtype == expected.dtype == torch.float32
+    assert relative(y, expected) < 1e-5, f"outputs differ by {relative(y, expected):.1e}"
     weighting = torch.randn_like(y)
-    (gradient,) = torch.autograd.grad((y * weighting).sum(), mine)
-    (truth,) = torch.autograd.grad((wanted * weighting).sum(), theirs)
+    (gradient,) = torch.autograd.grad((y * weighting).sum(), x_ours)
+    (truth,) = torch.autograd.grad((expected * weighting).sum(), x_theirs)
     assert relative(gradient, truth) < 1e-4, f"gradients differ by {relative(gradient, truth):.1e}"
 
 
@@ -130,14 +132,15 @@ def test_mamba2_without_its_norm_loads() -> None:
 def test_softmax_is_torchs(causality: str) -> None:
     """torch's MultiheadAttention, another code path than ours, with the same four projections."""
     mixer = create_mixer("softmax", 24, 3, causality=causality)
-    own, x = mixer.projections, torch.randn(2, 19, 24)
+    own = mixer.projections
+    x = torch.randn(2, 19, 24)
     peer = nn.MultiheadAttention(24, 3, batch_first=True)
     with torch.no_grad():
         peer.in_proj_weight.copy_(torch.cat([own.to_q.weight, own.to_k.weight, own.to_v.weight]))
         peer.out_proj.load_state_dict(own.to_out.state_dict())
     ahead = torch.ones(19, 19, dtype=torch.bool).triu(1) if causality == "causal" else None
-    wanted, weights = peer(x, x, x, attn_mask=ahead, average_attn_weights=False)
-    assert relative(mixer(x), wanted) < 1e-5
+    expected, weights = peer(x, x, x, attn_mask=ahead, average_attn_weights=False)
+    assert relative(mixer(x), expected) < 1e-5
     q, k, v = (mixer.split_heads(p(x)).transpose(1, 2) for p in (own.to_q, own.to_k, own.to_v))
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=causality == "causal")
     assert relative(weights @ v, fused) < 1e-5

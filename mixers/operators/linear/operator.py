@@ -184,15 +184,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | No
         ValueError: Shapes do not fit.
     """
     streams = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in streams.items())
     if any(t.ndim != 4 for t in streams.values()) or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"Expected q and k (b, l, h, k) and v (b, l, h, v), got {shapes}.")
+        raise ValueError(f"Expected q and k (b, l, h, k) and v (b, l, h, v), got {_format_shapes(streams)}.")
     heads = max(q.shape[2], k.shape[2]) if v is None else v.shape[2]
     fits = all(t.shape[:2] == q.shape[:2] for t in streams.values())
     if not fits or not {q.shape[2], k.shape[2]} <= {1, heads}:
         raise ValueError(
             f"Expected q and k (b, l, h, k) and v (b, l, h, v) with the same b and l, and as many heads h in q and k "
-            f"as in v, or one that all share; got {shapes}."
+            f"as in v, or one that all share; got {_format_shapes(streams)}."
         )
     if q.shape[1] == 0:
         raise ValueError("Expected at least one token, got l = 0.")
@@ -203,6 +202,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor | None, log_decay: Tensor | No
             f"(b, l, h, k) = {(*tokens, q.shape[-1])}, got {tuple(log_decay.shape)}."
         )
     return heads
+
+
+def _format_shapes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
 
 
 def _check_feature_map(feature_map: str) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
@@ -39,7 +40,7 @@ SUITES: dict[str, Callable[[BenchmarkConfig, UNetBenchmarkConfig], Iterator[Benc
 
 
 def suite_benchmarks(
-    suite: str, config: BenchmarkConfig, unet_config: UNetBenchmarkConfig, against: str = "*"
+    suite: str, config: BenchmarkConfig, unet_config: UNetBenchmarkConfig, only: str = "*", against: str = "*"
 ) -> list[Benchmark]:
     """Return the benchmarks of a suite.
 
@@ -47,14 +48,20 @@ def suite_benchmarks(
         suite: one of `SUITES`.
         config: sizes, device and dtype.
         unet_config: of the suite "unet".
+        only: wildcard pattern; benchmarks whose name does not match are left out.
         against: wildcard pattern; baselines whose name does not match are left out.
 
     Raises:
-        ValueError: no such suite, profile or mixer.
+        ValueError: no such suite, profile or mixer, or no benchmark that matches `only`.
     """
     if suite not in SUITES:
         raise ValueError(unknown_name("benchmark", suite, (*SUITES, "crossover")))
-    return select_baselines(SUITES[suite](config, unet_config), against)
+    benchmarks = list(SUITES[suite](config, unet_config))
+    selected = [benchmark for benchmark in benchmarks if fnmatchcase(benchmark.name, only)]
+    if not selected:
+        names = "; ".join(benchmark.name for benchmark in benchmarks)
+        raise ValueError(f"No benchmark of {suite} matches {only!r}: expected one of {names}.")
+    return select_baselines(selected, against)
 
 
 def run_suite(

@@ -57,6 +57,7 @@ def bench(
     suite: Annotated[str | None, typer.Argument(help="operators, layers, growth, unet, memory or crossover")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="rewrite this machine's table of backends")] = False,
     table: Annotated[Path | None, typer.Option(help="of --calibrate; default: where `auto` looks")] = None,
+    only: Annotated[str, typer.Option(help="only benchmarks whose name matches this pattern")] = "*",
     against: Annotated[str, typer.Option(help="only baselines whose name matches this pattern")] = "*",
     out: Out = Path("runs/bench"),
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -73,6 +74,7 @@ def bench(
     sizes: Annotated[list[int] | None, typer.Option("--size", help="of unet: sides in pixels; repeat")] = None,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="write tables only")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to check that it runs")] = False,
+    plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Measure what mixers cost here, against other implementations and against the machine's limits."""
     import torch
@@ -82,6 +84,7 @@ def bench(
     from experiments.bench.model_benchmarks import DEFAULT_MIXER, UNetBenchmarkConfig
     from experiments.bench.suites import SUITES, run_suite, suite_benchmarks
 
+    load_plugins(plugins)
     with clean_errors():
         if threads is not None:
             torch.set_num_threads(threads)
@@ -98,7 +101,7 @@ def bench(
             return
         default_sizes = UNetBenchmarkConfig().sizes[: 1 if quick else None]
         unet_config = UNetBenchmarkConfig(profile, mixer or DEFAULT_MIXER, min_tokens, tuple(sizes or default_sizes))
-        benchmarks = suite_benchmarks(suite, config, unet_config, against)
+        benchmarks = suite_benchmarks(suite, config, unet_config, only, against)
         limits = BenchmarkLimits(repeats, budget_seconds=budget)
         with progress() as display:
             run_suite(suite, benchmarks, config, limits, out, console, display.callback(suite), not no_plots)

@@ -20,8 +20,9 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="wildcard pattern")] = "*",
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
     metrics: Annotated[bool, typer.Option("--metrics", help="list the metrics of an evaluation instead")] = False,
+    objectives: Annotated[bool, typer.Option("--objectives", help="list the objectives of a distillation")] = False,
 ) -> None:
-    """List the mixers with the switches that they offer, and the ready-made grids; or the metrics."""
+    """List the mixers with the switches that they offer, and the ready-made grids; or the metrics or objectives."""
     from experiments.ablation.grid import list_grids
     from mixers import list_mixers, registry
     from mixers.traits import CAUSALITIES
@@ -29,6 +30,9 @@ def list_(
     load_plugins(plugins)
     if metrics:
         _list_metrics(pattern)
+        return
+    if objectives:
+        _list_objectives(pattern)
         return
     names = list_mixers(pattern)
     table = Table(Column("mixer", no_wrap=True), "causal", "bidir.", "non-c.", "normal.", "as published")
@@ -50,6 +54,16 @@ def _list_metrics(pattern: str) -> None:
 
     for name in list_metrics(pattern):
         console.print(f"[bold]{name}[/]: {metric_class(name).summary()}", soft_wrap=True, highlight=False)
+
+
+def _list_objectives(pattern: str) -> None:
+    import inspect
+
+    from experiments.core.registries import OBJECTIVES
+
+    for name in OBJECTIVES.names(pattern):
+        summary = (inspect.getdoc(OBJECTIVES.get(name)) or "").partition("\n\n")[0].replace("\n", " ")
+        console.print(f"[bold]{name}[/]: {summary}", soft_wrap=True, highlight=False)
 
 
 @app.command()

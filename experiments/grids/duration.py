@@ -13,7 +13,7 @@ MAIN_RATE = 1e-3
 PLANS = {
     f"{steps}_steps": (f"{steps:,} steps", recommended_distillation(steps // 2, steps - steps // 2)) for steps in STEPS
 } | {
-    f"rate_{rate:g}": (f"300 steps, rate {rate:g}", recommended_distillation(150, 150, rate=rate))
+    f"rate_{rate:.0e}": (f"300 steps, rate {rate:g}", recommended_distillation(150, 150, rate=rate))
     for rate in RATES
     if rate != MAIN_RATE
 }

@@ -5,7 +5,7 @@ measured on a 2.6 GHz EPYC: noise 0.36 s, with any of the teacher's terms 0.48 s
 gradient passes through the UNet); a step of batch 96 takes 2.8 s.
 """
 
-from experiments.config import DistillationConfig, Grid, TrainingStage, Variant
+from experiments.config import DistillationConfig, EvaluationConfig, Grid, TrainingStage, Variant
 from experiments.grids.shared import EVALUATION, SEEDS, controls, fit_config, loss_terms, recommended_distillation
 
 _PUBLISHED = loss_terms(noise=1.0, output=0.5, features=0.5)
@@ -58,8 +58,9 @@ GRID = Grid(
     seeds=SEEDS,
     reference="all_terms",
     distillation=PLAN,
-    evaluation=EVALUATION.model_copy(
-        update={
+    evaluation=EvaluationConfig.model_validate(
+        {
+            **EVALUATION.model_dump(),
             "shapes": (),
             "sample_sizes": (64,),
             "metrics": {**EVALUATION.metrics, "cost": {"sizes": (64,), "repeats": 1}},

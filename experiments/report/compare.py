@@ -16,9 +16,10 @@ from experiments.core.statistics import Interval, holm, interval_over_seeds, log
 from experiments.evaluate.protocol import FILE, differences
 from experiments.report.effects import SIGNIFICANCE
 from experiments.report.errors import errors_by_seed
+from experiments.report.formatting import format_number
 from experiments.report.html import render
 from experiments.report.run_files import DESIGN_FIELDS, RunRecord, load_run
-from experiments.report.tables import ReportTable, TableCell, TableRow, format_number, markdown
+from experiments.report.tables import ReportTable, TableCell, TableRow, markdown
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from experiments.config import Claim
-from experiments.core.statistics import Interval, interval_over_seeds
+from experiments.core.statistics import interval_over_seeds
 from experiments.report.controls import ControlRows, control_note, control_rows, identity_warnings
 from experiments.report.effects import SPLITS, Effect, compute_effects, readable
 from experiments.report.errors import METRIC, errors_by_seed, mean_error
+from experiments.report.formatting import format_number, format_ratio
 from experiments.report.rank_stability import describe_rank_stability
 from experiments.report.run_files import RunRecord
-from experiments.report.tables import format_number
 
 MOST_SENTENCES = 8
 """Effects that are described in words; the others are in the table of factors."""
@@ -91,14 +91,6 @@ def check_sanity(run: RunRecord) -> list[str]:
                 "Do not trust any other number on this page until this is fixed."
             )
     return faults
-
-
-def format_ratio(ratio: Interval) -> str:
-    """Return "3.1× [2.8, 3.5]"; without brackets if a single seed gives no interval."""
-    if not math.isfinite(ratio.mean):
-        return "a ratio that is not finite"
-    bounds = f" [{format_number(ratio.low)}, {format_number(ratio.high)}]" if ratio.has_bounds else ""
-    return f"{format_number(ratio.mean)}×{bounds}"
 
 
 def describe_effect(effect: Effect, effects: list[Effect], run: RunRecord, controls: ControlRows) -> str:

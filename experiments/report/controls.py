@@ -12,6 +12,7 @@ from experiments.ablation.description import VariantDescription
 from experiments.core.statistics import Interval, interval_over_seeds
 from experiments.report.effects import Effect
 from experiments.report.errors import errors_by_seed, log_ratios_of, mean_error, ratio
+from experiments.report.formatting import format_number
 from experiments.report.run_files import RunRecord
 
 
@@ -69,10 +70,9 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
             continue
         log_control = _mean_log_ratio(run, control, worse, effect.size)
         if log_control is not None and log_control <= -0.5 * abs(log_effect):
-            factor = math.exp(-log_control)
             return (
                 f"the control “{control.label}”, which does not mix tokens by their content, also improves on the "
-                f"worse rows, {factor:.3g}×, so this is no effect of mixing"
+                f"worse rows, {format_number(math.exp(-log_control))}×, so this is no effect of mixing"
             )
     return ""
 
@@ -85,19 +85,19 @@ def identity_warnings(run: RunRecord, controls: ControlRows) -> list[str]:
             "rows come from mixing tokens."
         ]
     rows = [variant for variant in run.trained if variant.control is None]
-    warnings = []
+    counts = []
     for size in run.sizes:
         identity = mean_error(run, controls.identity, size)
         errors = [error for variant in rows if (error := mean_error(run, variant, size)) is not None]
-        if identity is None or not errors:
-            continue
-        beaten = sum(not error < identity for error in errors)
+        beaten = sum(not error < identity for error in errors) if identity is not None else 0
         if beaten:
-            warnings.append(
-                f"At {size} px, {beaten} of {len(errors)} mixers are no closer to the teacher than “"
-                f"{controls.identity.label}”, which mixes nothing."
-            )
-    return warnings
+            counts.append(f"{beaten} of {len(errors)} mixers at {size} px")
+    if not counts:
+        return []
+    return [
+        f"No closer to the teacher than “{controls.identity.label}”, which mixes nothing: {', '.join(counts)}. What "
+        "distinguishes such rows is not how they mix."
+    ]
 
 
 def _mean_log_ratio(

@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from PIL import Image
 
 from experiments.core.figures import RC
+from experiments.data.emoji import LICENSE
 from experiments.metrics import HeatMap, LinePlot, Metric
 from experiments.report import effect_plots, heat_maps, image_grids, line_plots, style
 from experiments.report.effects import Effect
@@ -131,7 +132,7 @@ def _image_figures(run: RunRecord) -> Iterator[_Plan]:
             partial(image_grids.plot_samples, run, size),
             f"Samples at {size} px, rows: variants, columns: prompts",
             f"Samples at {size} px, {trained}: the teacher, then each variant's first finished seed, from the same "
-            f"prompts and starting noise. A good mixer's row repeats the teacher's. {image_grids.LICENSE}",
+            f"prompts and starting noise. A good mixer's row repeats the teacher's. {LICENSE}",
         )
     yield _Plan(
         "Mixing matrices and receptive fields",

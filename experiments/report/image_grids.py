@@ -19,7 +19,6 @@ from experiments.report.run_files import RunRecord
 
 Pixels = NDArray[np.uint8] | None
 """An RGB image; None if it cannot be read."""
-LICENSE = "Twemoji graphics © Twitter, Inc. and other contributors, CC-BY 4.0."
 
 
 def plot_samples(run: RunRecord, size: int, path: Path) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.data.emoji import LICENSE
 from experiments.metrics import ValueTable
 from experiments.report.conclusions import Conclusions
 from experiments.report.controls import control_rows
 from experiments.report.figures import ReportFigure
 from experiments.report.html import render
-from experiments.report.image_grids import LICENSE
 from experiments.report.metric_tables import metric_table
 from experiments.report.run_files import CellRecord, RunRecord
 from experiments.report.sample_viewer import collect_samples

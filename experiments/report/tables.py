@@ -11,6 +11,7 @@ from experiments.core.statistics import Interval
 from experiments.report.controls import ControlRows, excess_error, share_of_identity
 from experiments.report.effects import SPLITS, Effect, readable
 from experiments.report.errors import METRIC, ratio
+from experiments.report.formatting import format_number
 from experiments.report.run_files import RunRecord
 
 SPREAD = "mean ± half the range over seeds; no ± if there is one seed"
@@ -74,17 +75,6 @@ class ReportTable:
 
     columns: list[str]
     rows: list[TableRow]
-
-
-def format_number(value: float) -> str:
-    """Format with three significant digits, scientific only for very small and large numbers."""
-    if value == 0:
-        return "0"
-    if not math.isfinite(value):
-        return "not finite"
-    if not 1e-4 <= abs(value) < 1e4:
-        return f"{value:.2e}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def summarize(values: Sequence[float]) -> SeedSummary | None:

@@ -214,7 +214,7 @@ def test_a_finding_that_a_control_also_shows_is_called_that() -> None:
     assert "“identity”" in control_note(run, effect, control_rows(run))
     conclusions = draw_conclusions(run)
     assert conclusions.verdicts[0].state == "holds, and a control shows it too"
-    assert any("8 of 8 mixers are no closer to the teacher than “identity”" in w for w in conclusions.warnings)
+    assert any("“identity”, which mixes nothing: 8 of 8 mixers at 64 px" in w for w in conclusions.warnings)
 
 
 def test_a_control_that_is_worse_explains_nothing() -> None:

@@ -202,6 +202,11 @@ def _discover() -> None:
         importlib.import_module(module.name)
 
 
+def hosts_from(module: str) -> list[str]:
+    """Names of the hosts that the named module defines, sorted."""
+    return sorted(name for name, host in _HOSTS.items() if host.__module__ == module)
+
+
 def list_hosts() -> list[str]:
     """Names of the registered hosts, sorted."""
     _discover()

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from experiments.core.files import write_text
-from experiments.report.image_grids import LICENSE
+from experiments.data.emoji import LICENSE
 from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.studies.compatibility.figures import PARTS, SPLITS, arm_labels, draw_bars, draw_image_grid
 from experiments.studies.compatibility.measure import MeanInterval

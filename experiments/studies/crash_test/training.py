@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from experiments.config import DistillationConfig, FitConfig, MixerSpec
-from experiments.distill import DistillationLoss, build_student, open_context
 from experiments.studies.crash_test.study import WEIGHTS
 from experiments.training import fit
 from unet_adapters.files import save_tensors
@@ -54,6 +53,7 @@ def _regression() -> tuple[nn.Module, Callable[[int], Any]]:
 
 
 def _distillation(fit_config: FitConfig) -> tuple[nn.Module, Callable[[int], Any]]:
+    from experiments.distill import DistillationLoss, build_student, open_context  # slow to import
     from experiments.grids.compatibility import GRID
 
     context = open_context("embedded", GRID.data, 64, 32)

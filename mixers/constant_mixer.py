@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.mixer import TokenMixer
 from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.streams import Streams
@@ -19,7 +19,7 @@ class ConstantMixer(TokenMixer):
         del projections.to_q, projections.to_k
         return projections
 
-    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
         """Compute the values, which also stand for the queries and keys that do not exist."""
         v = projections.to_v(x)
         v = self.split_heads(v if self.short_conv is None else self.short_conv(v, grid))

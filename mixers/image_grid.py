@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-Grid = tuple[int, int]
+ImageGrid = tuple[int, int]
 """(height, width), with height · width = number of tokens, in raster order."""
 
 
-def check_grid(grid: Grid, length: int) -> None:
+def check_grid(grid: ImageGrid, length: int) -> None:
     """Raise ValueError if the grid does not have `length` positions."""
     height, width = grid
     if height * width != length:
         raise ValueError(f"grid={(height, width)} has {height * width} positions, but there are {length} tokens.")
 
 
-def require_grid(grid: Grid | None, length: int, part: str, alternative: str = "") -> Grid:
+def require_grid(grid: ImageGrid | None, length: int, part: str, alternative: str = "") -> ImageGrid:
     """Return the grid, which must be given and fit.
 
     Args:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixers.config import MixerConfig
-from mixers.image_grid import Grid, check_grid
+from mixers.image_grid import ImageGrid, check_grid
 from mixers.properties import MixerProperties
 from mixers.stages.convolutions import ShortConvolution, ShortConvolution2d
 from mixers.stages.outputs import Output
@@ -75,7 +75,9 @@ class TokenMixer(MixerProperties):
 
     # The flow
 
-    def forward(self, x: Tensor, *, grid: Grid | None = None, projections: ProjectionLayers | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, grid: ImageGrid | None = None, projections: ProjectionLayers | None = None
+    ) -> Tensor:
         """Mix tokens.
 
         Args:
@@ -96,13 +98,15 @@ class TokenMixer(MixerProperties):
             y = (y * self.output_gain[:, None]).to(y.dtype)
         return apply_to_out(projections.to_out, rearrange(y, "b l h v -> b l (h v)"))
 
-    def _scan_once(self, x: Tensor, order: Tensor | None, projections: ProjectionLayers, grid: Grid | None) -> Tensor:
+    def _scan_once(
+        self, x: Tensor, order: Tensor | None, projections: ProjectionLayers, grid: ImageGrid | None
+    ) -> Tensor:
         """Mix tokens (b, l, d) in one scan order: (b, l, h, v), back in raster order."""
         streams = self.compute_streams(x if order is None else x[:, order], projections, grid)
         y = self.output(self.mix(streams), streams).to(streams.v.dtype)  # mix may keep float32 for the norm
         return y if order is None else y[:, inverse_permutation(order)]
 
-    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
         """Apply projections, short convolution and gates to tokens (b, l, d) in scan order."""
         query_input, key_input = self.projection_inputs(x)
         q, k, v = self.project(projections, query_input, key_input, x, grid)
@@ -118,7 +122,7 @@ class TokenMixer(MixerProperties):
         query_input: Tensor,
         key_input: Tensor,
         value_input: Tensor,
-        grid: Grid | None = None,
+        grid: ImageGrid | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Project (b, l, d) to q and k (b, l, h, k) and v (b, l, h, v), through the short convolution if any."""
         q = projections.to_q(query_input)
@@ -185,7 +189,7 @@ class TokenMixer(MixerProperties):
         """Create the mixer's own projections."""
         return Projections(self.dim, self.key_width, self.value_width)
 
-    def scan_orders(self, x: Tensor, grid: Grid | None) -> list[Tensor | None]:
+    def scan_orders(self, x: Tensor, grid: ImageGrid | None) -> list[Tensor | None]:
         """Return the orders in which to read tokens x (b, l, d), (l,) each; None is raster order.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.precision import accumulation_dtype
 
 
@@ -32,7 +32,7 @@ class Streams:
     log_decay: Tensor | None = None
     dt: Tensor | None = None
     beta: Tensor | None = None
-    grid: Grid | None = None
+    grid: ImageGrid | None = None
 
     @property
     def values(self) -> Tensor:

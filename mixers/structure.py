@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.mixer import TokenMixer
 from mixers.stages.projections import ProjectionLayers
 from mixers.stages.scan_orders import inverse_permutation
@@ -16,7 +16,7 @@ from mixers.streams import Streams, with_values
 
 
 def mixing_matrix(
-    mixer: TokenMixer, x: Tensor, projections: ProjectionLayers | None = None, grid: Grid | None = None
+    mixer: TokenMixer, x: Tensor, projections: ProjectionLayers | None = None, grid: ImageGrid | None = None
 ) -> Tensor:
     """Compute from its formula the matrix that a mixer applies to the values of tokens x.
 
@@ -35,7 +35,7 @@ def mixing_matrix(
 
 
 def probed_matrix(
-    mixer: TokenMixer, x: Tensor, projections: ProjectionLayers | None = None, grid: Grid | None = None
+    mixer: TokenMixer, x: Tensor, projections: ProjectionLayers | None = None, grid: ImageGrid | None = None
 ) -> Tensor:
     """Measure the matrix of a mixer by mixing basis values, independently of its formula.
 
@@ -63,7 +63,7 @@ def _mean_over_orders(
     mixer: TokenMixer,
     x: Tensor,
     projections: ProjectionLayers | None,
-    grid: Grid | None,
+    grid: ImageGrid | None,
     compute_matrix: Callable[[Streams], Tensor],
 ) -> Tensor:
     """Average a matrix over the orders of the mixer's scan, with rows and columns back in raster order."""
@@ -143,7 +143,7 @@ def semiseparable_rank(matrix: Tensor, tolerance: float = 1e-6) -> tuple[Tensor,
     return torch.stack(lower).amax(0), torch.stack(upper).amax(0)
 
 
-def receptive_field(matrix: Tensor, grid: Grid) -> Tensor:
+def receptive_field(matrix: Tensor, grid: ImageGrid) -> Tensor:
     """Return the row of each token as an image: |W_ij| over the sum of its row, (…, l, l) -> (…, l, height, width).
 
     Rows of zeros stay zeros. Tokens are in raster order; height · width = l.
@@ -153,7 +153,7 @@ def receptive_field(matrix: Tensor, grid: Grid) -> Tensor:
     return (magnitude / total).unflatten(-1, grid)
 
 
-def effective_radius(matrix: Tensor, grid: Grid) -> Tensor:
+def effective_radius(matrix: Tensor, grid: ImageGrid) -> Tensor:
     """Compute how far each token sees: the root mean squared distance weighted by |W_ij|, (…, l), in grid positions.
 
     0 for the identity and for rows of zeros. Uniform mixing over h × w positions gives the token at (y, x)

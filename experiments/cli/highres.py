@@ -18,7 +18,7 @@ BaseSizeOption = Annotated[
     int | None, typer.Option("--base-size", min=1, help="side of the first stage; default: that of the training images")
 ]
 StrengthsOption = Annotated[str, typer.Option("--strengths", help="share of the schedule that each later stage runs")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="scheduler steps of the first stage")]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="scheduler steps of the whole schedule")]
 GuidanceOption = Annotated[
     float, typer.Option("--guidance", min=1.0, help="guidance scale; 1 is none, at half the time")
 ]

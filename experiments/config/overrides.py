@@ -15,7 +15,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 SIZES = frozenset({"image_size", "sizes", "shapes", "sample_sizes"})
 """The fields that hold sizes in pixels."""
-OPEN_FIELDS = (["metrics"], ["objectives"])
+OPEN_FIELDS = frozenset({"metrics", "objectives"})
 """Dictionaries by name, to which a setting may add an entry: `evaluation.metrics.mine={}`."""
 
 
@@ -34,8 +34,10 @@ def apply_overrides(config: ConfigT, settings: list[str]) -> ConfigT:
         node = tree
         for depth, key in enumerate(keys):
             names = _indices(node)
-            if separator and key not in names and depth == len(keys) - 1 and keys[-2:-1] in OPEN_FIELDS:
-                names[key] = key  # whether an item of this name exists is checked below
+            is_open = isinstance(node, dict) and OPEN_FIELDS & set(keys[max(0, depth - 2) : depth])
+            if separator and key not in names and is_open:
+                names[key] = key  # whether an item or a setting of this name exists is checked below
+                node[key] = {}
             if not separator or key not in names:
                 parent = ".".join(keys[:depth]) or f"the {type(config).__name__.removesuffix('Config').lower()}"
                 raise ValueError(

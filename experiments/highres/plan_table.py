@@ -12,8 +12,11 @@ from unet_adapters.highres.stages import format_size
 
 
 def print_plan(plan: MemoryPlan, console: Console) -> None:
-    """Print one row per stage, then the peak, the savings and the time."""
-    table = Table("stage", "runs", "steps", "denoising", "pixels", "largest", "TFLOP", "time", padding=(0, 0))
+    """Print one row per stage, then the peak, the savings and, if it is estimated, the time."""
+    columns = ["stage", "runs", "steps", "denoising", "pixels", "largest", "TFLOP"]
+    if plan.seconds is not None:
+        columns.append("time")
+    table = Table(*columns, padding=(0, 0))
     for stage in plan.stages:
         table.add_row(*_cells(stage))
     console.print(table)
@@ -37,7 +40,7 @@ def format_duration(seconds: float) -> str:
 
 def _cells(estimate: StageEstimate) -> list[str]:
     stage = estimate.stage
-    return [
+    cells = [
         format_size(stage.size),
         "from noise" if stage.strength == 1 else f"last {stage.strength:g}",
         str(estimate.steps),
@@ -45,8 +48,8 @@ def _cells(estimate: StageEstimate) -> list[str]:
         format_bytes(estimate.decoding_bytes),
         f"{_three_digits(estimate.largest_tensor / 1e6)} M",
         _three_digits(estimate.flops / 1e12),
-        "–" if estimate.seconds is None else format_duration(estimate.seconds),
     ]
+    return cells if estimate.seconds is None else [*cells, format_duration(estimate.seconds)]
 
 
 def _three_digits(value: float) -> str:

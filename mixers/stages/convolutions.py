@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mixers.image_grid import Grid, require_grid
+from mixers.image_grid import ImageGrid, require_grid
 
 
 class ShortConvolution(nn.Conv1d):
@@ -38,7 +38,7 @@ class ShortConvolution(nn.Conv1d):
         self.after = size - 1 - self.before
         self.activation = activation
 
-    def forward(self, x: Tensor, grid: Grid | None = None, first: int = 0) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grid: ImageGrid | None = None, first: int = 0) -> Tensor:  # type: ignore[override]
         """Convolve (b, l, c) over the tokens.
 
         Args:
@@ -82,7 +82,7 @@ class ShortConvolution2d(nn.Conv2d):
             )
         super().__init__(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor, grid: Grid | None = None, first: int = 0) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grid: ImageGrid | None = None, first: int = 0) -> Tensor:  # type: ignore[override]
         """Convolve (b, l, c) over the image.
 
         Args:
@@ -137,7 +137,7 @@ class LocalConvolution(nn.Conv2d):
             for parameter in self.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, grid: Grid | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, grid: ImageGrid | None) -> Tensor:  # type: ignore[override]
         """Convolve (b, l, c) over the image.
 
         Args:

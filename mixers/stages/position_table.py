@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mixers.image_grid import Grid, require_grid
+from mixers.image_grid import ImageGrid, require_grid
 
 
 class PositionTable(nn.Module):
@@ -26,7 +26,7 @@ class PositionTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, channels, size, size))
 
-    def forward(self, x: Tensor, grid: Grid | None) -> Tensor:
+    def forward(self, x: Tensor, grid: ImageGrid | None) -> Tensor:
         """Add the positions.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixers.image_grid import Grid, require_grid
+from mixers.image_grid import ImageGrid, require_grid
 from mixers.precision import accumulation_dtype
 
 
@@ -33,7 +33,7 @@ def rotary(
     return _rotate(x, [positions], base, adjacent, inclusive)
 
 
-def rotary_2d(x: Tensor, grid: Grid | None, *, base: float = 10000.0, adjacent: bool = True) -> Tensor:
+def rotary_2d(x: Tensor, grid: ImageGrid | None, *, base: float = 10000.0, adjacent: bool = True) -> Tensor:
     """Rotate half of the channels by the row of the token and half by its column: (b, l, h, k) -> (b, l, h, k).
 
     With n = ⌊k/4⌋, pair i < n rotates by row · base^(−i/n), and pair n + i by column · base^(−i/n) (MILA 2405.16605).

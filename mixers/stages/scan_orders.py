@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.suggest import unknown_name
 
 
@@ -83,7 +83,7 @@ SCANS: dict[str, tuple[str, ...]] = {**{name: (name,) for name in _ORDERS}, "cro
 """
 
 
-def scan_orders(scan: str, grid: Grid | None = None, device: torch.device | str = "cpu") -> list[Tensor | None]:
+def scan_orders(scan: str, grid: ImageGrid | None = None, device: torch.device | str = "cpu") -> list[Tensor | None]:
     """Return the orders of a scan: permutations (l,), int64, where order[i] is the raster index of the i-th token read.
 
     None stands for raster order, which permutes nothing. An order is computed once per grid and device, and copied for

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.operators.scan import selective_scan, selective_scan_matrix
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import inverse_softplus_of_log_uniform
@@ -116,7 +116,7 @@ class Mamba(StateSpaceMixer):
         """Create the mixer's own projections, whose to_q and to_k see what `selection` names."""
         return self._create_biased_projections(("to_v",), self.selection_width)
 
-    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
         """Compute the inner activation u, then B, C and Δ from it or from the tokens."""
         u = projections.to_v(x)
         u = u if self.short_conv is None else self.short_conv(u, grid)

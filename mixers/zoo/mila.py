@@ -11,7 +11,7 @@ from torch import Tensor
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.normalization import count_visible_tokens
 from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.stages.rotary import rotary_2d
@@ -87,7 +87,7 @@ class MILA(LinearAttention):
         key_input = self.value_width if self.config.selection == "inner" else self.dim
         return Projections(self.dim, self.key_width, self.value_width, key_input, qkv_bias=self.config.qkv_bias)
 
-    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
         """Compute the inner activation, then q and k from it or from the tokens."""
         inner = projections.to_v(x)
         inner = inner if self.short_conv is None else self.short_conv(inner, grid)
@@ -160,6 +160,6 @@ class MILA(LinearAttention):
         return self.heads * (numerator + denominator)
 
 
-def _rotate(x: Tensor, grid: Grid | None) -> Tensor:
+def _rotate(x: Tensor, grid: ImageGrid | None) -> Tensor:
     """Rotate (b, l, h, k) by the row and column of each token, over the full width h·k."""
     return rotary_2d(x.flatten(2)[:, :, None], grid).view_as(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
-from mixers.image_grid import Grid
+from mixers.image_grid import ImageGrid
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.normalization import append_ones, divide_by_last
 from mixers.stages.decays import DoubleExponentialDecay
@@ -84,7 +84,7 @@ class RWKV6(LinearMixer):
         """Create the mixer's own projections, without biases."""
         return Projections(self.dim, self.key_width, self.value_width, bias=False)
 
-    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: Grid | None = None) -> Streams:
+    def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
         """Compute projections and decay, each from its own interpolation; `x` becomes the input of the gate."""
         w, k, v, r, g = (x,) * len(STREAMS) if self.token_shift is None else self.token_shift(x)
         query, key, value = self.project(projections, r, k, v, grid)

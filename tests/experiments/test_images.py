@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments.evaluate.coco import CocoCaptions
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +17,7 @@ from PIL import Image
 from experiments.data import BadRecord, ImageFolder, TableImages, image, open_dataset, read_image
 from experiments.data.example import parse_caption
 from experiments.data.hub import is_table
+from experiments.metrics.inputs.coco import CocoCaptions
 
 EXIF_ORIENTATION = 0x0112
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid
+from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid, apply_overrides
 from experiments.distill import DistillationContext, open_context
 from experiments.evaluate.mixing_arrays import mixing_arrays, sum_by_offset
 from experiments.metrics.cost import Cost, CostOptions, count_operations, forward_pass
@@ -192,3 +192,12 @@ def test_shares_by_offset(height: int, width: int, seed: int) -> None:
             right = j % width - i % width
             expected[height - 1 + down, width - 1 + right] += matrix[i, j].abs() / matrix[i].abs().sum() / length
     torch.testing.assert_close(field, expected)
+
+
+def test_a_setting_adds_a_metric_with_its_options() -> None:
+    plan = EvaluationConfig(metrics={"fidelity": {}})
+    assert apply_overrides(plan, ["metrics.cmmd={}"]).metrics.keys() == {"fidelity", "cmmd"}
+    assert apply_overrides(plan, ["metrics.cost.repeats=7"]).metrics["cost"]["repeats"] == 7
+    for setting, hint in (("metrics.cosst={}", "'cost'"), ("metrics.cost.repeat=7", "'repeats'")):
+        with pytest.raises(ValueError, match=f"Did you mean {hint}"):
+            apply_overrides(plan, [setting])

@@ -42,9 +42,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def used(**settings: Any) -> operators.BackendChoice:
-    with operators.observe_backends() as seen:
+    with operators.observe_backends() as choices:
         operators.linear_attention(*STREAMS, **settings)
-    (choice,) = seen
+    (choice,) = choices
     return choice
 
 

@@ -34,11 +34,11 @@ def inputs(decay: str, batch: int, length: int, k: int = 3, v: int = 2, heads: i
     """q, k, v and the log decay, if there is one, away from where a feature map has a corner."""
     g = torch.Generator().manual_seed(seed)
     sizes = {"b": batch, "l": length, "h": heads, "k": k}
-    made = [torch.randn(batch, length, heads, width, generator=g, dtype=torch.float64) for width in (k, k, v)]
+    drawn_tensors = [torch.randn(batch, length, heads, width, generator=g, dtype=torch.float64) for width in (k, k, v)]
     if DECAYS[decay]:
         shape = [sizes[axis] for axis in DECAYS[decay]]
-        made.append(-torch.empty(shape, dtype=torch.float64).uniform_(-9, 2, generator=g).exp())
-    return [t.requires_grad_() for t in made]
+        drawn_tensors.append(-torch.empty(shape, dtype=torch.float64).uniform_(-9, 2, generator=g).exp())
+    return [t.requires_grad_() for t in drawn_tensors]
 
 
 def outcome(tensors: list[Tensor], **switches: Any) -> tuple[Tensor, ...]:
@@ -50,7 +50,8 @@ def outcome(tensors: list[Tensor], **switches: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_slopes_are_derivatives(feature_map: str) -> None:
-    apply, slope = FEATURE_MAPS[feature_map].apply, FEATURE_MAPS[feature_map].slope
+    apply = FEATURE_MAPS[feature_map].apply
+    slope = FEATURE_MAPS[feature_map].slope
     x = torch.tensor([-800.0, -3.0, -1e-3, 0.0, 1e-3, 3.0, 800.0], dtype=torch.float64, requires_grad=True)
     (truth,) = torch.autograd.grad(apply(x).sum(), x)
     assert_close(slope(apply(x)), truth, torch.float64)
@@ -79,12 +80,12 @@ def test_any_block_equals_dense(
 ) -> None:
     feature_map = "elu_plus_one" if normalize else feature_map  # the others give no weights, or signed ones
     switches = {"causality": causality, "normalize": normalize, "feature_map": feature_map, "eps": 0.1, "scale": 0.3}
-    found, truth = (
+    actual, truth = (
         outcome(inputs(decay, batch, length, *widths, seed=seed), **switches, backend=backend)
         for backend in ("chunked", "dense")
     )
-    for what, got, wanted in zip(("y", "dq", "dk", "dv", "dg"), found, truth, strict=False):
-        assert_close(got, wanted, what=what)
+    for what, got, expected in zip(("y", "dq", "dk", "dv", "dg"), actual, truth, strict=False):
+        assert_close(got, expected, what=what)
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
@@ -94,11 +95,11 @@ def test_blocks_of_a_scan_equal_dense(length: int, causality: str) -> None:
     u, dt, B, C = (torch.rand(1, length, 2, n, generator=g, dtype=torch.float64) for n in (3, 3, 4, 4))
     A = -torch.rand(2, 3, 4, generator=g, dtype=torch.float64)
     tensors = [t.requires_grad_() for t in (u, dt, A, B, C)]
-    found, truth = (selective_scan(*tensors, causality=causality, backend=b) for b in ("chunked", "dense"))
-    assert_close(found, truth)
-    gradients = (torch.autograd.grad((y * torch.sin(y.detach())).sum(), tensors) for y in (found, truth))
-    for got, wanted in zip(*gradients, strict=True):
-        assert_close(got, wanted, what="gradient")
+    actual, truth = (selective_scan(*tensors, causality=causality, backend=b) for b in ("chunked", "dense"))
+    assert_close(actual, truth)
+    gradients = (torch.autograd.grad((y * torch.sin(y.detach())).sum(), tensors) for y in (actual, truth))
+    for got, expected in zip(*gradients, strict=True):
+        assert_close(got, expected, what="gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,13 +108,14 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, normalize: bool) -> 
     half = [t.detach().to(dtype).requires_grad_() for t in inputs("vector", 2, 50)]
     wide = [t.detach().double().requires_grad_() for t in half]
     switches = {"causality": "noncausal", "normalize": normalize, "feature_map": "elu_plus_one", "scale": 0.01}
-    y, truth = linear_attention(*half, **switches), linear_attention(*wide, **switches)
+    y = linear_attention(*half, **switches)
+    truth = linear_attention(*wide, **switches)
     assert y.dtype == dtype
     assert (y - truth).abs().max() <= torch.finfo(dtype).eps * truth.abs().max()
     pairs = zip(torch.autograd.grad(y.sum(), half), torch.autograd.grad(truth.sum(), wide), strict=True)
-    for got, wanted in pairs:
+    for got, expected in pairs:
         assert got.dtype == dtype
-        assert (got - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+        assert (got - expected).abs().max() <= torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_inputs_of_any_layout() -> None:
@@ -121,32 +123,32 @@ def test_inputs_of_any_layout() -> None:
     q, k, v = (t.detach() for t in inputs("none", 2, 45))
     shared = k[:, :, :1].expand_as(k)
     heads_first = v.transpose(1, 2).contiguous().transpose(1, 2)
-    found = linear_attention(q.flatten(2).unflatten(-1, q.shape[2:]), shared, heads_first, feature_map="elu_plus_one")
-    assert_close(found, linear_attention(q, shared.clone(), v, feature_map="elu_plus_one", backend="dense"))
+    actual = linear_attention(q.flatten(2).unflatten(-1, q.shape[2:]), shared, heads_first, feature_map="elu_plus_one")
+    assert_close(actual, linear_attention(q, shared.clone(), v, feature_map="elu_plus_one", backend="dense"))
 
 
 def test_backward_under_autocast_sums_in_full_precision() -> None:
     tensors = [t.detach().float().requires_grad_() for t in inputs("none", 1, 50)]
     truth = torch.autograd.grad(linear_attention(*tensors, feature_map="elu_plus_one").sum(), tensors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(linear_attention(*tensors, feature_map="elu_plus_one").sum(), tensors)
-    for got, wanted in zip(found, truth, strict=True):
-        assert torch.equal(got, wanted)
+        actual = torch.autograd.grad(linear_attention(*tensors, feature_map="elu_plus_one").sum(), tensors)
+    for got, expected in zip(actual, truth, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_nothing_but_tensors_and_states_is_kept(causality: str) -> None:
     tensors = [t.detach().requires_grad_() for t in inputs("none", 1, 4000, k=4, v=4)]
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.numel()
+        saved[t.untyped_storage().data_ptr()] = t.numel()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), small_blocks(2000):
         linear_attention(*tensors, causality=causality, normalize=False)
     own = {t.untyped_storage().data_ptr() for t in tensors}
-    assert sum(size for place, size in kept.items() if place not in own) < tensors[0].numel() // 4
+    assert sum(size for place, size in saved.items() if place not in own) < tensors[0].numel() // 4
 
 
 @pytest.mark.parametrize("case", OPERATORS.values(), ids=str)

@@ -20,17 +20,23 @@ from mixers.operators import DeltaRuleCall, LinearAttentionCall, OperatorCall, S
 from mixers.operators.backend import find_backend
 from mixers.operators.linear import fla as linear_fla
 
-B, H, K, V = 3, 2, 6, 5
+B = 3
+H = 2
+K = 6
+V = 5
 LENGTHS = (1, 2, 33)
 
 
 def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What fla documents of (simple_)gla: S ← exp(g) S + k vᵀ, y = scale · q S."""
     assert settings["output_final_state"] and v.shape[-1] % 8 == 0
-    memory, rows = settings["initial_state"], []
+    memory = settings["initial_state"]
+    rows = []
     for i in range(q.shape[1]):
-        kept = memory if g is None else memory * (g[:, i, :, None, None] if g.ndim == 3 else g[:, i, ..., None]).exp()
-        memory = kept + k[:, i, :, :, None] * v[:, i, :, None, :]
+        decayed = (
+            memory if g is None else memory * (g[:, i, :, None, None] if g.ndim == 3 else g[:, i, ..., None]).exp()
+        )
+        memory = decayed + k[:, i, :, :, None] * v[:, i, :, None, :]
         rows.append(settings["scale"] * torch.einsum("bhk,bhkv->bhv", q[:, i].to(memory), memory))
     return torch.stack(rows, 1).to(v.dtype), memory
 
@@ -38,7 +44,8 @@ def gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, settings: dict[str,
 def delta(q, k, v, g, beta, scale, initial_state, output_final_state):  # type: ignore[no-untyped-def]
     """What fla documents of gated_delta_rule: S ← exp(g) S, S ← S + β k (v − kᵀ S), y = scale · q S."""
     assert output_final_state
-    memory, rows = initial_state, []
+    memory = initial_state
+    rows = []
     for i in range(q.shape[1]):
         memory = memory * g[:, i, :, None, None].exp()
         new = v[:, i] - torch.einsum("bhk,bhkv->bhv", k[:, i], memory)
@@ -52,7 +59,8 @@ def selective_scan(u, delta, A, B, C, return_last_state):  # type: ignore[no-unt
     assert return_last_state and u.shape[1] % B.shape[1] == 0
     wide = u.shape[1] // B.shape[1]
     B, C = (t.repeat_interleave(wide, 1) for t in (B, C))
-    state, rows = u.new_zeros(*u.shape[:2], A.shape[1]), []
+    state = u.new_zeros(*u.shape[:2], A.shape[1])
+    rows = []
     for i in range(u.shape[-1]):
         step = delta[..., i, None]
         state = (step * A).exp() * state + step * u[..., i, None] * B[..., i]
@@ -65,9 +73,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' places, taken by the recurrences above; as if all packages were installed and there were a GPU."""
 
     def module(name: str, **functions: Any) -> None:
-        made = ModuleType(name)
-        vars(made).update(functions)
-        monkeypatch.setitem(sys.modules, name, made)
+        fake = ModuleType(name)
+        vars(fake).update(functions)
+        monkeypatch.setitem(sys.modules, name, fake)
 
     for name in ("fla", "fla.ops", "mamba_ssm", "mamba_ssm.ops", "selective_scan_cuda"):
         module(name)
@@ -99,8 +107,8 @@ def assert_same(function: Any, *tensors: Tensor | None, backend: str, **settings
             run(function, *tensors, backend=truth, **settings),
             strict=True,
         )
-        for got, wanted in pairs:
-            torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -110,7 +118,9 @@ def assert_same(function: Any, *tensors: Tensor | None, backend: str, **settings
     [("none", "causal"), *((d, c) for d in ("scalar", "vector") for c in ("causal", "bidirectional"))],
 )
 def test_linear_attention(length: int, normalize: bool, decay: str, causality: str) -> None:
-    q, k, v = torch.rand(B, length, H, K), torch.rand(B, length, H, K), torch.randn(B, length, H, V)
+    q = torch.rand(B, length, H, K)
+    k = torch.rand(B, length, H, K)
+    v = torch.randn(B, length, H, V)
     settings = {"causality": causality, "normalize": normalize, "eps": 1e-3, "scale": 0.3}
     assert_same(operators.linear_attention, q, k, v, gates(length, decay), backend="fla", **settings)
 
@@ -119,11 +129,9 @@ def test_linear_attention(length: int, normalize: bool, decay: str, causality: s
 @pytest.mark.parametrize("decay", ["none", "scalar"])
 @pytest.mark.parametrize("causality", ["causal", "bidirectional"])
 def test_the_delta_rule(length: int, decay: str, causality: str) -> None:
-    q, k, v = (
-        torch.randn(B, length, H, K),
-        F.normalize(torch.randn(B, length, H, K), dim=-1),
-        torch.randn(B, length, H, V),
-    )
+    q = torch.randn(B, length, H, K)
+    k = F.normalize(torch.randn(B, length, H, K), dim=-1)
+    v = torch.randn(B, length, H, V)
     beta = torch.rand(B, length, H)
     settings = {"causality": causality, "scale": 0.3, "backend": "fla"}
     assert_same(operators.delta_rule, q, k, v, beta, gates(length, decay), **settings)
@@ -133,8 +141,11 @@ def test_the_delta_rule(length: int, decay: str, causality: str) -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("causality", ["causal", "bidirectional"])
 def test_the_selective_scan(length: int, normalize: bool, causality: str) -> None:
-    u, dt = torch.randn(B, length, H, V), torch.rand(B, length, H, V)
-    A, b, c = -torch.rand(H, V, K), torch.rand(B, length, H, K), torch.rand(B, length, H, K)
+    u = torch.randn(B, length, H, V)
+    dt = torch.rand(B, length, H, V)
+    A = -torch.rand(H, V, K)
+    b = torch.rand(B, length, H, K)
+    c = torch.rand(B, length, H, K)
     settings = {"causality": causality, "normalize": normalize, "eps": 1e-3, "backend": "mamba_ssm"}
     assert_same(operators.selective_scan, u, dt, A, b, c, torch.randn(H, V), **settings)
 
@@ -142,16 +153,21 @@ def test_the_selective_scan(length: int, normalize: bool, causality: str) -> Non
 @pytest.mark.parametrize("first", ["fla", "chunked"])
 @pytest.mark.parametrize("second", ["fla", "recurrent"])
 def test_a_stream_goes_from_one_backend_to_another(first: str, second: str) -> None:
-    q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
+    q = torch.rand(B, 9, H, K)
+    k = torch.rand(B, 9, H, K)
+    v = torch.randn(B, 9, H, V)
     whole = operators.linear_attention(q, k, v, causality="causal", backend="dense")
-    head, tail = [t[:, :4] for t in (q, k, v)], [t[:, 4:] for t in (q, k, v)]
+    head = [t[:, :4] for t in (q, k, v)]
+    tail = [t[:, 4:] for t in (q, k, v)]
     start, state = operators.linear_attention(*head, causality="causal", backend=first, output_final_state=True)
     end = operators.linear_attention(*tail, causality="causal", backend=second, initial_state=state)
     torch.testing.assert_close(torch.cat([start, end], 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_what_passes_32_bit_offsets_is_taken_apart_by_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = torch.rand(B, 9, H, K), torch.rand(B, 9, H, K), torch.randn(B, 9, H, V)
+    q = torch.rand(B, 9, H, K)
+    k = torch.rand(B, 9, H, K)
+    v = torch.randn(B, 9, H, V)
     calls: list[int] = []
     kernel = linear_fla._run_kernel
     monkeypatch.setattr(linear_fla, "_run_kernel", lambda *t: (calls.append(len(t[0])), kernel(*t))[1])
@@ -247,7 +263,7 @@ def test_fla_itself_on_a_gpu(decay: str, monkeypatch: pytest.MonkeyPatch) -> Non
         "vector": -torch.rand(2, 1000, 4, 64, device="cuda"),
     }
     y = operators.linear_attention(q, k, v, g[decay], causality="causal", backend="fla")
-    wanted = operators.linear_attention(
+    expected = operators.linear_attention(
         q.double(), k.double(), v.double(), g[decay], causality="causal", backend="chunked"
     )
-    assert (y - wanted).abs().max() < 0.03 * wanted.abs().max()
+    assert (y - expected).abs().max() < 0.03 * expected.abs().max()

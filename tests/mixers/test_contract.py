@@ -26,11 +26,11 @@ FOR_ANY_INPUT = (
 @pytest.mark.parametrize("check", FOR_ANY_INPUT, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("case", OPERATORS.values(), ids=str)
 @settings(max_examples=max(1, settings.default.max_examples // 2))
-@given(drawn=inputs())
+@given(any_inputs=inputs())
 def test_operators_for_any_input(
-    case: OperatorCase, check: Callable[[OperatorCase, CheckInputs], None], drawn: CheckInputs
+    case: OperatorCase, check: Callable[[OperatorCase, CheckInputs], None], any_inputs: CheckInputs
 ) -> None:
-    check(case, drawn)
+    check(case, any_inputs)
 
 
 def test_one_call_runs_them_all(monkeypatch: pytest.MonkeyPatch) -> None:

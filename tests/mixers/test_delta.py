@@ -24,7 +24,10 @@ NAMES = ("q", "k", "v", "beta", "log_decay")
 CAUSALITIES = ("causal", "bidirectional")
 BACKENDS = ("dense", "recurrent", "chunked")
 DECAYS = {"none": None, "fixed": "h", "token": "blh"}
-BATCH, HEADS, KEY, VALUE = 2, 2, 5, 3
+BATCH = 2
+HEADS = 2
+KEY = 5
+VALUE = 3
 
 
 def inputs(
@@ -37,7 +40,7 @@ def inputs(
         return torch.empty(*shape, dtype=torch.float64).uniform_(low, high, generator=generator)
 
     tokens = (batch, length, HEADS)
-    made = [
+    drawn_tensors = [
         F.normalize(draw(*tokens, key), dim=-1),
         F.normalize(draw(*tokens, key), dim=-1),
         draw(*tokens, value),
@@ -45,8 +48,8 @@ def inputs(
     ]
     if axes := DECAYS[decay]:
         sizes = {"b": batch, "l": length, "h": HEADS}
-        made.append(-draw(*(sizes[axis] for axis in axes), low=-13.8, high=3.9).exp())
-    return [t.requires_grad_() for t in made]
+        drawn_tensors.append(-draw(*(sizes[axis] for axis in axes), low=-13.8, high=3.9).exp())
+    return [t.requires_grad_() for t in drawn_tensors]
 
 
 def mix(*tensors: Tensor, **settings: Any) -> Any:
@@ -87,9 +90,10 @@ def test_the_formula_is_written_out_once_more(decay: str, causality: str) -> Non
     y = mix(q, k, v, beta, *gates, **settings)
     matrix = delta_rule_matrix(q, k, beta, *gates, **settings)
     a = (gates[0] if gates else torch.zeros(HEADS, dtype=q.dtype)).expand(BATCH, length, HEADS).exp()
-    wanted = torch.zeros_like(matrix)
+    expected = torch.zeros_like(matrix)
     for b, h in ((b, h) for b in range(BATCH) for h in range(HEADS)):
-        key, unit = k[b, :, h], torch.eye(KEY, dtype=q.dtype)
+        key = k[b, :, h]
+        unit = torch.eye(KEY, dtype=q.dtype)
         step = [a[b, t, h] * (unit - beta[b, t, h] * torch.outer(key[t], key[t])) for t in range(length)]
         for i in range(length):
             for j in range(length if causality == "bidirectional" else i + 1):
@@ -97,9 +101,9 @@ def test_the_formula_is_written_out_once_more(decay: str, causality: str) -> Non
                 product = unit
                 for t in between:
                     product = product @ step[t]
-                wanted[b, h, i, j] = 0.3 * q[b, i, h] @ product @ key[j] * beta[b, j, h]
-    assert_close(matrix, wanted)
-    assert_close(y, torch.einsum("bhij,bjhv->bihv", wanted, v))
+                expected[b, h, i, j] = 0.3 * q[b, i, h] @ product @ key[j] * beta[b, j, h]
+    assert_close(matrix, expected)
+    assert_close(y, torch.einsum("bhij,bjhv->bihv", expected, v))
 
 
 @given(
@@ -110,7 +114,8 @@ def test_the_formula_is_written_out_once_more(decay: str, causality: str) -> Non
 def test_streaming_in_any_parts_equals_one_pass(edges: list[int], backend: str, decay: str) -> None:
     tensors = [t.detach() for t in inputs(140, decay, batch=1)]
     whole, final = mix(*tensors, output_final_state=True)
-    state, parts = None, []
+    state = None
+    parts = []
     for start, stop in pairwise(edges):
         part = (t[:, start:stop] if t.ndim > 1 else t for t in tensors)
         y, state = mix(*part, initial_state=state, output_final_state=True, backend=backend)
@@ -132,9 +137,9 @@ def test_streaming_in_any_parts_equals_one_pass(edges: list[int], backend: str, 
 def test_chunked_equals_recurrent_at_any_shape(length: int, key: int, value: int, strength: float, seed: int) -> None:
     q, k, v, beta, gates = (t.detach() for t in inputs(length, "token", key=key, value=value, seed=seed))
     fast, after = mix(q, k, v, strength * beta, gates, output_final_state=True)
-    truth, wanted = mix(q, k, v, strength * beta, gates, output_final_state=True, backend="recurrent")
+    truth, expected = mix(q, k, v, strength * beta, gates, output_final_state=True, backend="recurrent")
     assert_close(fast, truth)
-    assert_close(after.memory, wanted.memory, what="memory")
+    assert_close(after.memory, expected.memory, what="memory")
 
 
 @pytest.mark.usefixtures("small_groups")
@@ -151,9 +156,11 @@ def test_float32_is_exact_for_any_mix_of_decays(decay: str, causality: str) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slow_decays_next_to_fast_ones_are_not_lost(backend: str) -> None:
     """Steps of log decay −1e-6 after a reset of −50: every y_t is known in closed form, to float32's last digits."""
-    length, reset = 600, 300
+    length = 600
+    reset = 300
     key = torch.ones(1, length, 1, 1)
-    beta, log_decay = torch.zeros(1, length, 1), torch.full((1, length, 1), -1e-6)
+    beta = torch.zeros(1, length, 1)
+    log_decay = torch.full((1, length, 1), -1e-6)
     log_decay[:, reset] = -50
     beta[:, 0] = beta[:, reset] = 1
     y = mix(key, key, key, beta, log_decay, backend=backend).flatten().double()
@@ -166,25 +173,27 @@ def test_a_gate_that_forgets_everything_has_finite_gradients(causality: str) -> 
     tensors = [t.detach() for t in inputs(131, "token")]
     tensors[-1][:, ::7] = -torch.inf
     tensors = [t.requires_grad_() for t in tensors]
-    found = {b: outcome(lambda *t, b=b: mix(*t, causality=causality, backend=b), tensors) for b in BACKENDS}
+    actual = {b: outcome(lambda *t, b=b: mix(*t, causality=causality, backend=b), tensors) for b in BACKENDS}
     for backend in ("recurrent", "chunked"):
-        for what, got, wanted in zip(("y", *NAMES), found[backend], found["dense"], strict=True):
-            assert_close(got, wanted, what=f"{backend} against dense, {what}")
+        for what, got, expected in zip(("y", *NAMES), actual[backend], actual["dense"], strict=True):
+            assert_close(got, expected, what=f"{backend} against dense, {what}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_recalls_what_was_last_written_under_a_key(backend: str) -> None:
     """Associative recall: orthonormal keys, beta = 1, no decay."""
-    length, key = 150, 12
+    length = 150
+    key = 12
     keys = torch.linalg.qr(torch.randn(key, key, dtype=torch.float64)).Q
-    written, asked = torch.randint(key, (length,)), torch.randint(key, (length,))
+    written = torch.randint(key, (length,))
+    queried = torch.randint(key, (length,))
     v = torch.randn(1, length, 1, VALUE, dtype=torch.float64)
-    q, k = (keys[index][None, :, None] for index in (asked, written))
+    q, k = (keys[index][None, :, None] for index in (queried, written))
     y = mix(q, k, v, torch.ones(1, length, 1, dtype=torch.float64), backend=backend)
     held = torch.zeros(key, VALUE, dtype=torch.float64)
     for t in range(length):
         held[written[t]] = v[0, t, 0]
-        assert_close(y[0, t, 0], held[asked[t]], what=f"token {t}")
+        assert_close(y[0, t, 0], held[queried[t]], what=f"token {t}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,9 +205,9 @@ def test_with_orthogonal_keys_it_is_linear_attention(decay: str, causality: str,
     q, _, v, beta, *gates = (t.detach() for t in inputs(length, decay, key=length))
     k = torch.linalg.qr(torch.randn(BATCH, HEADS, length, length, dtype=q.dtype)).Q.transpose(1, 2)
     settings: dict[str, Any] = {"causality": causality, "scale": 0.5}
-    wanted = linear_attention(q, beta[..., None] * k, v, *gates, normalize=False, **settings)
-    assert isinstance(wanted, Tensor)
-    assert_close(mix(q, k, v, beta, *gates, **settings, backend=backend), wanted)
+    expected = linear_attention(q, beta[..., None] * k, v, *gates, normalize=False, **settings)
+    assert isinstance(expected, Tensor)
+    assert_close(mix(q, k, v, beta, *gates, **settings, backend=backend), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,23 +219,24 @@ def test_writing_a_key_again_leaves_only_the_second_value(backend: str) -> None:
 
 
 def kept_for_backward(length: int, key: int, causality: str) -> tuple[int, int]:
-    """Elements of the largest tensor kept, and of all of them."""
+    """Elements of the largest tensor saved, and of all of them."""
     tensors = [t.detach().float().requires_grad_() for t in inputs(length, "token", batch=1, key=key, value=key)]
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = mix(*tensors, causality=causality)
     y.sum().backward()
-    return max(kept.values()), sum(kept.values())
+    return max(saved.values()), sum(saved.values())
 
 
 @pytest.mark.parametrize("causality", CAUSALITIES)
 def test_backward_keeps_no_state_for_every_token(causality: str) -> None:
-    length, key = 512, 64
+    length = 512
+    key = 64
     largest, total = kept_for_backward(length, key, causality)
     assert 0 < largest <= length * HEADS * max(2 * key, chunked.CHUNK), "a tensor of the size l × k × v is kept"
     assert total < length * HEADS * key * key
@@ -246,8 +256,10 @@ def test_compiled_once_for_any_length(causality: str, decay: str) -> None:
     compiled = torch.compile(mixed, backend=compilations, fullgraph=True, dynamic=True)
     for length in (70, 131):
         tensors = inputs(length, decay)
-        for what, got, wanted in zip(("y", *NAMES), outcome(compiled, tensors), outcome(mixed, tensors), strict=False):
-            assert_close(got, wanted, what=f"{what}, l = {length}")
+        for what, got, expected in zip(
+            ("y", *NAMES), outcome(compiled, tensors), outcome(mixed, tensors), strict=False
+        ):
+            assert_close(got, expected, what=f"{what}, l = {length}")
     assert compilations.frame_count == 1
 
 

@@ -23,8 +23,10 @@ DECAYS = {"none": None, "fixed": "h", "scalar": "blh", "vector": "blhk"}
 def inputs(length: int, heads: int = 2, key: int = 5, value: int = 3, seed: int = 0) -> list[torch.Tensor]:
     torch.manual_seed(seed)
     shapes = ((key, True), (key, True), (value, False))
-    made = [torch.randn(2, length, heads, width, dtype=torch.float64) for width, _ in shapes]
-    return [(t.exp() if positive else t).requires_grad_() for t, (_, positive) in zip(made, shapes, strict=True)]
+    drawn_tensors = [torch.randn(2, length, heads, width, dtype=torch.float64) for width, _ in shapes]
+    return [
+        (t.exp() if positive else t).requires_grad_() for t, (_, positive) in zip(drawn_tensors, shapes, strict=True)
+    ]
 
 
 def gates(shape: str | None, length: int, heads: int = 2, key: int = 5) -> list[torch.Tensor]:
@@ -96,11 +98,11 @@ def test_the_formula_is_written_out_once_more(causality: str, normalize: bool) -
     q, k, v = (t.detach() for t in inputs(7))
     y = operators.linear_attention(q, k, v, causality=causality, normalize=normalize, eps=0.1, scale=0.3)
     for i in range(7):
-        seen = range(i + 1) if causality == "causal" else range(7)
-        weights = torch.stack([(q[:, i] * k[:, j]).sum(-1) for j in seen])
-        total = sum(w[..., None] * v[:, j] for w, j in zip(weights, seen, strict=True))
+        visible = range(i + 1) if causality == "causal" else range(7)
+        weights = torch.stack([(q[:, i] * k[:, j]).sum(-1) for j in visible])
+        total = sum(w[..., None] * v[:, j] for w, j in zip(weights, visible, strict=True))
         mean_weight = weights.mean(0)[..., None] + 0.1
-        assert_close(y[:, i], total / len(seen) / mean_weight if normalize else total * 0.3, what=f"token {i}")
+        assert_close(y[:, i], total / len(visible) / mean_weight if normalize else total * 0.3, what=f"token {i}")
 
 
 @given(
@@ -113,7 +115,8 @@ def test_streaming_in_any_parts_equals_one_pass(edges: list[int], normalize: boo
     tensors = [t.detach() for t in (*inputs(140, heads=1), *gates(DECAYS[decay], 140, heads=1))]
     settings = {"causality": "causal", "normalize": normalize, "eps": 1e-3}
     whole = operators.linear_attention(*tensors, **settings)
-    state, parts = None, []
+    state = None
+    parts = []
     for start, stop in pairwise(edges):
         part = (t[:, start:stop] for t in tensors)
         y, state = operators.linear_attention(
@@ -128,9 +131,9 @@ def test_streaming_in_any_parts_equals_one_pass(edges: list[int], normalize: boo
 def test_chunked_equals_recurrent_at_any_shape(tensors: tuple[torch.Tensor, ...], normalize: bool) -> None:
     settings = {"causality": "causal", "normalize": normalize, "output_final_state": True}
     fast, after = operators.linear_attention(*tensors, **settings, backend="chunked")
-    truth, wanted = operators.linear_attention(*tensors, **settings, backend="recurrent")
+    truth, expected = operators.linear_attention(*tensors, **settings, backend="recurrent")
     assert_close(fast, truth)
-    assert_close(after.memory, wanted.memory, what="state")
+    assert_close(after.memory, expected.memory, what="state")
 
 
 @given(factor=st.floats(0.1, 10), length=st.integers(1, 80))
@@ -162,9 +165,9 @@ def test_autocast_does_not_reach_the_sums(causality: str) -> None:
 def test_a_state_of_another_kind_is_refused() -> None:
     q, k, v = inputs(3)
     _, state = operators.linear_attention(q, k, v, causality="causal", output_final_state=True)
-    with pytest.raises(ValueError, match="switches it was made with"):
+    with pytest.raises(ValueError, match="the same batch size, heads, widths"):
         operators.linear_attention(q, k, v, causality="causal", normalize=False, initial_state=state)
-    with pytest.raises(ValueError, match="batch, the heads"):
+    with pytest.raises(ValueError, match="the same batch size, heads, widths"):
         operators.linear_attention(q[:1], k[:1], v[:1], causality="causal", initial_state=state)
     with pytest.raises(ValueError, match="at least one token"):
         operators.linear_attention(q[:, :0], k[:, :0], v[:, :0])
@@ -196,7 +199,7 @@ def test_what_cannot_be_done_is_refused(settings: dict, message: str) -> None:
 
 
 def test_backends_say_what_can_run_here() -> None:
-    found = operators.backends()
-    assert all(found[name] == "available" for name in FORMULATIONS)
+    actual = operators.backends()
+    assert all(actual[name] == "available" for name in FORMULATIONS)
     for name in kernel_names():
-        assert found[name] == "available" or "not installed" in found[name] or "needs a CUDA device" in found[name]
+        assert actual[name] == "available" or "not installed" in actual[name] or "needs a CUDA device" in actual[name]

@@ -20,7 +20,9 @@ from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
 NAMES = ("u", "dt", "A", "B", "C", "D")
-HEADS, VALUE, STATES = 2, 3, 4
+HEADS = 2
+VALUE = 3
+STATES = 4
 
 
 def inputs(length: int, value: int = VALUE, states: int = STATES, batch: int = 2) -> list[Tensor]:
@@ -31,7 +33,7 @@ def inputs(length: int, value: int = VALUE, states: int = STATES, batch: int = 2
         return torch.empty(*shape, dtype=torch.float64).uniform_(low, high, generator=generator)
 
     tokens = (batch, length, HEADS)
-    made = (
+    drawn_tensors = (
         draw(*tokens, value),
         draw(*tokens, value, low=-13.1, high=3.2).exp(),
         -draw(HEADS, value, states, low=-0.7, high=0.7).exp(),
@@ -39,7 +41,7 @@ def inputs(length: int, value: int = VALUE, states: int = STATES, batch: int = 2
         draw(*tokens, states).exp(),
         draw(HEADS, value),
     )
-    return [t.requires_grad_() for t in made]
+    return [t.requires_grad_() for t in drawn_tensors]
 
 
 def scan(*tensors: Tensor, **settings: Any) -> Any:
@@ -113,7 +115,8 @@ def test_streaming_in_any_parts_equals_one_pass(edges: list[int], normalize: boo
     u, dt, A, B, C, D = (t.detach() for t in inputs(140, batch=1))
     settings: dict[str, Any] = {"normalize": normalize, "eps": 1e-3, "output_final_state": True}
     whole, final = scan(u, dt, A, B, C, D, **settings)
-    state, parts = None, []
+    state = None
+    parts = []
     for start, stop in pairwise(edges):
         u_part, dt_part, B_part, C_part = (t[:, start:stop] for t in (u, dt, B, C))
         y, state = scan(u_part, dt_part, A, B_part, C_part, D, **settings, initial_state=state, backend=backend)
@@ -138,23 +141,26 @@ def test_float32_is_exact_for_any_mix_of_decays(causality: str) -> None:
 
 def test_slow_decays_next_to_fast_ones_are_not_lost() -> None:
     """Steps of log decay −1e-6 after a reset of −50: every y_t is known in closed form, to float32's last digits."""
-    length, reset = 5000, 2500
+    length = 5000
+    reset = 2500
     dt = torch.full((1, length, 1, 1), 1e-6)
     dt[:, reset] = 50
     u = torch.zeros_like(dt)
-    u[:, 0], u[:, reset] = 1e6, 1 / 50
+    u[:, 0] = 1e6
+    u[:, reset] = 1 / 50
     ones = torch.ones(1, length, 1, 1)
     y = scan(u, dt, -torch.ones(1, 1, 1), ones, ones).flatten().double()
     steps = torch.arange(length, dtype=torch.float64)
-    wanted = (-1e-6 * (steps % reset)).exp()
-    assert ((y - wanted).abs() < 1e-6).all()
+    expected = (-1e-6 * (steps % reset)).exp()
+    assert ((y - expected).abs() < 1e-6).all()
 
 
 @pytest.mark.parametrize("backend", ["dense", "recurrent", "chunked"])
 def test_one_rate_and_step_a_head_is_the_scalar_recurrence(backend: str) -> None:
     """S_t = a_t S_{t−1} + dt_t B_t u_tᵀ with one gate a head: Mamba-2's recurrence (2405.21060)."""
     u, dt, A, B, C, _ = (t.detach() for t in inputs(70))
-    step, rate = dt[..., :1], A[:, :1, :1]
+    step = dt[..., :1]
+    rate = A[:, :1, :1]
     y = scan(u, step.expand_as(dt), rate.expand_as(A), B, C, backend=backend)
     state = torch.zeros(2, HEADS, STATES, VALUE, dtype=torch.float64)
     for t in range(70):
@@ -191,8 +197,8 @@ def test_compiled_once_for_any_length(causality: str) -> None:
         for function in (compiled, mixed):
             y = function(*tensors)
             outcomes.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
-        for what, got, wanted in zip(("y", *NAMES), *outcomes, strict=True):
-            assert_close(got, wanted, what=f"{what}, l = {length}")
+        for what, got, expected in zip(("y", *NAMES), *outcomes, strict=True):
+            assert_close(got, expected, what=f"{what}, l = {length}")
     assert compilations.frame_count == 1
 
 
@@ -212,7 +218,7 @@ def test_a_state_is_float32_and_fits_what_it_was_made_with() -> None:
     tensors = [t.detach().half() for t in inputs(3)]
     _, state = scan(*tensors, output_final_state=True)
     assert state.memory.dtype == torch.float32
-    with pytest.raises(ValueError, match="switches it was made with"):
+    with pytest.raises(ValueError, match="the same batch size, heads, widths"):
         scan(*tensors, normalize=True, initial_state=state)
     with pytest.raises(ValueError, match="causal passes only"):
         scan(*tensors, causality="noncausal", initial_state=state)

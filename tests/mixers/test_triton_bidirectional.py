@@ -50,8 +50,8 @@ def tensors(
         return torch.randn(batch, length, heads, width, dtype=torch.float64)
 
     log_decay = -torch.empty_like(normal(key if gates == "vector" else 1)).uniform_(-13.8, 3.9).exp()
-    given = (normal(key).exp(), normal(key).exp(), normal(value), log_decay, normal(value))
-    return tuple(t.to(DEVICE, dtype) for t in given)
+    inputs = (normal(key).exp(), normal(key).exp(), normal(value), log_decay, normal(value))
+    return tuple(t.to(DEVICE, dtype) for t in inputs)
 
 
 def outcome(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dy: Tensor, backend: str | None = None, **switches):
@@ -65,20 +65,20 @@ def outcome(q: Tensor, k: Tensor, v: Tensor, g: Tensor, dy: Tensor, backend: str
     return dict(zip(NAMES, (y, *torch.autograd.grad(y, leaves, dy)), strict=True))
 
 
-def assert_agree(given: Tensors, **switches) -> None:
+def assert_agree(inputs: Tensors, **switches) -> None:
     """The kernels against both truths, at the tolerance of the tensors."""
-    found = outcome(*given, **switches)
+    actual = outcome(*inputs, **switches)
     for backend in ("dense", "recurrent"):
-        for name, wanted in outcome(*given, backend=backend, **switches).items():
-            assert found[name].dtype == wanted.dtype
-            assert_close(found[name], wanted, what=f"{name} against {backend}, {switches}")
+        for name, expected in outcome(*inputs, backend=backend, **switches).items():
+            assert actual[name].dtype == expected.dtype
+            assert_close(actual[name], expected, what=f"{name} against {backend}, {switches}")
 
 
-def relative_errors(given: Tensors, **switches) -> dict[str, float]:
+def relative_errors(inputs: Tensors, **switches) -> dict[str, float]:
     """The largest error over the largest value, against the same numbers in float64, token by token."""
-    found = outcome(*given, **switches)
-    truth = outcome(*(t.double() for t in given), backend="recurrent", **switches)
-    return {n: ((found[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
+    actual = outcome(*inputs, **switches)
+    truth = outcome(*(t.double() for t in inputs), backend="recurrent", **switches)
+    return {n: ((actual[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
 
 
 @settings(max_examples=max(1, settings.default.max_examples // 8))
@@ -95,15 +95,15 @@ def relative_errors(given: Tensors, **switches) -> dict[str, float]:
 )
 def test_kernels_equal_dense_and_recurrent(batch, length, heads, key, value, gates, normalize, dtype, seed) -> None:
     torch.manual_seed(seed)
-    given = tensors(batch, length, heads, key, value, gates, dtype)
-    assert_agree(given, normalize=normalize, eps=0.1, scale=0.3)
+    inputs = tensors(batch, length, heads, key, value, gates, dtype)
+    assert_agree(inputs, normalize=normalize, eps=0.1, scale=0.3)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("gates", "length"), [("scalar", 150), ("vector", 70)])
 def test_float32_is_exact_for_any_mix_of_decays(gates: str, length: int, normalize: bool, real_chunks) -> None:
-    given = tensors(1, length, 1, 5, 3, gates, torch.float32)
-    errors = relative_errors(given, **{**SETTINGS, "normalize": normalize})
+    inputs = tensors(1, length, 1, 5, 3, gates, torch.float32)
+    errors = relative_errors(inputs, **(SETTINGS | {"normalize": normalize}))
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -111,15 +111,16 @@ def test_float32_is_exact_for_any_mix_of_decays(gates: str, length: int, normali
 def test_every_single_number_is_exact(gates: str) -> None:
     """Slow gates next to fast ones: where no term is negative, the smallest result is as exact as the largest."""
     q, k, v, g, _ = tensors(1, 90, 1, 4, 3, gates, torch.float32)
-    g[:, 3::7], g[:, 40:50] = -50.0, -1e-6
+    g[:, 3::7] = -50.0
+    g[:, 40:50] = -1e-6
     k[:, ::5] *= 1e-20
-    found = bidirectional_attention(q, k, v.exp(), g, **{**SETTINGS, "normalize": False})
+    actual = bidirectional_attention(q, k, v.exp(), g, **(SETTINGS | {"normalize": False}))
     gate = g.double() if gates == "vector" else g.double().squeeze(-1)
     truth = linear_attention(
         *(t.double() for t in (q, k, v.exp())), gate, causality="bidirectional", backend="recurrent",
-        **{**SETTINGS, "normalize": False},
+        **(SETTINGS | {"normalize": False}),
     )  # fmt: skip
-    assert ((found.double() - truth) / truth).abs().max() < 1e-5
+    assert ((actual.double() - truth) / truth).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("gates", "widths"), [("scalar", (16, 160)), ("vector", (40, 80))])
@@ -142,10 +143,10 @@ def test_gates_of_zero_cut_the_sequence(gates: str) -> None:
     q, k, v, g, dy = tensors(1, 40, 1, 5, 3, gates)
     cuts = [0, 16, 21, 39]
     g[:, cuts] = -torch.inf
-    found = outcome(q, k, v, g, dy, **SETTINGS)
+    actual = outcome(q, k, v, g, dy, **SETTINGS)
     g[:, cuts] = -1e5  # its exponential is 0 as well
-    for name, wanted in outcome(q, k, v, g, dy, backend="dense", **SETTINGS).items():
-        assert_close(found[name], wanted, what=name)
+    for name, expected in outcome(q, k, v, g, dy, backend="dense", **SETTINGS).items():
+        assert_close(actual[name], expected, what=name)
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -155,25 +156,25 @@ def test_constant_values_come_back(gates: str) -> None:
     assert_close(bidirectional_attention(q, k, constant, g, normalize=True, eps=1e-30, scale=1.0), constant)
 
 
-def layouts(given: Tensors) -> dict[str, Tensors]:
+def layouts(inputs: Tensors) -> dict[str, Tensors]:
     """The same numbers, stored in other ways."""
-    packed = torch.cat(given, dim=-1).split([t.shape[-1] for t in given], dim=-1)
+    packed = torch.cat(inputs, dim=-1).split([t.shape[-1] for t in inputs], dim=-1)
     return {
         "packed": packed,
-        "(b, h, l, ·)": tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in given),
-        "channels apart": tuple(t.transpose(1, 3).contiguous().transpose(1, 3) for t in given),
-        "every second token": tuple(torch.stack([t, t], dim=2).flatten(1, 2)[:, ::2] for t in given),
+        "(b, h, l, ·)": tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs),
+        "channels apart": tuple(t.transpose(1, 3).contiguous().transpose(1, 3) for t in inputs),
+        "every second token": tuple(torch.stack([t, t], dim=2).flatten(1, 2)[:, ::2] for t in inputs),
     }
 
 
 @pytest.mark.parametrize("gates", GATES)
 def test_strided_tensors_are_read_where_they_lie(gates: str) -> None:
-    given = tensors(1, 14, 2, 4, 3, gates, torch.float32)
-    wanted = outcome(*given, **SETTINGS)
-    for layout, strided in layouts(given).items():
+    inputs = tensors(1, 14, 2, 4, 3, gates, torch.float32)
+    expected = outcome(*inputs, **SETTINGS)
+    for layout, strided in layouts(inputs).items():
         assert not strided[0].is_contiguous()
         for name, value in outcome(*strided, **SETTINGS).items():
-            assert torch.equal(value, wanted[name]), f"{name}, {layout}"
+            assert torch.equal(value, expected[name]), f"{name}, {layout}"
 
 
 def test_expanded_gates_and_gradients_are_accepted() -> None:
@@ -186,34 +187,35 @@ def test_expanded_gates_and_gradients_are_accepted() -> None:
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_loses_no_more_than_its_rounding(dtype: torch.dtype, gates: str, normalize: bool) -> None:
-    given = tensors(1, 35, 1, 20, 6, gates, dtype)
-    errors = relative_errors(given, **{**SETTINGS, "normalize": normalize})
+    inputs = tensors(1, 35, 1, 20, 6, gates, dtype)
+    errors = relative_errors(inputs, **(SETTINGS | {"normalize": normalize}))
     assert max(errors.values()) <= 2 * torch.finfo(dtype).eps, errors
 
 
 def test_tensors_of_mixed_dtypes_are_summed_in_the_widest() -> None:
     q, k, v, g, dy = tensors(1, 20, 1, 5, 3, "scalar")
-    given = (q.bfloat16(), k.half(), v.float(), g.float(), dy.float())
-    found = outcome(*given, **SETTINGS)
-    for name, wanted in outcome(*given, backend="dense", **SETTINGS).items():
-        assert found[name].dtype == wanted.dtype
-        assert_close(found[name], wanted, what=name)
+    inputs = (q.bfloat16(), k.half(), v.float(), g.float(), dy.float())
+    actual = outcome(*inputs, **SETTINGS)
+    for name, expected in outcome(*inputs, backend="dense", **SETTINGS).items():
+        assert actual[name].dtype == expected.dtype
+        assert_close(actual[name], expected, what=name)
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
-    given = tensors(1, 20, 1, 20, 3, "scalar", torch.bfloat16)
-    first, second = outcome(*given, **SETTINGS), outcome(*given, **SETTINGS)
+    inputs = tensors(1, 20, 1, 20, 3, "scalar", torch.bfloat16)
+    first = outcome(*inputs, **SETTINGS)
+    second = outcome(*inputs, **SETTINGS)
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_operators_are_registered_well(normalize: bool) -> None:
-    *given, dy = tensors(1, 9, 1, 3, 2, "vector")
+    *inputs, dy = tensors(1, 9, 1, 3, 2, "vector")
     switches = (normalize, 0.1, 0.3)
     operators = torch.ops.mixers
-    leaves = [t.clone().requires_grad_() for t in given]
+    leaves = [t.clone().requires_grad_() for t in inputs]
     torch.library.opcheck(operators.bidirectional_attention.default, (*leaves, *switches))
-    torch.library.opcheck(operators.bidirectional_attention_backward.default, (dy, *given, *switches))
+    torch.library.opcheck(operators.bidirectional_attention_backward.default, (dy, *inputs, *switches))
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -224,19 +226,19 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(dq.sum(), q)
 
 
-def test_another_length_compiles_nothing_anew() -> None:
+def test_another_length_is_not_compiled_again() -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *t: bidirectional_attention(*t, **SETTINGS), fullgraph=True, backend=counter)
     for length in (12, 20):
-        given = tensors(1, length, 1, 3, 5, "scalar")
-        leaves = [t.requires_grad_() for t in given[:4]]
+        inputs = tensors(1, length, 1, 3, 5, "scalar")
+        leaves = [t.requires_grad_() for t in inputs[:4]]
         for t in leaves:
             torch._dynamo.mark_dynamic(t, 1)
         y = compiled(*leaves)
-        found = dict(zip(NAMES, (y, *torch.autograd.grad(y, leaves, given[4])), strict=True))
-        for name, wanted in outcome(*given, **SETTINGS).items():
-            assert torch.equal(found[name], wanted), name
+        actual = dict(zip(NAMES, (y, *torch.autograd.grad(y, leaves, inputs[4])), strict=True))
+        for name, expected in outcome(*inputs, **SETTINGS).items():
+            assert torch.equal(actual[name], expected), name
     assert counter.frame_count == 1
 
 
@@ -285,12 +287,12 @@ def test_kernels_compile_without_a_gpu_and_once_for_every_length(tmp_path, capab
 @pytest.mark.parametrize("width", [40, 64, 80, 160])
 @pytest.mark.parametrize("gates", GATES)
 def test_real_sizes_on_a_gpu(gates: str, width: int, dtype: torch.dtype, real_chunks) -> None:
-    given = tensors(2, 4096 + 33, 4, width, width, gates, dtype)
-    found = outcome(*given, **SETTINGS)
-    truth = outcome(*(t.double() for t in given), backend="chunked", **SETTINGS)
+    inputs = tensors(2, 4096 + 33, 4, width, width, gates, dtype)
+    actual = outcome(*inputs, **SETTINGS)
+    truth = outcome(*(t.double() for t in inputs), backend="chunked", **SETTINGS)
     allowed = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    for name, wanted in truth.items():
-        error = (found[name].double() - wanted).abs().max() / wanted.abs().max()
+    for name, expected in truth.items():
+        error = (actual[name].double() - expected).abs().max() / expected.abs().max()
         assert error <= allowed, f"{name}: {error:.2g}"
 
 

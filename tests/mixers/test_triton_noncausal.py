@@ -45,20 +45,20 @@ def outcome(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, backend: str | None = N
     return dict(zip(("y", "dq", "dk", "dv"), (y, *torch.autograd.grad(y, leaves, dy)), strict=True))
 
 
-def assert_agree(given: Tensors, **settings) -> None:
+def assert_agree(inputs: Tensors, **settings) -> None:
     """The kernels against both truths, at the tolerance of the tensors."""
-    found = outcome(*given, **settings)
+    actual = outcome(*inputs, **settings)
     for backend in ("dense", "recurrent"):
-        for name, wanted in outcome(*given, backend=backend, **settings).items():
-            assert found[name].dtype == wanted.dtype
-            assert_close(found[name], wanted, what=f"{name} against {backend}, {settings}")
+        for name, expected in outcome(*inputs, backend=backend, **settings).items():
+            assert actual[name].dtype == expected.dtype
+            assert_close(actual[name], expected, what=f"{name} against {backend}, {settings}")
 
 
-def relative_errors(given: Tensors, **settings) -> dict[str, float]:
+def relative_errors(inputs: Tensors, **settings) -> dict[str, float]:
     """The largest error over the largest value, against the dense formulation of the same numbers in float64."""
-    found = outcome(*given, **settings)
-    truth = outcome(*(t.double() for t in given), backend="dense", **settings)
-    return {n: ((found[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
+    actual = outcome(*inputs, **settings)
+    truth = outcome(*(t.double() for t in inputs), backend="dense", **settings)
+    return {n: ((actual[n].double() - t).abs().max() / t.abs().max()).item() for n, t in truth.items()}
 
 
 @settings(max_examples=max(1, settings.default.max_examples // 4))
@@ -81,17 +81,17 @@ def test_kernels_equal_dense_and_recurrent(groups, length, key, value, switches,
 @pytest.mark.parametrize(("widths", "normalize"), [((160, 160), True), ((256, 40), True), ((40, 256), False)], ids=str)
 def test_large_heads_are_cut_into_tiles(widths: tuple[int, int], normalize: bool) -> None:
     assert launch.tile(160, launch.largest_tile("ieee", torch.float64)) < 160
-    assert_agree(tensors(1, 67, 1, *widths), **{**SETTINGS, "normalize": normalize})
+    assert_agree(tensors(1, 67, 1, *widths), **(SETTINGS | {"normalize": normalize}))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("longest", "splits"), [(2**20, 1), (64, 4), (128, 2), (192, 2)])
 def test_the_sequence_is_split_over_programs(monkeypatch, longest: int, splits: int, normalize: bool) -> None:
-    given = tensors(2, 200, 1, 7, 5)
+    inputs = tensors(2, 200, 1, 7, 5)
     monkeypatch.setattr(launch, "PROGRAMS_PER_PROCESSOR", 0)
     monkeypatch.setattr(launch, "LONGEST_SPLIT", longest)
-    assert launch.split(200, noncausal.BLOCK, 2, given[0].device)[0] == splits
-    assert_agree(given, **{**SETTINGS, "normalize": normalize})
+    assert launch.split(200, noncausal.BLOCK, 2, inputs[0].device)[0] == splits
+    assert_agree(inputs, **(SETTINGS | {"normalize": normalize}))
 
 
 @given(st.integers(1, 10**7), st.sampled_from([16, 64, 128]), st.integers(1, 5000))
@@ -110,14 +110,14 @@ def test_tiles_are_powers_of_two_and_pad_little(width: int, largest: int) -> Non
     assert padded - width <= min(-width % largest, -width % (largest // 2))
 
 
-def layouts(given: Tensors) -> dict[str, Tensors]:
+def layouts(inputs: Tensors) -> dict[str, Tensors]:
     """The same numbers, stored in other ways."""
-    q, k, v, dy = given
+    q, k, v, dy = inputs
     packed = torch.cat([q, k, v], dim=-1)
     views = packed.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
-    by_head = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in given]
-    columns = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in given]
-    every_second = [torch.stack([t, t], dim=2).flatten(1, 2)[:, ::2] for t in given]
+    by_head = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+    columns = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in inputs]
+    every_second = [torch.stack([t, t], dim=2).flatten(1, 2)[:, ::2] for t in inputs]
     return {
         "packed": (*views, dy),
         "(b, h, l, ·)": tuple(by_head),
@@ -128,14 +128,14 @@ def layouts(given: Tensors) -> dict[str, Tensors]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_tensors_are_read_where_they_lie(dtype: torch.dtype) -> None:
-    given = tensors(2, 66, 2, 40, 24, dtype)
-    wanted = outcome(*given, **SETTINGS)
-    for layout, strided in layouts(given).items():
+    inputs = tensors(2, 66, 2, 40, 24, dtype)
+    expected = outcome(*inputs, **SETTINGS)
+    for layout, strided in layouts(inputs).items():
         assert not strided[0].is_contiguous()
         copied = [noncausal._with_rows(t) is not t for t in strided]
         assert copied == [layout == "channels apart"] * 4 if layout != "packed" else not any(copied)
         for name, value in outcome(*strided, **SETTINGS).items():
-            assert torch.equal(value, wanted[name]), f"{name}, {layout}"
+            assert torch.equal(value, expected[name]), f"{name}, {layout}"
 
 
 def test_an_expanded_gradient_is_accepted() -> None:
@@ -148,8 +148,8 @@ def test_an_expanded_gradient_is_accepted() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_loses_no_more_than_its_rounding(dtype: torch.dtype, switches: tuple[str, bool]) -> None:
     for widths in ((40, 40), (160, 64)):
-        given = tensors(1, 130, 1, *widths, dtype)
-        errors = relative_errors(given, feature_map=switches[0], normalize=switches[1], eps=0.1, scale=0.3)
+        inputs = tensors(1, 130, 1, *widths, dtype)
+        errors = relative_errors(inputs, feature_map=switches[0], normalize=switches[1], eps=0.1, scale=0.3)
         assert max(errors.values()) <= 2 * torch.finfo(dtype).eps, errors
 
 
@@ -157,41 +157,41 @@ def test_half_precision_loses_no_more_than_its_rounding(dtype: torch.dtype, swit
 def test_gradients_of_queries_survive_values_with_a_large_mean(dtype: torch.dtype) -> None:
     """They are differences between values and their mean, which a result rounded to half precision would bury."""
     q, k, v, dy = tensors(1, 500, 1, 16, 16, dtype)
-    errors = relative_errors((q, k, v + 3, dy), **{**SETTINGS, "eps": 1e-6})
+    errors = relative_errors((q, k, v + 3, dy), **(SETTINGS | {"eps": 1e-6}))
     assert errors["dq"] <= 4 * torch.finfo(dtype).eps, errors
 
 
 def test_tensors_of_mixed_dtypes_are_summed_in_the_widest() -> None:
     q, k, v, dy = tensors(1, 70, 1, 5, 3)
     for mixed in ((q.bfloat16(), k.bfloat16(), v.float(), dy.float()), (q.float(), k.half(), v.double(), dy)):
-        found = outcome(*mixed, **SETTINGS)
-        for name, wanted in outcome(*mixed, backend="dense", **SETTINGS).items():
-            assert found[name].dtype == wanted.dtype
-            assert_close(found[name], wanted, what=name)
+        actual = outcome(*mixed, **SETTINGS)
+        for name, expected in outcome(*mixed, backend="dense", **SETTINGS).items():
+            assert actual[name].dtype == expected.dtype
+            assert_close(actual[name], expected, what=name)
 
 
 def test_means_stay_finite_where_sums_do_not() -> None:
     q, k, v, dy = tensors(1, 1000, 1, 8, 4, torch.float32)
     k = k.abs() * 1e36  # a thousand of them are past the largest float32
-    found = outcome(q.abs(), k, v, dy, feature_map="relu", normalize=True, eps=1e-6, scale=1.0)
+    actual = outcome(q.abs(), k, v, dy, feature_map="relu", normalize=True, eps=1e-6, scale=1.0)
     truth = linear_attention(*(t.double() for t in (q.abs(), k, v)), feature_map="relu", backend="dense")
-    assert_close(found["y"], truth.float(), what="y")
-    assert all(t.isfinite().all() for t in found.values())
+    assert_close(actual["y"], truth.float(), what="y")
+    assert all(t.isfinite().all() for t in actual.values())
 
 
 @pytest.mark.parametrize("size", [1e-4, 30.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_extreme_queries_and_keys_give_finite_results(dtype: torch.dtype, size: float) -> None:
     q, k, v, dy = tensors(1, 70, 1, 16, 8, dtype)
-    found = outcome(q * size, k * size, v, dy, **SETTINGS)
-    assert all(t.isfinite().all() for t in found.values())
-    assert found["y"].abs().max() <= v.abs().max() * (1 + torch.finfo(dtype).eps)
+    actual = outcome(q * size, k * size, v, dy, **SETTINGS)
+    assert all(t.isfinite().all() for t in actual.values())
+    assert actual["y"].abs().max() <= v.abs().max() * (1 + torch.finfo(dtype).eps)
 
 
 def test_constant_values_come_back() -> None:
     for dtype in (torch.float32, *HALF):
         q, k, v, _ = tensors(1, 70, 1, 40, 8, dtype)
-        y = noncausal_attention(q, k, v[:, :1].expand_as(v), **{**SETTINGS, "eps": 0.0})
+        y = noncausal_attention(q, k, v[:, :1].expand_as(v), **(SETTINGS | {"eps": 0.0}))
         error = (y.double() - v[:, :1].double()).abs().max() / v.abs().max()
         assert error <= 2 * torch.finfo(dtype).eps
 
@@ -209,12 +209,13 @@ def test_nan_stays_nan(name: str) -> None:
 def test_every_feature_map_has_a_device_function() -> None:
     assert set(launch.FEATURES) == set(FEATURE_MAPS)
     with pytest.raises(KeyError):
-        noncausal_attention(*tensors(1, 2, 1, 1, 1)[:3], **{**SETTINGS, "feature_map": "none such"})
+        noncausal_attention(*tensors(1, 2, 1, 1, 1)[:3], **(SETTINGS | {"feature_map": "none such"}))
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
-    given = tensors(2, 130, 1, 40, 16, torch.bfloat16)
-    first, second = outcome(*given, **SETTINGS), outcome(*given, **SETTINGS)
+    inputs = tensors(2, 130, 1, 40, 16, torch.bfloat16)
+    first = outcome(*inputs, **SETTINGS)
+    second = outcome(*inputs, **SETTINGS)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -237,19 +238,19 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(dq.sum(), q)
 
 
-def test_another_length_compiles_nothing_anew() -> None:
+def test_another_length_is_not_compiled_again() -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda q, k, v: noncausal_attention(q, k, v, **SETTINGS), fullgraph=True, backend=counter)
     for length in (30, 70, 131):
-        given = tensors(1, length, 2, 3, 5)
-        leaves = [t.requires_grad_() for t in given[:3]]
+        inputs = tensors(1, length, 2, 3, 5)
+        leaves = [t.requires_grad_() for t in inputs[:3]]
         for t in leaves:
             torch._dynamo.mark_dynamic(t, 1)
         y = compiled(*leaves)
-        found = dict(zip(("y", "dq", "dk", "dv"), (y, *torch.autograd.grad(y, leaves, given[3])), strict=True))
-        for name, wanted in outcome(*given, **SETTINGS).items():
-            assert torch.equal(found[name], wanted), name
+        actual = dict(zip(("y", "dq", "dk", "dv"), (y, *torch.autograd.grad(y, leaves, inputs[3])), strict=True))
+        for name, expected in outcome(*inputs, **SETTINGS).items():
+            assert torch.equal(actual[name], expected), name
     assert counter.frame_count == 1
 
 
@@ -304,17 +305,21 @@ def test_kernels_compile_without_a_gpu_and_once_for_every_length(tmp_path, capab
 @pytest.mark.parametrize("shape", [(2, 1021, 3, 40, 40), (1, 4096, 8, 80, 80), (1, 1024, 8, 160, 160)], ids=str)
 def test_real_sizes_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, switches: tuple[str, bool]) -> None:
     bound = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 4 * torch.finfo(dtype).eps)
-    given = tensors(*shape, dtype)
-    for layout, strided in {"(b, l, h, ·)": given, **layouts(given)}.items():
+    inputs = tensors(*shape, dtype)
+    for layout, strided in {"(b, l, h, ·)": inputs, **layouts(inputs)}.items():
         errors = relative_errors(strided, feature_map=switches[0], normalize=switches[1], eps=1e-3, scale=0.3)
         assert max(errors.values()) <= bound, f"{layout}: {errors}"
 
 
-def formula_in_parts(given: Tensors, eps: float, last: int, part: int = 2**16) -> dict[str, Tensor]:
+def formula_in_parts(inputs: Tensors, eps: float, last: int, part: int = 2**16) -> dict[str, Tensor]:
     """The result and gradients of the last tokens, normalized elu + 1, in float32 a part of the tokens at a time."""
     phi = FEATURE_MAPS["elu_plus_one"].apply
-    length, parts = given[0].shape[1], [t.split(part, dim=1) for t in given]
-    memory, z, change, dz = 0.0, 0.0, 0.0, 0.0
+    length = inputs[0].shape[1]
+    parts = [t.split(part, dim=1) for t in inputs]
+    memory = 0.0
+    z = 0.0
+    change = 0.0
+    dz = 0.0
     for k, v in zip(parts[1], parts[2], strict=True):
         f = phi(k.float())
         memory = memory + torch.einsum("blhk,blhv->bhkv", f, v.float()).double() / length
@@ -327,7 +332,7 @@ def formula_in_parts(given: Tensors, eps: float, last: int, part: int = 2**16) -
         change = change + torch.einsum("blhk,blhv->bhkv", f, a).double() / length
         dz = dz - torch.einsum("blhk,blh->bhk", f, delta).double() / length
     change, dz = change.float(), dz.float()
-    q, k, v, dy = (t[:, -last:].float() for t in given)
+    q, k, v, dy = (t[:, -last:].float() for t in inputs)
     q.requires_grad_(), k.requires_grad_()
     norm = torch.einsum("blhk,bhk->blh", phi(q), z) + eps
     y = torch.einsum("blhk,bhkv->blhv", phi(q), memory) / norm[..., None]
@@ -338,26 +343,29 @@ def formula_in_parts(given: Tensors, eps: float, last: int, part: int = 2**16) -
 
 
 def test_the_formula_in_parts_is_the_operator() -> None:
-    given = tensors(1, 130, 2, 5, 3, torch.float32)
-    truth = outcome(*given, backend="dense", **SETTINGS)
-    for name, value in formula_in_parts(given, SETTINGS["eps"], last=40, part=32).items():
+    inputs = tensors(1, 130, 2, 5, 3, torch.float32)
+    truth = outcome(*inputs, backend="dense", **SETTINGS)
+    for name, value in formula_in_parts(inputs, SETTINGS["eps"], last=40, part=32).items():
         assert_close(value, truth[name][:, -40:], what=name)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["(b, l, h, ·)", "(b, h, l, ·)"])
 def test_more_than_two_to_the_31_numbers_on_a_gpu(layout: str) -> None:
-    needed, free = 48 * 2**30, torch.cuda.mem_get_info()[0]
+    needed = 48 * 2**30
+    free = torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, there are {free >> 30}")
-    length, heads, width = 2**22 + 5, 8, 64
+    length = 2**22 + 5
+    heads = 8
+    width = 64
     assert length * heads * width > 2**31
     shape = (1, length, heads, width) if layout == "(b, l, h, ·)" else (1, heads, length, width)
-    given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     if layout != "(b, l, h, ·)":
-        given = [t.transpose(1, 2) for t in given]
-    found = outcome(*given, **SETTINGS)
-    for name, wanted in formula_in_parts(tuple(given), SETTINGS["eps"], last=1000).items():
-        error = (found[name][:, -1000:].double() - wanted.double()).abs().max() / wanted.abs().max()
+        inputs = [t.transpose(1, 2) for t in inputs]
+    actual = outcome(*inputs, **SETTINGS)
+    for name, expected in formula_in_parts(tuple(inputs), SETTINGS["eps"], last=1000).items():
+        error = (actual[name][:, -1000:].double() - expected.double()).abs().max() / expected.abs().max()
         assert error <= 4 * torch.finfo(torch.bfloat16).eps, f"{name}: {error:.2g}"
-        assert found[name].isfinite().all(), name
+        assert actual[name].isfinite().all(), name

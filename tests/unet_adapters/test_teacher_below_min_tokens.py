@@ -14,7 +14,8 @@ from torch import Tensor
 
 from unet_adapters import MixerAdapter
 
-SMALL, LARGE = (4, 4), (8, 10)  # the small one has 16 and 4 tokens, the large one 80 and 20
+SMALL = (4, 4)  # latents: 16 and 4 tokens
+LARGE = (8, 10)  # 80 and 20 tokens
 
 
 def inputs(size: tuple[int, int], seed: int = 0) -> tuple[Tensor, int, Tensor]:

@@ -17,7 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = "*"
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "mixers": (
-        ("precision", "traits", "suggest", "feature_maps", "image_grid", "inplace", "normalization", "streams"),
+        (
+            "precision",
+            "traits",
+            "suggest",
+            "files",
+            "feature_maps",
+            "function_transforms",
+            "image_grid",
+            "inplace",
+            "normalization",
+            "streams",
+        ),
         ("operators",),
         ("stages",),
         (FILES,),

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from experiments.data import DataError, SceneSet, open_dataset
 from experiments.data.emoji import BACKGROUNDS
 from experiments.data.scenes import KINDS, Scene
+from experiments.data.scenes.backgrounds import held_out_background
 from experiments.data.scenes.catalogue import (
     SHAPE_COLORS,
     SHAPES,
     drawings_of_split,
-    held_out_background,
     held_out_color,
     load_drawings,
     pair_in_split,

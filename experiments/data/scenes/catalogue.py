@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data.emoji import BACKGROUNDS, catalogue
+from experiments.data.emoji import catalogue
 from experiments.data.example import in_split
 
 NAMES_FILE = Path(__file__).parent / "drawings.txt"
@@ -82,32 +82,6 @@ def shape_drawing(shape: str, color: str) -> Drawing:
     """Return a plain shape filled with a color such as `"#e53935"`."""
     content = f'<g transform="scale({1 / 36})" fill="{color}">{SHAPES[shape]}</g>'
     return Drawing(shape, f"{shape}-{color}", content)
-
-
-def contrasts(color: str, background: str) -> bool:
-    """Whether a color stands out from a background, both as "#rrggbb" (distance of at least 110 in RGB)."""
-    return bool(np.linalg.norm(rgb(color) - rgb(background)) >= 110)
-
-
-@cache
-def contrasting_backgrounds(drawing: Drawing) -> tuple[str, ...]:
-    """Return the names of the backgrounds that a drawing stands out from: most of its pixels differ by 90 in RGB."""
-    from experiments.data.scenes.scene import Placement, Scene, render_scene
-
-    on = [
-        render_scene(Scene("", color, (Placement(drawing, 0.0, 0.0, 1.0),)), 32).astype(float).reshape(-1, 3)
-        for color in ("#000000", "#ffffff")
-    ]
-    opaque = np.abs(on[1] - on[0]).max(axis=1) < 40
-    pixels = on[0][opaque]
-    visible = {name: (np.linalg.norm(pixels - rgb(color), axis=1) >= 90).mean() for name, color in BACKGROUNDS.items()}
-    return tuple(name for name, share in visible.items() if share >= 0.7) or (max(visible, key=lambda n: visible[n]),)
-
-
-def held_out_background(drawing: Drawing) -> str:
-    """Return the one background that a training drawing has in the held-out split only."""
-    choices = contrasting_backgrounds(drawing)
-    return choices[zlib.crc32(drawing.key.encode()) % len(choices)]
 
 
 def held_out_color(shape: str) -> str:

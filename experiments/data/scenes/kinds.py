@@ -15,14 +15,12 @@ from numpy.random import Generator
 
 from experiments.data.emoji import BACKGROUNDS
 from experiments.data.scenes import layout
+from experiments.data.scenes.backgrounds import contrasting_backgrounds, contrasts, held_out_background
 from experiments.data.scenes.catalogue import (
     SHAPE_COLORS,
     SHAPES,
     Drawing,
-    contrasting_backgrounds,
-    contrasts,
     drawings_of_split,
-    held_out_background,
     held_out_color,
     pair_in_split,
     shape_drawing,

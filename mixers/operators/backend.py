@@ -145,11 +145,11 @@ def register_backend(name: str) -> Callable[[BackendT], BackendT]:
                 "SelectiveScanBackend or DeltaRuleBackend."
             )
         registered = _REGISTRY.setdefault(cls.operator, {})
-        taken = type(registered[name]) if name in registered else cls
-        if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        owner = type(registered[name]) if name in registered else cls
+        if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
                 f"Cannot register {cls.__name__} as the backend {name!r} of the {cls.operator} operator: "
-                f"{taken.__module__}.{taken.__qualname__} has that name."
+                f"{owner.__module__}.{owner.__qualname__} has that name."
             )
         cls.name = name
         registered[name] = cls()
@@ -181,8 +181,8 @@ def registered_backends(operator: str) -> Mapping[str, Backend[Any]]:
 
 def find_backend(operator: str, name: str) -> Backend[Any] | None:
     """Return a backend of an operator, or None if there is none of that name."""
-    found = _REGISTRY[operator].get(name)
-    return found if found is not None else registered_backends(operator).get(name)
+    backend = _REGISTRY[operator].get(name)
+    return backend if backend is not None else registered_backends(operator).get(name)
 
 
 def backend_names() -> tuple[str, ...]:

@@ -62,7 +62,9 @@ def _scan_plainly(
     step: BlockStep, spans: list[slice], dtype: torch.dtype, n_streams: int, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run the scan in torch's own operations, which can be transformed and differentiated any number of times."""
-    streams, memory, constants = tensors[:n_streams], tensors[n_streams], tensors[n_streams + 1 :]
+    streams = tensors[:n_streams]
+    memory = tensors[n_streams]
+    constants = tensors[n_streams + 1 :]
     results = {}
     for span in spans:
         result, memory = step(*(t[:, span] for t in streams), memory, *constants)
@@ -79,7 +81,9 @@ class _BlockScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, step, spans, shape, dtype, n_streams, *tensors):  # type: ignore[no-untyped-def]
-        streams, start, constants = tensors[:n_streams], tensors[n_streams], tensors[n_streams + 1 :]
+        streams = tensors[:n_streams]
+        start = tensors[n_streams]
+        constants = tensors[n_streams + 1 :]
         memory = start
         before = memory.new_empty(len(spans), *memory.shape)
         y = memory.new_empty(shape, dtype=dtype)
@@ -87,7 +91,10 @@ class _BlockScan(torch.autograd.Function):
             before[i] = memory
             y[:, span], memory = step(*(t[:, span] for t in streams), memory, *constants)
         ctx.save_for_backward(before, *tensors)
-        ctx.step, ctx.spans, ctx.dtype, ctx.n_streams = step, spans, dtype, n_streams
+        ctx.step = step
+        ctx.spans = spans
+        ctx.dtype = dtype
+        ctx.n_streams = n_streams
         return y, memory.clone()  # a view would keep all states of the last block alive
 
     @staticmethod
@@ -109,7 +116,8 @@ class _BlockScan(torch.autograd.Function):
 def _scan_gradients(ctx, dy, d_memory, before, tensors, needed):  # type: ignore[no-untyped-def]
     """The gradients of all tensors that need one, in one pass over the blocks from the final one."""
     n_streams = ctx.n_streams
-    streams, constants = tensors[:n_streams], tensors[n_streams + 1 :]
+    streams = tensors[:n_streams]
+    constants = tensors[n_streams + 1 :]
     # Every block but the first hands the gradient of its memory on to the block before it.
     indices = [i for i, need in enumerate(needed) if need or i == n_streams]
     totals = [torch.empty_like(t) for t in streams] + [d_memory] + [torch.zeros_like(t) for t in constants]

@@ -25,7 +25,9 @@ from mixers.traits import CAUSALITIES, Causality
 NamedTensors = dict[str, Tensor]
 TensorFactory = Callable[..., NamedTensors]
 
-HEADS, KEY, VALUE = 2, 5, 3
+HEADS = 2
+KEY = 5
+VALUE = 3
 
 
 @dataclass(frozen=True)

@@ -99,11 +99,11 @@ def run_checks(
             failure, so that the list stays true.
         checks: run these instead of all that apply.
     """
-    known = _check_names({**mixer.exceptions, **(exceptions or {})})
-    return [_run_check(check, mixer, known) for check in (checks_for(mixer) if checks is None else checks)]
+    expected_failures = _check_names({**mixer.exceptions, **(exceptions or {})})
+    return [_run_check(check, mixer, expected_failures) for check in (checks_for(mixer) if checks is None else checks)]
 
 
-def _run_check(check: MixerCheck, mixer: TokenMixer, known: Mapping[str, str]) -> CheckOutcome:
+def _run_check(check: MixerCheck, mixer: TokenMixer, expected_failures: Mapping[str, str]) -> CheckOutcome:
     start = time.perf_counter()
     message = None
     try:
@@ -114,8 +114,8 @@ def _run_check(check: MixerCheck, mixer: TokenMixer, known: Mapping[str, str]) -
         message = f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     if message is not None:
-        return CheckOutcome(check.name, "known" if check.name in known else "failed", message, seconds)
-    if check.name in known:
+        return CheckOutcome(check.name, "known" if check.name in expected_failures else "failed", message, seconds)
+    if check.name in expected_failures:
         return CheckOutcome(check.name, "failed", f"passes {check.name}: remove it from the exceptions.", seconds)
     return CheckOutcome(check.name, "passed", "", seconds)
 
@@ -173,11 +173,11 @@ def parametrize_with_checks(
         factories = conformance_cases([mixer_or_name]) if isinstance(mixer_or_name, str) else [mixer_or_name]
         for factory in factories:
             mixer = factory().double()
-            known = _check_names({**mixer.exceptions, **(exceptions or {}).get(str(name), {})})
+            expected_failures = _check_names({**mixer.exceptions, **(exceptions or {}).get(str(name), {})})
             label = str(factory) if isinstance(factory, ConformanceCase) else name
             published = not isinstance(factory, ConformanceCase) or factory.is_default
             for check in (c for c in checks_for(mixer) if deep or published or not c.heavy):
-                reason = known.get(check.name)
+                reason = expected_failures.get(check.name)
                 marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
                 short = check.name.removeprefix("check_")
                 cases.append(pytest.param(mixer, check, id=f"{label}-{short}", marks=marks))

@@ -17,7 +17,8 @@ from mixers.testing.runner import ConformanceCase, conformance_cases
 def linear_inputs(draw: Any, max_length: int = 150) -> tuple[Tensor, Tensor, Tensor]:
     """Draw positive q and k (b, l, h, k) and normal v (b, l, h, v); k, v and h are drawn independently."""
     shape = (draw(st.integers(1, 2)), draw(st.integers(1, max_length)), draw(st.integers(1, 3)))
-    key, value = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    key = draw(st.integers(1, 6))
+    value = draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     q, k, v = (torch.randn(*shape, width, generator=generator, dtype=torch.float64) for width in (key, key, value))
     return q.exp(), k.exp(), v

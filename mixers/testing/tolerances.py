@@ -32,7 +32,8 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     tolerance = TOLERANCES[dtype or actual.dtype]
-    a, b = actual.detach().double(), expected.detach().double()
+    a = actual.detach().double()
+    b = expected.detach().double()
     assert a.isfinite().all(), f"{what}: {int((~a.isfinite()).sum())} of {a.numel()} values are not finite"
     if a.numel() == 0:
         return

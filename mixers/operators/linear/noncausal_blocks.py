@@ -73,7 +73,8 @@ class _NoncausalAttention(torch.autograd.Function):
             factors = _row_factors(queries, key_mean[block[0]], settings)
             torch.mul(queries @ memory[block[0]], factors, out=_heads_first(y, block))
         ctx.save_for_backward(q, k, v, log_decay, memory, key_mean)
-        ctx.settings, ctx.blocks = settings, blocks
+        ctx.settings = settings
+        ctx.blocks = blocks
         return y
 
     @staticmethod

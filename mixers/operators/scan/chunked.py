@@ -130,7 +130,8 @@ class _WeightedMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dt, A, B, u):  # type: ignore[no-untyped-def]
         total = u.new_zeros(u.shape[0], *A.shape)
-        length, tokens = u.shape[1], _block_length(total)
+        length = u.shape[1]
+        tokens = _block_length(total)
         ctx.spans = [slice(start, start + tokens) for start in range(0, length, tokens)]
         for span in ctx.spans:
             total += _weigh_block(dt[:, span], A, B[:, span], u[:, span])

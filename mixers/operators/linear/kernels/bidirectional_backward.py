@@ -51,7 +51,7 @@ def _across(rows, columns, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gradients(
-    r, x, w, y, g, factors, shares, key_states, key_sums, query_states, query_sums, kept, dq, dk, dg,
+    r, x, w, y, g, factors, shares, key_states, key_sums, query_states, query_sums, chunk_gate, dq, dk, dg,
     length, heads, chunks,
     r_b: tl.int64, r_l: tl.int64, r_h: tl.int64, r_c, x_b: tl.int64, x_l: tl.int64, x_h: tl.int64, x_c,
     w_b: tl.int64, w_l: tl.int64, w_h: tl.int64, w_c, y_b: tl.int64, y_l: tl.int64, y_h: tl.int64, y_c,
@@ -67,13 +67,15 @@ def _gradients(
     program = tl.program_id(0).to(tl.int64)
     tile_k = program % tiles_k
     place = program // tiles_k
-    chunk, head, batch = place % chunks, place // chunks % heads, place // chunks // heads
+    chunk = place % chunks
+    head = place // chunks % heads
+    batch = place // chunks // heads
     dtype: tl.constexpr = key_states.dtype.element_ty
     C: tl.constexpr = 1 << LEVELS
     tokens = chunk * C + tl.arange(0, C)
     inside = tokens < length
     keys = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    known = keys < K
+    valid = keys < K
 
     # Contributions of other chunks: `_left` of those before this one, `_right` of those after it.
     w = head_of(w, batch, head, w_b, w_h, ALIGN)
@@ -92,7 +94,7 @@ def _gradients(
         v = load_tokens(w, tokens, values, length, w_l, w_c, V, ALIGN, dtype)
         d_weights += product(errors, tl.trans(v), PRECISION)
         at = place * 2 * K * V + keys[:, None] * V + values[None, :]
-        inner = known[:, None] & (values < V)[None, :]
+        inner = valid[:, None] & (values < V)[None, :]
         key_left = tl.load(key_states + at, mask=inner, other=0.0)
         query_right = tl.load(query_states + at + K * V, mask=inner, other=0.0)
         dq_left += product(errors, tl.trans(key_left), PRECISION)
@@ -106,10 +108,10 @@ def _gradients(
     if key_sums is not None:
         share = tl.load(shares + row, mask=inside, other=0.0)[:, None]
         at = place * 2 * K + keys
-        key_left = tl.load(key_sums + at, mask=known, other=0.0)
-        key_right = tl.load(key_sums + at + K, mask=known, other=0.0)
-        query_left = tl.load(query_sums + at, mask=known, other=0.0)
-        query_right = tl.load(query_sums + at + K, mask=known, other=0.0)
+        key_left = tl.load(key_sums + at, mask=valid, other=0.0)
+        key_right = tl.load(key_sums + at + K, mask=valid, other=0.0)
+        query_left = tl.load(query_sums + at, mask=valid, other=0.0)
+        query_right = tl.load(query_sums + at + K, mask=valid, other=0.0)
         d_weights += share
         dq_left += share * key_left[None, :]
         dq_right += share * key_right[None, :]
@@ -130,7 +132,7 @@ def _gradients(
     since, until = decays(own, before, after, C, False)
     dk_left *= since
     dk_right *= until
-    decay = tl.load(kept + place * gates + channels, mask=channels < gates, other=0.0)
+    decay = tl.load(chunk_gate + place * gates + channels, mask=channels < gates, other=0.0)
     left = q * dq_left + k * dk_left
     right = q * dq_right + k * dk_right
     columns = k * (dk_left + dk_right)
@@ -167,8 +169,8 @@ def _gradients(
             d_gates += _across(q * dq_level, k * dk_level, 1 << level)
 
     out = row[:, None] * K + keys[None, :]
-    tl.store(dq + out, d_queries.to(dq.dtype.element_ty), mask=inside[:, None] & known[None, :])
-    tl.store(dk + out, d_keys.to(dk.dtype.element_ty), mask=inside[:, None] & known[None, :])
+    tl.store(dq + out, d_queries.to(dq.dtype.element_ty), mask=inside[:, None] & valid[None, :])
+    tl.store(dk + out, d_keys.to(dk.dtype.element_ty), mask=inside[:, None] & valid[None, :])
     if SCALAR:
         dg += tile_k * (tl.num_programs(0) // (tiles_k * chunks * heads)) * length * heads
     out = row[:, None] * gates + channels[None, :]
@@ -182,8 +184,9 @@ def gradients(
     dtype = accumulation_dtype(q, k, v)
     plain, differences = precisions(q, k, v)
     exact: dict[str, Any] = {"g": g, "dtype": dtype, "PRECISION": differences}
-    key_states, key_sums, kept = chunk_states(k, v, normalize, **exact)
-    factors, shares = dy.new_full(dy.shape[:-1], scale, dtype=dtype), None
+    key_states, key_sums, chunk_gate = chunk_states(k, v, normalize, **exact)
+    factors = dy.new_full(dy.shape[:-1], scale, dtype=dtype)
+    shares = None
     if normalize:
         # Shares enter small differences, so y is computed again: a stored one would be rounded.
         y = dy.new_empty(dy.shape, dtype=dtype)
@@ -200,7 +203,7 @@ def gradients(
     tiles = triton.cdiv(key, block_k)
     dg = g.new_empty(tiles if sizes["SCALAR"] else 1, *g.shape, dtype=dtype)
     _gradients[(batch * heads * sizes["chunks"] * tiles,)](
-        q, k, v, dy, g, factors, shares, key_states, key_sums, query_states, query_sums, kept, dq, dk, dg,
+        q, k, v, dy, g, factors, shares, key_states, key_sums, query_states, query_sums, chunk_gate, dq, dk, dg,
         **strides(r=q, x=k, w=v, y=dy, g=g), **sizes, BLOCK_K=block_k, BLOCK_V=tile(v.shape[-1], 32),
         PRECISION=differences,
     )  # fmt: skip

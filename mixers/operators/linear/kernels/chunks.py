@@ -76,7 +76,8 @@ def decays(own, before, after, SIZE: tl.constexpr, OWN: tl.constexpr):
     Without it the neighbors' gates are summed: a difference would lose small ones next to a large one.
     """
     if OWN:
-        since, until = running_sums(own, SIZE, False), running_sums(own, SIZE, True)
+        since = running_sums(own, SIZE, False)
+        until = running_sums(own, SIZE, True)
     else:
         place = tl.arange(0, own.shape[0])[:, None] % SIZE
         since = running_sums(tl.where(place == 0, 0.0, before), SIZE, False)
@@ -124,7 +125,7 @@ def _decayed_product(r, x, own, before, after, LEVELS: tl.constexpr, TRANSPOSED:
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _chunk_states(
-    x, w, g, factors, shares, states, sums, kept, length, heads, chunks,
+    x, w, g, factors, shares, states, sums, chunk_gate, length, heads, chunks,
     x_b: tl.int64, x_l: tl.int64, x_h: tl.int64, x_c, w_b: tl.int64, w_l: tl.int64, w_h: tl.int64, w_c,
     g_b: tl.int64, g_l: tl.int64, g_h: tl.int64, g_c,
     K: tl.constexpr, V: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -137,9 +138,12 @@ def _chunk_states(
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0).to(tl.int64)
-    tile_v, tile_k = program % tiles_v, program // tiles_v % tiles_k
+    tile_v = program % tiles_v
+    tile_k = program // tiles_v % tiles_k
     place = program // (tiles_v * tiles_k)  # of the chunk, in (b, h, n)
-    chunk, head, batch = place % chunks, place // chunks % heads, place // chunks // heads
+    chunk = place % chunks
+    head = place // chunks % heads
+    batch = place // chunks // heads
     dtype: tl.constexpr = states.dtype.element_ty
     C: tl.constexpr = 1 << LEVELS
     tokens = chunk * C + tl.arange(0, C)
@@ -168,11 +172,13 @@ def _chunk_states(
             x *= tl.load(shares + at, mask=tokens < length, other=0.0)[:, None]
         tl.store(sums + place * 2 * K + keys, tl.sum(x * until, 0), mask=keys < K)
         tl.store(sums + (place * 2 + 1) * K + keys, tl.sum(x * since, 0), mask=keys < K)
-    tl.store(kept + place * gates + channels, tl.exp(tl.sum(own, 0)), mask=channels < gates)
+    tl.store(chunk_gate + place * gates + channels, tl.exp(tl.sum(own, 0)), mask=channels < gates)
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _carry(states, kept, chunks, SIZE: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, SCALAR: tl.constexpr):
+def _carry(
+    states, chunk_gate, chunks, SIZE: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr, SCALAR: tl.constexpr
+):
     """Replace what each chunk adds by the state that enters it, from left and right: (b·h, n, 2, SIZE), in place."""
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     gates: tl.constexpr = 1 if SCALAR else SIZE // INNER
@@ -186,7 +192,7 @@ def _carry(states, kept, chunks, SIZE: tl.constexpr, INNER: tl.constexpr, BLOCK:
         chunk = sequence * chunks + step + backward * (chunks - 1 - 2 * step)
         at = states + (chunk * 2 + backward) * SIZE + place
         addition = tl.load(at, mask=place < SIZE, other=0.0)
-        decay = tl.load(kept + chunk * gates + channel, mask=place < SIZE, other=0.0)
+        decay = tl.load(chunk_gate + chunk * gates + channel, mask=place < SIZE, other=0.0)
         tl.store(at, memory, mask=place < SIZE)
         memory = memory * decay + addition
 
@@ -210,7 +216,9 @@ def _mix(
     program = tl.program_id(0).to(tl.int64)
     values = program % tiles_v * BLOCK_V + tl.arange(0, BLOCK_V)
     place = program // tiles_v
-    chunk, head, batch = place % chunks, place // chunks % heads, place // chunks // heads
+    chunk = place % chunks
+    head = place // chunks % heads
+    batch = place // chunks // heads
     dtype: tl.constexpr = states.dtype.element_ty
     C: tl.constexpr = 1 << LEVELS
     tokens = chunk * C + tl.arange(0, C)
@@ -232,7 +240,8 @@ def _mix(
         since, until = decays(own, before, after, C, not TRANSPOSED)
         rows = load_tokens(r, tokens, keys, length, r_l, r_c, K, ALIGN, dtype)
         columns = load_tokens(x, tokens, keys, length, x_l, x_c, K, ALIGN, dtype)
-        at, inner = keys[:, None] * V + values[None, :], (keys < K)[:, None] & (values < V)[None, :]
+        at = keys[:, None] * V + values[None, :]
+        inner = (keys < K)[:, None] & (values < V)[None, :]
         mixed += product(rows * since, tl.load(states + at, mask=inner, other=0.0), PRECISION)
         mixed += product(rows * until, tl.load(states + K * V + at, mask=inner, other=0.0), PRECISION)
         if sums is not None:
@@ -270,24 +279,33 @@ def chunk_states(
 
     They are sums over keys x and values w; with factors and shares, over queries and gradients (`TRANSPOSED`).
     """
-    (batch, _, heads, key), value = x.shape, w.shape[-1]
+    (batch, _, heads, key) = x.shape
+    value = w.shape[-1]
     sizes = launch_sizes(x, w, g, dtype, x, w)
     chunks = sizes["chunks"]
     largest = 64 if PRECISION == "tf32" else 32
-    block_k, block_v = tile(key, largest), tile(value, largest)
+    block_k = tile(key, largest)
+    block_v = tile(value, largest)
     states = x.new_empty(batch, heads, chunks, 2, key, value, dtype=dtype)
     sums = x.new_empty(batch, heads, chunks, 2, key, dtype=dtype) if normalize else None
-    kept = x.new_empty(batch, heads, chunks, g.shape[-1], dtype=dtype)
+    chunk_gate = x.new_empty(batch, heads, chunks, g.shape[-1], dtype=dtype)
     _chunk_states[(batch * heads * chunks * triton.cdiv(key, block_k) * triton.cdiv(value, block_v),)](
-        x, w, g, factors, shares, states, sums, kept, **strides(x=x, w=w, g=g), **sizes, BLOCK_K=block_k,
+        x, w, g, factors, shares, states, sums, chunk_gate, **strides(x=x, w=w, g=g), **sizes, BLOCK_K=block_k,
         BLOCK_V=block_v, TRANSPOSED=factors is not None, PRECISION=PRECISION,
     )  # fmt: skip
     for carried, size in ((states, key * value), (sums, key)):
         if carried is not None:
             _carry[(batch * heads * 2 * triton.cdiv(size, CARRIED),)](
-                carried, kept, chunks, SIZE=size, INNER=size // key, BLOCK=CARRIED, SCALAR=sizes["SCALAR"], num_warps=2
+                carried,
+                chunk_gate,
+                chunks,
+                SIZE=size,
+                INNER=size // key,
+                BLOCK=CARRIED,
+                SCALAR=sizes["SCALAR"],
+                num_warps=2,
             )
-    return states, sums, kept
+    return states, sums, chunk_gate
 
 
 def mix(
@@ -295,7 +313,8 @@ def mix(
     *, g: Tensor, dtype: torch.dtype, PRECISION: str, EPS: float = 0.0, SCALE: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Write y (b, l, h, v) = factor · W w and return the factors (b, l, h); with factors given, y = Wᵀ (factor · w)."""
-    (batch, length, heads, key), value = r.shape, w.shape[-1]
+    (batch, length, heads, key) = r.shape
+    value = w.shape[-1]
     sizes = launch_sizes(r, w, g, dtype, r, x, w, y)
     block_v = tile(value, 64 if PRECISION == "tf32" else 32)
     out = r.new_empty(batch, length, heads, dtype=dtype) if factors is None else factors

@@ -305,7 +305,8 @@ def _memory(
     norms: Tensor | None = None, deltas: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return [mean φ(x_j) w_jᵀ, mean φ(x_j)] (b, h, k·v + k) or, unnormalized, scale times the sum, (b, h, k·v)."""
-    (batch, length, heads, key), value = x.shape, w.shape[-1]
+    (batch, length, heads, key) = x.shape
+    value = w.shape[-1]
     block_k, block_v = (tile(width, largest_tile(plain, dtype)) for width in (key, value))
     groups = batch * heads * triton.cdiv(key, block_k) * triton.cdiv(value, block_v)
     splits, part = split(length, BLOCK, groups, x.device)
@@ -322,9 +323,11 @@ def _memory(
 
 def _blocks(q: Tensor, v: Tensor, memory: Tensor, plain: str) -> tuple[tuple[int], dict[str, int]]:
     """Return the grid and the sizes of a kernel over blocks of tokens."""
-    (batch, length, heads, key), value = q.shape, v.shape[-1]
+    (batch, length, heads, key) = q.shape
+    value = v.shape[-1]
     largest = largest_tile(plain, memory.dtype)
-    block_k, block_v = tile(key, largest), tile(value, min(BLOCK, largest))
+    block_k = tile(key, largest)
+    block_v = tile(value, min(BLOCK, largest))
     block_l = min(2 * BLOCK, BLOCK * largest // block_k)
     blocks = triton.cdiv(length, block_l)
     sizes = {"length": length, "heads": heads, "blocks": blocks, "K": key, "V": value, "WIDTH": memory.shape[-1]}
@@ -345,7 +348,8 @@ def _with_rows(x: Tensor) -> Tensor:
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, feature_map: str, normalize: bool, eps: float, scale: float):  # type: ignore[no-untyped-def]
-    (batch, _, heads, key), value = q.shape, v.shape[-1]
+    (batch, _, heads, key) = q.shape
+    value = v.shape[-1]
     width = key * value + (key if normalize else 0)
     return v.new_empty(v.shape), v.new_empty(batch, heads, width, dtype=accumulation_dtype(q, k, v))
 

@@ -11,9 +11,9 @@ from transformers import CLIPModel, CLIPTokenizer
 from experiments.data import SceneSet
 from experiments.teacher import networks
 from experiments.teacher.objectives import Contrastive
-from experiments.teacher.recipe import StageCallback, TeacherRecipe
+from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import encode_captions
-from experiments.training import batch_indices, fit
+from experiments.training import StageCallback, batch_indices, fit
 
 NAMED_KINDS = ("single", "counted", "shapes")
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pydantic import BaseModel, ConfigDict
 
 from experiments.config import FitConfig
-
-StageCallback = Callable[[str, int, int, dict[str, float]], None]
-"""Called as (stage, step, steps, losses) after each step of a stage of the teacher's training."""
 
 
 class TeacherRecipe(BaseModel):

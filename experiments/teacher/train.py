@@ -23,9 +23,9 @@ from experiments.data.scenes.words import NUMBERS, pluralize
 from experiments.teacher import networks
 from experiments.teacher.judge import train_judge
 from experiments.teacher.objectives import JointDenoising, Reconstruction
-from experiments.teacher.recipe import StageCallback, TeacherRecipe
+from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
-from experiments.training import batch_indices, fit
+from experiments.training import StageCallback, batch_indices, fit
 
 STAGES = ("decoder", "judge", "unet")
 

@@ -21,7 +21,8 @@ TOP_LEVEL = {
     *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "mkdocs.yml"),
 }
 BUILD_OUTPUTS = {"build", "dist", "runs", "site", "__pycache__"}  # what .gitignore leaves out, for a tree without git
-MAX_FILE, MAX_FUNCTION = 400, 60
+MAX_FILE = 400
+MAX_FUNCTION = 60
 MAX_KERNEL = 125  # a GPU kernel cannot hand its registers to another function; its arguments alone are 20 lines
 
 # Beyond torch, einops and the standard library: what a file of mixers/ may import, by its place.
@@ -92,11 +93,11 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 def docstrings(module: ast.Module) -> set[int]:
     """The ids of the constants that are docstrings."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = set()
+    identifiers = set()
     for node in ast.walk(module):
         if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr):
-            found.add(id(node.body[0].value))
-    return found
+            identifiers.add(id(node.body[0].value))
+    return identifiers
 
 
 def fail_with(faults: list[str]) -> None:
@@ -104,8 +105,8 @@ def fail_with(faults: list[str]) -> None:
 
 
 def test_the_top_level_is_exact() -> None:
-    found = {path.parts[0] for path in tree() if not path.parts[0].startswith(".")}
-    fail_with([f"unexpected: {x}" for x in found - TOP_LEVEL] + [f"missing: {x}" for x in TOP_LEVEL - found])
+    entries = {path.parts[0] for path in tree() if not path.parts[0].startswith(".")}
+    fail_with([f"unexpected: {x}" for x in entries - TOP_LEVEL] + [f"missing: {x}" for x in TOP_LEVEL - entries])
 
 
 def test_no_file_is_too_long() -> None:

@@ -69,7 +69,7 @@ def agree_on_start(start: int) -> int:
     starts = gather_object([start])
     if len(set(starts)) > 1:
         raise ValueError(
-            f"Cannot resume: the processes have checkpoints of different steps, {', '.join(map(str, starts))}. All of "
+            f"Cannot resume: the processes have checkpoints of different steps: {', '.join(map(str, starts))}. All of "
             "them must see the same folder."
         )
     return start

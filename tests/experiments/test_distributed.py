@@ -143,7 +143,7 @@ def test_two_processes_stop_as_one(folders: tuple[Path, Path]) -> None:
     for output in (alone, first, second):
         assert reason in output[0]
         assert "after step 6 of 12" in output[1]
-    assert alone[2] == "finished" and "steps 12, 0." in first[2] and first[2] == second[2]
+    assert alone[2] == "finished" and "steps: 12, 0." in first[2] and first[2] == second[2]
     for folder in folders:
         for name in ("broken", "stopped"):
             assert max(path.stem for path in (folder / name / "checkpoints").glob("*.safetensors"))[-2:] == "06"

@@ -159,7 +159,7 @@ def with_variant_files_only(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "inpainting": (inpainting, "its UNet takes 9 channels and its autoencoder has 4"),
+    "inpainting": (inpainting, "its UNet takes 9 channels and its autoencoder has 8"),
     "refiner": (without_text_encoder, "it has no text_encoder"),
     "variant": (with_variant_files_only, "only weights of the variant fp16: pass --variant fp16"),
 }

@@ -88,7 +88,7 @@ def test_a_color_is_the_same_in_every_mode(color: list[int], mode: str) -> None:
     source = Image.new("RGB", (3, 2), tuple(color)).convert(mode, palette=Image.Palette.ADAPTIVE)
     kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
     pixels = np.asarray(read_image(io.BytesIO(encoded(source, kind))), dtype=int)
-    assert np.abs(pixels - color).max() <= (2 if mode == "YCbCr" else 0)
+    assert np.abs(pixels - color).max() <= (3 if mode == "YCbCr" else 0)  # YCbCr is rounded to 8 bits
 
 
 @given(st.integers(0, 255), st.sampled_from(["L", "LA", "1"]))

@@ -87,7 +87,10 @@ def test_step_5_an_installed_package_needs_no_plugin(files: Path) -> None:
     assert_printed(assert_succeeds(list_command, files, files / "site"), blocks(PAGE, "text")[-1])
     twice = run_shell(f"{list_command} --plugin my_mixer.py", files, files / "site")
     assert twice.returncode == 2
-    assert "my_mixer.PowerAttention already has that name" in twice.stderr and "Traceback" not in twice.stdout + twice.stderr
+    assert (
+        "my_mixer.PowerAttention already has that name" in twice.stderr
+        and "Traceback" not in twice.stdout + twice.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ if not torch.cuda.is_available():
 
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine is no failure
 settings.register_profile("default", derandomize=True, max_examples=20, **PATIENT)
-settings.register_profile("ci", derandomize=False, max_examples=20, print_blob=True, **PATIENT)  # new examples each run
+settings.register_profile(
+    "explore", derandomize=False, max_examples=20, print_blob=True, **PATIENT
+)  # new examples each run
 settings.register_profile("deep", derandomize=False, max_examples=1000, **PATIENT)
 settings.load_profile(
     "ci" if os.environ.get("CI") else "default"

@@ -22,9 +22,8 @@ settings.register_profile(
     "explore", derandomize=False, max_examples=20, print_blob=True, **PATIENT
 )  # new examples each run
 settings.register_profile("deep", derandomize=False, max_examples=1000, **PATIENT)
-settings.load_profile(
-    "ci" if os.environ.get("CI") else "default"
-)  # `pytest --hypothesis-profile=deep` is applied after this and wins
+# `pytest --hypothesis-profile=deep` is applied after this and wins.
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

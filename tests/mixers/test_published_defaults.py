@@ -10,6 +10,8 @@ Sources, all read in the repositories' default branches:
     mlla.py                         LeapLabTHU/MLLA, models
     flatten_pvt.py                  LeapLabTHU/FLatten-Transformer, models
     inline_deit.py                  LeapLabTHU/InLine, models
+    RALA.py                         qhfan/RALA, classfication, GateLinearAttentionNoSilu (commit a86314f)
+    pola_pvt.py                     ZacharyMeng/PolaFormer, models, PolaLinearAttention (commit 44cdd39)
     linfusion                       Huage001/LinFusion, src/linfusion/attention.py
     sana                            NVlabs/Sana, diffusion/model/nets/sana_blocks.py, LiteLA
 """
@@ -75,6 +77,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "noncausal", "normalize": True, "local_conv_size": 3, "dynamic_conv": True, "qkv_bias": True},
         **{"feature_map": None, "gate": False},
     },
+    "rala": {  # RALA.py: 1 × 1 convolutions with biases, a 5 × 5 LePE, a gate without SiLU; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "local_conv_size": 5, "gate": True, "qkv_bias": True},
+        **{"rotary": True, "reweight_keys": True, "eps": 1e-6, "norm": False},
+    },
+    "polaformer": {  # pola_pvt.py: alpha=4, kernel_size=5, qkv_bias=True in every model, a gate without SiLU; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "alpha": 4.0, "local_conv_size": 5, "gate": True},
+        **{"qkv_bias": True, "position_table_size": 14, "eps": 1e-6, "norm": False},
+    },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
     "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},
 }
@@ -92,6 +102,8 @@ BIASES: dict[str, set[str]] = {
     "mila": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "focused": {"to_q", "to_k", "to_v", "to_out"},
     "inline": {"to_q", "to_k", "to_v", "to_out"},
+    "rala": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
+    "polaformer": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "linfusion": {"to_out"},
     "sana_relu": {"to_out"},
 }
@@ -200,8 +212,23 @@ def test_vision_mixers_start_as_published() -> None:
     assert (mixer.positions.weight == 0).all()
     assert mixer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
     assert built("mila").output.local_conv.weight.shape == (DIM, 1, 3, 3)
+    assert built("rala").output.local_conv.weight.shape == (DIM, 1, 5, 5)
+    polaformer = built("polaformer")  # pola_pvt.py: powers, scales and positions are zeros
+    assert not any(t.any() for t in (polaformer.scale_logit, polaformer.power_logit, polaformer.positions.weight))
+    assert polaformer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
+    assert built("rala").output.linear_gate and polaformer.output.linear_gate
 
 
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
-    for name in ("linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "vssd", "inline", "retnet"):
+    for name in (
+        "linfusion",
+        "gla",
+        "gated_deltanet",
+        "sana_relu",
+        "focused",
+        "vssd",
+        "inline",
+        "retnet",
+        "polaformer",
+    ):
         assert registry.get_mixer_entry(name).deviations, name

@@ -139,9 +139,10 @@ def has_fixed_weights(mixer: TokenMixer) -> bool:
 
     Not if entries depend on positions in the image, or on the number of tokens (`scale="mean"`).
     """
-    is_linear = mixer.traits.linear and not mixer.traits.needs_grid
+    traits = mixer.traits
+    is_local = traits.linear and traits.pairwise and not traits.needs_grid
     scaled_by_length = getattr(mixer.config, "scale", None) == "mean"
-    return is_linear and not scaled_by_length and (mixer.traits.positive or not mixer.traits.normalized)
+    return is_local and not scaled_by_length and (traits.positive or not traits.normalized)
 
 
 def check_a_token_sees_itself(mixer: TokenMixer, inputs: CheckInputs) -> None:

@@ -97,8 +97,8 @@ def check_constant_values_are_kept(mixer: TokenMixer, inputs: CheckInputs) -> No
         constant = streams.v[:, :1].expand_as(streams.v)
         y = exact.mix(with_values(streams, constant))
         nonzero = (exact.mixing_matrix(streams) != 0).any(-1)
-        nonzero = (nonzero if nonzero.ndim == 3 else nonzero.any(2)).transpose(1, 2)[..., None]
-        assert_close(y, constant * nonzero, what=f"output for constant values at l = {length}")
+        nonzero = nonzero if nonzero.ndim == 4 else nonzero[:, :, None]  # (b, h, v or 1, l)
+        assert_close(y, constant * nonzero.permute(0, 3, 1, 2), what=f"output for constant values at l = {length}")
 
 
 def check_weights_are_positive(mixer: TokenMixer, inputs: CheckInputs) -> None:

@@ -71,11 +71,12 @@ class PolaFormer(LinearAttention):
     Y = (W V + dwc(V)) · to_gate(x): dwc is a 5 × 5 depthwise convolution over the image, whose weights the heads share,
     and the gate has no SiLU.
 
-    Published code: ZacharyMeng/PolaFormer, models/pola_pvt.py at 44cdd39, PolaLinearAttention. The drop-in form has
-    neither table, convolution nor gate.
+    The drop-in form has neither table, convolution nor gate.
 
     Deviations from the published block: the table of positions is interpolated to the size of the image, where the
-    published one fixes it; keys are never reduced in space (the published sr_ratio is 1).
+    published one fixes it; keys are never reduced in space, where the published models do so in all stages but the
+    last; projections start as torch's linear layers, where the published models draw weights from a normal
+    distribution of deviation 0.02 and start biases at zero.
     """
 
     Config: ClassVar[type[MixerConfig]] = PolaFormerConfig

@@ -61,8 +61,10 @@ class RALA(LinearAttention):
     the gate has no SiLU. The denominator is computed without R: rows sum to one and entries are ≥ 0 only with
     rotary=False, and `traits` says so. Unnormalized, W is the rotated product over √k · reference_length.
 
-    Published code: qhfan/RALA, classfication/RALA.py at a86314f, GateLinearAttentionNoSilu. The drop-in form has
-    neither LePE nor gate.
+    The drop-in form has neither LePE nor gate.
+
+    Deviations from the published block: its layers start as torch's, where the published models draw weights from a
+    normal distribution of deviation 0.02 and start biases at zero.
     """
 
     Config: ClassVar[type[MixerConfig]] = RALAConfig

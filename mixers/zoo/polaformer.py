@@ -74,8 +74,8 @@ class PolaFormer(LinearAttention):
     The drop-in form has neither table, convolution nor gate.
 
     Deviations from the published block: the table of positions is interpolated to the size of the image, where the
-    published one fixes it; keys are never reduced in space, where the published models do so in all stages but the
-    last; projections start as torch's linear layers, where the published models draw weights from a normal
+    published one fixes it; keys are never reduced in space, as in the published configurations (ratio 1);
+    projections start as torch's linear layers, where the published models draw weights from a normal
     distribution of deviation 0.02 and start biases at zero.
     """
 

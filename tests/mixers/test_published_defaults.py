@@ -3,7 +3,7 @@
 Sources, all read in the repositories' default branches:
     mamba_simple.py, mamba2.py      state-spaces/mamba, mamba_ssm/modules
     hydra.py                        goombalab/hydra, hydra/modules
-    gla.py, gated_deltanet.py       fla-org/flash-linear-attention, fla/layers
+    gla.py, gated_deltanet.py, kda.py   fla-org/flash-linear-attention, fla/layers
     model.py                        BlinkDL/RWKV-LM, RWKV-v5/src, RWKV_Tmix_x060
     retnet.py                       microsoft/torchscale, torchscale/architecture, RetNetRelPos
     vssd                            YuHengsss/VSSD, classification/models/mamba2.py
@@ -55,6 +55,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "causal", "normalize": False, "expand": 1.5, "expand_k": 0.75, "conv_size": 4},
         **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "decay": True},
     },
+    "kda": {  # kda.py: expand_v=1, keys as wide, conv_size=4, conv_bias=False, low ranks as wide as a head
+        **{"causality": "causal", "normalize": False, "expand": 1, "expand_k": 1, "conv_size": 4},
+        **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "rank": None},
+    },
     "retnet": {  # retnet.py: values twice as wide, angles over linspace(0, 1), decays 1 − 2^(−5−h)
         **{"causality": "causal", "normalize": False, "expand": 2, "conv_size": 0, "norm": True, "gate": True},
         **{"inclusive_angles": True, "first_exponent": 5.0},
@@ -87,6 +91,7 @@ BIASES: dict[str, set[str]] = {
     "vssd": set(),
     "gla": set(),
     "gated_deltanet": set(),
+    "kda": {"to_gate"},
     "retnet": set(),
     "rwkv6": set(),
     "mila": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
@@ -118,7 +123,8 @@ def test_biases_are_the_published_ones(name: str) -> None:
     layers = dict(mixer.projections.named_children())
     if getattr(mixer.output, "to_gate", None) is not None:
         layers["to_gate"] = mixer.output.to_gate
-    assert {layer for layer, module in layers.items() if module.bias is not None} == BIASES[name]
+    last = {name: getattr(module, "up", module) for name, module in layers.items()}  # of a layer of low rank
+    assert {layer for layer, module in last.items() if module.bias is not None} == BIASES[name]
 
 
 def between(values: Tensor, low: float, high: float) -> None:
@@ -127,7 +133,7 @@ def between(values: Tensor, low: float, high: float) -> None:
     assert len(values.unique()) > 1
 
 
-@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet", "kda"])
 def test_step_sizes_start_log_uniform_between_one_thousandth_and_a_tenth(name: str) -> None:
     between(F.softplus(built(name).decay.dt_bias), 1e-3, 1e-1)
 
@@ -145,9 +151,9 @@ def test_mamba_starts_as_published() -> None:
 
 
 def test_decay_rates_start_as_published() -> None:
-    """mamba2.py and vssd: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
+    """mamba2.py, vssd and kda.py: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
     torch.manual_seed(0)
-    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("gated_deltanet", 0.0)):
+    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("kda", 1.0), ("gated_deltanet", 0.0)):
         rates = create_mixer(name, 128, 128).decay.A_log.exp()
         between(rates, low, 16.0)
         assert rates.min() < 2.0 and rates.max() > 14.0
@@ -203,5 +209,5 @@ def test_vision_mixers_start_as_published() -> None:
 
 
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
-    for name in ("linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "vssd", "inline", "retnet"):
+    for name in ("linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "vssd", "inline", "retnet", "kda"):
         assert registry.get_mixer_entry(name).deviations, name

@@ -1,17 +1,7 @@
 """What `create_mixer(name, dim, heads)` builds, against the code that the papers' authors published.
 
-Sources, all read in the repositories' default branches:
-    mamba_simple.py, mamba2.py      state-spaces/mamba, mamba_ssm/modules
-    hydra.py                        goombalab/hydra, hydra/modules
-    gla.py, gated_deltanet.py, kda.py   fla-org/flash-linear-attention, fla/layers
-    model.py                        BlinkDL/RWKV-LM, RWKV-v5/src, RWKV_Tmix_x060
-    retnet.py                       microsoft/torchscale, torchscale/architecture, RetNetRelPos
-    vssd                            YuHengsss/VSSD, classification/models/mamba2.py
-    mlla.py                         LeapLabTHU/MLLA, models
-    flatten_pvt.py                  LeapLabTHU/FLatten-Transformer, models
-    inline_deit.py                  LeapLabTHU/InLine, models
-    linfusion                       Huage001/LinFusion, src/linfusion/attention.py
-    sana                            NVlabs/Sana, diffusion/model/nets/sana_blocks.py, LiteLA
+SOURCES names the file and the commit that each entry was compared with. Where a model draws or scales the weights of
+its layers after building them, the mixer's docstring says so under "Deviations from the published block".
 """
 
 from __future__ import annotations
@@ -28,6 +18,28 @@ from mixers import TokenMixer, create_mixer, list_mixers, registry
 DIM = 128
 HEADS = 4
 CONTROLS = {"identity", "softmax", "uniform", "linear_attention", "linfusion_low_rank"}  # no code was published
+
+# The published code: repository, commit, file.
+SOURCES: dict[str, tuple[str, str, str]] = {
+    "mamba": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba_simple.py"),
+    "mamba2": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba2.py"),
+    "hydra": ("goombalab/hydra", "55bef74", "hydra/modules/hydra.py"),
+    "vssd": ("YuHengsss/VSSD", "87b753b", "classification/models/mamba2.py, classification/config.py"),
+    "gla": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gla.py"),
+    "gated_deltanet": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gated_deltanet.py"),
+    "kda": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/kda.py"),
+    "retnet": (
+        "microsoft/torchscale",
+        "4d1e0e8",
+        "torchscale/architecture/retnet.py, torchscale/component/multiscale_retention.py",
+    ),
+    "rwkv6": ("BlinkDL/RWKV-LM", "524481d", "RWKV-v5/src/model.py, RWKV_Tmix_x060"),
+    "mila": ("LeapLabTHU/MLLA", "66b6d29", "models/mlla.py"),
+    "focused": ("LeapLabTHU/FLatten-Transformer", "abdb115", "models/flatten_pvt.py, config.py"),
+    "inline": ("LeapLabTHU/InLine", "e463a6f", "models/inline_deit.py"),
+    "linfusion": ("Huage001/LinFusion", "62ef289", "src/linfusion/attention.py"),
+    "sana_relu": ("NVlabs/Sana", "2cfb4f7", "diffusion/model/nets/sana_blocks.py, LiteLA"),
+}
 
 # Options of the published block, by the names of ours.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -55,11 +67,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "causal", "normalize": False, "expand": 1.5, "expand_k": 0.75, "conv_size": 4},
         **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "decay": True},
     },
-    "kda": {  # kda.py: expand_v=1, keys as wide, conv_size=4, conv_bias=False, low ranks as wide as a head
-        **{"causality": "causal", "normalize": False, "expand": 1, "expand_k": 1, "conv_size": 4},
-        **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "rank": None},
-    },
-    "retnet": {  # retnet.py: values twice as wide, angles over linspace(0, 1), decays 1 − 2^(−5−h)
+    "retnet": {  # retnet.py: angles over linspace(0, 1), decays 1 − 2^(−5−h); values twice as wide as in fla
         **{"causality": "causal", "normalize": False, "expand": 2, "conv_size": 0, "norm": True, "gate": True},
         **{"inclusive_angles": True, "first_exponent": 5.0},
     },
@@ -80,7 +88,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"feature_map": None, "gate": False},
     },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
-    "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},
+    "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},  # LiteLA: eps=1e-15, use_bias=False
 }
 
 # Which biases the published block has, of: to_q, to_k, to_v, to_out, to_gate.
@@ -108,7 +116,8 @@ def built(name: str) -> TokenMixer:
 
 
 def test_every_mixer_with_published_code_is_listed() -> None:
-    assert set(DEFAULTS) | CONTROLS == set(list_mixers()) and set(BIASES) == set(DEFAULTS)
+    assert set(DEFAULTS) | CONTROLS == set(list_mixers())
+    assert set(BIASES) == set(SOURCES) == set(DEFAULTS)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -209,5 +218,5 @@ def test_vision_mixers_start_as_published() -> None:
 
 
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
-    for name in ("linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "vssd", "inline", "retnet", "kda"):
+    for name in ("linfusion", "gla", "gated_deltanet", "kda", "sana_relu", "focused", "inline", "retnet", "rwkv6"):
         assert registry.get_mixer_entry(name).deviations, name

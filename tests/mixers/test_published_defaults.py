@@ -37,6 +37,8 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "mila": ("LeapLabTHU/MLLA", "66b6d29", "models/mlla.py"),
     "focused": ("LeapLabTHU/FLatten-Transformer", "abdb115", "models/flatten_pvt.py, config.py"),
     "inline": ("LeapLabTHU/InLine", "e463a6f", "models/inline_deit.py"),
+    "rala": ("qhfan/RALA", "a86314f", "classfication/RALA.py, GateLinearAttentionNoSilu"),
+    "polaformer": ("ZacharyMeng/PolaFormer", "44cdd39", "models/pola_pvt.py, PolaLinearAttention"),
     "linfusion": ("Huage001/LinFusion", "62ef289", "src/linfusion/attention.py"),
     "sana_relu": ("NVlabs/Sana", "2cfb4f7", "diffusion/model/nets/sana_blocks.py, LiteLA"),
 }
@@ -87,6 +89,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "noncausal", "normalize": True, "local_conv_size": 3, "dynamic_conv": True, "qkv_bias": True},
         **{"feature_map": None, "gate": False},
     },
+    "rala": {  # RALA.py: 1 × 1 convolutions with biases, a 5 × 5 LePE, a gate without SiLU; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "local_conv_size": 5, "gate": True, "qkv_bias": True},
+        **{"rotary": True, "reweight_keys": True, "eps": 1e-6, "norm": False},
+    },
+    "polaformer": {  # pola_pvt.py: alpha=4, kernel_size=5, qkv_bias=True in every model, a gate without SiLU; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "alpha": 4.0, "local_conv_size": 5, "gate": True},
+        **{"qkv_bias": True, "position_table_size": 14, "eps": 1e-6, "norm": False},
+    },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
     "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},  # LiteLA: eps=1e-15, use_bias=False
 }
@@ -105,6 +115,8 @@ BIASES: dict[str, set[str]] = {
     "mila": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "focused": {"to_q", "to_k", "to_v", "to_out"},
     "inline": {"to_q", "to_k", "to_v", "to_out"},
+    "rala": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
+    "polaformer": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "linfusion": {"to_out"},
     "sana_relu": {"to_out"},
 }
@@ -215,8 +227,14 @@ def test_vision_mixers_start_as_published() -> None:
     assert (mixer.positions.weight == 0).all()
     assert mixer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
     assert built("mila").output.local_conv.weight.shape == (DIM, 1, 3, 3)
+    assert built("rala").output.local_conv.weight.shape == (DIM, 1, 5, 5)
+    polaformer = built("polaformer")  # pola_pvt.py: powers, scales and positions are zeros
+    assert not any(t.any() for t in (polaformer.scale_logit, polaformer.power_logit, polaformer.positions.weight))
+    assert polaformer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
+    assert built("rala").output.linear_gate and polaformer.output.linear_gate
 
 
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
-    for name in ("linfusion", "gla", "gated_deltanet", "kda", "sana_relu", "focused", "inline", "retnet", "rwkv6"):
+    names = {"linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"}
+    for name in sorted(names | {"kda", "rala", "polaformer"}):
         assert registry.get_mixer_entry(name).deviations, name

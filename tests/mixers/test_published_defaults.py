@@ -69,6 +69,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "causal", "normalize": False, "expand": 1.5, "expand_k": 0.75, "conv_size": 4},
         **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "decay": True},
     },
+    "kda": {  # kda.py: expand_v=1, keys as wide, conv_size=4, conv_bias=False, low ranks as wide as a head
+        **{"causality": "causal", "normalize": False, "expand": 1, "expand_k": 1, "conv_size": 4},
+        **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "rank": None},
+    },
     "retnet": {  # retnet.py: angles over linspace(0, 1), decays 1 − 2^(−5−h); values twice as wide as in fla
         **{"causality": "causal", "normalize": False, "expand": 2, "conv_size": 0, "norm": True, "gate": True},
         **{"inclusive_angles": True, "first_exponent": 5.0},

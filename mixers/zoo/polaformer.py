@@ -95,7 +95,7 @@ class PolaFormer(LinearAttention):
     @property
     def output_options(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The gate has a bias if the projections have one, as published."""
-        return {"local_conv_shared": True, "linear_gate": True, "gate_bias": self.config.qkv_bias}
+        return {"local_conv_shared": True, "gate_activation": "identity", "gate_bias": self.config.qkv_bias}
 
     def create_projections(self) -> Projections:
         """Create the mixer's own projections."""

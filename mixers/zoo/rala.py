@@ -69,7 +69,7 @@ class RALA(LinearAttention):
 
     Config: ClassVar[type[MixerConfig]] = RALAConfig
     drop_in_options: ClassVar[Mapping[str, Any]] = {"local_conv_size": 0, "gate": False}
-    output_options: ClassVar[Mapping[str, Any]] = {"linear_gate": True, "gate_bias": True}
+    output_options: ClassVar[Mapping[str, Any]] = {"gate_activation": "identity", "gate_bias": True}
 
     config: RALAConfig
 

@@ -27,6 +27,7 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "vssd": ("YuHengsss/VSSD", "87b753b", "classification/models/mamba2.py, classification/config.py"),
     "gla": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gla.py"),
     "gated_deltanet": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gated_deltanet.py"),
+    "kda": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/kda.py"),
     "retnet": (
         "microsoft/torchscale",
         "4d1e0e8",
@@ -69,6 +70,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gated_deltanet": {  # gated_deltanet.py: keys 0.75 d, values twice as wide, conv_size=4, conv_bias=False
         **{"causality": "causal", "normalize": False, "expand": 1.5, "expand_k": 0.75, "conv_size": 4},
         **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "decay": True},
+    },
+    "kda": {  # kda.py: expand_v=1, keys as wide, conv_size=4, conv_bias=False, low ranks as wide as a head
+        **{"causality": "causal", "normalize": False, "expand": 1, "expand_k": 1, "conv_size": 4},
+        **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "rank": None},
     },
     "retnet": {  # retnet.py: angles over linspace(0, 1), decays 1 − 2^(−5−h); values twice as wide as in fla
         **{"causality": "causal", "normalize": False, "expand": 2, "conv_size": 0, "norm": True, "gate": True},
@@ -117,6 +122,7 @@ BIASES: dict[str, set[str]] = {
     "vssd": set(),
     "gla": set(),
     "gated_deltanet": set(),
+    "kda": {"to_gate"},
     "retnet": set(),
     "rwkv6": set(),
     "mila": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
@@ -153,7 +159,8 @@ def test_biases_are_the_published_ones(name: str) -> None:
     layers = dict(mixer.projections.named_children())
     if getattr(mixer.output, "to_gate", None) is not None:
         layers["to_gate"] = mixer.output.to_gate
-    assert {layer for layer, module in layers.items() if module.bias is not None} == BIASES[name]
+    last = {name: getattr(module, "up", module) for name, module in layers.items()}  # of a layer of low rank
+    assert {layer for layer, module in last.items() if module.bias is not None} == BIASES[name]
 
 
 def between(values: Tensor, low: float, high: float) -> None:
@@ -162,7 +169,7 @@ def between(values: Tensor, low: float, high: float) -> None:
     assert len(values.unique()) > 1
 
 
-@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet", "kda"])
 def test_step_sizes_start_log_uniform_between_one_thousandth_and_a_tenth(name: str) -> None:
     between(F.softplus(built(name).decay.dt_bias), 1e-3, 1e-1)
 
@@ -180,9 +187,9 @@ def test_mamba_starts_as_published() -> None:
 
 
 def test_decay_rates_start_as_published() -> None:
-    """mamba2.py and vssd: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
+    """mamba2.py, vssd and kda.py: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
     torch.manual_seed(0)
-    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("gated_deltanet", 0.0)):
+    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("kda", 1.0), ("gated_deltanet", 0.0)):
         rates = create_mixer(name, 128, 128).decay.A_log.exp()
         between(rates, low, 16.0)
         assert rates.min() < 2.0 and rates.max() > 14.0
@@ -251,5 +258,5 @@ def test_sparse_linear_starts_as_published() -> None:
 
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
     names = {"linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"}
-    for name in sorted(names | {"rala", "polaformer", "sparse_linear", "softmax_window"}):
+    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window"}):
         assert registry.get_mixer_entry(name).deviations, name

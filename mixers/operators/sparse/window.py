@@ -49,8 +49,8 @@ def window_attention(
     if (tile + 2 * margin) ** 2 >= height * width:
         offsets = _offsets(height, width, height, width, 0, q.device)
         visible = _is_visible(*offsets, radius, causality)
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=visible).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
+        return y.transpose(1, 2)
     return _attend_in_tiles(q, k, v, grid, radius, causality, tile)
 
 

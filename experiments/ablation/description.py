@@ -8,7 +8,7 @@ from pydantic import Field
 
 from experiments.config import Claim, ControlRole, DistillationConfig, FrozenModel, Grid, PlannedComparison
 from experiments.core.environment import describe_environment
-from experiments.data.emoji import LICENSE
+from experiments.data import credit
 from mixers import registry
 
 FILE = "grid.json"
@@ -109,7 +109,7 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
         note: a sentence about it for readers.
     """
     evaluation = grid.evaluation
-    notes = [LICENSE] if grid.data == "emoji" else []
+    notes = [credit(grid.data)] if credit(grid.data) else []
     return RunDescription(
         name=grid.name,
         question=grid.question,

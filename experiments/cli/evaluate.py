@@ -16,7 +16,7 @@ def evaluate(
     adapter: Annotated[str, typer.Argument(help="folder or Hub id of an adapter, ours or LinFusion's")],
     out: Out = Path("runs/evaluation"),
     teacher: Annotated[str, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = "embedded",
-    data: Annotated[str, typer.Option(help="held-out images: 'emoji', or as in docs/howto/data.md")] = "emoji",
+    data: Annotated[str, typer.Option(help="held-out images: 'scenes', or as in docs/howto/data.md")] = "scenes",
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
 ) -> None:

@@ -86,7 +86,7 @@ class Grid(FrozenModel):
     name: str
     question: str
     teacher: str = "embedded"
-    data: str = "emoji"
+    data: str = "scenes"
     variants: tuple[Variant, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     distillation: DistillationConfig

@@ -8,7 +8,7 @@ Arrow and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
 from collections.abc import Callable
 from typing import TypeVar
 
-from experiments.data.emoji import EmojiSet
+from experiments.data.emoji import LICENSE, EmojiSet
 from experiments.data.example import (
     BadRecord,
     CaptionedImages,
@@ -39,6 +39,7 @@ __all__ = [
     "TableImages",
     "TableStream",
     "batch",
+    "credit",
     "crop_and_resize",
     "extent",
     "open_dataset",
@@ -50,6 +51,11 @@ TableT = TypeVar("TableT", TableImages, TableStream)
 
 EMBEDDED: dict[str, Callable[[str], EmojiSet | SceneSet]] = {"scenes": SceneSet, "emoji": EmojiSet}
 """Data sets that need no files: name -> their class, called with the split."""
+
+
+def credit(source: str) -> str:
+    """Return the sentence that must accompany images of a data set, or of a model trained on it; "" if none is known."""
+    return LICENSE if source in EMBEDDED else ""
 
 
 def open_dataset(source: str, *, split: str = "train") -> EmojiSet | SceneSet | ImageFolder | TableImages:

@@ -55,7 +55,7 @@ class ImageFolder(RandomAccess):
         self.name = ", ".join([self.path.name, *([split] if split else [])])
         if not self.path.is_dir():
             raise DataError(
-                f"Cannot open {self.path} as data: it is not a folder. Give a folder of images, 'emoji', .parquet, "
+                f"Cannot open {self.path} as data: it is not a folder. Give a folder of images, 'scenes', .parquet, "
                 ".arrow or .tar files (one, a folder of them, a glob), a saved data set's directory, or "
                 "'hub:owner/name'."
             )

@@ -17,7 +17,7 @@ from PIL import Image
 from experiments.core.environment import describe_environment
 from experiments.core.figures import GRAY, PALETTE, RC
 from experiments.core.files import write_json, write_text
-from experiments.data.emoji import LICENSE
+from experiments.data import credit
 from experiments.distill.loss import autocast
 from experiments.distill.recipe import DistillationRecipe, SampleConfig
 from experiments.teacher.teacher import Teacher
@@ -65,7 +65,7 @@ def write_card(
         sites=record["sites"],
         parameters=parameters,
         stages=_table_rows(recipe, stages),
-        note=LICENSE if recipe.data == "emoji" else "",
+        note=credit(recipe.data),
         yaml=yaml.safe_dump(changes, sort_keys=False, allow_unicode=True, width=110).strip(),
     )
     card = directory / "card.md"

@@ -44,7 +44,7 @@ class DistillationRecipe(FrozenModel):
         about: one sentence.
         teacher: "embedded", a folder in diffusers format, or a Hub id.
         dtype: of the teacher's frozen networks; the student trains in float32.
-        data: "emoji", a folder of captioned images, or whatever else `open_dataset` reads.
+        data: "scenes", a folder of captioned images, or whatever else `open_dataset` reads.
         cache: folder of encoded images, created if missing and completed after a stop; None encodes them in memory,
             which is fine for a few thousand small ones.
         mixer: which one, and where.
@@ -57,7 +57,7 @@ class DistillationRecipe(FrozenModel):
     about: str
     teacher: str = "embedded"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    data: str = "emoji"
+    data: str = "scenes"
     cache: str | None = None
     mixer: RecipeMixer
     distillation: DistillationConfig

@@ -118,7 +118,7 @@ PAPER_CLAIMS = (NORMALIZATION_MATTERS, NONCAUSAL_IS_BETTER, LEARNED_MAPS_ARE_BET
 
 EVALUATION = EvaluationConfig(
     sample_steps=12,
-    prompts=("red apple, teal background", "cat face, purple background"),
+    prompts=("a red apple, teal background", "three of the same, yellow background"),
     generated=GeneratedImagesConfig(images=0),
     metrics={
         "fidelity": {},

@@ -57,7 +57,7 @@ def grid(tiny_teacher: Path) -> Grid:
             held_in_images=2,
             images=2,
             timesteps=(500,),
-            prompts=("red apple, teal background",),
+            prompts=("a red apple, teal background",),
             sample_sizes=(64,),
             sample_steps=2,
             metrics={

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid
-from experiments.data import DataError
+from experiments.data import DataError, SceneSet
 from experiments.distill import open_context
 from experiments.evaluate.samples import save_samples
 from experiments.metrics.cmmd import ClipMeanDiscrepancy
@@ -33,7 +34,7 @@ from experiments.teacher.load import EMBEDDED
 from tests.experiments.students import student
 from unet_adapters import MixerAdapter
 
-CAPTIONS = ["red apple, teal background", "cat face, purple background", "blue heart, white background"]
+CAPTIONS = ["a tomato, teal background", "a cat face, purple background", "a whale, white background"]
 
 
 def gaussian(count: int, dim: int, seed: int) -> Tensor:
@@ -113,25 +114,31 @@ def cmmd(x: Tensor, y: Tensor) -> float:
     return 1000 * (k(x, x) + k(y, y) - 2 * k(x, y))
 
 
-def emoji(size: int = 64) -> Tensor:
-    from experiments.data import EmojiSet
+def scenes(size: int = 64) -> Tensor:
+    """True images of `CAPTIONS`."""
+    dataset = SceneSet("train", kinds=("single",))
+    images = [dataset.example(index, size, variation).image for index, variation in find_scenes()]
+    return torch.stack([((image + 1) * 127.5).round().to(torch.uint8) for image in images])
 
-    dataset = EmojiSet("train")
-    names = {e.name: k for k, e in enumerate(dataset.emoji)}
-    examples = [dataset.example(names[c.split(",")[0]], size, 0) for c in ("red apple,", "cat face,", "blue heart,")]
-    return torch.stack([((example.image + 1) * 127.5).round().to(torch.uint8) for example in examples])
+
+@cache
+def find_scenes() -> list[tuple[int, int]]:
+    """Index and variation of a scene for each of `CAPTIONS`."""
+    dataset = SceneSet("train", kinds=("single",))
+    pairs = {dataset.scene(i, v).caption: (i, v) for i in range(len(dataset)) for v in range(20)}
+    return [pairs[caption] for caption in CAPTIONS]
 
 
 def test_the_embedded_clip_scores_captions_and_sees_every_size_alike() -> None:
     network = open_network("embedded")
-    right = extract_features([(emoji(), CAPTIONS)], [network])[0]
-    wrong = extract_features([(emoji(), CAPTIONS[::-1])], [network])[0]
+    right = extract_features([(scenes(), CAPTIONS)], [network])[0]
+    wrong = extract_features([(scenes(), CAPTIONS[::-1])], [network])[0]
     assert right.features.shape == (3, network.num_features) and right.features.dtype == torch.float64
     assert right.caption_scores is not None and wrong.caption_scores is not None
     assert right.caption_scores.mean() > wrong.caption_scores.mean() + 10
-    large = extract_features([(emoji(256), CAPTIONS)], [network])[0]
+    large = extract_features([(scenes(256), CAPTIONS)], [network])[0]
     assert torch.cosine_similarity(large.features, right.features).min() > 0.97
-    parts = extract_features([(emoji()[:1], CAPTIONS[:1]), (emoji()[1:], CAPTIONS[1:])], [network])[0]
+    parts = extract_features([(scenes()[:1], CAPTIONS[:1]), (scenes()[1:], CAPTIONS[1:])], [network])[0]
     torch.testing.assert_close(parts.features, right.features, rtol=1e-4, atol=1e-5)
     assert parts.caption_scores is not None
     torch.testing.assert_close(parts.caption_scores, right.caption_scores, rtol=1e-4, atol=1e-3)
@@ -140,15 +147,15 @@ def test_the_embedded_clip_scores_captions_and_sees_every_size_alike() -> None:
 def test_caption_scores_are_cosines_in_percent() -> None:
     network = open_network("embedded")
     assert isinstance(network, Clip)
-    (result,) = extract_features([(emoji(), CAPTIONS)], [network])
-    image = torch.nn.functional.normalize(network(emoji()))
+    (result,) = extract_features([(scenes(), CAPTIONS)], [network])
+    image = torch.nn.functional.normalize(network(scenes()))
     text = torch.nn.functional.normalize(network.embed_captions(CAPTIONS))
     torch.testing.assert_close(result.caption_scores, 100 * (image * text).sum(1))
 
 
 def test_a_wide_image_is_cropped_to_its_center() -> None:
     network = open_network("embedded")
-    square = emoji()
+    square = scenes()
     wide = torch.cat([torch.zeros_like(square), square, torch.zeros_like(square)], dim=-1)
     assert network(wide).equal(network(square))
 
@@ -166,7 +173,7 @@ def clip_folder(folder: Path) -> Path:
 def test_a_clip_from_a_folder_is_the_same_network(tmp_path: Path) -> None:
     network = open_network(f"clip:{clip_folder(tmp_path / 'clip')}")
     embedded = open_network("embedded")
-    features, expected = (extract_features([(emoji(), CAPTIONS)], [n])[0].features for n in (network, embedded))
+    features, expected = (extract_features([(scenes(), CAPTIONS)], [n])[0].features for n in (network, embedded))
     assert features.equal(expected)
     assert network.fingerprint == embedded.fingerprint
 
@@ -179,7 +186,7 @@ def test_dino_from_a_folder(tmp_path: Path) -> None:
     settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_size": {"height": 28, "width": 28}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     network = open_network(f"dino:{tmp_path}")
-    (result,) = extract_features([(emoji(), CAPTIONS)], [network])
+    (result,) = extract_features([(scenes(), CAPTIONS)], [network])
     assert result.features.shape == (3, 16) and result.caption_scores is None
 
 

@@ -34,7 +34,7 @@ distillation:
   fit: {{steps: 4, batch_size: 2, learning_rate: 1e-3, checkpoint_every: 1, log_every: 1}}
   images: 4
   caption_dropout: 0.5
-samples: {{prompts: ["red apple, teal background", "full moon, red background"], every: 2, steps: 1, guidance: 3}}
+samples: {{prompts: ["a red apple, teal background", "full moon, red background"], every: 2, steps: 1, guidance: 3}}
 """
 PLACES = {"embedded": "embedded", "sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
 

@@ -109,14 +109,16 @@ _REFINER: dict[str, Any] = {
 }
 _EMBEDDED: dict[str, Any] = {
     "sample_size": 16,
-    "in_channels": 4,
-    "block_out_channels": (48, 96),
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (96,),
     "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "transformer_layers_per_block": 2,
+    "attention_head_dim": (3,),
     "cross_attention_dim": 128,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
 }
 
 PROFILES: tuple[UNetProfile, ...] = (

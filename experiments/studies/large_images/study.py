@@ -32,7 +32,7 @@ from experiments.teacher.load import EMBEDDED
 from unet_adapters.highres import GenerationRequest, decode_tiled, generate, plan_memory
 from unet_adapters.highres.stages import format_size
 
-PROMPTS = ("red apple, teal background", "blue heart, yellow background", "cat face, purple background")
+PROMPTS = ("a red apple, teal background", "three of the same, yellow background", "a cat face, purple background")
 """The index of a prompt is its seed. The first is made at the full size, all of them up to COMPARED_SIZE."""
 
 COMPARED_SIZE = 512  # pixels: the largest size at which softmax attention and direct generation are compared

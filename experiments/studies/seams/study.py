@@ -85,7 +85,7 @@ def _rms(x: Tensor) -> float:
 
 def _drawings(count: int, size: int) -> list[Tensor]:
     """Return held-out drawings (size, size, 3) as uint8."""
-    data = open_dataset("emoji", split="held_out")
+    data = open_dataset("scenes", split="held_out")
     images = [data.example(index, size).image.permute(1, 2, 0) for index in range(count)]
     return [((image + 1) * 127.5).round().byte() for image in images]
 

@@ -6,6 +6,7 @@ Arrow and tar files, saved sets and `"hub:owner/name"` are tables, see `hub`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from experiments.data.emoji import LICENSE, EmojiSet
@@ -49,12 +50,16 @@ __all__ = [
 
 TableT = TypeVar("TableT", TableImages, TableStream)
 
-EMBEDDED: dict[str, Callable[[str], EmojiSet | SceneSet]] = {"scenes": SceneSet, "emoji": EmojiSet}
-"""Data sets that need no files: name -> their class, called with the split."""
+EMBEDDED: dict[str, Callable[[str], EmojiSet | SceneSet]] = {
+    "scenes": SceneSet,
+    "scenes-more": partial(SceneSet, growth="more"),
+    "emoji": EmojiSet,
+}
+"""Data sets that need no files: name -> function from the split to the data set."""
 
 
 def credit(source: str) -> str:
-    """Return the sentence that must accompany images of a data set, or of a model trained on it; "" if none is known."""
+    """Return what must accompany images of a data set, or of a model trained on it; "" if nothing is known."""
     return LICENSE if source in EMBEDDED else ""
 
 
@@ -62,8 +67,8 @@ def open_dataset(source: str, *, split: str = "train") -> EmojiSet | SceneSet | 
     """Open captioned images that have a length and can be read in any order.
 
     Args:
-        source: `"scenes"`; `"emoji"`; a folder of images; a file, a folder or a glob of .parquet, .arrow or .tar
-            files; a directory written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables:
+        source: `"scenes"`; `"scenes-more"`; `"emoji"`; a folder of images; a file, a folder or a glob of .parquet,
+            .arrow or .tar files; a directory written by `save_to_disk`; or `"hub:owner/name"`. Columns of tables:
             `SOURCE#image=COLUMN&text=COLUMN`.
         split: `"train"` or `"held_out"`; the same fixed, content-keyed split for all sources.
 

@@ -13,6 +13,7 @@ from experiments.metrics.fidelity import Fidelity, FidelityRow
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.metrics.sites import SiteErrors, SiteOptions
 from experiments.metrics.timesteps import TimestepErrors, TimestepRow
+from experiments.metrics.transfer import Transfer, TransferOptions, TransferRow
 from tests.experiments.students import encoded, open_teacher, student
 from unet_adapters import MixerAdapter
 from unet_adapters.hosts import find_host
@@ -36,7 +37,7 @@ def context(grid: Grid) -> DistillationContext:
 def evaluated(
     context: DistillationContext, adapter: MixerAdapter, plan: EvaluationConfig = PLAN, seed: int = 0
 ) -> EvaluatedStudent:
-    return EvaluatedStudent(context, adapter, plan, "emoji", seed)
+    return EvaluatedStudent(context, adapter, plan, "scenes", seed)
 
 
 def fidelity(subject: EvaluatedStudent) -> list[FidelityRow]:
@@ -45,6 +46,20 @@ def fidelity(subject: EvaluatedStudent) -> list[FidelityRow]:
 
 def timesteps(subject: EvaluatedStudent) -> list[TimestepRow]:
     return [row for row in TimestepErrors().measure(subject) if isinstance(row, TimestepRow)]
+
+
+def test_transfer_to_the_same_data_is_fidelity(context: DistillationContext) -> None:
+    """And with one size, the images with more objects are the very same scenes."""
+    subject = evaluated(context, MixerAdapter.build(context.pipe, "linear_attention"))
+    (row, *_) = (r for r in fidelity(subject) if r.split == "held_out" and r.height == r.width == 64)
+    for data in ("scenes", "scenes-more"):
+        (same,) = Transfer(TransferOptions(data=data, sizes=(64,))).measure(subject)
+        assert isinstance(same, TransferRow)
+        assert same.relative_error_to_teacher == pytest.approx(row.relative_error_to_teacher)
+        assert same.error_by_image == pytest.approx(row.error_by_image)
+    (more,) = Transfer(TransferOptions(sizes=(128,))).measure(subject)
+    (larger,) = (r for r in fidelity(subject) if r.split == "held_out" and r.height == r.width == 128)
+    assert isinstance(more, TransferRow) and more.relative_error_to_teacher != larger.relative_error_to_teacher
 
 
 def test_untouched_softmax_has_no_error_at_all(context: DistillationContext) -> None:

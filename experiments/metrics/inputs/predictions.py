@@ -18,7 +18,7 @@ from experiments.distill.loss import autocast
 from experiments.teacher.teacher import Batch, Teacher
 from unet_adapters import MixerAdapter
 
-Split = Literal["held_out", "held_in"]
+Split = Literal["held_out", "held_in", "other"]
 SPLITS: tuple[Split, ...] = ("held_out", "held_in")
 HELD_IN_VARIATION = 2000
 """Variation of held-in images: their objects are trained on, the very same rendering is not."""
@@ -140,16 +140,19 @@ def noisy_images(
 
     Args:
         context: the teacher and its data.
-        data: as in a grid; held-in images come from its training split.
+        data: as in a grid; held-in images come from its training split, "other" ones from its held-out split.
         height, width: in pixels.
-        split: "held_out" or "held_in".
+        split: "held_out" of the context's own data, "held_in", or "other": held-out, but not of the context's data.
         plan: how many images, and the evaluation's own seed.
         seed: of the student's training; every seed has noise of its own.
     """
-    count = plan.images if split == "held_out" else plan.held_in_images
-    dataset = context.held_out if split == "held_out" else open_dataset(data, split="train")
+    count = plan.held_in_images if split == "held_in" else plan.images
+    if split == "held_out":
+        dataset = context.held_out
+    else:
+        dataset = open_dataset(data, split="train" if split == "held_in" else "held_out")
     indices = torch.linspace(0, len(dataset) - 1, count).long().tolist()
-    variations = [0 if split == "held_out" else HELD_IN_VARIATION] * count
+    variations = [HELD_IN_VARIATION if split == "held_in" else 0] * count
     parts = []
     for start in range(0, count, plan.batch_size):
         part = slice(start, start + plan.batch_size)

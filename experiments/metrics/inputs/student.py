@@ -49,6 +49,11 @@ class EvaluatedStudent:
             self._errors[key] = compare_predictions(images, self.adapter, self.plan.timesteps)
         return self._errors[key]
 
+    def errors_on(self, data: str, height: int, width: int) -> tuple[PredictionErrors, ...]:
+        """Return the errors of the student's predictions on held-out images of another data set."""
+        images = encode_noisy_images(self.context, data, height, width, "other", self.plan, self.seed)
+        return compare_predictions(images, self.adapter, self.plan.timesteps)
+
     @cached_property
     def feature_sets(self) -> tuple[FeatureSets, ...]:
         """Features of generated and true images, for each size, guidance and network; empty if none are asked for."""

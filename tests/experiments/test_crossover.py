@@ -40,8 +40,8 @@ from experiments.teacher.load import EMBEDDED
 from unet_adapters import MixerAdapter
 
 ROOT = Path(__file__).resolve().parents[2]
-NARROW = SiteShape(48, 4)
-WIDE = SiteShape(96, 4)
+NARROW = SiteShape(64, 2)
+WIDE = SiteShape(128, 4)
 LENGTHS = doubling_lengths(65536)
 
 
@@ -184,7 +184,7 @@ def test_what_is_timed_is_the_stock_layer_and_the_mounted_one() -> None:
     timer = AttentionLayerTimer(torch.float32, "cpu", 1)
     stock = timer.layer(NARROW, STOCK)
     mounted = timer.layer(NARROW, "linear_attention")
-    assert not hasattr(stock, "mixer") and mounted.mixer.dim == 48
+    assert not hasattr(stock, "mixer") and mounted.mixer.dim == NARROW.dim
     assert stock.to_q.weight is mounted.to_q.weight
     with pytest.raises(MixerCannotRun, match="nothing"):
         timer.layer(NARROW, "nothing")
@@ -200,31 +200,21 @@ def test_every_mixer_is_measured() -> None:
 
 
 def test_below_min_tokens_softmax_runs_and_from_it_on_the_mixer(monkeypatch) -> None:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        norm_num_groups=4,
-    ).eval()
+    unet = UNet2DConditionModel.from_pretrained(EMBEDDED, subfolder="unet").eval()
     adapter = MixerAdapter.build(unet, "linfusion", min_tokens=256)
     mixed: list[str] = []
     for name, mixer in adapter.mixers.items():
         mixer.register_forward_hook(lambda *_, name=name: mixed.append(name))
     softmax = _count_self_attention(monkeypatch)
-    expected = {4: (0, 7), 8: (0, 7), 16: (3, 4), 32: (7, 0)}  # latent side -> sites with the mixer, with softmax
+    expected = {4: (0, 14), 8: (0, 14), 16: (6, 8), 32: (14, 0)}  # latent side -> sites with the mixer, with softmax
     for side, (mixers, stock) in (*expected.items(), *reversed(expected.items())):
         mixed.clear()
         softmax.clear()
-        x = torch.randn(1, 4, side, side)
-        words = torch.randn(1, 7, 32)
+        x = torch.randn(1, 8, side, side)
+        words = torch.randn(1, 20, 128)
         with torch.no_grad():
             teacher = unet(x, 500, words).sample
-            assert len(softmax) == 7 and not mixed
+            assert len(softmax) == 14 and not mixed
             softmax.clear()
             with adapter.mounted():
                 student = unet(x, 500, words).sample
@@ -251,7 +241,7 @@ def _count_self_attention(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_site_shapes() -> None:
     unet = UNet2DConditionModel.from_pretrained(EMBEDDED, subfolder="unet")
-    assert choose_site_shapes() == site_shapes(unet) == (SiteShape(96, 3),)
+    assert choose_site_shapes() == site_shapes(unet) == (NARROW, WIDE)
     assert choose_site_shapes(dim=320, heads=8) == (SiteShape(320, 8),)
     assert [shape.dim for shape in choose_site_shapes("sd15")] == [320, 640, 1280]
 
@@ -263,7 +253,7 @@ def test_the_command_writes_results_a_figure_and_the_line_to_copy(tmp_path: Path
     assert (tmp_path / "crossover.png").stat().st_size > 10_000
     record = json.loads((tmp_path / "crossover.json").read_text())
     assert {"device", "threads", "torch", "dtype", "batch"} <= set(record["machine"])
-    assert [[p["tokens"] for p in curve["points"]] for curve in record["curves"]] == [[64, 128]]
+    assert [[p["tokens"] for p in curve["points"]] for curve in record["curves"]] == [[64, 128]] * 2
     least = record["min_tokens"]["linear_attention"]
     copied = f'MixerAdapter.build(pipe, "linear_attention", min_tokens={least})'
     assert (copied if least else "# linear_attention: no win up to 128 tokens, ") in result.output
@@ -310,7 +300,7 @@ def test_reports_of_mixers_that_win_lose_and_cannot_run(tmp_path: Path) -> None:
     print_crossovers(result, console)
     text = console.export_text()
     assert 'MixerAdapter.build(pipe, "quick", min_tokens=512)' in text and "300" in text
-    assert "broken (dim 48, heads 4): cannot run with 64 tokens: ValueError: no" in text
+    assert "broken (dim 64, heads 2): cannot run with 64 tokens: ValueError: no" in text
     assert max(map(len, text.splitlines())) <= 80
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
-from mixers.mixer import TokenMixer
+from mixers.linear_context import LinearContext, divide
 from mixers.precision import accumulation_dtype
 from mixers.streams import Streams
 from mixers.suggest import unknown_name
@@ -33,6 +34,9 @@ class LinearConfig(MixerConfig):
             `mean`: the constant times reference_length / l, so that the row sums of a non-causal mixer stay bounded
             although rows are not normalized: the control that separates the two.
         reference_length: the number of tokens for which both scales are equal.
+        temperature: multiply q and k by a learned factor per head, initially 1, before the feature map, for hosts that
+            give all queries and keys the same length. None: False, or True in a layer that norms q and k if the feature
+            map is not homogeneous.
     """
 
     feature_map: str | None = None
@@ -40,6 +44,7 @@ class LinearConfig(MixerConfig):
     backend: str = "auto"
     scale: Scale = "constant"
     reference_length: int = 256
+    temperature: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +68,7 @@ def check_scale(scale: str, reference_length: int, *, normalize: bool, causal: b
         )
 
 
-class LinearMixer(TokenMixer):
+class LinearMixer(LinearContext):
     """W = (φ(q) φ(k)ᵀ) ⊙ L; subclasses provide the gates, if any, and the scale.
 
     Class attributes that a subclass sets:
@@ -71,6 +76,10 @@ class LinearMixer(TokenMixer):
         has_decay: whether `add_gates` sets a log decay.
         per_channel_decay: whether every key channel has its own gate.
         normalizes_by_division: whether normalizing divides by row sums, which needs a positive feature map.
+        has_sums: whether `sums` is what `mix` computes; False for mixers with a `mix` of another form.
+
+    Attributes:
+        log_temperature: (2, h), logarithms of the factors of q and of k; None without `temperature`.
     """
 
     Config: ClassVar[type[MixerConfig]] = LinearConfig
@@ -78,6 +87,7 @@ class LinearMixer(TokenMixer):
     has_decay: ClassVar[bool] = False
     per_channel_decay: ClassVar[bool] = False
     normalizes_by_division: ClassVar[bool] = True
+    has_sums: ClassVar[bool] = True
 
     config: LinearConfig
 
@@ -86,6 +96,13 @@ class LinearMixer(TokenMixer):
             self.feature_map_name(config), config.normalize and self.normalizes_by_division
         )
         super().__init__(config, dim, heads, own_projections=own_projections)
+        temperature = getattr(config, "temperature", None)  # a mixer whose map is the identity has no such option
+        self.log_temperature = nn.Parameter(torch.zeros(2, heads)) if temperature else None
+
+    @classmethod
+    def benefits_from_temperature(cls, config: LinearConfig) -> bool:
+        """Whether a factor of q and k changes more than the scale of the features."""
+        return not FEATURE_MAPS[cls.feature_map_name(config)].homogeneous
 
     @classmethod
     def feature_map_name(cls, config: LinearConfig) -> str:
@@ -98,6 +115,8 @@ class LinearMixer(TokenMixer):
 
     def mix(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least if unnormalized."""
+        if streams.rotation is not None or streams.visible is not None:
+            return divide(*self.sums(streams))
         q, k, v, feature_map = self.operands(streams)
         if self.heads_per_group == self.heads:  # the operator computes the products of one head for all
             q, k = q[:, :, :1], k[:, :, :1]
@@ -112,8 +131,8 @@ class LinearMixer(TokenMixer):
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute φ(q) and φ(k), the latter times `dt` if there is one: (b, l, h, k) each, float32 at least."""
         dtype = accumulation_dtype(streams.q)
-        q = self.feature_map.apply(streams.q.to(dtype))
-        k = self.feature_map.apply(streams.k.to(dtype))
+        q = self.feature_map.apply(self.scaled_q(streams).to(dtype))
+        k = self.feature_map.apply(self.scaled_k(streams.k).to(dtype))
         return q, k if streams.dt is None else k * streams.dt[..., None]
 
     def operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -130,15 +149,23 @@ class LinearMixer(TokenMixer):
             return q, k, v, "identity"
         # Unnormalized, scaling keys or scaling values by dt is equivalent.
         v = v if dt is None else v * dt[..., None]
-        return streams.q, streams.k, v, self.feature_map_name(self.config)
+        return self.scaled_q(streams), self.scaled_k(streams.k), v, self.feature_map_name(self.config)
+
+    def scaled_q(self, streams: Streams) -> Tensor:
+        """Return q times its temperature, (b, l, h, k)."""
+        return streams.q if self.log_temperature is None else _scale_heads(streams.q, self.log_temperature[0])
+
+    def scaled_k(self, k: Tensor) -> Tensor:
+        """Return keys (b, l, h, k) times their temperature."""
+        return k if self.log_temperature is None else _scale_heads(k, self.log_temperature[1])
 
     @property
     def scale(self) -> float:
         """Factor of unnormalized weights, a constant of the mixer."""
         return 1.0
 
-    def scale_at(self, length: int) -> float:
-        """Return the factor of unnormalized weights among `length` tokens.
+    def scale_at(self, length: Any) -> Any:
+        """Return the factor of unnormalized weights among `length` tokens: a number, or a tensor for a tensor.
 
         Where decay does not bound the sums, because without an order there is none, the constant is divided by
         reference_length, as that of linear attention is.
@@ -199,3 +226,8 @@ class LinearMixer(TokenMixer):
         decay = "none" if not self.has_decay else "vector" if self.per_channel_decay else "scalar"
         flops = operators.linear.flops(length, self.features_dim, width, causality, decay, self.heads_per_group)
         return self.heads * flops
+
+
+def _scale_heads(x: Tensor, log_factor: Tensor) -> Tensor:
+    """Multiply (b, l, h, k) by exp of (h,)."""
+    return x * log_factor.exp()[:, None].to(x.dtype)

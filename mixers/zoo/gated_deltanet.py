@@ -101,6 +101,13 @@ class GatedDeltaNet(TokenMixer):
         log_decay = None if self.decay is None else self.decay(streams.x)[1]
         return replace(streams, beta=2 * beta if self.config.allow_neg_eigval else beta, log_decay=log_decay)
 
+    def hide_tokens(self, streams: Streams, visible: Tensor) -> Streams:
+        """Return streams whose hidden tokens write nothing and let nothing decay."""
+        assert streams.beta is not None
+        hidden = ~visible[..., None]
+        log_decay = None if streams.log_decay is None else streams.log_decay.masked_fill(hidden, 0)
+        return replace(streams, beta=streams.beta.masked_fill(hidden, 0), log_decay=log_decay)
+
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Scale q and k to norm 1, (b, l, h, k) each, float32 at least; zero stays zero."""
         return _unit_norm(streams.q), _unit_norm(streams.k)

@@ -73,6 +73,7 @@ class Hydra(StateSpaceMixer):
 
     Config: ClassVar[type[MixerConfig]] = HydraConfig
     has_decay: ClassVar[bool] = True
+    has_sums: ClassVar[bool] = False
     drop_in_options: ClassVar[Mapping[str, Any]] = {
         **StateSpaceMixer.drop_in_options,
         "shared_keys": True,
@@ -143,8 +144,8 @@ class Hydra(StateSpaceMixer):
         """Return φ(C), φ(B)·Δ and Δ·A of every direction."""
         assert streams.dt is not None and streams.log_decay is not None
         dtype = accumulation_dtype(streams.q)
-        queries = self.feature_map.apply(streams.q.to(dtype)).split(self.key_dim, dim=-1)
-        keys = self.feature_map.apply(streams.k.to(dtype)).split(self.key_dim, dim=-1)
+        queries = self.feature_map.apply(self.scaled_q(streams).to(dtype)).split(self.key_dim, dim=-1)
+        keys = self.feature_map.apply(self.scaled_k(streams.k).to(dtype)).split(self.key_dim, dim=-1)
         steps = streams.dt.split(self.heads, dim=-1)
         decays = streams.log_decay.split(self.heads, dim=-1)
         key_sets = [min(direction, self.key_sets - 1) for direction in range(self.directions)]

@@ -68,6 +68,7 @@ class RWKV6(LinearMixer):
     Config: ClassVar[type[MixerConfig]] = RWKV6Config
     has_decay: ClassVar[bool] = True
     per_channel_decay: ClassVar[bool] = True
+    has_sums: ClassVar[bool] = False
     drop_in_options: ClassVar[Mapping[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
     tiny_options: ClassVar[Mapping[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
     output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}

@@ -49,8 +49,8 @@ class Rotation:
         dtype = accumulation_dtype(x)
         wide = x.to(dtype)
         real, imaginary = wide.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-        return (wide * self.cos[:, None].to(dtype) + turned * self.sin[:, None].to(dtype)).to(x.dtype)
+        quarter_turn = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+        return (wide * self.cos[:, None].to(dtype) + quarter_turn * self.sin[:, None].to(dtype)).to(x.dtype)
 
     def __getitem__(self, tokens: slice | Tensor) -> Rotation:
         """Return the embedding of some of the tokens."""

@@ -28,6 +28,11 @@ class ContextMixing(MixerProperties):
 
     text_bias: nn.Parameter | None
 
+    @classmethod
+    def benefits_from_temperature(cls, config: Any) -> bool:
+        """Whether the option `temperature` exists and changes more than a scale; False without a feature map."""
+        return False
+
     def mix(self, streams: Streams) -> Tensor:
         """Apply feature map, operator and normalization; see `TokenMixer.mix`."""
         raise NotImplementedError

@@ -162,8 +162,8 @@ class LinearContext(TokenMixer):
         counts = count_visible_tokens(v, self.config.causality)[:, None, None]
         if streams.visible is not None:
             visible = streams.visible.to(v.dtype)
-            seen = visible.cumsum(1) if self.config.causality == "causal" else visible.sum(1, keepdim=True)
-            counts = seen[..., None, None]
+            numbers = visible.cumsum(1) if self.config.causality == "causal" else visible.sum(1, keepdim=True)
+            counts = numbers[..., None, None]
         return self.config.eps * (counts + (0 if text is None else text.count))
 
     def _text_eps(self, text: TextTokens, streams: Streams) -> Any:

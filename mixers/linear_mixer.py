@@ -100,9 +100,9 @@ class LinearMixer(LinearContext):
         self.log_temperature = nn.Parameter(torch.zeros(2, heads)) if temperature else None
 
     @classmethod
-    def benefits_from_temperature(cls, config: LinearConfig) -> bool:
+    def benefits_from_temperature(cls, config: Any) -> bool:
         """Whether a factor of q and k changes more than the scale of the features."""
-        return not FEATURE_MAPS[cls.feature_map_name(config)].homogeneous
+        return hasattr(config, "temperature") and not FEATURE_MAPS[cls.feature_map_name(config)].homogeneous
 
     @classmethod
     def feature_map_name(cls, config: LinearConfig) -> str:

@@ -16,7 +16,10 @@ from mixers.linear_mixer import LinearMixer
 from mixers.mixer import TokenMixer
 from mixers.testing.tolerances import assert_close
 
-DIM, HEADS, LENGTH, TEXT = 16, 2, 12, 5
+DIM = 16
+HEADS = 2
+LENGTH = 12
+TEXT = 5
 K = DIM // HEADS
 GRID = (3, 4)
 
@@ -97,18 +100,18 @@ def truth(mixer: LinearMixer, x: Tensor, turn: Rotation | None, context_text: Te
     if context_text is not None:
         visible = context_text.visible
         visible = torch.ones(2, TEXT, dtype=torch.bool) if visible is None else visible
-        shown = visible[:, None, :, None].to(q)
+        mask_of_text = visible[:, None, :, None].to(q)
         keys = context_text.rotation(context_text.k) if context_text.rotation else context_text.k
         scores = torch.einsum("bihc,bthc->bith", context_text.q, keys) / math.sqrt(K)
-        exponentials = scores.exp() * shown
+        exponentials = scores.exp() * mask_of_text
         n = visible.sum(1)[:, None, None].to(q)
     if config.text in ("linear", "shared"):
         if config.text == "linear":
             features = mixer.text_features(context_text.k)
-            turned = features if context_text.rotation is None else context_text.rotation(features)
+            rotated = features if context_text.rotation is None else context_text.rotation(features)
             numerator_q = q if turn is None else turn(q)
-            text_weights = torch.einsum("bihc,bthc->bith", numerator_q, turned) * shown
-            text_plain = torch.einsum("bihc,bthc->bith", q, features) * shown
+            text_weights = torch.einsum("bihc,bthc->bith", numerator_q, rotated) * mask_of_text
+            text_plain = torch.einsum("bihc,bthc->bith", q, features) * mask_of_text
         else:
             text_weights = text_plain = exponentials
         weights = torch.cat([weights, text_weights], dim=2)
@@ -129,13 +132,13 @@ def truth(mixer: LinearMixer, x: Tensor, turn: Rotation | None, context_text: Te
 
 
 def cases() -> list[Any]:
-    found = []
+    parameters = []
     for name in WITH_SUMS:
         entry = registry.get_mixer_entry(name)
         for causality in entry.causalities:
             for normalize in entry.normalizations:
-                found.append(pytest.param(name, causality, normalize, id=f"{name}-{causality}-{normalize}"))
-    return found
+                parameters.append(pytest.param(name, causality, normalize, id=f"{name}-{causality}-{normalize}"))
+    return parameters
 
 
 @pytest.mark.parametrize(("name", "causality", "normalize"), cases())
@@ -191,9 +194,9 @@ def test_softmax_attends_to_image_and_text_at_once(causality, padded) -> None:
 @pytest.mark.parametrize("name", list_mixers())
 def test_padding_is_as_if_the_tokens_did_not_exist(name) -> None:
     x = draw(1, LENGTH, DIM)
-    kept = [0, 1, 3, 4, 7, 8, 9, 11]
+    indices = [0, 1, 3, 4, 7, 8, 9, 11]
     visible = torch.zeros(1, LENGTH, dtype=torch.bool)
-    visible[:, kept] = True
+    visible[:, indices] = True
     entry = registry.get_mixer_entry(name)
     for causality in entry.causalities:
         for normalize in entry.normalizations:
@@ -203,13 +206,15 @@ def test_padding_is_as_if_the_tokens_did_not_exist(name) -> None:
                 with pytest.raises(ValueError, match="attention_mask hides tokens"):
                     mixer(x, context=context)
                 continue
-            assert_close(mixer(x, context=context)[:, kept], mixer(x[:, kept]))
+            assert_close(mixer(x, context=context)[:, indices], mixer(x[:, indices]))
 
 
 @pytest.mark.parametrize("scan", ["column", "cross"])
 def test_the_context_follows_the_scan(scan) -> None:
     mixer = build("retnet", normalize=True, scan=scan, text="shared", rope="after_map")
-    x, turn, words = draw(2, LENGTH, DIM), rotation(LENGTH), text()
+    x = draw(2, LENGTH, DIM)
+    turn = rotation(LENGTH)
+    words = text()
     context = MixingContext(text=words, rotation=turn)
     order = torch.arange(LENGTH).view(GRID).t().flatten()
     raster = build("retnet", normalize=True, text="shared", rope="after_map")

@@ -26,6 +26,19 @@ Conditions = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """The module whose call shows how many tokens of a site's sequence are text.
+
+    Attributes:
+        module_name: its name in the model.
+        measure: (positional arguments, keyword arguments) of its forward -> the number of text tokens.
+    """
+
+    module_name: str
+    measure: Callable[[tuple[Any, ...], dict[str, Any]], int]
+
+
+@dataclass(frozen=True)
 class GridSource:
     """The module whose call shows how large the image is that a site's tokens are.
 
@@ -95,6 +108,17 @@ class Host(ABC):
     def grid_source(self, site_name: str) -> GridSource | None:
         """Where the grid of a site's tokens can be read; None if the model does not show it."""
 
+    def attach_text_lengths(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Hook the model so that these layers learn how many tokens of their sequence are text, where there are such.
+
+        They are called with `mixer_text_tokens`; as for `attach_grid`, the number travels with each call.
+        """
+        return []
+
+    def text_source(self, site_name: str) -> TextSource | None:
+        """Where the number of text tokens in a site's sequence can be read; None if it gets image tokens alone."""
+        return None
+
     @abstractmethod
     def tokens_at(self, site: Site, size: tuple[int, int]) -> int | None:
         """Tokens of a site for latents of this (height, width); None if it cannot be computed."""
@@ -157,12 +181,11 @@ class Host(ABC):
 
 
 # Known architectures without a host, and why.
-_JOINT = "its only attention is joint attention over image and text tokens, which has no host yet"
+_JOINT = "it has joint attention over image and text tokens in a form that has no host yet"
 _FUSED = "its blocks fuse the projections of attention and MLP into one layer, so that no q, k and v can be called"
 UNSUPPORTED: dict[str, str] = {
     "ChromaTransformer2DModel": _JOINT,
     "Flux2Transformer2DModel": _FUSED,
-    "FluxTransformer2DModel": _JOINT,
     "QwenImageTransformer2DModel": _JOINT,
     "SanaTransformer2DModel": "its self-attention is linear attention already",
 }

@@ -1,8 +1,4 @@
-"""Stable Diffusion 3.5 medium: its second attention, which sees image tokens alone.
-
-The first attention of each block is joint: one softmax over image and text tokens. It is not a site yet, so Stable
-Diffusion 3 and 3.5 large, which have no second attention, have no sites.
-"""
+"""Stable Diffusion 3 and 3.5: joint attention over image and text; 3.5 medium has a second one over the image alone."""
 
 from __future__ import annotations
 
@@ -10,15 +6,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from unet_adapters.attention import MixerAttention, check_attention
 from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, register_host
 from unet_adapters.hosts.transformers.base import PatchTransformerHost
+from unet_adapters.hosts.transformers.joint_attention import JointMixerAttention, check_joint_attention
+from unet_adapters.mounted_layer import MountedLayer
+from unet_adapters.sites import Site
 
 
 @register_host("sd3")
 class SD3Host(PatchTransformerHost):
-    """`attn2` of the blocks that have one: queries and keys are RMS-normed per head, no rotary embedding."""
+    """`attn` of every block, which sees image and text, and `attn2` of the blocks that have one, which sees the image.
+
+    3.5 norms queries and keys per head. No rotary embedding.
+    """
 
     attention_kwargs = "joint_attention_kwargs"
 
@@ -29,8 +33,22 @@ class SD3Host(PatchTransformerHost):
 
     def _self_attentions(self) -> Iterator[tuple[str, Any]]:
         for index, block in enumerate(self.model.transformer_blocks):
+            yield f"transformer_blocks.{index}.attn", block.attn
             if getattr(block, "attn2", None) is not None:
                 yield f"transformer_blocks.{index}.attn2", block.attn2
+
+    def mounted_class(self, layer: nn.Module) -> type[MountedLayer] | None:
+        """`JointMixerAttention` where there are projections for text."""
+        if type(layer) is not Attention:
+            return None
+        return MixerAttention if layer.added_kv_proj_dim is None else JointMixerAttention
+
+    def check_layer(self, site: Site, layer: Any) -> None:
+        """See `check_joint_attention` and `attention.check_attention`."""
+        if site.text:
+            check_joint_attention(site, layer)
+        else:
+            check_attention(site, layer)
 
     def condition_shapes(self, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
         """`text` and `pooled`."""

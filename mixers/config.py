@@ -70,13 +70,13 @@ class MixerConfig:
         if self.conv_2d is None:
             conv_2d = self.default_conv_2d and self.causality != "causal" and self.scan == "raster"
             object.__setattr__(self, "conv_2d", conv_2d and self.conv_size > 0)
-        for option, value, known in (
+        for option, value, names in (
             ("scan", self.scan, SCANS),
             ("text", self.text, (None, *TEXT_ATTENTIONS)),
             ("rope", self.rope, (None, *ROTARY_PLACEMENTS)),
         ):
-            if value not in known:
-                raise ValueError(unknown_name(option, str(value), [name for name in known if name]))
+            if value not in names:
+                raise ValueError(unknown_name(option, str(value), [name for name in names if name]))
         if self.expand <= 0 or self.conv_size < 0 or (self.local_conv_size or 0) < 0:
             raise ValueError(
                 f"Expected expand > 0, conv_size ≥ 0 and local_conv_size ≥ 0, got {self.expand}, {self.conv_size} "

@@ -76,7 +76,7 @@ class LinearMixer(LinearContext):
         has_decay: whether `add_gates` sets a log decay.
         per_channel_decay: whether every key channel has its own gate.
         normalizes_by_division: whether normalizing divides by row sums, which needs a positive feature map.
-        has_sums: whether `sums` is what `mix` computes; False for mixers with a `mix` of another form.
+        has_sums: whether `sums` is what `mix` computes; by default False for a subclass with a `mix` of its own.
 
     Attributes:
         log_temperature: (2, h), logarithms of the factors of q and of k; None without `temperature`.
@@ -90,6 +90,11 @@ class LinearMixer(LinearContext):
     has_sums: ClassVar[bool] = True
 
     config: LinearConfig
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "mix" in vars(cls) and "has_sums" not in vars(cls):
+            cls.has_sums = False
 
     def __init__(self, config: LinearConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         self.feature_map: FeatureMap = feature_map(

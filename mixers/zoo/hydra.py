@@ -73,7 +73,6 @@ class Hydra(StateSpaceMixer):
 
     Config: ClassVar[type[MixerConfig]] = HydraConfig
     has_decay: ClassVar[bool] = True
-    has_sums: ClassVar[bool] = False
     drop_in_options: ClassVar[Mapping[str, Any]] = {
         **StateSpaceMixer.drop_in_options,
         "shared_keys": True,

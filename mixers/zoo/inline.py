@@ -102,7 +102,6 @@ class InLine(LinearMixer):
     Config: ClassVar[type[MixerConfig]] = InLineConfig
     drop_in_options: ClassVar[Mapping[str, Any]] = {"local_conv_size": 0}
     normalizes_by_division: ClassVar[bool] = False
-    has_sums: ClassVar[bool] = False
 
     config: InLineConfig  # type: ignore[assignment]  # no eps, because nothing is divided by a sum of weights
 

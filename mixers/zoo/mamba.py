@@ -84,7 +84,6 @@ class Mamba(StateSpaceMixer):
 
     Config: ClassVar[type[MixerConfig]] = MambaConfig
     has_decay: ClassVar[bool] = True
-    has_sums: ClassVar[bool] = False
     drop_in_options: ClassVar[Mapping[str, Any]] = {**StateSpaceMixer.drop_in_options, "selection": "input"}
     output_options: ClassVar[Mapping[str, Any]] = {"skip_per_channel": True}
 

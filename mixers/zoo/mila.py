@@ -77,6 +77,8 @@ class MILA(LinearAttention):
     }
     output_options: ClassVar[Mapping[str, Any]] = {"gate_bias": True}
 
+    has_sums: ClassVar[bool] = True
+
     config: MILAConfig
 
     @property

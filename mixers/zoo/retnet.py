@@ -66,6 +66,9 @@ class RetNet(LinearMixer):
     γ weighs all tokens alike.
 
     Deviations from the published block: the scaling of scores by their sums is left out, because the norm undoes it.
+    Values are twice as wide as the model, as in the paper and in fla; the models of torchscale use 27/16. The norm's
+    eps is 1e-5 instead of 1e-6, and the projections start as torch's linear layers, where torchscale draws them by
+    Xavier with gain 2^−2.5 (to_out: 2^−1).
     """
 
     Config: ClassVar[type[MixerConfig]] = RetNetConfig

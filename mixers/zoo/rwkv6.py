@@ -63,12 +63,15 @@ class RWKV6(LinearMixer):
     mirror image for j > i; without an order, W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Normalized, u
     is exp(u) > 0, as in RWKV-4, and eps is added to the decayed sum, or without an order to the mean weight.
     GroupNorm per head and multiplication by SiLU(to_gate(x)) follow. to_q computes r.
+
+    Deviations from the published block: initial values that depend on the depth are those at half depth, and the
+    projections and the norm start as torch's layers. Published models start to_out at zero, to_q and to_v orthogonal,
+    to_k and to_gate orthogonal times 0.1, and the norm's weight at ((1 + layer) / layers)^0.7.
     """
 
     Config: ClassVar[type[MixerConfig]] = RWKV6Config
     has_decay: ClassVar[bool] = True
     per_channel_decay: ClassVar[bool] = True
-    has_sums: ClassVar[bool] = False
     drop_in_options: ClassVar[Mapping[str, Any]] = {"token_shift": False, "norm": False, "gate": False}
     tiny_options: ClassVar[Mapping[str, Any]] = {"shift_rank": 3, "decay_rank": 4}
     output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "head_group", "eps": 64e-5}

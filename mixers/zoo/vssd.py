@@ -31,12 +31,10 @@ class VSSD(StateSpaceMixer):
 
     x, B and C pass through a 3 × 3 depthwise convolution over the image and SiLU, and LayerNorm(W x + D x)·z follows;
     the gate z has no SiLU. A causal one sees earlier tokens with the same weights, and its convolution is over tokens.
-
-    Deviations from the published block: the token weight is Δ|A| > 0 instead of Δ·A < 0, a sign that B absorbs.
     """
 
     Config: ClassVar[type[MixerConfig]] = VSSDConfig
-    output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "layer", "linear_gate": True}
+    output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "layer", "gate_activation": "identity"}
 
     config: VSSDConfig
 

@@ -25,6 +25,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 # Mixers that a host with rotary embeddings refuses, the reason, and the options with which it takes them.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mila": ("it rotates by positions of its own", {"rotary": False}),
+    "rala": ("it rotates by positions of its own", {"rotary": False, "rope": "before_map"}),
+    "polaformer": ("its numerator and its denominator are not computed apart", {"rope": "before_map"}),
     "linfusion_low_rank": ("its features are k·r products", {"rope": "before_map"}),
 }
 

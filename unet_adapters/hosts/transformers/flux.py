@@ -6,7 +6,7 @@ and without an output projection in the layer; how many tokens are text is read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from mixers.context import Rotation
 from unet_adapters.attention import check_grid, check_heads, view_teacher
-from unet_adapters.hosts.base import Conditions, GridSource, Host, TextSource, register_host
+from unet_adapters.hosts.base import GridSource, Host, TextSource, register_host
+from unet_adapters.hosts.calls import Conditions
 from unet_adapters.hosts.grids import HookArguments, pass_grid
 from unet_adapters.hosts.transformers.joint_attention import project_text
 from unet_adapters.joint import ProjectedText, mix_jointly
@@ -210,6 +211,26 @@ class FluxHost(Host):
             "guidance": conditions.get("guidance"),
         }
 
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+    ) -> tuple[Conditions, Conditions]:
+        """`text` and `pooled`; negative prompts are for models that are not guidance-distilled."""
+
+        def encode(texts: Sequence[str]) -> Conditions:
+            text, pooled, _ = pipe.encode_prompt(list(texts), None, device=self.device, num_images_per_prompt=1)
+            return {"text": text, "pooled": pooled}
+
+        return encode(prompts), encode(negative_prompts or [""] * len(prompts)) if guided else {}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the model is guidance-distilled."""
+        return bool(self.model.config.guidance_embeds)
+
+    def guidance_conditions(self, pipe: Any, scale: float, batch: int = 1) -> dict[str, Tensor]:
+        """`guidance`, the scale, in float32."""
+        return {"guidance": torch.full((batch,), scale, device=self.device)} if self.embeds_guidance else {}
+
     def latent_shape(self, size: tuple[int, int], batch: int = 1) -> tuple[int, ...]:
         """(b, c, height, width), before packing."""
         return (batch, self.model.config.in_channels // PACKED**2, *size)
@@ -221,6 +242,11 @@ class FluxHost(Host):
             "timestep": timestep / 1000,  # the model multiplies by 1000
             "img_ids": image_ids(height, width, noisy),
         }
+
+    def _read_output(self, output: Tensor, noisy: Tensor) -> Tensor:
+        """The tokens as latents."""
+        height, width = (side // PACKED for side in noisy.shape[-2:])
+        return unpack(output, (height, width))
 
 
 def pack(latents: Tensor) -> Tensor:

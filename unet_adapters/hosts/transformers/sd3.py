@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from unet_adapters.attention import MixerAttention, check_attention
-from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, register_host
+from unet_adapters.hosts.base import register_host
+from unet_adapters.hosts.calls import TEXT_TOKENS, Conditions
 from unet_adapters.hosts.transformers.base import PatchTransformerHost
 from unet_adapters.hosts.transformers.joint_attention import JointMixerAttention, check_joint_attention
 from unet_adapters.mounted_layer import MountedLayer
@@ -61,6 +62,21 @@ class SD3Host(PatchTransformerHost):
     def forward_arguments(self, conditions: Conditions) -> dict[str, Any]:
         """`encoder_hidden_states` and `pooled_projections`."""
         return {"encoder_hidden_states": conditions["text"], "pooled_projections": conditions["pooled"]}
+
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+    ) -> tuple[Conditions, Conditions]:
+        """`text` and `pooled`."""
+        text, negative_text, pooled, negative_pooled = pipe.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=None if negative_prompts is None else list(negative_prompts),
+        )
+        return {"text": text, "pooled": pooled}, {"text": negative_text, "pooled": negative_pooled} if guided else {}
 
     def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         return {"hidden_states": noisy, "timestep": timestep}

@@ -20,6 +20,9 @@ from tests.unet_adapters.host_models import MODELS, SIZES, make_inputs, make_mod
 from unet_adapters import MixerAdapter, find_host, find_sites
 from unet_adapters.capture import capture_sites, replay
 
+# Mixers that can be softmax attention on so small an image: one block of keys, and a window that covers it.
+SOFTMAX_HERE = {"softmax_window", "sparse_linear"}
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 # Mixers that a host with rotary embeddings refuses, the reason, and the options with which it takes them.
@@ -27,6 +30,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mila": ("it rotates by positions of its own", {"rotary": False}),
     "rala": ("it rotates by positions of its own", {"rotary": False, "rope": "before_map"}),
     "polaformer": ("its numerator and its denominator are not computed apart", {"rope": "before_map"}),
+    "sparse_linear": ("its linear part maps what its exact part rotates", {"rope": "before_map"}),
     "linfusion_low_rank": ("its features are k·r products", {"rope": "before_map"}),
 }
 
@@ -81,7 +85,8 @@ def test_every_mixer_mounts_trains_and_leaves_or_is_refused(model, name) -> None
     adapter = MixerAdapter.build(model, name, **options).mount()
     mixed = run(model)
     assert mixed.shape == base.shape and mixed.isfinite().all()
-    assert name == "softmax" or not close(mixed, base, 1e-5)
+    if name not in SOFTMAX_HERE:
+        assert close(mixed, base, 1e-5) == (name == "softmax")
     mixed.square().mean().backward()
     unused = [key for key, parameter in adapter.parameters_by_name().items() if parameter.grad is None]
     # The controls read neither queries nor keys, except that the text is read with the queries of joint attention.

@@ -24,6 +24,8 @@ class Traits:
         needs_grid: the forward needs grid=(height, width).
         pairwise: an entry of the mixing matrix depends only on its two tokens and on those between them, up to a
             factor per row. Not if all tokens together decide how each is weighted.
+        continuous: a small change of the tokens changes the output little. Not if the tokens select what is computed:
+            at a tie, the output jumps.
     """
 
     causality: Causality
@@ -34,3 +36,4 @@ class Traits:
     repetition_invariant: bool = False
     needs_grid: bool = False
     pairwise: bool = True
+    continuous: bool = True

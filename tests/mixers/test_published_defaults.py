@@ -39,6 +39,8 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "inline": ("LeapLabTHU/InLine", "e463a6f", "models/inline_deit.py"),
     "rala": ("qhfan/RALA", "a86314f", "classfication/RALA.py, GateLinearAttentionNoSilu"),
     "polaformer": ("ZacharyMeng/PolaFormer", "44cdd39", "models/pola_pvt.py, PolaLinearAttention"),
+    "sparse_linear": ("thu-ml/SLA", "d973e55", "sparse_linear_attention/core.py; over the rest: kernel.py at 325cc75"),
+    "softmax_window": ("Huage001/CLEAR", "98e9fed", "attention_processor.py, distill.sh"),
     "linfusion": ("Huage001/LinFusion", "62ef289", "src/linfusion/attention.py"),
     "sana_relu": ("NVlabs/Sana", "2cfb4f7", "diffusion/model/nets/sana_blocks.py, LiteLA"),
 }
@@ -101,6 +103,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "noncausal", "normalize": True, "alpha": 4.0, "local_conv_size": 5, "gate": True},
         **{"qkv_bias": True, "position_table_size": 14, "eps": 1e-6, "norm": False},
     },
+    "sparse_linear": {  # core.py: BLKQ = BLKK = 64, feature_map="softmax", 1e-5; README.md: topk=0.2
+        **{"causality": "noncausal", "normalize": True, "block_size": 64, "topk": 0.2, "kept_blocks": None},
+        **{"combine": "project", "linear_over": "rest", "feature_map": "softmax", "eps": 1e-5},
+    },
+    "softmax_window": {  # distill.sh: window_size=16; attention_processor.py: a distance below window_size
+        **{"causality": "noncausal", "normalize": True, "radius": 16},
+    },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
     "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},  # LiteLA: eps=1e-15, use_bias=False
 }
@@ -121,6 +130,8 @@ BIASES: dict[str, set[str]] = {
     "inline": {"to_q", "to_k", "to_v", "to_out"},
     "rala": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "polaformer": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
+    "sparse_linear": {"to_out"},
+    "softmax_window": {"to_out"},
     "linfusion": {"to_out"},
     "sana_relu": {"to_out"},
 }
@@ -238,7 +249,14 @@ def test_vision_mixers_start_as_published() -> None:
     assert built("rala").output.gate_activation == polaformer.output.gate_activation == "identity"
 
 
+def test_sparse_linear_starts_as_published() -> None:
+    """core.py: one layer of the width of a head, with weights and bias of zero."""
+    layer = built("sparse_linear").output.proj_l
+    assert layer.weight.shape == (DIM // HEADS, DIM // HEADS)
+    assert not layer.weight.any() and not layer.bias.any()
+
+
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
     names = {"linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"}
-    for name in sorted(names | {"kda", "rala", "polaformer"}):
+    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window"}):
         assert registry.get_mixer_entry(name).deviations, name

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from mixers.context import ROTARY_PLACEMENTS, TEXT_ATTENTIONS, RotaryPlacement, TextAttention
+from mixers.stages.normalizers import NORMALIZER_NAMES, NormalizerName
 from mixers.stages.scan_orders import SCANS
 from mixers.suggest import unknown_name
 from mixers.traits import Causality
@@ -20,7 +21,10 @@ class MixerConfig:
 
     Attributes:
         causality: which tokens each token sees.
-        normalize: divide each row of the mixing matrix by its sum.
+        normalize: normalize the rows of the mixing matrix.
+        normalizer: how: `row_sum` divides each row by its sum, `subtract` subtracts the mean score and adds one over
+            the number of tokens, `decoupled` divides signed weights by sums of positive ones
+            (`mixers.stages.normalizers`). None: the paper's.
         scan: order in which the tokens of an image are read, a key of `SCANS`: `raster`, `column`, `cross` (raster
             and column, averaged), `zigzag` or `hilbert`. For mixers whose result depends on the order.
         expand: width of the values divided by the model width. Other than 1, the mixer needs its own projections.
@@ -47,9 +51,11 @@ class MixerConfig:
 
     default_local_conv_size: ClassVar[int] = 0
     default_conv_2d: ClassVar[bool] = False
+    default_normalizer: ClassVar[NormalizerName] = "row_sum"
 
     causality: Causality = "noncausal"
     normalize: bool = True
+    normalizer: NormalizerName | None = None
     scan: str = "raster"
     expand: float = 1
     conv_size: int = 0
@@ -71,17 +77,25 @@ class MixerConfig:
             conv_2d = self.default_conv_2d and self.causality != "causal" and self.scan == "raster"
             object.__setattr__(self, "conv_2d", conv_2d and self.conv_size > 0)
         for option, value, names in (
+            ("normalizer", self.normalizer, (None, *NORMALIZER_NAMES)),
             ("scan", self.scan, SCANS),
             ("text", self.text, (None, *TEXT_ATTENTIONS)),
             ("rope", self.rope, (None, *ROTARY_PLACEMENTS)),
         ):
             if value not in names:
                 raise ValueError(unknown_name(option, str(value), [name for name in names if name]))
+        if self.normalizer is not None and not self.normalize:
+            raise ValueError(f"normalizer={self.normalizer!r} needs normalize=True.")
         if self.expand <= 0 or self.conv_size < 0 or (self.local_conv_size or 0) < 0:
             raise ValueError(
                 f"Expected expand > 0, conv_size ≥ 0 and local_conv_size ≥ 0, got {self.expand}, {self.conv_size} "
                 f"and {self.local_conv_size}."
             )
+
+    @property
+    def row_normalizer(self) -> NormalizerName | None:
+        """The normalizer in effect; None if rows are not normalized."""
+        return (self.normalizer or self.default_normalizer) if self.normalize else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""

@@ -11,21 +11,21 @@ from torch import Tensor
 from mixers import operators
 from mixers.context import RotaryPlacement, Rotation, TextAttention, TextTokens, count_tokens
 from mixers.feature_maps import FeatureMap
-from mixers.mixer import TokenMixer
 from mixers.normalization import count_visible_tokens
+from mixers.normalized_mixer import NormalizedMixer
 from mixers.precision import no_autocast
 from mixers.streams import Streams
 from mixers.text_attention import share_denominator
 
 
-class LinearContext(TokenMixer):
+class LinearContext(NormalizedMixer):
     """Base of `LinearMixer`: rotary embeddings after the feature map, text in the sums, padding.
 
-    Everything here is computed from `sums`, the numerator and the denominator of the mixer. Mixers with a `mix` of
-    another form (`has_sums = False`) have what every mixer has.
+    Everything here is computed from `sums`, the numerator and the denominator of the mixer. Mixers that mix in another
+    form, or are normalized otherwise than by row sums, have what every mixer has.
     """
 
-    has_sums: ClassVar[bool]
+    computes_sums: ClassVar[bool]
     has_decay: ClassVar[bool]
 
     config: Any
@@ -42,6 +42,11 @@ class LinearContext(TokenMixer):
     def scale_at(self, length: Any) -> Any:
         """Return the factor of unnormalized weights; see `LinearMixer.scale_at`."""
         raise NotImplementedError
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether `sums` is what the mixer computes, as configured."""
+        return self.computes_sums and self.config.row_normalizer in (None, "row_sum")
 
     def sums(self, streams: Streams, text: TextTokens | None = None) -> tuple[Tensor, Tensor | None]:
         """Compute Σ_j W_ij v_j and Σ_j W_ij before any division, over image tokens and the keys of a text.
@@ -93,7 +98,7 @@ class LinearContext(TokenMixer):
 
     def rotate(self, streams: Streams, rotation: Rotation) -> Streams:
         """Rotate the features in the numerator, or q and k before the map, as `rope` of the configuration says."""
-        if self.config.rope == "before_map" or not self.has_sums:
+        if self.config.rope == "before_map" or not self.computes_sums:
             return super().rotate(streams, rotation)
         return replace(streams, rotation=rotation)
 
@@ -120,8 +125,9 @@ class LinearContext(TokenMixer):
     @property
     def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
         """For every value of `rope`: None if it is supported, otherwise the reason."""
+        rotates_in_denominator = self.feature_map.positive or self.config.row_normalizer == "decoupled"
         after = None
-        if not self.has_sums and self.feature_map.positive:
+        if not self.computes_sums and rotates_in_denominator:
             after = "its numerator and its denominator are not computed apart"
         return {"after_map": after, "before_map": None}
 

@@ -183,6 +183,11 @@ class TokenMixer(ContextMixing):
         """
         raise ValueError(f"{cls.__name__} cannot be built from a published state dict.")
 
+    @classmethod
+    def refuses_normalizer(cls, name: str) -> str | None:
+        """Return why the mixer cannot be normalized that way, or None if it can; `row_sum` is never refused."""
+        return "it computes its normalized rows in one way only"
+
     # Helpers of the flow
 
     def resolve_projections(self, projections: ProjectionLayers | None) -> ProjectionLayers:
@@ -247,6 +252,10 @@ class TokenMixer(ContextMixing):
                     f"neighbors on all sides; got causality={config.causality!r} and scan={config.scan!r}."
                 )
         self._check_context_options()
+        if config.row_normalizer not in (None, config.default_normalizer):
+            reason = self.refuses_normalizer(str(config.row_normalizer))
+            if reason is not None:
+                raise ValueError(f"{name} does not support normalizer={config.row_normalizer!r}: {reason}.")
         required_widths = (self.key_width, self.value_width)
         if not own_projections and required_widths != (self.dim, self.dim):
             raise ValueError(

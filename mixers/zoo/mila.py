@@ -77,7 +77,7 @@ class MILA(LinearAttention):
     }
     output_options: ClassVar[Mapping[str, Any]] = {"gate_bias": True}
 
-    has_sums: ClassVar[bool] = True
+    computes_sums: ClassVar[bool] = True
 
     config: MILAConfig
 
@@ -108,12 +108,12 @@ class MILA(LinearAttention):
     @property
     def _has_separate_denominator(self) -> bool:
         """Whether W is divided by sums other than its own row sums."""
-        return self.config.rotary and self.config.normalize
+        return self.config.rotary and self.divides_by_row_sums
 
-    def mix(self, streams: Streams) -> Tensor:
+    def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least."""
         if not self._has_separate_denominator:
-            return super().mix(streams)
+            return super().mix_directly(streams)
         return divide(*self.sums(streams))
 
     def denominator_features(self, streams: Streams, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,10 +128,10 @@ class MILA(LinearAttention):
         reason = "it rotates by positions of its own; pass rotary=False"
         return {"after_map": reason, "before_map": reason}
 
-    def mixing_matrix(self, streams: Streams) -> Tensor:
+    def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
         if not self._has_separate_denominator:
-            return super().mixing_matrix(streams)
+            return super().direct_matrix(streams)
         options = self._unnormalized_options(streams)
         rotated = operators.linear_attention_matrix(*self.features(streams), **options)
         sums = operators.linear_attention_matrix(*super().features(streams), **options).sum(-1, keepdim=True)
@@ -159,7 +159,8 @@ class MILA(LinearAttention):
         """The properties of this mixer as configured."""
         traits = super().traits
         rotary = self.config.rotary
-        return replace(traits, normalized=traits.normalized and not rotary, needs_grid=traits.needs_grid or rotary)
+        normalized = traits.normalized and not self._has_separate_denominator
+        return replace(traits, normalized=normalized, needs_grid=traits.needs_grid or rotary)
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of linear attention, and of a second pass for a separate denominator."""

@@ -34,6 +34,11 @@ class Softmax(TokenMixer):
     weighs_text: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}
 
+    @classmethod
+    def refuses_normalizer(cls, name: str) -> str | None:
+        """Softmax is its own normalizer."""
+        return "rows of exp(q·k) are divided by their sums, without which they overflow"
+
     def mix(self, streams: Streams) -> Tensor:
         """Compute softmax(q kᵀ/√k) v with torch's scaled dot product attention, in O(l²) time."""
         if streams.visible is not None:

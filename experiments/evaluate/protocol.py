@@ -48,7 +48,7 @@ class Protocol(FrozenModel):
     image_format: str = "uint8 RGB; samples as PNG"
     data: dict[str, str]
     features: dict[str, str]
-    metric_sources: dict[str, str] = {}
+    metric_sources: dict[str, str]
     teacher: str
     evaluation: dict[str, Any]
 

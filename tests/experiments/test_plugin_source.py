@@ -1,4 +1,4 @@
-"""The source of plug-ins is part of every key: changing one file changes the keys of what it computes, and no others."""
+"""The source of plug-ins is in every key: changing one file changes the keys of what it computes, and no others."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ STARTED = "training.json"
 def open_cell_context(config: CellConfig | Grid) -> DistillationContext:
     """Open the teacher and the images of a cell, or of a grid, whose cells share them."""
     plan = config.distillation
-    return open_context(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
+    return open_context(
+        config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:], config.teacher_variant
+    )
 
 
 def training_key(config: CellConfig, context: DistillationContext) -> str:

@@ -57,7 +57,7 @@ def run_recipe(recipe: DistillationRecipe, directory: Path, callback: StageCallb
 
 
 def _run(recipe: DistillationRecipe, directory: Path, callback: StageCallback, process: PartialState) -> Path:
-    teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype))
+    teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.teacher_variant)
     config = seed_stages(recipe.distillation, recipe.seed)
     inputs = {
         "recipe": recipe.model_dump(mode="json"),

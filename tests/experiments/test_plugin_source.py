@@ -142,8 +142,8 @@ def test_a_distillation_does_not_continue_with_another_source(folder: Path, plug
 
 
 def test_classes_of_libraries_and_of_shells_count_by_name() -> None:
-    made = type("Made", (), {"__module__": "__main__"})
-    assert source_digest(made) == source_digest(made) != source_digest(Grid)
+    shell_class = type("Made", (), {"__module__": "__main__"})
+    assert source_digest(shell_class) == source_digest(shell_class) != source_digest(Grid)
     assert source_digest(Grid) == source_digest(Grid) != source_digest(Variant)
 
 

@@ -22,6 +22,10 @@ class Traits:
         repetition_invariant: repeating every token leaves the output unchanged, so that the mixer carries over to
             other resolutions.
         needs_grid: the forward needs grid=(height, width).
+        pairwise: an entry of the mixing matrix depends only on its two tokens and on those between them, up to a
+            factor per row. Not if all tokens together decide how each is weighted.
+        continuous: a small change of the tokens changes the output little. Not if the tokens select what is computed:
+            at a tie, the output jumps.
     """
 
     causality: Causality
@@ -31,3 +35,5 @@ class Traits:
     linear: bool
     repetition_invariant: bool = False
     needs_grid: bool = False
+    pairwise: bool = True
+    continuous: bool = True

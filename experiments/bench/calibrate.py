@@ -149,5 +149,5 @@ def call_kinds() -> Iterator[CallKind]:
             function = partial(linear, causality=causality, feature_map="elu_plus_one")
             yield CallKind("linear", causality, decay, function, partial(linear_inputs, decay))
         yield CallKind("scan", causality, "vector", partial(scan, causality=causality), scan_inputs)
-    for causality in ("causal", "bidirectional"):
-        yield CallKind("delta", causality, "scalar", partial(delta, causality=causality), delta_inputs)
+        for decay in ("scalar", "vector"):
+            yield CallKind("delta", causality, decay, partial(delta, causality=causality), partial(delta_inputs, decay))

@@ -50,9 +50,9 @@ def scan_inputs(config: BenchmarkConfig, length: int, heads: int, width: int) ->
     )
 
 
-def delta_inputs(config: BenchmarkConfig, length: int, heads: int, width: int) -> tuple[Tensor, ...]:
-    """Return q, k, v, beta and the log decay of the gated delta rule; keys have unit norm."""
+def delta_inputs(decay: str, config: BenchmarkConfig, length: int, heads: int, width: int) -> tuple[Tensor, ...]:
+    """Return q, k, v, beta and the log decay of the gated delta rule, scalar or vector; keys have unit norm."""
     q, k, v = attention_inputs(config, length, heads, width)
     beta = config.randn(*q.shape[:3]).sigmoid()
-    log_decay = -config.randn(*q.shape[:3]).abs()
+    log_decay = -config.randn(*(q.shape if decay == "vector" else q.shape[:3])).abs()
     return q, F.normalize(k, dim=-1), v, beta, log_decay

@@ -57,7 +57,10 @@ def operator_modes() -> Iterator[OperatorMode]:
             bidirectional = partial(positive, causality="bidirectional")
             yield OperatorMode(f"bidirectional, decay {decay}, normalized", bidirectional, inputs)
     yield OperatorMode("selective scan", operators.selective_scan, scan_inputs, has_workload=False)
-    yield OperatorMode("delta rule", operators.delta_rule, delta_inputs)
+    delta: Any = operators.delta_rule
+    yield OperatorMode("delta rule", delta, partial(delta_inputs, "scalar"))
+    yield OperatorMode("delta rule, decay vector", delta, partial(delta_inputs, "vector"))
+    yield OperatorMode("delta rule, non-causal", partial(delta, causality="noncausal"), partial(delta_inputs, "scalar"))
 
 
 def operator_benchmarks(config: BenchmarkConfig) -> Iterator[Benchmark]:

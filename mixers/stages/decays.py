@@ -114,6 +114,43 @@ class LowRankDecay(nn.Module):
         return F.logsigmoid(self.up(self.down(x))) / self.normalizer
 
 
+class ChannelDecay(nn.Module):
+    """KDA's decay, one per key channel: −exp(A_log) · softplus(up(down(x)) + dt_bias) (2510.26692).
+
+    Parameters, as published (fla's f_proj.0, f_proj.1, A_log and dt_bias): `down.weight` (rank, d), `up.weight`
+    (channels, rank), `A_log` (h,) and `dt_bias` (channels,). Costs rank·(d + channels) multiply-adds per token.
+
+    Args:
+        dim: model width d.
+        channels: key channels of all heads.
+        heads: number of heads h; divides channels.
+        rank: width between the two layers.
+        a_range: exp(A_log) is initialized uniformly in this range.
+        dt_range: softplus(dt_bias) is initialized log-uniformly in this range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        channels: int,
+        heads: int,
+        rank: int,
+        a_range: tuple[float, float] = (1.0, 16.0),
+        dt_range: tuple[float, float] = (1e-3, 1e-1),
+    ) -> None:
+        super().__init__()
+        self.down = FullPrecisionLinear(dim, rank, bias=False)
+        self.up = FullPrecisionLinear(rank, channels, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*a_range).log())
+        self.dt_bias = nn.Parameter(inverse_softplus_of_log_uniform(channels, *dt_range))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (b, l, d) to log decays (b, l, h, channels / h)."""
+        step = self.up(self.down(x))
+        dt = F.softplus(step + self.dt_bias.to(step.dtype)).unflatten(-1, (len(self.A_log), -1))
+        return -dt * self.A_log.to(step.dtype).exp()[:, None]
+
+
 class DoubleExponentialDecay(nn.Module):
     """RWKV-6's decay, one per key channel: −exp(w) with w = up(tanh(down(x))) (2404.05892).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +76,13 @@ class HeadGroupNorm(nn.Module):
         return y.to(x.dtype)
 
 
+GATE_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor] | None] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "identity": None,
+}
+"""Functions of the gate by name; None leaves it as it is."""
+
 NORM_KINDS = ("head_rms", "rms", "head_group", "layer")
 
 
@@ -81,7 +90,7 @@ class Output(nn.Module):
     """Maps the operator's result (b, l, h, v) to the same shape; each part is optional, in this order:
 
         y ← y + D · v + local_conv(v)
-        y ← norm(y) · SiLU(z), or norm(y · SiLU(z)) if `gate_first`;    z = to_gate(x)
+        y ← norm(y) · σ(z), or norm(y · σ(z)) if `gate_first`;    z = to_gate(x), σ = SiLU by default
 
     | paper | options |
     |---|---|
@@ -89,7 +98,8 @@ class Output(nn.Module):
     | GLA (2312.06635), Gated DeltaNet (2412.06464), RetNet in fla | norm_kind="head_rms" |
     | RetNet (2307.08621) | norm_kind="head_rms", affine=False |
     | RWKV-6 (2404.05892) | norm_kind="head_group", eps=64e-5 |
-    | VSSD (2407.18559), its code | norm_kind="layer", linear_gate=True |
+    | VSSD (2407.18559), its code | norm_kind="layer", gate_activation="identity" |
+    | KDA (2510.26692) | norm_kind="head_rms", gate_activation="sigmoid" |
     | FLatten (2308.00442) | local_conv_size=5, local_conv_shared=True |
     | MILA (2405.16605) | local_conv_size=3, gate_bias=True |
 
@@ -110,7 +120,7 @@ class Output(nn.Module):
         norm_kind: `head_rms`, `rms` (over the full width, in `groups`), `head_group`, or `layer` (LayerNorm over the
             full width).
         gate_first: gate before the norm.
-        linear_gate: the gate is z, not SiLU(z).
+        gate_activation: σ, a key of `GATE_ACTIVATIONS`: `silu`, `sigmoid` or `identity`.
         groups: number of groups of the norm `rms`.
         affine: whether the norm has a weight (and a bias).
         eps: of the norm.
@@ -119,7 +129,7 @@ class Output(nn.Module):
         zero_init: initialize the local convolution to zero.
 
     Raises:
-        ValueError: norm_kind is unknown, or groups is set for a norm without groups.
+        ValueError: norm_kind or gate_activation is unknown, or groups is set for a norm without groups.
     """
 
     def __init__(
@@ -135,7 +145,7 @@ class Output(nn.Module):
         local_conv_shared: bool = False,
         norm_kind: str = "head_rms",
         gate_first: bool = False,
-        linear_gate: bool = False,
+        gate_activation: str = "silu",
         groups: int = 1,
         affine: bool = True,
         eps: float = 1e-5,
@@ -146,7 +156,9 @@ class Output(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.gate_first = gate_first
-        self.linear_gate = linear_gate
+        if gate_activation not in GATE_ACTIVATIONS:
+            raise ValueError(unknown_name("gate activation", gate_activation, GATE_ACTIVATIONS))
+        self.gate_activation = gate_activation
         self.norm_per_head = norm_kind == "head_rms"
         self.D = nn.Parameter(torch.ones((heads, head_dim) if skip_per_channel else (heads,))) if skip else None
         channels = head_dim if local_conv_shared else width
@@ -190,8 +202,9 @@ class Output(nn.Module):
             return y
         dtype = accumulation_dtype(y)
         z = self.to_gate(x).to(dtype).view_as(y)
-        # Results of layers are never overwritten, because a forward hook may keep them; that of F.silu is ours.
-        return z * y.to(dtype) if self.linear_gate else multiply_reusing(F.silu(z), y.to(dtype))
+        activation = GATE_ACTIVATIONS[self.gate_activation]
+        # Results of layers are never overwritten, because a forward hook may keep them; those of functions are ours.
+        return z * y.to(dtype) if activation is None else multiply_reusing(activation(z), y.to(dtype))
 
 
 def _create_norm(kind: str, heads: int, head_dim: int, groups: int, affine: bool, eps: float) -> nn.Module:

@@ -88,6 +88,22 @@ class FullPrecisionLinear(nn.Linear):
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
+class LowRankLinear(nn.Module):
+    """up(down(x)): a linear layer of low rank, whose bias, if any, is that of `up`.
+
+    Parameters: `down.weight` (rank, in), `up.weight` (out, rank) and `up.bias` (out,).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project (…, in_features) to (…, out_features)."""
+        return self.up(self.down(x))
+
+
 class ResidualMLP(nn.Module):
     """x + Linear(LeakyReLU(LayerNorm(Linear(x)))), with mid_dim channels inside (LinFusion, 2409.02097 §3.3).
 

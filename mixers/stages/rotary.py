@@ -33,24 +33,27 @@ def rotary(
     return _rotate(x, [positions], base, adjacent, inclusive)
 
 
-def rotary_2d(x: Tensor, grid: ImageGrid | None, *, base: float = 10000.0, adjacent: bool = True) -> Tensor:
+def rotary_2d(
+    x: Tensor, grid: ImageGrid | None, *, base: float = 10000.0, adjacent: bool = True, inclusive: bool = False
+) -> Tensor:
     """Rotate half of the channels by the row of the token and half by its column: (b, l, h, k) -> (b, l, h, k).
 
-    With n = ⌊k/4⌋, pair i < n rotates by row · base^(−i/n), and pair n + i by column · base^(−i/n) (MILA 2405.16605).
-    rotary_2d(q)_s · rotary_2d(k)_t depends on the differences of rows and of columns only. The last k − 4n channels
-    are not rotated: 2 of a head of 6. MILA rotates the full width before splitting heads: pass x as (b, l, 1, d).
+    With n = ⌊k/4⌋, pair i < n rotates by row · base^(−i/n), and pair n + i by column · base^(−i/n) (MILA 2405.16605),
+    or with exponents −i/(n−1) if `inclusive` (RALA 2411.07635). rotary_2d(q)_s · rotary_2d(k)_t depends on the
+    differences of rows and of columns only. The last k − 4n channels are not rotated: 2 of a head of 6. MILA rotates
+    the full width before splitting heads: pass x as (b, l, 1, d).
 
     Args:
         x: queries or keys, in raster order.
         grid: (height, width) with height · width = l.
-        base, adjacent: as in `rotary`.
+        base, adjacent, inclusive: as in `rotary`.
 
     Raises:
         ValueError: The grid is missing or does not fit, or k < 4.
     """
     _, width = require_grid(grid, x.shape[1], "A rotary embedding in two dimensions")
     positions = torch.arange(x.shape[1], device=x.device)
-    return _rotate(x, [positions // width, positions % width], base, adjacent)
+    return _rotate(x, [positions // width, positions % width], base, adjacent, inclusive)
 
 
 def _rotate(x: Tensor, axes: list[Tensor], base: float, adjacent: bool, inclusive: bool = False) -> Tensor:

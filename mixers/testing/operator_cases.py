@@ -108,14 +108,15 @@ def _scan_tensors(generator: torch.Generator, b: int, length: int, k: int = KEY,
     return {"u": normal(v), "dt": dt, "A": -rates.exp(), "B": normal(k).exp(), "C": normal(k).exp(), "D": D}
 
 
-def _delta_tensors(decay: str) -> TensorFactory:
+def _delta_tensors(decay: str, positive: bool) -> TensorFactory:
     def make(generator: torch.Generator, b: int, length: int, k: int = KEY, v: int = VALUE) -> NamedTensors:
         normal = _draw_normal(generator, b, length)
-        sizes = {"b": b, "l": length, "h": HEADS}
+        sizes = {"b": b, "l": length, "h": HEADS, "k": k}
         gates = {"log_decay": _draw_log_decays(generator, *(sizes[axis] for axis in decay))} if decay else {}
-        keys = F.normalize(normal(k), dim=-1)
+        queries = normal(k).exp() if positive else normal(k)
+        keys = normal(k).exp() if positive else normal(k)
         beta = normal(1).squeeze(-1).sigmoid()
-        return {"q": normal(k), "k": keys, "v": normal(v), "beta": beta, **gates}
+        return {"q": queries, "k": F.normalize(keys, dim=-1), "v": normal(v), "beta": beta, **gates}
 
     return make
 
@@ -145,16 +146,15 @@ def _cases() -> Iterator[OperatorCase]:
         settings=settings,
         skip="D",
     )
-    for decay in ("", "h", "blh"):
+    for decay, normalize in itertools.product(("", "h", "blh", "blhk"), (False, True)):
         yield OperatorCase(
-            _case_name(delta_rule, decay),
+            _case_name(delta_rule, decay) + (", normalized" if normalize else ""),
             delta_rule,
             delta_rule_matrix,
-            _delta_tensors(decay),
+            _delta_tensors(decay, positive=normalize),
             ("q", "k", "v", "beta") + (("log_decay",) if "l" in decay else ()),
-            causalities=("causal", "bidirectional"),
-            normalizations=(None,),
-            settings={"scale": 0.3},
+            normalizations=(normalize,),
+            settings=settings,
         )
 
 

@@ -34,7 +34,7 @@ class VSSD(StateSpaceMixer):
     """
 
     Config: ClassVar[type[MixerConfig]] = VSSDConfig
-    output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "layer", "linear_gate": True}
+    output_options: ClassVar[Mapping[str, Any]] = {"norm_kind": "layer", "gate_activation": "identity"}
 
     config: VSSDConfig
 

@@ -276,7 +276,7 @@ def test_calibration_writes_what_auto_then_follows(tmp_path: Path, monkeypatch: 
     config = BenchmarkConfig(heads=((2, 4),))
     path, rows = calibrate.calibrate_backends(config, tmp_path / "table.json", (16, 64))
     monkeypatch.setenv(TABLE_VARIABLE, str(path))
-    assert len(rows) == 14 and preferred_backends("linear", "cpu", "causal", "none") == (
+    assert len(rows) == 18 and preferred_backends("linear", "cpu", "causal", "none") == (
         ("chunked", 32),
         ("dense", 64),
         ("chunked", None),

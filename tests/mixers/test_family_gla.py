@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
 
 LENGTH = 19
-FAMILY = ("gla", "retnet", "rwkv6", "gated_deltanet")
+FAMILY = ("gla", "retnet", "rwkv6", "gated_deltanet", "kda")
 
 
 def float64(*shape: int) -> Tensor:
@@ -256,6 +257,48 @@ def test_gated_deltanet_is_its_published_formula(decay: bool, negative: bool) ->
     assert_close(mixer(x), own.to_out(y * F.silu(mixer.output.to_gate(x))))
 
 
+@pytest.mark.parametrize("negative", [True, False])
+def test_kda_is_its_published_formula(negative: bool) -> None:
+    """Plain loops on the module's own parts: decay every key channel, erase under the key, write, read."""
+    mixer = built("kda", allow_neg_eigval=negative)
+    x = float64(2, LENGTH, 12)
+    own = mixer.projections
+    conv = mixer.short_conv
+    streams = torch.cat([own.to_v(x), own.to_k(x), own.to_q(x)], dim=-1).mT
+    streams = F.silu(F.conv1d(F.pad(streams, (3, 0)), conv.weight, conv.bias, groups=36)).mT
+    v, k, q = (t.unflatten(-1, (2, -1)) for t in streams.split([12, 12, 12], dim=-1))
+    q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+    beta = (2 if negative else 1) * mixer.to_beta(x).sigmoid()
+    decay = mixer.decay
+    low = x @ decay.down.weight.T @ decay.up.weight.T
+    a = (-decay.A_log.exp()[:, None] * F.softplus(low + decay.dt_bias).unflatten(-1, (2, 6))).exp()
+    state = torch.zeros(2, 2, 6, 6, dtype=torch.float64)
+    rows = []
+    for t in range(LENGTH):
+        key = k[:, t, :, :, None]
+        state = a[:, t, :, :, None] * state
+        stored = (key * state).sum(-2)
+        state = state + beta[:, t, :, None, None] * key * (v[:, t] - stored)[:, :, None]
+        rows.append((q[:, t, :, :, None] * state).sum(-2) / 6**0.5)
+    y = F.rms_norm(torch.stack(rows, dim=1), (6,), mixer.output.norm.weight, eps=1e-5).flatten(2)
+    gate = mixer.output.to_gate
+    expected = y * torch.sigmoid(x @ gate.down.weight.T @ gate.up.weight.T + gate.up.bias)
+    assert_close(mixer(x), own.to_out(expected))
+
+
+@pytest.mark.parametrize("causality", CAUSALITIES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_kda_with_one_gate_for_all_channels_is_gated_deltanet(causality: str, normalize: bool) -> None:
+    switches = {"causality": causality, "normalize": normalize}
+    kda = drop_in("kda", **switches)
+    gated = drop_in("gated_deltanet", **switches)
+    gated.load_state_dict({n: t for n, t in kda.state_dict().items() if "decay" not in n}, strict=False)
+    s = streams_of(gated, float64(1, LENGTH, 12))
+    shared = replace(s, log_decay=s.log_decay[..., None].expand_as(s.k))
+    assert_close(kda.mix(shared), gated.mix(s))
+    assert_close(kda.mixing_matrix(shared), gated.mixing_matrix(s))
+
+
 def test_gated_deltanet_recalls_what_it_wrote_under_a_key() -> None:
     """β = 1 and no decay: an orthogonal key reads its last value back, the older one is gone."""
     mixer = drop_in("gated_deltanet", decay=False)
@@ -321,14 +364,17 @@ def test_keys_are_whole_channels_a_head() -> None:
 def test_refusals_give_the_reason() -> None:
     with pytest.raises(ValueError, match="use rotary=False"):
         create_mixer("retnet", 12, 2, rotary=True, normalize=True)
-    with pytest.raises(ValueError, match="needs an order"):
-        create_mixer("gated_deltanet", 12, 2, causality="noncausal")
-    with pytest.raises(ValueError, match="erasing makes entries"):
-        create_mixer("gated_deltanet", 12, 2, normalize=True)
+    for name in ("gated_deltanet", "kda"):
+        with pytest.raises(ValueError, match="needs a positive feature map"):
+            create_mixer(name, 12, 2, normalize=True, feature_map="identity")
+        with pytest.raises(ValueError, match="row sums of ordinary sequences can be negative"):
+            create_mixer(name, 12, 2, normalize=True, allow_neg_eigval=True)
     for name, options in (
         ("gla", {"expand_k": 0}),
         ("gla", {"gate_low_rank_dim": 0}),
         ("gated_deltanet", {"expand_k": -1}),
+        ("kda", {"expand_k": 0}),
+        ("kda", {"rank": 0}),
         ("rwkv6", {"shift_rank": 0}),
         ("rwkv6", {"decay_rank": 0}),
     ):

@@ -27,6 +27,7 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "vssd": ("YuHengsss/VSSD", "87b753b", "classification/models/mamba2.py, classification/config.py"),
     "gla": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gla.py"),
     "gated_deltanet": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gated_deltanet.py"),
+    "kda": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/kda.py"),
     "retnet": (
         "microsoft/torchscale",
         "4d1e0e8",
@@ -36,6 +37,10 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "mila": ("LeapLabTHU/MLLA", "66b6d29", "models/mlla.py"),
     "focused": ("LeapLabTHU/FLatten-Transformer", "abdb115", "models/flatten_pvt.py, config.py"),
     "inline": ("LeapLabTHU/InLine", "e463a6f", "models/inline_deit.py"),
+    "rala": ("qhfan/RALA", "a86314f", "classfication/RALA.py, GateLinearAttentionNoSilu"),
+    "polaformer": ("ZacharyMeng/PolaFormer", "44cdd39", "models/pola_pvt.py, PolaLinearAttention"),
+    "sparse_linear": ("thu-ml/SLA", "d973e55", "sparse_linear_attention/core.py; over the rest: kernel.py at 325cc75"),
+    "softmax_window": ("Huage001/CLEAR", "98e9fed", "attention_processor.py, distill.sh"),
     "linfusion": ("Huage001/LinFusion", "62ef289", "src/linfusion/attention.py"),
     "sana_relu": ("NVlabs/Sana", "2cfb4f7", "diffusion/model/nets/sana_blocks.py, LiteLA"),
 }
@@ -66,6 +71,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "causal", "normalize": False, "expand": 1.5, "expand_k": 0.75, "conv_size": 4},
         **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "decay": True},
     },
+    "kda": {  # kda.py: expand_v=1, keys as wide, conv_size=4, conv_bias=False, low ranks as wide as a head
+        **{"causality": "causal", "normalize": False, "expand": 1, "expand_k": 1, "conv_size": 4},
+        **{"conv_bias": False, "norm": True, "gate": True, "allow_neg_eigval": False, "rank": None},
+    },
     "retnet": {  # retnet.py: angles over linspace(0, 1), decays 1 − 2^(−5−h); values twice as wide as in fla
         **{"causality": "causal", "normalize": False, "expand": 2, "conv_size": 0, "norm": True, "gate": True},
         **{"inclusive_angles": True, "first_exponent": 5.0},
@@ -86,6 +95,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"causality": "noncausal", "normalize": True, "local_conv_size": 3, "dynamic_conv": True, "qkv_bias": True},
         **{"feature_map": None, "gate": False},
     },
+    "rala": {  # RALA.py: 1 × 1 convolutions with biases, a 5 × 5 LePE, a gate without SiLU; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "local_conv_size": 5, "gate": True, "qkv_bias": True},
+        **{"rotary": True, "reweight_keys": True, "eps": 1e-6, "norm": False},
+    },
+    "polaformer": {  # pola_pvt.py: alpha=4, kernel_size=5, qkv_bias=True in every model, a gate without SiLU; eps 1e-6
+        **{"causality": "noncausal", "normalize": True, "alpha": 4.0, "local_conv_size": 5, "gate": True},
+        **{"qkv_bias": True, "position_table_size": 14, "eps": 1e-6, "norm": False},
+    },
+    "sparse_linear": {  # core.py: BLKQ = BLKK = 64, feature_map="softmax", 1e-5; README.md: topk=0.2
+        **{"causality": "noncausal", "normalize": True, "block_size": 64, "topk": 0.2, "kept_blocks": None},
+        **{"combine": "project", "linear_over": "rest", "feature_map": "softmax", "eps": 1e-5},
+    },
+    "softmax_window": {  # distill.sh: window_size=16; attention_processor.py: a distance below window_size
+        **{"causality": "noncausal", "normalize": True, "radius": 16},
+    },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
     "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},  # LiteLA: eps=1e-15, use_bias=False
 }
@@ -98,11 +122,16 @@ BIASES: dict[str, set[str]] = {
     "vssd": set(),
     "gla": set(),
     "gated_deltanet": set(),
+    "kda": {"to_gate"},
     "retnet": set(),
     "rwkv6": set(),
     "mila": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "focused": {"to_q", "to_k", "to_v", "to_out"},
     "inline": {"to_q", "to_k", "to_v", "to_out"},
+    "rala": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
+    "polaformer": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
+    "sparse_linear": {"to_out"},
+    "softmax_window": {"to_out"},
     "linfusion": {"to_out"},
     "sana_relu": {"to_out"},
 }
@@ -130,7 +159,8 @@ def test_biases_are_the_published_ones(name: str) -> None:
     layers = dict(mixer.projections.named_children())
     if getattr(mixer.output, "to_gate", None) is not None:
         layers["to_gate"] = mixer.output.to_gate
-    assert {layer for layer, module in layers.items() if module.bias is not None} == BIASES[name]
+    last = {name: getattr(module, "up", module) for name, module in layers.items()}  # of a layer of low rank
+    assert {layer for layer, module in last.items() if module.bias is not None} == BIASES[name]
 
 
 def between(values: Tensor, low: float, high: float) -> None:
@@ -139,7 +169,7 @@ def between(values: Tensor, low: float, high: float) -> None:
     assert len(values.unique()) > 1
 
 
-@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet"])
+@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet", "kda"])
 def test_step_sizes_start_log_uniform_between_one_thousandth_and_a_tenth(name: str) -> None:
     between(F.softplus(built(name).decay.dt_bias), 1e-3, 1e-1)
 
@@ -157,9 +187,9 @@ def test_mamba_starts_as_published() -> None:
 
 
 def test_decay_rates_start_as_published() -> None:
-    """mamba2.py and vssd: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
+    """mamba2.py, vssd and kda.py: uniform in [1, 16]; gated_deltanet.py: uniform in (0, 16); hydra.py: 1."""
     torch.manual_seed(0)
-    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("gated_deltanet", 0.0)):
+    for name, low in (("mamba2", 1.0), ("vssd", 1.0), ("kda", 1.0), ("gated_deltanet", 0.0)):
         rates = create_mixer(name, 128, 128).decay.A_log.exp()
         between(rates, low, 16.0)
         assert rates.min() < 2.0 and rates.max() > 14.0
@@ -212,8 +242,21 @@ def test_vision_mixers_start_as_published() -> None:
     assert (mixer.positions.weight == 0).all()
     assert mixer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
     assert built("mila").output.local_conv.weight.shape == (DIM, 1, 3, 3)
+    assert built("rala").output.local_conv.weight.shape == (DIM, 1, 5, 5)
+    polaformer = built("polaformer")  # pola_pvt.py: powers, scales and positions are zeros
+    assert not any(t.any() for t in (polaformer.scale_logit, polaformer.power_logit, polaformer.positions.weight))
+    assert polaformer.output.local_conv.weight.shape == (DIM // HEADS, 1, 5, 5)
+    assert built("rala").output.linear_gate and polaformer.output.linear_gate
+
+
+def test_sparse_linear_starts_as_published() -> None:
+    """core.py: one layer of the width of a head, with weights and bias of zero."""
+    layer = built("sparse_linear").output.proj_l
+    assert layer.weight.shape == (DIM // HEADS, DIM // HEADS)
+    assert not layer.weight.any() and not layer.bias.any()
 
 
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
-    for name in ("linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"):
+    names = {"linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"}
+    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window"}):
         assert registry.get_mixer_entry(name).deviations, name

@@ -47,7 +47,7 @@ def test_heads_must_divide_and_tokens_must_fit() -> None:
 
 def test_listing_by_pattern_and_trait() -> None:
     assert list_mixers("lin*") == ["linear_attention", "linfusion", "linfusion_low_rank"]
-    assert list_mixers(linear=False) == ["softmax"]
+    assert list_mixers(linear=False) == ["softmax", "sparse_linear"]
     assert list_mixers("none*") == []
     with pytest.raises(ValueError, match="Did you mean 'normalized'"):
         list_mixers(normalize=True)

@@ -118,6 +118,21 @@ def test_gated_delta_rule(length: int, backend: str) -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_kimi_delta_attention(length: int, backend: str) -> None:
+    from fla.ops.kda.naive import naive_chunk_kda, naive_recurrent_kda
+
+    q, k, v = streams(length)
+    k, beta = F.normalize(k, dim=-1), torch.rand(B, length, H)
+    gates = F.logsigmoid(torch.randn(B, length, H, K))
+    expected, state = naive_recurrent_kda(q, k, v, gates, beta, output_final_state=True)
+    y, memory = ours(q, k, v, beta, gates, backend=backend)
+    assert relative(y, expected) < 1e-5 and relative(memory, state) < 1e-5
+    if length % 64 == 0:  # fla's formula in blocks takes whole blocks only
+        assert relative(y, naive_chunk_kda(q, k, v, gates, beta)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rwkv6(length: int, backend: str) -> None:
     """What our mixer makes of the linear attention operator: past without the own gate, and the bonus."""
     from fla.ops.rwkv6.recurrent_naive import naive_recurrent_rwkv6
@@ -177,6 +192,17 @@ def delta_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **argumen
     return naive_recurrent_gated_delta_rule(q, k, v, beta, log_decay)[0]
 
 
+def kda_op(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **arguments: Any) -> Tensor:
+    from fla.ops.kda.gate import naive_kda_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    fused = ("use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "use_gate_in_kernel")
+    assert all(arguments[name] for name in fused) and arguments["lower_bound"] is None
+    q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    beta = (2 if arguments["allow_neg_eigval"] else 1) * beta.sigmoid()
+    return naive_recurrent_kda(q, k, v, naive_kda_gate(g, arguments["A_log"], arguments["dt_bias"]), beta)[0]
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> Tensor:
     from fla.modules.rotary import ops
 
@@ -184,7 +210,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> Tensor:
 
 
 def normed_and_gated(self: nn.Module, x: Tensor, gate: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) * F.silu(gate)
+    activation = torch.sigmoid if self.activation == "sigmoid" else F.silu
+    return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) * activation(gate)
 
 
 def normed(self: nn.Module, x: Tensor) -> Tensor:
@@ -202,9 +229,9 @@ def convolved(self: nn.Conv1d, x: Tensor, **_: Any) -> tuple[Tensor, None]:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace every kernel of the four layers."""
+    """Replace every kernel of the layers."""
     from fla import modules
-    from fla.layers import gated_deltanet, gla, multiscale_retention, rwkv6
+    from fla.layers import gated_deltanet, gla, kda, multiscale_retention, rwkv6
     from fla.modules import rotary, token_shift
 
     fused: list[tuple[Any, tuple[str, ...], Callable[..., Any]]] = [
@@ -212,6 +239,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (multiscale_retention, ("chunk_retention", "fused_recurrent_retention"), retention_op),
         (rwkv6, ("chunk_rwkv6", "fused_recurrent_rwkv6"), rwkv6_op),
         (gated_deltanet, ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"), delta_op),
+        (kda, ("chunk_kda", "fused_recurrent_kda"), kda_op),
     ]
     for module, names, operator in fused:
         for name in names:
@@ -233,6 +261,7 @@ def layer(name: str, **options: Any) -> nn.Module:
         "gla": ("GatedLinearAttention", {"gate_low_rank_dim": 4}),
         "retnet": ("MultiScaleRetention", {}),
         "gated_deltanet": ("GatedDeltaNet", {"head_dim": 6}),
+        "kda": ("KimiDeltaAttention", {"head_dim": 6}),
         "rwkv6": ("RWKV6Attention", {"expand_k": 1.0, "norm_eps": 64e-5, "proj_low_rank_dim": 4}),
     }
     kind, settings = published[name]
@@ -259,13 +288,15 @@ LAYERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gated_deltanet", {}, {}),
     ("gated_deltanet", {"use_gate": False, "conv_bias": True, "expand_v": 1}, {}),
     ("gated_deltanet", {"allow_neg_eigval": True}, {"allow_neg_eigval": True}),
+    ("kda", {}, {}),
+    ("kda", {"allow_neg_eigval": True, "expand_v": 2, "conv_bias": True}, {"allow_neg_eigval": True}),
     ("rwkv6", {}, {}),
     ("rwkv6", {"expand_v": 2.0}, {}),
 ]
 
 
 @pytest.mark.parametrize("length", [1, 19, 65])
-@pytest.mark.parametrize(("name", "settings", "said"), LAYERS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "settings", "arguments"), LAYERS, ids=lambda value: str(value))
 def test_layer(on_cpu: None, name: str, settings: dict[str, Any], arguments: dict[str, Any], length: int) -> None:
     """Output to 1e-5 of the largest, the gradient of the tokens to 1e-4."""
     peer = layer(name, **settings)
@@ -283,18 +314,18 @@ def test_layer(on_cpu: None, name: str, settings: dict[str, Any], arguments: dic
     assert relative(gradient, truth) < 1e-4, f"gradients differ by {relative(gradient, truth):.1e}"
 
 
-@pytest.mark.parametrize("name", ["gla", "retnet", "gated_deltanet", "rwkv6"])
+@pytest.mark.parametrize("name", ["gla", "retnet", "gated_deltanet", "kda", "rwkv6"])
 def test_another_state_dict_is_refused_by_name(name: str) -> None:
     state = layer(name).state_dict()
     first = next(n for n in state if n.endswith("proj.weight") or n.endswith("linear.weight"))
     with pytest.raises(ValueError, match=f"{first}.* missing"):
         mixer_from_state_dict(name, {n: t for n, t in state.items() if n != first})
-    with pytest.raises(ValueError, match="stray is left over"):
+    with pytest.raises(ValueError, match="stray is unexpected"):
         mixer_from_state_dict(name, {**state, "stray": torch.zeros(1)})
 
 
 def test_a_norm_without_weight_does_not_tell_the_heads() -> None:
-    with pytest.raises(ValueError, match="say heads"):
+    with pytest.raises(ValueError, match="pass heads"):
         mixer_from_state_dict("gla", layer("gla", elementwise_affine=False).state_dict())
 
 

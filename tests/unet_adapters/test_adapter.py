@@ -35,7 +35,7 @@ def test_mounting_is_reversible(unet, run, weights, name) -> None:
 
     mounted = run(adapter.mount().model)
     assert adapter.is_mounted and list(unet.attn_processors) == processors
-    if name == "softmax":
+    if name in ("softmax", "softmax_window"):  # on so small an image, a window covers all tokens
         torch.testing.assert_close(mounted, base, rtol=1e-4, atol=1e-5)
     else:
         assert (mounted - base).abs().max() > 1e-5

@@ -78,6 +78,10 @@ def model(request) -> Any:
     return model.eval().requires_grad_(False)
 
 
+# Mixers that are softmax attention on so small an image: one block of keys, and a window that covers it.
+SOFTMAX_HERE = {"softmax", "softmax_window", "sparse_linear"}
+
+
 def run(model: Any, size: tuple[int, int] = SIZES[0], seed: int = 2) -> Tensor:
     inputs = find_host(model).dummy_inputs(size, batch=2, generator=torch.Generator().manual_seed(seed))
     return model(**inputs).sample
@@ -103,7 +107,7 @@ def test_every_mixer_mounts_trains_and_leaves(model, name) -> None:
     adapter = MixerAdapter.build(model, name).mount()
     mixed = run(model)
     assert mixed.shape == base.shape and mixed.isfinite().all()
-    assert name == "softmax" or not close(mixed, base)
+    assert close(mixed, base) == (name in SOFTMAX_HERE)
     mixed.square().mean().backward()
     unused = [key for key, parameter in adapter.parameters_by_name().items() if parameter.grad is None]
     assert all(".to_q." in key or ".to_k." in key for key in unused)  # the controls read neither queries nor keys

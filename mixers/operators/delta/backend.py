@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mixers.normalization import append_ones, divide_by_last
 from mixers.operators.backend import Backend, OperatorCall
 from mixers.precision import accumulation_dtype
 
@@ -21,7 +22,7 @@ class DeltaRuleCall(OperatorCall):
         q: (b, l, h, k).
         k: (b, l, h, k).
         beta: (b, l, h).
-        log_decay: (b, l, h); zeros without decay.
+        log_decay: (b, l, h, 1 or k); zeros without decay.
         v: (b, l, h, v).
         decays: whether the caller gave a log decay.
     """
@@ -42,8 +43,10 @@ class DeltaRuleCall(OperatorCall):
 
     @property
     def decay(self) -> str:
-        """`none` or `scalar`."""
-        return "scalar" if self.decays else "none"
+        """`none`, `scalar` (one gate per token and head) or `vector` (one per key channel)."""
+        if not self.decays:
+            return "none"
+        return "scalar" if self.log_decay.shape[-1] == 1 else "vector"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,7 +55,10 @@ class DeltaRuleCall(OperatorCall):
 
 
 class DeltaRuleBackend(Backend[DeltaRuleCall]):
-    """A backend of `delta_rule`; it overrides `causal` and `bidirectional`, and the scale is applied here.
+    """A backend of `delta_rule`; it overrides `causal`, `bidirectional` and `noncausal`.
+
+    These return what tokens read, so that scale, eps and normalization exist once, here. Log decays are
+    (b, l, h, 1 or k).
 
     Attributes:
         takes_half_precision: whether they get half-precision tensors as they are, because the kernel accumulates in
@@ -72,17 +78,26 @@ class DeltaRuleBackend(Backend[DeltaRuleCall]):
         """Return what tokens read in both directions, (b, l, h, v)."""
         raise NotImplementedError
 
+    def noncausal(self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
+        """Return what tokens read after one step on all tokens at once, (b, l, h, v)."""
+        raise NotImplementedError
+
     def run(self, call: DeltaRuleCall) -> tuple[Tensor, Tensor | None]:
         """Return the result (b, l, h, v) in v's dtype, and the final memory of a causal call."""
         dtype = call.v.dtype if self.takes_half_precision else call.dtype
         q, k, beta, log_decay, v = (t.to(dtype) for t in (call.q, call.k, call.beta, call.log_decay, call.v))
+        v = append_ones(v) if call.normalize else v
         memory = None
         if call.causality == "causal":
             start = call.initial_state.memory.to(dtype) if call.initial_state else empty_memory(k, v)
             y, memory = self.causal(q, k, beta, log_decay, v, start)
-        else:
+        elif call.causality == "bidirectional":
             y = self.bidirectional(q, k, beta, log_decay, v)
-        return (y * call.scale).to(call.v.dtype), memory
+        else:
+            y = self.noncausal(q, k, beta, log_decay, v)
+        y = y.to(call.dtype)
+        y = divide_by_last(y, call.eps) if call.normalize else y * call.scale
+        return y.to(call.v.dtype), memory
 
 
 def empty_memory(k: Tensor, v: Tensor) -> Tensor:

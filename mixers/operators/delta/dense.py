@@ -1,7 +1,8 @@
 """The first reference: build W (b, h, l, l) and multiply.
 
-With A_t = a_t (I − β_t k_t k_tᵀ), W_ij = q_iᵀ A_i … A_{j+1} k_j β_j for j ≤ i. There is no state: every query moves
-through the tokens, from its own to the first, and reads each one it meets. All queries at once: l steps of O(l·k).
+With A_t = (I − β_t k_t k_tᵀ) Diag(a_t), W_ij = q_iᵀ A_i … A_{j+1} k_j β_j for j ≤ i. There is no state: every query
+moves through the tokens, from its own to the first, and reads each one it meets. All queries at once: l steps of
+O(l·k).
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ class DenseDeltaRule(DeltaRuleBackend):
         """Return what tokens read in both directions, (b, l, h, v)."""
         return torch.einsum("bhij,bjhv->bihv", mixing_matrix(q, k, beta, log_decay, "bidirectional"), v)
 
+    def noncausal(self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
+        """Return what tokens read after one step on all tokens at once, (b, l, h, v)."""
+        return torch.einsum("bhij,bjhv->bihv", mixing_matrix(q, k, beta, log_decay, "noncausal"), v)
+
 
 def mixing_matrix(q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, causality: str) -> Tensor:
-    """Return W, (b, h, l, l), by its definition; q and k are (b, l, h, k), beta and log_decay (b, l, h)."""
+    """Return W, (b, h, l, l), by its definition; q and k (b, l, h, k), beta (b, l, h), log_decay (b, l, h, 1 or k)."""
+    if causality == "noncausal":
+        return _one_step_matrix(q, k, beta, log_decay)
     lower, _ = _lower_triangle(q.transpose(1, 2), k, beta, log_decay)
     if causality == "causal":
         return lower
@@ -67,6 +74,17 @@ def _upper_triangle(rows: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor) ->
 
 
 def _pass_token(rows: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows·k β, (b, h, r), and rows·A, (b, h, r, k), for one token: k (b, h, k), beta, log_decay (b, h)."""
+    """Return rows·k β, (b, h, r), and rows·A, (b, h, r, k), for one token.
+
+    k is (b, h, k), beta (b, h) and log_decay (b, h, 1 or k).
+    """
     column = (rows @ k[..., None])[..., 0] * beta[..., None]
-    return column, log_decay.exp()[..., None, None] * (rows - column[..., None] * k[..., None, :])
+    return column, log_decay.exp()[..., None, :] * (rows - column[..., None] * k[..., None, :])
+
+
+def _one_step_matrix(q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
+    """Return W_ij = (2 q_i·w_j − Σ_t (q_i·w_t) (k_t·w_j)) with w_j = a_j ⊙ k_j β_j / l, (b, h, l, l)."""
+    write_keys = beta[..., None] * log_decay.exp() * k / k.shape[1]
+    scores = torch.einsum("bihk,bjhk->bhij", q, write_keys)
+    overlaps = torch.einsum("bihk,bjhk->bhij", k, write_keys)
+    return 2 * scores - scores @ overlaps

@@ -1,8 +1,12 @@
-"""The delta rule by flash-linear-attention (fla-org/flash-linear-attention): gated_delta_rule, with gates of 1 if there
-is no decay."""
+"""The delta rule by flash-linear-attention (fla-org/flash-linear-attention).
+
+gated_delta_rule computes passes without decay, with gates of 1, and with one gate per head; kda those with one gate per
+channel. Normalized results are divided by the kernel's own output for a channel of ones.
+"""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.operators.backend import register_backend
@@ -15,20 +19,26 @@ WIDEST_HEAD = 256
 
 @register_backend("fla")
 class FlaDeltaRule(DeltaRuleBackend):
-    """fla's chunk_gated_delta_rule."""
+    """fla's chunk_gated_delta_rule and chunk_kda."""
 
     package = "fla"
     takes_half_precision = True
 
     def refuses(self, call: DeltaRuleCall) -> str | None:
         """Return why fla cannot compute a call, or None if it can."""
-        return refuses_tensors(call, WIDEST_HEAD)
+        if call.causality == "noncausal":
+            return "there is no order to scan over"
+        return refuses_tensors(call, WIDEST_HEAD - int(call.normalize))
 
     def causal(
         self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return what tokens read of tokens 0 … i and the memory, (b, l, h, v), and the float32 final memory."""
-        return split_batch(_run_kernel, (q, k, beta, log_decay, v), memory.float())
+        width = v.shape[-1]
+        padding = -width % 8  # so that rows start where a vector load may
+        v = F.pad(v, (0, padding))
+        y, memory = split_batch(_run_kernel, (q, k, beta, log_decay, v), F.pad(memory.float(), (0, padding)))
+        return y[..., :width], memory[..., :width]
 
     def bidirectional(self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
         """Return what tokens read in both directions, (b, l, h, v)."""
@@ -37,7 +47,7 @@ class FlaDeltaRule(DeltaRuleBackend):
         def one_direction(q: Tensor, k: Tensor, beta: Tensor, g: Tensor, v: Tensor, diagonal: bool) -> Tensor:
             if not diagonal:  # the query of the memory that the token decayed and erased: a (I − β k kᵀ) q
                 erased = q - (beta * (q * k).sum(-1))[..., None] * k
-                q = (g.exp()[..., None] * erased).to(q.dtype)
+                q = (g.exp() * erased).to(q.dtype)
                 k, beta, g, v = (delay_one_token(t) for t in (k, beta, g, v))
             return self.causal(q, k, beta, g, v, memory)[0]
 
@@ -46,9 +56,10 @@ class FlaDeltaRule(DeltaRuleBackend):
 
 def _run_kernel(q: Tensor, k: Tensor, beta: Tensor, g: Tensor, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
 
-    q, k, v, g, beta = (t.contiguous() for t in (q, k, v, g.float(), beta))
-    y, memory = chunk_gated_delta_rule(
-        q, k, v, g=g, beta=beta, scale=1.0, initial_state=memory, output_final_state=True
-    )
+    kernel = chunk_kda if g.shape[-1] > 1 else chunk_gated_delta_rule
+    gates = g if g.shape[-1] > 1 else g[..., 0]
+    q, k, v, gates, beta = (t.contiguous() for t in (q, k, v, gates.float(), beta))
+    y, memory = kernel(q, k, v, g=gates, beta=beta, scale=1.0, initial_state=memory, output_final_state=True)
     return y, memory

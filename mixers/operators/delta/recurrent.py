@@ -1,4 +1,4 @@
-"""The second reference: token by token, S ← a (S − β k kᵀ S) + β k vᵀ, y = q S. O(l) steps of O(k·v)."""
+"""The second reference: token by token, S ← (I − β k kᵀ) Diag(a) S + β k vᵀ, y = q S. O(l) steps of O(k·v)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ class RecurrentDeltaRule(DeltaRuleBackend):
             lambda q, k, beta, g, v, diagonal: recur(q, k, beta, g, v, memory, diagonal)[0], q, k, beta, log_decay, v
         )
 
+    def noncausal(self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:
+        """Return what tokens read after one step on all tokens at once, (b, l, h, v), in two passes over the tokens."""
+        write_keys = (beta[..., None] * log_decay.exp() * k / k.shape[1])[..., None]
+        written = empty_memory(k, v)
+        for i in range(k.shape[1]):
+            written = written + write_keys[:, i] * v[:, i, :, None, :]
+        memory = written
+        for i in range(k.shape[1]):
+            stored = torch.einsum("bhk,bhkv->bhv", k[:, i], written)
+            memory = memory + write_keys[:, i] * (v[:, i] - stored)[:, :, None, :]
+        return torch.stack([torch.einsum("bhk,bhkv->bhv", row, memory) for row in q.unbind(1)], dim=1)
+
 
 def recur(
     q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor, memory: Tensor, diagonal: bool = True
@@ -37,7 +49,7 @@ def recur(
     """
     reads = []
     for i in range(q.shape[1]):
-        decayed = memory * log_decay[:, i, :, None, None].exp()
+        decayed = memory * log_decay[:, i, :, :, None].exp()
         stored = torch.einsum("bhk,bhkv->bhv", k[:, i], decayed)
         write_key = (beta[:, i, :, None] * k[:, i])[..., None]
         erased = decayed - write_key * stored[:, :, None]

@@ -77,7 +77,8 @@ def check_long_sequences(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 def check_a_million_tokens(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """Finite in half precision at 2²⁰ tokens: float16 if normalized or normed, otherwise bfloat16."""
-    small = type(mixer)(mixer.config, 2 * mixer.heads, mixer.heads)
+    width = 4 if mixer.traits.needs_grid else 2  # a rotation in two dimensions needs 4 channels per head
+    small = type(mixer)(mixer.config, width * mixer.heads, mixer.heads)
     dtype = torch.float16 if mixer.traits.normalized or mixer.config.norm else torch.bfloat16
     small = small.to(dtype).requires_grad_(False)
     y = run_mixer(small, inputs.tokens(small, MANY, batch=1))

@@ -66,7 +66,7 @@ MIXER_CHECKS: tuple[MixerCheck, ...] = (
     MixerCheck(independence.check_heads_are_independent_in_values, lambda m: m.heads > 1),
     MixerCheck(independence.check_heads_are_independent_in_queries, lambda m: m.heads > 1),
     MixerCheck(independence.check_heads_are_independent_in_keys, lambda m: m.heads > 1),
-    MixerCheck(numerics.check_half_precision),
+    MixerCheck(numerics.check_half_precision, lambda m: m.traits.continuous),
     MixerCheck(numerics.check_extreme_inputs),
     MixerCheck(numerics.check_gradients),
     MixerCheck(numerics.check_gradients_per_sample),

@@ -17,7 +17,7 @@ def weights_digest(network: nn.Module) -> str:
     for name, tensor in network.state_dict().items():
         for part in plain_tensors(tensor):
             digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from mixers.stages.normalizers import NORMALIZER_NAMES, NormalizerName
 from mixers.stages.scan_orders import SCANS
 from mixers.suggest import unknown_name
 from mixers.traits import Causality
@@ -19,7 +20,10 @@ class MixerConfig:
 
     Attributes:
         causality: which tokens each token sees.
-        normalize: divide each row of the mixing matrix by its sum.
+        normalize: normalize the rows of the mixing matrix.
+        normalizer: how: `row_sum` divides each row by its sum, `subtract` subtracts the mean score and adds one over
+            the number of tokens, `decoupled` divides signed weights by sums of positive ones
+            (`mixers.stages.normalizers`). None: the paper's.
         scan: order in which the tokens of an image are read, a key of `SCANS`: `raster`, `column`, `cross` (raster
             and column, averaged), `zigzag` or `hilbert`. For mixers whose result depends on the order.
         expand: width of the values divided by the model width. Other than 1, the mixer needs its own projections.
@@ -40,9 +44,11 @@ class MixerConfig:
 
     default_local_conv_size: ClassVar[int] = 0
     default_conv_2d: ClassVar[bool] = False
+    default_normalizer: ClassVar[NormalizerName] = "row_sum"
 
     causality: Causality = "noncausal"
     normalize: bool = True
+    normalizer: NormalizerName | None = None
     scan: str = "raster"
     expand: float = 1
     conv_size: int = 0
@@ -61,6 +67,10 @@ class MixerConfig:
         if self.conv_2d is None:
             conv_2d = self.default_conv_2d and self.causality != "causal" and self.scan == "raster"
             object.__setattr__(self, "conv_2d", conv_2d and self.conv_size > 0)
+        if self.normalizer is not None and self.normalizer not in NORMALIZER_NAMES:
+            raise ValueError(unknown_name("normalizer", self.normalizer, NORMALIZER_NAMES))
+        if self.normalizer is not None and not self.normalize:
+            raise ValueError(f"normalizer={self.normalizer!r} needs normalize=True.")
         if self.scan not in SCANS:
             raise ValueError(unknown_name("scan", self.scan, SCANS))
         if self.expand <= 0 or self.conv_size < 0 or (self.local_conv_size or 0) < 0:
@@ -68,6 +78,11 @@ class MixerConfig:
                 f"Expected expand > 0, conv_size ≥ 0 and local_conv_size ≥ 0, got {self.expand}, {self.conv_size} "
                 f"and {self.local_conv_size}."
             )
+
+    @property
+    def row_normalizer(self) -> NormalizerName | None:
+        """The normalizer in effect; None if rows are not normalized."""
+        return (self.normalizer or self.default_normalizer) if self.normalize else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""

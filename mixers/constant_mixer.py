@@ -13,6 +13,11 @@ from mixers.streams import Streams
 class ConstantMixer(TokenMixer):
     """Projects values only: of a host's projections, to_q and to_k are not called; an own mixer has none."""
 
+    @classmethod
+    def refuses_normalizer(cls, name: str) -> str | None:
+        """A constant matrix has no scores to normalize."""
+        return "its rows do not depend on scores"
+
     def create_projections(self) -> Projections:
         """Create to_v and to_out."""
         projections = super().create_projections()

@@ -169,6 +169,11 @@ class TokenMixer(MixerProperties):
         """
         raise ValueError(f"{cls.__name__} cannot be built from a published state dict.")
 
+    @classmethod
+    def refuses_normalizer(cls, name: str) -> str | None:
+        """Return why the mixer cannot be normalized that way, or None if it can; `row_sum` is never refused."""
+        return "it computes its normalized rows in one way only"
+
     # Helpers of the flow
 
     def resolve_projections(self, projections: ProjectionLayers | None) -> ProjectionLayers:
@@ -232,6 +237,10 @@ class TokenMixer(MixerProperties):
                     f"{option}={value} needs a mixer that is not causal and scan='raster', because the window covers "
                     f"neighbors on all sides; got causality={config.causality!r} and scan={config.scan!r}."
                 )
+        if config.row_normalizer not in (None, config.default_normalizer):
+            reason = self.refuses_normalizer(str(config.row_normalizer))
+            if reason is not None:
+                raise ValueError(f"{name} does not support normalizer={config.row_normalizer!r}: {reason}.")
         required_widths = (self.key_width, self.value_width)
         if not own_projections and required_widths != (self.dim, self.dim):
             raise ValueError(

@@ -71,6 +71,9 @@ class Focused(LinearAttention):
     drop_in_options: ClassVar[Mapping[str, Any]] = {"local_conv_size": 0, "position_table_size": 0}
     output_options: ClassVar[Mapping[str, Any]] = {"local_conv_shared": True}
     default_feature_map: ClassVar[str] = "relu"  # which `focus` sharpens
+    refused_normalizers: ClassVar[Mapping[str, str]] = {
+        "decoupled": "its feature map is positive by construction, and without it the mixer is linear attention"
+    }
     exceptions: ClassVar[Mapping[str, str]] = {
         "check_heads_are_independent_in_queries": "as published, the norms of the feature map are over all heads",
         "check_heads_are_independent_in_keys": "as published, the norms of the feature map are over all heads",

@@ -104,12 +104,12 @@ class MILA(LinearAttention):
     @property
     def _has_separate_denominator(self) -> bool:
         """Whether W is divided by sums other than its own row sums."""
-        return self.config.rotary and self.config.normalize
+        return self.config.rotary and self.divides_by_row_sums
 
-    def mix(self, streams: Streams) -> Tensor:
+    def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least."""
         if not self._has_separate_denominator:
-            return super().mix(streams)
+            return super().mix_directly(streams)
         v = streams.values
         options = self._unnormalized_options(streams) | {"backend": self.config.backend}
         y = operators.linear_attention(*self.features(streams), v, **options)
@@ -117,10 +117,10 @@ class MILA(LinearAttention):
         assert isinstance(y, Tensor) and isinstance(sums, Tensor)
         return y / (sums + self._eps_per_token(v)[:, None, None])
 
-    def mixing_matrix(self, streams: Streams) -> Tensor:
+    def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
         if not self._has_separate_denominator:
-            return super().mixing_matrix(streams)
+            return super().direct_matrix(streams)
         options = self._unnormalized_options(streams)
         rotated = operators.linear_attention_matrix(*self.features(streams), **options)
         sums = operators.linear_attention_matrix(*super().features(streams), **options).sum(-1, keepdim=True)
@@ -148,7 +148,8 @@ class MILA(LinearAttention):
         """The properties of this mixer as configured."""
         traits = super().traits
         rotary = self.config.rotary
-        return replace(traits, normalized=traits.normalized and not rotary, needs_grid=traits.needs_grid or rotary)
+        normalized = traits.normalized and not self._has_separate_denominator
+        return replace(traits, normalized=normalized, needs_grid=traits.needs_grid or rotary)
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of linear attention, and of a second pass for a separate denominator."""

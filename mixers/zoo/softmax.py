@@ -32,6 +32,11 @@ class Softmax(TokenMixer):
 
     exceptions: ClassVar[Mapping[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}
 
+    @classmethod
+    def refuses_normalizer(cls, name: str) -> str | None:
+        """Softmax is its own normalizer."""
+        return "rows of exp(q·k) are divided by their sums, without which they overflow"
+
     def mix(self, streams: Streams) -> Tensor:
         """Compute softmax(q kᵀ/√k) v with torch's scaled dot product attention, in O(l²) time."""
         q, k, v = (t.transpose(1, 2) for t in (streams.q, streams.k, streams.v))

@@ -142,7 +142,7 @@ def has_fixed_entries(mixer: TokenMixer) -> bool:
     traits = mixer.traits
     is_local = traits.linear and traits.pairwise and not traits.needs_grid
     scaled_by_length = getattr(mixer.config, "scale", None) == "mean"
-    return is_local and not scaled_by_length and (traits.positive or not traits.normalized)
+    return is_local and not scaled_by_length and (traits.positive or not mixer.config.normalize)
 
 
 def check_a_token_sees_itself(mixer: TokenMixer, inputs: CheckInputs) -> None:
@@ -178,7 +178,7 @@ def is_two_causal_passes(mixer: TokenMixer) -> bool:
 
     Not if it depends on positions: in the image, or by rotary embeddings, whose angles change sign in reversed order.
     """
-    comparable = mixer.traits.positive or not mixer.traits.normalized
+    comparable = mixer.traits.positive or not mixer.config.normalize
     positional = mixer.traits.needs_grid or getattr(mixer.config, "rotary", False) is not False
     is_bidirectional = mixer.traits.causality == "bidirectional"
     return is_bidirectional and comparable and not positional and as_causal(mixer) is not None

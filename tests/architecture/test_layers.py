@@ -29,6 +29,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
             "inplace",
             "normalization",
             "streams",
+            "user_source",
         ),
         ("operators",),
         ("stages",),

@@ -101,7 +101,7 @@ def check_constant_values_are_kept(mixer: TokenMixer, inputs: CheckInputs) -> No
         assert_close(y, constant * nonzero.permute(0, 3, 1, 2), what=f"output for constant values at l = {length}")
 
 
-def check_weights_are_positive(mixer: TokenMixer, inputs: CheckInputs) -> None:
+def check_matrix_is_nonnegative(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """No entry of the matrix is negative."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, length)
@@ -134,7 +134,7 @@ def check_state_size_is_enough(mixer: TokenMixer, inputs: CheckInputs) -> None:
     assert needed <= size, f"ranks {ranks.flatten().tolist()} need {needed} numbers, state_size is {size}"
 
 
-def has_fixed_weights(mixer: TokenMixer) -> bool:
+def has_fixed_entries(mixer: TokenMixer) -> bool:
     """Return whether a pair's entry of W depends only on these tokens and those between them, up to a row's factor.
 
     Not if entries depend on positions in the image, or on the number of tokens (`scale="mean"`).

@@ -34,7 +34,7 @@ class TeacherRecipe(BaseModel):
     caption_dropout: float = 0.1
     timestep_power: float = 1.0  # t = 1000 u ** power: 1 is uniform, below 1 prefers noise
     large_sizes: tuple[int, ...] = (96, 128)  # px; every tenth batch has one of them
-    large_from: int = 40_000  # step
+    large_from: int = 40_000  # step; the decay always has them
     judge_width: int = 96
     judge_layers: int = 3
     vae: FitConfig = FitConfig(

@@ -200,7 +200,7 @@ def decay_learning_rate(
     """Train a copy of the newest state while the learning rate falls to a tenth: what an export is made of.
 
     The copy is in `directory / "decay"` and replaces an earlier one of another step; the open-ended training in
-    `directory / "unet"` is not changed.
+    `directory / "unet"` is not changed. One batch in ten has larger images, whatever `recipe.large_from` says.
     """
     source = newest_checkpoint(directory / "unet")
     folder = directory / "decay"
@@ -222,7 +222,7 @@ def decay_learning_rate(
         (folder / f"from-{step}").touch()
     words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe).to(device)
-    batch = unet_batches(directory, coder, words, recipe)
+    batch = unet_batches(directory, coder, words, recipe.model_copy(update={"large_from": 0}))
 
     def on_device(step: int) -> tuple[Tensor, Tensor]:
         latents, tokens = batch(step)

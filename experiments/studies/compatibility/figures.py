@@ -109,5 +109,5 @@ def _draw_bar_groups(axes: Axes, rows: list[dict[str, Any]], labels: dict[str, s
         above = [i["high"] - i["mean"] for i in intervals]
         positions = [group + (number - (len(labels) - 1) / 2) * width for group in range(len(rows))]
         axes.bar(positions, means, width, yerr=[below, above], color=BAR_COLORS[arm], label=label, error_kw={"lw": 0.8})
-    axes.set_xticks(range(len(rows)), [f"{SPLITS[row['split']]} emoji" for row in rows])
+    axes.set_xticks(range(len(rows)), [f"{SPLITS[row['split']]} images" for row in rows])
     axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)

@@ -18,13 +18,12 @@ from experiments.studies.compatibility.measure import MeanInterval
 
 LIMITS = """## What this cannot show
 
-- The teacher is tiny (2.45 M parameters, 64 px, emoji). Alone it draws something that a person would recognize
-  about one time in three, and the name of a held-out drawing says little to it. The ControlNet gives it outlines
-  but no inner detail; thin strokes and letters are lost under softmax as well. The IP-Adapter transfers the colors
+- The teacher is tiny; its model card says how much of what it draws can be recognized. The ControlNet gives it
+  outlines but no inner detail; thin strokes are lost under softmax as well. The IP-Adapter transfers the colors
   and the coarse shape of an image, not the drawing. Judge the differences, not the images.
-- Unrelated emoji agree by chance too: read agreement relative to the rows without the ControlNet, not to 0. Chance
+- Unrelated images agree by chance too: read agreement relative to the rows without the ControlNet, not to 0. Chance
   is lower at twice the resolution, where the same tolerance of one pixel is half as wide.
-- An emoji that its background hides has no edges; its agreement is 0 or 1, and it is counted.
+- A drawing that its background hides has no edges; its agreement is 0 or 1, and it is counted.
 - The autoencoder blurs weak edges away, which no model can repair: the last row of a table is the ceiling.
 - At these sizes the largest self-attention has a few hundred to a thousand tokens: this is about compatibility, not
   speed.
@@ -32,7 +31,7 @@ LIMITS = """## What this cannot show
 
 METHOD = """\
 Edges: Sobel's magnitude, its maximum over the color channels, above a fifth of the range. Agreement: F1 with
-one pixel of tolerance, at every size. Similarity: cosine of the embeddings of the teacher's own small CLIP,
+one pixel of tolerance, at every size. Similarity: cosine of the embeddings of the small CLIP that judges the teacher,
 which is also the IP-Adapter's image encoder, so similarity is judged by the model that it was trained on. The
 IP-Adapter generates from the empty caption; before it is trained, its projection is the least-squares map
 from embeddings to text states.
@@ -66,7 +65,7 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     config = CompatibilityConfig.model_validate(result["config"])
     student = config.grid.variants[0].label
     headers = ("softmax + it", f"{student} + it", "difference [95 %]", "softmax alone", f"{student} alone")
-    table = Table(Column("part", no_wrap=True), "px", "emoji", *headers)
+    table = Table(Column("part", no_wrap=True), "px", "images", *headers)
     for part, name in PARTS.items():
         for row in result[part]:
             means = {arm: f"{interval['mean']:.3f}" for arm, interval in row["arms"].items()}
@@ -128,7 +127,7 @@ def _format_method(result: dict[str, Any], config: CompatibilityConfig) -> list[
     return [
         "## How it was measured",
         "",
-        f"{sampling.images} emoji of each split, spread evenly, with backgrounds, positions and scales that no "
+        f"{sampling.images} images of each split, spread evenly, with backgrounds, positions and scales that no "
         f"training used. Held-in drawings were in the training set, held-out ones were not. {sampling.steps} DDIM "
         f"steps, guidance {sampling.guidance:g}, the same noise for image k in every row. Intervals: 95 % bootstrap "
         "over images; "

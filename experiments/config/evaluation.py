@@ -42,7 +42,7 @@ class EvaluationConfig(FrozenModel):
         ((64, 128), (128, 64)), description="further (height, width)"
     )
     images: int = Field(64, gt=0, description="held-out images that predictions are compared on, at every size")
-    held_in_images: int = Field(64, ge=0, description="held-in images, reported apart; 0: none")
+    held_in_images: int = Field(64, ge=0, description="held-in images, compared at the smallest size alone; 0: none")
     timesteps: tuple[Timestep, ...] = Field((50, 200, 350, 500, 650, 800, 900, 950, 999), min_length=1)
     batch_size: int = Field(16, gt=0, description="images in one forward pass; changes rounding alone")
     prompts: tuple[str, ...] = ()
@@ -76,6 +76,11 @@ class EvaluationConfig(FrozenModel):
     def extents(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of everything that is compared with the teacher."""
         return tuple(dict.fromkeys([*((size, size) for size in self.sizes), *self.shapes]))
+
+    @property
+    def smallest_extent(self) -> tuple[int, int]:
+        """(height, width) of the smallest images, at which held-in images are compared as well."""
+        return min(self.extents, key=lambda extent: extent[0] * extent[1])
 
     @property
     def all_guidances(self) -> tuple[float, ...]:

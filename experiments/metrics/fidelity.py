@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from experiments.metrics.base import LinePlot, Metric, MetricRow, Quantity, register_metric
+from experiments.metrics.inputs.predictions import Split
 from experiments.metrics.inputs.student import EvaluatedStudent
 
 RELATIVE_ERROR = "squared error to the teacher / the teacher's mean square"
@@ -34,7 +35,7 @@ class FidelityRow(MetricRow):
 
 @register_metric("fidelity")
 class Fidelity(Metric):
-    """Agreement of predictions with the teacher's on held-out and held-in images, by size and shape.
+    """Agreement of predictions with the teacher's on held-out images, by size and shape, and on held-in ones.
 
     error_to_teacher: mean squared difference of the two predictions;
     relative_error_to_teacher: that over the mean square of the teacher's prediction, so that 0 is the teacher and 1 is
@@ -75,14 +76,13 @@ class Fidelity(Metric):
 
     def measure(self, student: EvaluatedStudent) -> list[MetricRow]:
         """See `Metric.measure`."""
-        return [
-            self._row(student, height, width, split)
-            for split in student.splits
-            for height, width in student.plan.extents
-        ]
+        rows: list[MetricRow] = [self._row(student, *extent, "held_out") for extent in student.plan.extents]
+        if student.plan.held_in_images:
+            rows.append(self._row(student, *student.plan.smallest_extent, "held_in"))
+        return rows
 
-    def _row(self, student: EvaluatedStudent, height: int, width: int, split: str) -> FidelityRow:
-        errors = student.prediction_errors(height, width, "held_in" if split == "held_in" else "held_out")
+    def _row(self, student: EvaluatedStudent, height: int, width: int, split: Split) -> FidelityRow:
+        errors = student.prediction_errors(height, width, split)
         by_image = torch.stack([error.to_teacher for error in errors]).mean(0)
         to_teacher = float(by_image.mean())
         power = float(torch.stack([error.teacher_power for error in errors]).mean())

@@ -143,18 +143,18 @@ def controls_table(run: RunRecord, controls: ControlRows) -> ReportTable:
 
 
 def splits_table(run: RunRecord) -> ReportTable:
-    """Relative error to the teacher on held-out and held-in images, by size; no rows without held-in images."""
-    columns = ["Variant", *(f"{split}, {size} px" for size in run.sizes for split in ("held out", "held in"))]
+    """Relative error to the teacher on held-out and held-in images, at the sizes that have both; no rows if none has."""
+    sizes = [size for size in run.sizes if any(size in cell.held_in for cell in run.cells)]
+    columns = ["Variant", *(f"{split}, {size} px" for size in sizes for split in ("held out", "held in"))]
     rows = []
     for variant in run.trained:
         cells = []
-        for size in run.sizes:
+        for size in sizes:
             for errors in ([c.fidelity for c in run.done(variant.name)], [c.held_in for c in run.done(variant.name)]):
                 values = [by_size[size].relative_error_to_teacher for by_size in errors if size in by_size]
                 cells.append(TableCell.of_summary(summarize(values)))
         rows.append(TableRow(variant.label, cells))
-    measured = any(cell.held_in for cell in run.cells)
-    return ReportTable(columns, rows if measured else [])
+    return ReportTable(columns, rows if sizes else [])
 
 
 def effects_table(run: RunRecord, effects: list[Effect]) -> ReportTable:

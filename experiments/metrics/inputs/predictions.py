@@ -19,7 +19,6 @@ from experiments.teacher.teacher import Batch, Teacher
 from unet_adapters import MixerAdapter
 
 Split = Literal["held_out", "held_in", "other"]
-SPLITS: tuple[Split, ...] = ("held_out", "held_in")
 HELD_IN_VARIATION = 2000
 """Variation of held-in images: their objects are trained on, the very same rendering is not."""
 

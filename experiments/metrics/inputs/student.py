@@ -8,7 +8,7 @@ from functools import cached_property
 from experiments.config import EvaluationConfig
 from experiments.distill.context import DistillationContext
 from experiments.metrics.inputs.generated_images import FeatureSets, feature_sets
-from experiments.metrics.inputs.predictions import SPLITS, NoisyImages, PredictionErrors, Split
+from experiments.metrics.inputs.predictions import NoisyImages, PredictionErrors, Split
 from experiments.metrics.inputs.predictions import noisy_images as encode_noisy_images
 from experiments.metrics.inputs.predictions import prediction_errors as compare_predictions
 from unet_adapters import MixerAdapter
@@ -31,11 +31,6 @@ class EvaluatedStudent:
     plan: EvaluationConfig
     data: str
     seed: int = 0
-
-    @property
-    def splits(self) -> tuple[Split, ...]:
-        """The splits that are measured: held-out images, and held-in ones if the evaluation has any."""
-        return SPLITS if self.plan.held_in_images else SPLITS[:1]
 
     def noisy_images(self, height: int, width: int, split: Split = "held_out") -> NoisyImages:
         """Return the evaluation images of a size with their noise, encoded."""

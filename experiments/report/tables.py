@@ -143,7 +143,7 @@ def controls_table(run: RunRecord, controls: ControlRows) -> ReportTable:
 
 
 def splits_table(run: RunRecord) -> ReportTable:
-    """Relative error to the teacher on held-out and held-in images, at the sizes that have both; no rows if none has."""
+    """Relative error to the teacher on held-out and held-in images, at sizes that have both; no rows if none has."""
     sizes = [size for size in run.sizes if any(size in cell.held_in for cell in run.cells)]
     columns = ["Variant", *(f"{split}, {size} px" for size in sizes for split in ("held out", "held in"))]
     rows = []

@@ -61,10 +61,10 @@ class TokenMixer(MixerProperties):
         self.projections = self.create_projections() if own_projections else None
         self.short_conv = self._create_short_conv()
         self.output_gain: Tensor | None
-        self.register_buffer("output_gain", torch.ones(heads) if config.output_gain else None)
+        self.register_buffer("output_gain", torch.ones(self.mixed_heads) if config.output_gain else None)
         self.output: nn.Module = Output(
             dim,
-            heads,
+            self.mixed_heads,
             self.head_dim,
             skip=config.skip,
             norm=config.norm,
@@ -103,7 +103,7 @@ class TokenMixer(MixerProperties):
     ) -> Tensor:
         """Mix tokens (b, l, d) in one scan order: (b, l, h, v), back in raster order."""
         streams = self.compute_streams(x if order is None else x[:, order], projections, grid)
-        y = self.output(self.mix(streams), streams).to(streams.v.dtype)  # mix may keep float32 for the norm
+        y = self.finish(self.mix(streams), streams).to(streams.v.dtype)  # mix may keep float32 for the norm
         return y if order is None else y[:, inverse_permutation(order)]
 
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
@@ -144,15 +144,25 @@ class TokenMixer(MixerProperties):
         """Apply feature map, operator and normalization.
 
         Returns:
-            W v, (b, l, h, v), linear in the values. A new tensor: without gradients, the output stage overwrites it.
+            W v, (b, l, h, v), linear in the values if `traits.linear_in_values`. A new tensor: without gradients, the
+            output stage overwrites it.
         """
         raise NotImplementedError
+
+    def finish(self, y: Tensor, streams: Streams) -> Tensor:
+        """Apply the output stage to the result of `mix`, (b, l, h, v).
+
+        A mixer whose result has a part that does not depend on the values adds it here, so that `mix` is W v alone.
+        """
+        result: Tensor = self.output(y, streams)
+        return result
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """Compute the matrix W that `mix` applies to the values, from its formula. Costs O(l²) memory.
 
         Returns:
-            (b, h, l, l), or (b, h, v, l, l) if every value channel has its own matrix.
+            (b, h, l, l), or (b, h, v, l, l) if every value channel has its own matrix. Where `mix` is not linear in the
+            values (`traits.linear_in_values`), its derivative ∂y_ic / ∂v_jc within every value channel c.
         """
         raise NotImplementedError
 
@@ -212,7 +222,7 @@ class TokenMixer(MixerProperties):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Split channels into heads, (b, l, h·c) -> (b, l, h, c)."""
-        return rearrange(x, "b l (h c) -> b l h c", h=self.heads)
+        return rearrange(x, "b l (h c) -> b l h c", h=self.mixed_heads)
 
     def split_key_heads(self, x: Tensor) -> Tensor:
         """Split the result of to_q or to_k into heads: (b, l, h, k)."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from mixers.entries import MixerEntry
 from mixers.registry import get_mixer_entry, list_mixers
+from mixers.stages.normalizers import NORMALIZER_NAMES
 
 
 def mixer_table() -> str:
@@ -30,6 +31,10 @@ def unsupported_table() -> str:
     """Return the Markdown table of the values that mixers do not support, with the reasons."""
     rows = []
     for entry in map(get_mixer_entry, list_mixers()):
+        for normalizer in NORMALIZER_NAMES:
+            reason = entry.mixer.refuses_normalizer(normalizer)
+            if reason is not None and normalizer != entry.config.default_normalizer:
+                rows.append((f"`{entry.name}`", f"`normalizer={normalizer!r}`", reason))
         for value, reason in entry.unsupported.items():
             option = f"normalize={value}" if value in ("True", "False") else f"causality={value!r}"
             rows.append((f"`{entry.name}`", f"`{option}`", reason))

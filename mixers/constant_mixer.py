@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mixers.context import Rotation
 from mixers.image_grid import ImageGrid
 from mixers.mixer import TokenMixer
 from mixers.stages.projections import ProjectionLayers, Projections
@@ -12,6 +13,11 @@ from mixers.streams import Streams
 
 class ConstantMixer(TokenMixer):
     """Projects values only: of a host's projections, to_q and to_k are not called; an own mixer has none."""
+
+    @classmethod
+    def refuses_normalizer(cls, name: str) -> str | None:
+        """A constant matrix has no scores to normalize."""
+        return "its rows do not depend on scores"
 
     def create_projections(self) -> Projections:
         """Create to_v and to_out."""
@@ -24,6 +30,10 @@ class ConstantMixer(TokenMixer):
         v = projections.to_v(x)
         v = self.split_heads(v if self.short_conv is None else self.short_conv(v, grid))
         return Streams(x=x, q=v, k=v, v=v, grid=grid)
+
+    def rotate(self, streams: Streams, rotation: Rotation) -> Streams:
+        """Return the streams as they are: there are no queries and keys to rotate."""
+        return streams
 
     @property
     def convolved_width(self) -> int:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.config import MixerConfig
-from mixers.feature_maps import FeatureMap, feature_map
-from mixers.mixer import TokenMixer
+from mixers.context import RotaryPlacement
+from mixers.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
+from mixers.normalized_mixer import NormalizedMixer
 from mixers.precision import accumulation_dtype
 from mixers.stages.projections import FullPrecisionLinear, Projections
 from mixers.streams import Streams
@@ -27,8 +28,8 @@ class DeltaConfig(MixerConfig):
         allow_neg_eigval: β ranges up to 2 instead of 1, so that a token can flip the sign of what is stored under its
             key (2411.12537).
         feature_map: φ, a key of `FEATURE_MAPS`, applied before q and k are scaled to norm 1. None: the identity, or
-            elu+1 if the mixer is normalized.
-        eps: added to the row sums if normalized.
+            elu+1 if rows are divided by their sums.
+        eps: added to the denominators if normalized.
         backend: implementation of the operator.
     """
 
@@ -48,14 +49,16 @@ class DeltaConfig(MixerConfig):
         super().__post_init__()
         if self.expand_k <= 0 or self.eps <= 0:
             raise ValueError(f"Expected expand_k > 0 and eps > 0, got {self.expand_k} and {self.eps}.")
-        if self.normalize and self.allow_neg_eigval and self.causality != "noncausal":
+        divides = self.row_normalizer in ("row_sum", "decoupled")
+        if divides and self.allow_neg_eigval and self.causality != "noncausal":
             raise ValueError(
-                "allow_neg_eigval=True needs normalize=False or causality='noncausal': with β > 1 a token takes away "
-                "more than is stored under its key, and row sums of ordinary sequences can be negative."
+                "allow_neg_eigval=True needs normalize=False, normalizer='subtract' or causality='noncausal': with "
+                "β > 1 a token takes away more than is stored under its key, and row sums of ordinary sequences can be "
+                "negative."
             )
 
 
-class DeltaMixer(TokenMixer):
+class DeltaMixer(NormalizedMixer):
     """S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t−1} + β_t k_t v_tᵀ, y_t = q_tᵀ S_t / √k, with q and k of norm 1.
 
     β = σ(to_beta(x)). Subclasses provide the gates α in `log_decay`, if any.
@@ -74,8 +77,9 @@ class DeltaMixer(TokenMixer):
     config: DeltaConfig
 
     def __init__(self, config: DeltaConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
-        name = config.feature_map or ("elu_plus_one" if config.normalize else "identity")
-        self.feature_map: FeatureMap = feature_map(name, config.normalize)
+        divides = config.row_normalizer == "row_sum"
+        name = config.feature_map or ("elu_plus_one" if divides else "identity")
+        self.feature_map: FeatureMap = feature_map(name, divides)
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.to_beta = FullPrecisionLinear(dim, heads, bias=False)
 
@@ -98,14 +102,34 @@ class DeltaMixer(TokenMixer):
         """Compute the log decay of tokens (b, l, d): (b, l, h), (b, l, h, k), or None without decay."""
         return None
 
+    def hide_tokens(self, streams: Streams, visible: Tensor) -> Streams:
+        """Return streams whose hidden tokens write nothing and let nothing decay; without an order, see the base."""
+        if self.config.causality == "noncausal":
+            return super().hide_tokens(streams, visible)
+        assert streams.beta is not None
+        log_decay = streams.log_decay
+        if log_decay is not None:
+            log_decay = log_decay.masked_fill(~visible.view(*visible.shape, *(1 for _ in log_decay.shape[2:])), 0)
+        return replace(streams, beta=streams.beta.masked_fill(~visible[..., None], 0), log_decay=log_decay)
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        rotates_in_denominator = self.feature_map.positive or self.config.row_normalizer == "decoupled"
+        after = "its numerator and its denominator are not computed apart" if rotates_in_denominator else None
+        return {"after_map": after, "before_map": None}
+
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute φ(q) and φ(k), scaled to norm 1, (b, l, h, k) each, float32 at least; zero stays zero."""
+        return self._unit_features(streams, self.feature_map)
+
+    def _unit_features(self, streams: Streams, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(streams.q)
-        q = self.feature_map.apply(streams.q.to(dtype))
-        k = self.feature_map.apply(streams.k.to(dtype))
+        q = feature_map.apply(streams.q.to(dtype))
+        k = feature_map.apply(streams.k.to(dtype))
         return _unit_norm(q), _unit_norm(k)
 
-    def mix(self, streams: Streams) -> Tensor:
+    def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least."""
         assert streams.beta is not None
         q, k = self.features(streams)
@@ -113,11 +137,28 @@ class DeltaMixer(TokenMixer):
         mixed = operators.delta_rule(q, k, streams.values, streams.beta, streams.log_decay, **options)
         return cast(Tensor, mixed)
 
-    def mixing_matrix(self, streams: Streams) -> Tensor:
+    def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
         assert streams.beta is not None
         q, k = self.features(streams)
         return operators.delta_rule_matrix(q, k, streams.beta, streams.log_decay, **self._operator_options())
+
+    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+        """Apply the rule before any normalization to values v (b, l, h, ·): (b, l, h, ·)."""
+        assert streams.beta is not None
+        q, k = self._unit_features(streams, FEATURE_MAPS["relu"] if positive else self.feature_map)
+        causality = self.config.causality
+        mixed = operators.delta_rule(
+            q, k, v, streams.beta, streams.log_decay, causality=causality, backend=self.config.backend
+        )
+        return cast(Tensor, mixed)
+
+    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula."""
+        assert streams.beta is not None
+        q, k = self._unit_features(streams, FEATURE_MAPS["relu"] if positive else self.feature_map)
+        causality = self.config.causality
+        return operators.delta_rule_matrix(q, k, streams.beta, streams.log_decay, causality=causality, scale=1.0)
 
     def _operator_options(self) -> dict[str, Any]:
         config = self.config
@@ -132,6 +173,16 @@ class DeltaMixer(TokenMixer):
     def scale(self) -> float:
         """1 / √k, the factor of unnormalized weights."""
         return self.key_dim**-0.5
+
+    @property
+    def score_scale(self) -> float:
+        """1 / √k."""
+        return self.scale
+
+    @property
+    def eps(self) -> float:
+        """Added to denominators."""
+        return self.config.eps
 
     @property
     def permutation_equivariant(self) -> bool:
@@ -150,8 +201,8 @@ class DeltaMixer(TokenMixer):
         return replace(super().traits, repetition_invariant=self.permutation_equivariant, pairwise=pairwise)
 
     def state_size(self, length: int) -> int:
-        """Return h·k·v, or h·k·(v + 1) if normalized."""
-        return self.heads * self.key_dim * (self.head_dim + int(self.config.normalize))
+        """Return h·k·v, or h·k·(v + 1) if normalized; `subtract` adds h·v."""
+        return self.heads * self.key_dim * sum(self.value_widths) + self.value_sum_size
 
     def mixing_flops(self, length: int) -> int:
         """Add the operations of β."""
@@ -159,9 +210,11 @@ class DeltaMixer(TokenMixer):
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of the delta rule in blocks, without its triangular solves."""
-        width = self.head_dim + int(self.config.normalize)
         decay = "vector" if self.per_channel_decay else "scalar"
-        return self.heads * operators.delta.flops(length, self.key_dim, width, self.config.causality, decay)
+        flops = 0
+        for width in self.value_widths:
+            flops += operators.delta.flops(length, self.key_dim, width, self.config.causality, decay)
+        return self.heads * flops
 
 
 def _unit_norm(x: Tensor) -> Tensor:

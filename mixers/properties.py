@@ -71,7 +71,7 @@ class MixerProperties(nn.Module):
         config = self.config
         return Traits(
             causality=config.causality,
-            normalized=config.normalize,
+            normalized=config.row_normalizer in ("row_sum", "subtract"),
             positive=self.positive,
             permutation_equivariant=self.permutation_equivariant,
             repetition_invariant=self.permutation_equivariant and config.normalize,

@@ -17,7 +17,9 @@ class FitConfig(FrozenModel):
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up; cosine ends at a tenth")
+    schedule: Literal["cosine", "constant", "inverse_sqrt"] = Field(
+        "cosine", description="after the warm-up; cosine ends at a tenth, inverse_sqrt falls as (warmup / step)^½"
+    )
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that replaces the weights; 0: none")
     accumulation: int = Field(1, gt=0, description="micro-batches that each process runs one after the other")

@@ -107,10 +107,7 @@ def vae(recipe: TeacherRecipe) -> AutoencoderKL:
 
 
 def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
-    """A UNet that leaves mixing to attention: one residual block and several transformer layers a block.
-
-    Self- and cross-attention are at 16 × 16 and 8 × 8 latent pixels (for 64 px images), with heads of one dimension.
-    """
+    """A UNet that leaves mixing to attention: few levels, one residual block and several transformer layers a block."""
     levels = len(recipe.unet_channels)
     return UNet2DConditionModel(
         sample_size=recipe.image_size // 4,

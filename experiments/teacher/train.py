@@ -26,6 +26,7 @@ from experiments.teacher.objectives import JointDenoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
 from experiments.training import StageCallback, batch_indices, fit
+from experiments.training.schedule import learning_rate_factor
 
 STAGES = ("decoder", "judge", "unet")
 
@@ -122,7 +123,8 @@ def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: StageCallb
         parts = [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(rows, corners, strict=True)]
         return torch.stack(parts).float() / 127.5 - 1
 
-    fit(Reconstruction(coder), crops, recipe.vae, directory / "vae", _prefix(report, "vae", recipe.vae))
+    model = Reconstruction(coder, recipe.latent_smoothness)
+    fit(model, crops, recipe.vae, directory / "vae", _prefix(report, "vae", recipe.vae))
     coder.eval()
     coder.register_to_config(scaling_factor=1.0)
     latents = torch.cat([encode_images(coder, chunk.float() / 127.5 - 1) for chunk in images[:512].split(64)])
@@ -204,7 +206,13 @@ def decay_learning_rate(
     folder = directory / "decay"
     step = checkpoint_step(source)
     config = recipe.unet.model_copy(
-        update={"steps": step + recipe.decay, "warmup": step, "schedule": "cosine", "ema": recipe.decay_ema}
+        update={
+            "steps": step + recipe.decay,
+            "warmup": step,
+            "schedule": "cosine",
+            "learning_rate": recipe.unet.learning_rate * learning_rate_factor(step, recipe.unet),
+            "ema": recipe.decay_ema,
+        }
     )
     if not (folder / f"from-{step}").exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,10 +11,16 @@ from experiments.config import FitConfig
 
 
 def learning_rate_factor(step: int, config: FitConfig) -> float:
-    """Return the share of the learning rate at a step: linear warm-up, then 1, or a cosine from 1 to 0.1."""
+    """Return the share of the learning rate at a step: linear warm-up, then what `config.schedule` says.
+
+    `"constant"`: 1; `"inverse_sqrt"`: (warmup / step)^½, for trainings without a fixed end (1706.03762); `"cosine"`:
+    from 1 to 0.1 at the last step.
+    """
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "constant":
         return warm
+    if config.schedule == "inverse_sqrt":
+        return warm * math.sqrt(min(1.0, max(1, config.warmup) / (step + 1)))
     progress = min(1.0, max(0, step - config.warmup) / max(1, config.steps - config.warmup))
     return warm * (0.55 + 0.45 * math.cos(math.pi * progress))
 

@@ -43,6 +43,8 @@ class FocusedConfig(LinearAttentionConfig):
         if self.position_table_size is None:
             size = TABLE_SIZE if self.causality != "causal" and self.scan == "raster" else 0
             object.__setattr__(self, "position_table_size", size)
+        if self.temperature:
+            raise ValueError("temperature=True has no effect: a factor of q or of k cancels. Leave it out.")
         if (self.position_table_size or 0) < 0:
             raise ValueError(f"Expected position_table_size ≥ 0, got {self.position_table_size}.")
         if self.position_table_size and self.scan != "raster":
@@ -71,6 +73,9 @@ class Focused(LinearAttention):
     drop_in_options: ClassVar[Mapping[str, Any]] = {"local_conv_size": 0, "position_table_size": 0}
     output_options: ClassVar[Mapping[str, Any]] = {"local_conv_shared": True}
     default_feature_map: ClassVar[str] = "relu"  # which `focus` sharpens
+    refused_normalizers: ClassVar[Mapping[str, str]] = {
+        "decoupled": "its feature map is positive by construction, and without it the mixer is linear attention"
+    }
     exceptions: ClassVar[Mapping[str, str]] = {
         "check_heads_are_independent_in_queries": "as published, the norms of the feature map are over all heads",
         "check_heads_are_independent_in_keys": "as published, the norms of the feature map are over all heads",
@@ -95,6 +100,10 @@ class Focused(LinearAttention):
         if self.positions is not None:
             k = self.positions(k.flatten(2), streams.grid).view_as(k)
         return self.focus(streams.q.to(dtype)), self.focus(k)
+
+    def text_features(self, k: Tensor) -> Tensor:
+        """Compute φ(k) of text tokens, which have no position in the image, (b, t, h, k)."""
+        return self.focus(k)
 
     @property
     def permutation_equivariant(self) -> bool:

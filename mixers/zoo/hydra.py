@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
+from mixers.feature_maps import FEATURE_MAPS
 from mixers.normalization import append_ones, divide_by_last
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import ScalarDecay
@@ -67,8 +68,8 @@ class Hydra(StateSpaceMixer):
         W_ij = C_{i−1}·B_j Δ_j ∏_{t=j+1..i−1} exp(Δ_t A) for j < i, mirrored for j > i, and W_ii = δ_i = fc(x_i) + D
 
     followed by RMSNorm(W x)·SiLU(z). Each direction has its own B, C and Δ; A and the bias of Δ are shared, one per
-    head. A causal one has the past and the diagonal. Normalized, the diagonal is softplus(fc(x_i) + D) > 0, and eps is
-    added to the row sum.
+    head. A causal one has the past and the diagonal. Where rows are divided by sums, the diagonal in these sums is
+    softplus(fc(x_i) + D) > 0, and eps is added to them.
     """
 
     Config: ClassVar[type[MixerConfig]] = HydraConfig
@@ -112,39 +113,52 @@ class Hydra(StateSpaceMixer):
             log_decay=log_decay,
             dt=dt,
             grid=streams.grid,
-            diagonal=F.softplus(diagonal) if self.config.normalize else diagonal,
+            diagonal=diagonal,
         )
 
-    def mix(self, streams: Streams) -> Tensor:
-        """Compute W v, (b, l, h, v), in float32 at least: the shifted sums of each direction, and the diagonal."""
-        assert isinstance(streams, HydraStreams) and streams.diagonal is not None
-        v = streams.values
-        v = append_ones(v) if self.config.normalize else v
-        y = streams.diagonal[..., None] * v
-        for direction, (q, k, log_decay) in enumerate(self._directions(streams)):
+    def mix_directly(self, streams: Streams) -> Tensor:
+        """Compute W v, (b, l, h, v), in float32 at least."""
+        if not self.config.normalize:
+            return self.weigh(streams, streams.values)
+        return divide_by_last(self.weigh(streams, append_ones(streams.values)), self.config.eps)
+
+    def direct_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula."""
+        total = self.weights(streams)
+        return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total
+
+    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+        """Add the shifted sums of each direction, and the diagonal: (b, l, h, ·), float32 at least."""
+        y = self._diagonal(streams, positive)[..., None] * v
+        for direction, (q, k, log_decay) in enumerate(self._directions(streams, positive)):
             if direction == 0:
                 y = y + self._sum_past(q, k, v, log_decay)
             else:
                 y = y + self._sum_past(q.flip(1), k.flip(1), v.flip(1), log_decay.flip(1)).flip(1)
-        return divide_by_last(y, self.config.eps) if self.config.normalize else y
+        return y
 
-    def mixing_matrix(self, streams: Streams) -> Tensor:
-        """Compute W, (b, h, l, l), from its formula."""
-        assert isinstance(streams, HydraStreams) and streams.diagonal is not None
-        total = torch.diag_embed(streams.diagonal.transpose(1, 2))
-        for direction, (q, k, log_decay) in enumerate(self._directions(streams)):
+    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula."""
+        total = torch.diag_embed(self._diagonal(streams, positive).transpose(1, 2))
+        for direction, (q, k, log_decay) in enumerate(self._directions(streams, positive)):
             if direction == 0:
                 total = total + self._past_matrix(q, k, log_decay)
             else:
                 total = total + self._past_matrix(q.flip(1), k.flip(1), log_decay.flip(1)).flip(-1, -2)
-        return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total
+        return total
 
-    def _directions(self, streams: Streams) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _diagonal(self, streams: Streams, positive: bool) -> Tensor:
+        """Return δ (b, l, h), > 0 if rows are divided by sums of it."""
+        assert isinstance(streams, HydraStreams) and streams.diagonal is not None
+        return F.softplus(streams.diagonal) if positive or self.divides_by_row_sums else streams.diagonal
+
+    def _directions(self, streams: Streams, positive: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return φ(C), φ(B)·Δ and Δ·A of every direction."""
         assert streams.dt is not None and streams.log_decay is not None
         dtype = accumulation_dtype(streams.q)
-        queries = self.feature_map.apply(streams.q.to(dtype)).split(self.key_dim, dim=-1)
-        keys = self.feature_map.apply(streams.k.to(dtype)).split(self.key_dim, dim=-1)
+        feature_map = FEATURE_MAPS["relu"] if positive else self.feature_map
+        queries = feature_map.apply(self.scaled_q(streams).to(dtype)).split(self.key_dim, dim=-1)
+        keys = feature_map.apply(self.scaled_k(streams.k).to(dtype)).split(self.key_dim, dim=-1)
         steps = streams.dt.split(self.heads, dim=-1)
         decays = streams.log_decay.split(self.heads, dim=-1)
         key_sets = [min(direction, self.key_sets - 1) for direction in range(self.directions)]
@@ -171,8 +185,9 @@ class Hydra(StateSpaceMixer):
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of causal linear attention with decay in each direction."""
-        width = self.head_dim + int(self.config.normalize)
-        one_direction = operators.linear.flops(length, self.key_dim, width, "causal", "scalar")
+        one_direction = sum(
+            operators.linear.flops(length, self.key_dim, width, "causal", "scalar") for width in self.value_widths
+        )
         return self.directions * self.heads * one_direction
 
     def mixing_flops(self, length: int) -> int:

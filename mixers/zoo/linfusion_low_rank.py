@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mixers.config import MixerConfig
+from mixers.context import RotaryPlacement
 from mixers.entries import register_mixer
-from mixers.feature_maps import FEATURE_MAPS
+from mixers.feature_maps import FEATURE_MAPS, FeatureMap
 from mixers.stages.projections import FullPrecisionLinear
 from mixers.streams import Streams
 from mixers.zoo.linfusion import LinFusion, LinFusionConfig
@@ -62,11 +63,21 @@ class LinFusionLowRank(LinFusion):
         g = self.split_heads(self.to_g(x))
         return FEATURE_MAPS["elu_plus_one"].apply(f), g.softmax(-1)
 
-    def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
+    def map_features(self, streams: Streams, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
         """Compute vec(C ⊗ F) and vec(B ⊗ G): (b, l, h, k·r) each, float32 at least."""
-        C, B = super().features(streams)
+        C, B = super().map_features(streams, feature_map)
         F, G = self.factors(streams.x)
         return _khatri_rao(C, F), _khatri_rao(B, G)
+
+    @property
+    def _why_no_text_features(self) -> str:
+        """G belongs to the tokens of the layer."""
+        return "its features depend on G of the tokens, which the text does not have"
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        return {"after_map": "its features are k·r products, not the k channels that rotate", "before_map": None}
 
     @property
     def features_dim(self) -> int:
@@ -74,8 +85,9 @@ class LinFusionLowRank(LinFusion):
         return super().features_dim * self.config.rank
 
     def mixing_flops(self, length: int) -> int:
-        """Add the operations of to_f and to_g."""
-        return super().mixing_flops(length) + 4 * length * self.dim * self.heads * self.config.rank
+        """Add the operations of to_f and to_g, once per pass."""
+        one_pass = 4 * length * self.dim * self.heads * self.config.rank
+        return super().mixing_flops(length) + len(self.value_widths) * one_pass
 
 
 def _khatri_rao(x: Tensor, y: Tensor) -> Tensor:

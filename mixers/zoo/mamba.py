@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
+from mixers.feature_maps import FeatureMap
 from mixers.image_grid import ImageGrid
 from mixers.operators.scan import selective_scan, selective_scan_matrix
 from mixers.precision import accumulation_dtype
@@ -130,26 +131,49 @@ class Mamba(StateSpaceMixer):
             grid=grid,
         )
 
-    def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
+    def map_features(self, streams: Streams, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
         """Compute φ(C) and φ(B), (b, l, h, n) each, float32 at least, without Δ, which the operator applies."""
-        return super().features(replace(streams, dt=None))
+        return super().map_features(replace(streams, dt=None), feature_map)
 
-    def mix(self, streams: Streams) -> Tensor:
+    def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W u, (b, l, h, v)."""
         assert streams.dt is not None
         C, B = self.features(streams)
         options = self._operator_options(streams) | {"backend": self.config.backend}
         return cast(Tensor, selective_scan(streams.v, streams.dt, self.A, B, C, **options))
 
-    def mixing_matrix(self, streams: Streams) -> Tensor:
+    def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, v, l, l), from its formula."""
         assert streams.dt is not None
         C, B = self.features(streams)
         return selective_scan_matrix(streams.dt, self.A, B, C, **self._operator_options(streams))
 
+    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+        """Apply the weights before any normalization to values v (b, l, h, v): (b, l, h, v)."""
+        assert streams.dt is not None
+        C, B = self.signed_or_positive_features(streams, positive)
+        options = self._unscaled_options() | {"backend": self.config.backend}
+        sums = cast(Tensor, selective_scan(v, streams.dt, self.A, B, C, **options))
+        return sums / v.shape[1] if self.averages_weights else sums
+
+    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `weigh` applies, (b, h, v, l, l), from its formula."""
+        assert streams.dt is not None
+        C, B = self.signed_or_positive_features(streams, positive)
+        matrix = selective_scan_matrix(streams.dt, self.A, B, C, eps=0.0, **self._unscaled_options())
+        return matrix / C.shape[1] if self.averages_weights else matrix
+
+    def weigh_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the weights to v, and compute their row sums (b, l, h, v), of which every channel has its own."""
+        return self.weigh(streams, v), self.row_sums(streams, positive=False)
+
+    def row_sums(self, streams: Streams, positive: bool) -> Tensor:
+        """Compute the row sums of the weights, (b, l, h, v)."""
+        return self.weigh(streams, torch.ones_like(streams.values), positive)
+
     def state_size(self, length: int) -> int:
         """Return channels·n, twice that if normalized, because every channel has its own row sums."""
-        return self.value_width * self.key_dim * (1 + int(self.config.normalize))
+        return self.value_width * self.key_dim * (1 + int(self.config.normalize)) + self.value_sum_size
 
     def projection_flops(self, length: int) -> int:
         """Return the share of `flops` of the four projections."""
@@ -161,7 +185,8 @@ class Mamba(StateSpaceMixer):
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of reading the states; everything else is elementwise."""
-        return 2 * length * self.state_size(length) * (2 if self.config.causality == "bidirectional" else 1)
+        size = self.state_size(length) - self.value_sum_size
+        return 2 * length * size * (2 if self.config.causality == "bidirectional" else 1)
 
     @classmethod
     def convert_state_dict(cls, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> ConvertedStateDict:

@@ -60,8 +60,9 @@ class RWKV6(LinearMixer):
     """RWKV-6 (2404.05892): W_ij = Σ_c r_ic k_jc ∏_{t=j+1..i−1} w_tc for j < i, and W_ii = Σ_c u_c r_ic k_ic.
 
     w = exp(−exp(up(tanh(down(x))) + bias)): the gates of the tokens strictly between i and j. Bidirectional adds the
-    mirror image for j > i; without an order, W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Normalized, u
-    is exp(u) > 0, as in RWKV-4, and eps is added to the decayed sum, or without an order to the mean weight.
+    mirror image for j > i; without an order, W_ij = Σ_c r_ic k_jc w_jc, with the bonus u added at i = j. Where rows
+    are divided by sums, u is exp(u) > 0 in these, as in RWKV-4, and eps is added to the decayed sum, or without an
+    order to the mean weight.
     GroupNorm per head and multiplication by SiLU(to_gate(x)) follow. to_q computes r.
 
     Deviations from the published block: initial values that depend on the depth are those at half depth, and the
@@ -94,27 +95,48 @@ class RWKV6(LinearMixer):
         query, key, value = self.project(projections, r, k, v, grid)
         return Streams(g, query, key, value, log_decay=self.split_heads(self.decay(w)), grid=grid)
 
-    def mix(self, streams: Streams) -> Tensor:
+    def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least."""
-        assert streams.log_decay is not None
-        q, k = self._scaled_features(streams)
         v = streams.values
-        v = append_ones(v) if self.config.normalize else v
+        if not self.config.normalize:
+            return self._weigh_scaled(streams, v, self.scale_at(v.shape[1]))
+        return divide_by_last(self._weigh_scaled(streams, append_ones(v)), self._eps(v.shape[1]))
+
+    def direct_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
+        length = streams.v.shape[1]
+        if not self.config.normalize:
+            return self._scaled_weights(streams, self.scale_at(length))
+        total = self._scaled_weights(streams)
+        return total / (total.sum(-1, keepdim=True) + self._eps(length))
+
+    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+        """Apply the weights before any normalization to values v (b, l, h, ·): (b, l, h, ·)."""
+        return self._weigh_scaled(streams, v, 1 / v.shape[1] if self.averages_weights else 1.0, positive)
+
+    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
+        return self._scaled_weights(streams, 1 / streams.v.shape[1] if self.averages_weights else 1.0, positive)
+
+    def _weigh_scaled(self, streams: Streams, v: Tensor, scale: float = 1.0, positive: bool = False) -> Tensor:
+        assert streams.log_decay is not None
+        q, k = self.signed_or_positive_features(streams, positive)
+        q = q * scale
         log_decay = streams.log_decay
-        y = self._diagonal(q, k)[..., None] * v
+        y = self._diagonal(q, k, positive)[..., None] * v
         causality = self.config.causality
         sum_tokens = self._sum if causality == "noncausal" else self._sum_past
         y = y + sum_tokens(q, k, v, log_decay)
         if causality == "bidirectional":
             y = y + self._sum_past(q.flip(1), k.flip(1), v.flip(1), log_decay.flip(1)).flip(1)
-        return divide_by_last(y, self._eps(v.shape[1])) if self.config.normalize else y
+        return y
 
-    def mixing_matrix(self, streams: Streams) -> Tensor:
-        """Compute W, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
+    def _scaled_weights(self, streams: Streams, scale: float = 1.0, positive: bool = False) -> Tensor:
         assert streams.log_decay is not None
-        q, k = self._scaled_features(streams)
+        q, k = self.signed_or_positive_features(streams, positive)
+        q = q * scale
         log_decay = streams.log_decay.to(q.dtype)
-        total = torch.diag_embed(self._diagonal(q, k).transpose(1, 2))
+        total = torch.diag_embed(self._diagonal(q, k, positive).transpose(1, 2))
         causality = self.config.causality
         if causality == "noncausal":
             total = total + torch.einsum("bihk,bjhk->bhij", q, k * log_decay.exp())
@@ -122,19 +144,14 @@ class RWKV6(LinearMixer):
             total = total + _past_matrix(q, k, log_decay)
         if causality == "bidirectional":
             total = total + _past_matrix(q.flip(1), k.flip(1), log_decay.flip(1)).flip(-1, -2)
-        return total / (total.sum(-1, keepdim=True) + self._eps(q.shape[1])) if self.config.normalize else total
+        return total
 
-    def _scaled_features(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Compute φ(r) times the scale, and φ(k)."""
-        q, k = self.features(streams)
-        return (q, k) if self.config.normalize else (q * self.scale_at(q.shape[1]), k)
-
-    def _diagonal(self, q: Tensor, k: Tensor) -> Tensor:
+    def _diagonal(self, q: Tensor, k: Tensor, positive: bool) -> Tensor:
         """Compute what a token's own key adds to W_ii, (b, l, h)."""
         if self.bonus is None:
             return (q * k).sum(-1) * float(self.config.causality != "noncausal")
         u = self.bonus.to(q.dtype)
-        return (q * (u.exp() if self.config.normalize else u) * k).sum(-1)
+        return (q * (u.exp() if positive or self.divides_by_row_sums else u) * k).sum(-1)
 
     def _sum_past(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         """Sum over the tokens before each: the state after token i − 1 is read by the query of token i."""
@@ -154,8 +171,10 @@ class RWKV6(LinearMixer):
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of linear attention with decay, with one more value channel if normalized."""
-        width = self.head_dim + int(self.config.normalize)
-        return self.heads * operators.linear.flops(length, self.key_dim, width, self.config.causality, "vector")
+        causality = self.config.causality
+        return self.heads * sum(
+            operators.linear.flops(length, self.key_dim, width, causality, "vector") for width in self.value_widths
+        )
 
     @property
     def permutation_equivariant(self) -> bool:
@@ -165,7 +184,7 @@ class RWKV6(LinearMixer):
     @property
     def positive(self) -> bool:
         """Whether no entry of the mixing matrix is negative: the feature map and the bonus are positive."""
-        return super().positive and (self.config.normalize or not self.config.bonus)
+        return super().positive and (self.divides_by_row_sums or not self.config.bonus)
 
     @property
     def traits(self) -> Traits:

@@ -20,6 +20,7 @@ from experiments.teacher.judge import attention_mask, top1_accuracy
 from experiments.teacher.load import EMBEDDED, load_teacher
 from experiments.teacher.mixing import CONTROLS, fixed_mixing
 from experiments.teacher.need import encode_scenes, train_from_scratch, velocity_errors
+from experiments.teacher.objectives import roughness
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions
 from experiments.teacher.train import train_teacher
@@ -68,6 +69,15 @@ def test_a_card_is_written_for_any_pipeline(tiny_teacher: Path, monkeypatch: pyt
     card = write_card(tiny_teacher, TINY, json.loads(json.dumps(measured))).read_text()
     assert "**not met**" in card and "CC-BY 4.0" in card and "identity" in card
     assert (tiny_teacher / "sheet.png").is_file() and (tiny_teacher / "gates.json").is_file()
+
+
+def test_roughness_tells_noise_from_slow_variation() -> None:
+    noise = torch.randn(4, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    ramp = torch.linspace(-1, 1, 32).expand(4, 2, 32, 32)
+    assert roughness(noise) > 0.8
+    assert roughness(ramp) < 0.01
+    torch.testing.assert_close(roughness(7 * noise), roughness(noise))
+    assert roughness(torch.ones(1, 1, 4, 4)) == 0
 
 
 def test_recipes_scale_and_refuse_unknown_keys() -> None:

@@ -108,10 +108,23 @@ def test_a_foreign_checkpoint_is_one_clear_sentence(tmp_path: Path) -> None:
         fit(nn.Sequential(nn.Linear(2, 2)), batch, CONFIG, tmp_path)
 
 
-@given(steps=st.integers(1, 500), warmup=st.integers(0, 50))
-def test_the_rate_stays_within_its_bounds(steps: int, warmup: int) -> None:
-    config = CONFIG.model_copy(update={"steps": steps, "warmup": warmup})
+@given(
+    steps=st.integers(1, 500),
+    warmup=st.integers(0, 50),
+    schedule=st.sampled_from(["cosine", "constant", "inverse_sqrt"]),
+)
+def test_the_rate_stays_within_its_bounds(steps: int, warmup: int, schedule: str) -> None:
+    config = CONFIG.model_copy(update={"steps": steps, "warmup": warmup, "schedule": schedule})
     factors = [learning_rate_factor(step, config) for step in range(steps)]
     assert all(0 < f <= 1 for f in factors)
     peak = factors.index(max(factors))
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_the_inverse_square_root_halves_the_rate_over_four_times_the_steps() -> None:
+    """It does not depend on the end of the training, so that a longer one continues a shorter one."""
+    config = CONFIG.model_copy(update={"warmup": 100, "schedule": "inverse_sqrt"})
+    assert learning_rate_factor(99, config) == 1
+    assert learning_rate_factor(399, config) == pytest.approx(0.5)
+    longer = config.model_copy(update={"steps": 10 * config.steps})
+    assert learning_rate_factor(5000, config) == learning_rate_factor(5000, longer)

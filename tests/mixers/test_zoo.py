@@ -1,5 +1,6 @@
 """Every registered mixer keeps its promises, and the suite catches one that does not."""
 
+import itertools
 import re
 from functools import cache
 
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixers import TokenMixer, list_mixers
+from mixers import TokenMixer, list_mixers, registry
+from mixers.stages.normalizers import NORMALIZER_NAMES
 from mixers.stages.scan_orders import SCANS
 from mixers.testing import (
     MIXER_CHECKS,
@@ -58,6 +60,24 @@ SCALED = [
 
 @parametrize_with_checks(SCALED, deep=DEEP)
 def test_conformance_of_mean_scale(mixer: TokenMixer, check: MixerCheck) -> None:
+    check(mixer)
+
+
+def normalizer_cases() -> list[ConformanceCase]:
+    """Every mixer with every normalizer other than its own, and three operators with every causality."""
+    cases = []
+    for name, normalizer in itertools.product(list_mixers(), NORMALIZER_NAMES):
+        entry = registry.get_mixer_entry(name)
+        if normalizer == entry.config.default_normalizer or entry.mixer.refuses_normalizer(normalizer) is not None:
+            continue
+        all_causalities = name in ("linear_attention", "gla", "kda")
+        for causality in entry.causalities if all_causalities else (entry.default_causality,):
+            cases.append(ConformanceCase(name, causality, True, "drop-in", {"normalizer": normalizer}))
+    return cases
+
+
+@parametrize_with_checks(normalizer_cases(), deep=DEEP)
+def test_conformance_of_normalizers(mixer: TokenMixer, check: MixerCheck) -> None:
     check(mixer)
 
 

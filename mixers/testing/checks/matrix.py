@@ -111,7 +111,7 @@ def check_constant_values_are_kept(mixer: TokenMixer, inputs: CheckInputs) -> No
         assert_close(y, constant * nonzero.permute(0, 3, 1, 2), what=f"output for constant values at l = {length}")
 
 
-def check_weights_are_positive(mixer: TokenMixer, inputs: CheckInputs) -> None:
+def check_matrix_is_nonnegative(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """No entry of the matrix is negative."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, length)
@@ -144,7 +144,7 @@ def check_state_size_is_enough(mixer: TokenMixer, inputs: CheckInputs) -> None:
     assert needed <= size, f"ranks {ranks.flatten().tolist()} need {needed} numbers, state_size is {size}"
 
 
-def has_fixed_weights(mixer: TokenMixer) -> bool:
+def has_fixed_entries(mixer: TokenMixer) -> bool:
     """Return whether a pair's entry of W depends only on these tokens and those between them, up to a row's factor.
 
     Not if entries depend on positions in the image, or on the number of tokens (`scale="mean"`).
@@ -152,7 +152,7 @@ def has_fixed_weights(mixer: TokenMixer) -> bool:
     traits = mixer.traits
     is_local = traits.linear and traits.pairwise and not traits.needs_grid
     scaled_by_length = getattr(mixer.config, "scale", None) == "mean"
-    return is_local and not scaled_by_length and (traits.positive or not traits.normalized)
+    return is_local and not scaled_by_length and (traits.positive or not mixer.config.normalize)
 
 
 def check_a_token_sees_itself(mixer: TokenMixer, inputs: CheckInputs) -> None:
@@ -188,7 +188,7 @@ def is_two_causal_passes(mixer: TokenMixer) -> bool:
 
     Not if it depends on positions: in the image, or by rotary embeddings, whose angles change sign in reversed order.
     """
-    comparable = mixer.traits.positive or not mixer.traits.normalized
+    comparable = mixer.traits.positive or not mixer.config.normalize
     positional = mixer.traits.needs_grid or getattr(mixer.config, "rotary", False) is not False
     is_bidirectional = mixer.traits.causality == "bidirectional"
     return is_bidirectional and comparable and not positional and as_causal(mixer) is not None

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 from mixers import create_mixer
 from mixers.files import atomic_path
-from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, SavedAdapter, SiteMixer
+from unet_adapters.checkpoint import DESCRIPTION, SavedAdapter
 from unet_adapters.files import write_tensors
 from unet_adapters.hosts import Host
 from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
 from unet_adapters.preconditions import check_weights
 from unet_adapters.projections import base_layer, why_not_trainable
+from unet_adapters.site_mixer import OF_THE_SITE, SiteMixer
 from unet_adapters.sites import Site
-from unet_adapters.weight_files import find_weight_files, list_variants
+from unet_adapters.weight_files import closest_variant, find_weight_files
 
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
@@ -42,7 +43,8 @@ EPS = 1e-4
 NO_MLP = -1
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 FLOATS = ("F16", "BF16", "F32", "F64")
-IGNORED_OPTIONS = {"mid_dim", "backend", "reference_length"}  # compared separately, or without effect on the formula
+# Compared separately, without effect on the formula, or (output_gain) written into to_out.
+IGNORED_OPTIONS = {"mid_dim", "backend", "reference_length", "output_gain"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def write_linfusion(
 ) -> None:
     """Write a student in the published format; projections that it does not train are copied from the model.
 
-    LoRAs that are not fused are not part of it. Cost: one copy of the weights.
+    LoRAs that are not fused are not part of it. Output gains, which the format does not have, are multiplied into
+    to_out: the same map. Cost: one copy of the weights.
 
     Raises:
         ValueError: the format cannot express a mixer or an option of this student.
@@ -144,6 +147,8 @@ def write_linfusion(
     for index, module in enumerate(modules):
         for part in module.tensors(index):
             tensor = ours[part.ours] if part.ours in ours else _host_tensor(host.model, part.ours)
+            if part.ours == f"{module.module_name}.to_out.0.weight":
+                tensor = _with_output_gain(tensor, ours.get(f"{module.module_name}.mixer.output_gain"))
             weights[part.published] = (tensor.detach().cpu() / part.factor).contiguous()
     entries = [asdict(module) for module in modules]
     config = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__, "modules_list": entries}
@@ -153,6 +158,11 @@ def write_linfusion(
         weights_path = stack.enter_context(atomic_path(folder / WEIGHTS, durable=True))
         write_tensors(weights_path, weights, {"format": "pt"}, shown_as=folder / WEIGHTS)
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_output_gain(to_out: Tensor, gain: Tensor | None) -> Tensor:
+    """Multiply the columns (d, h·v) that read each head by its gain (h,)."""
+    return to_out if gain is None else to_out * gain.to(to_out).repeat_interleave(to_out.shape[1] // len(gain))
 
 
 def _host_tensor(model: nn.Module, name: str) -> Tensor:
@@ -260,13 +270,7 @@ def _is_valid(module: LinFusionModule) -> bool:
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     if variant is not None:
         return find_weight_files(folder, STEM, variant)
-    try:
-        return find_weight_files(folder, STEM)
-    except FileNotFoundError:
-        variants = list_variants(folder, STEM)
-        if len(variants) != 1:
-            raise
-        return find_weight_files(folder, STEM, variants[0])
+    return find_weight_files(folder, STEM, closest_variant(folder, STEM))
 
 
 def _read_weights(files: list[Path], modules: list[LinFusionModule]) -> dict[str, Tensor]:

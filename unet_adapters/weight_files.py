@@ -36,6 +36,15 @@ def list_variants(folder: Path, stem: str) -> list[str]:
     return sorted(name for name in names if name and "-of-" not in name)
 
 
+def closest_variant(folder: Path, stem: str, variant: str | None = None) -> str | None:
+    """Return `variant` if the folder has it, else None for its plain weights, else the only variant that there is."""
+    variants = list_variants(folder, stem)
+    if variant in variants:
+        return variant
+    has_plain = any((folder / f"{stem}{ending}").is_file() for ending in (".safetensors", ".safetensors.index.json"))
+    return variants[0] if len(variants) == 1 and not has_plain else None
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

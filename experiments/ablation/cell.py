@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import shutil
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
@@ -19,12 +17,11 @@ from experiments.core.files import read_json, write_json, write_text
 from experiments.core.fingerprints import TensorVersions, tensor_versions
 from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
-from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders
+from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders, training_sources
 from experiments.evaluate.measure import measure_student
 from experiments.evaluate.protocol import teacher_fingerprint
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.training import delete_checkpoints, training_seconds
-from mixers import registry
 from unet_adapters import MixerAdapter
 
 LOG = "metrics.jsonl"
@@ -35,18 +32,20 @@ STARTED = "training.json"
 def open_cell_context(config: CellConfig | Grid) -> DistillationContext:
     """Open the teacher and the images of a cell, or of a grid, whose cells share them."""
     plan = config.distillation
-    return open_context(config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:])
+    return open_context(
+        config.teacher, config.data, plan.image_size, plan.images, plan.all_sizes[1:], config.teacher_variant
+    )
 
 
 def training_key(config: CellConfig, context: DistillationContext) -> str:
     """Return the SHA-256 of everything that a cell's weights depend on.
 
-    That is its configuration, the teacher's weights, the encoded training images, and the source of a mixer that is not
-    the library's own.
+    That is its configuration, the teacher's weights, the encoded training images, and the source of a mixer and of
+    objectives that are not the library's own.
     """
-    mixer = registry.get_mixer_entry(config.variant.mixer).mixer
+    sources = training_sources(config.variant.mixer, config.distillation)
     encoded = _encoded_digest(context, tensor_versions(_encoded_tensors(context)))
-    parts = [config.training, teacher_fingerprint(context), encoded, _source_digest(mixer)]
+    parts = [config.training, teacher_fingerprint(context), encoded, sources]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -169,15 +168,4 @@ def _encoded_digest(context: DistillationContext, versions: TensorVersions) -> s
         for name, tensor in sorted(batch.items()):
             digest.update(f"{size} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _source_digest(mixer: type) -> str:
-    """SHA-256 of the file of every class that a user's mixer inherits from; of the library's classes, their names."""
-    digest = hashlib.sha256()
-    for base in mixer.__mro__[:-1]:
-        digest.update(f"{base.__module__}.{base.__qualname__}".encode())
-        if base.__module__.partition(".")[0] not in ("mixers", "torch", "builtins"):
-            with suppress(OSError, TypeError):  # there is no file behind a shell's classes
-                digest.update(Path(inspect.getfile(base)).read_bytes())
     return digest.hexdigest()

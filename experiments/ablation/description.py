@@ -83,6 +83,7 @@ class RunDescription(FrozenModel):
     name: str
     question: str = ""
     teacher: str = "not recorded"
+    teacher_variant: str | None = None
     data: str = "not recorded"
     train_size: int = 64
     sizes: tuple[int, ...] = ()
@@ -114,6 +115,7 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
         name=grid.name,
         question=grid.question,
         teacher=grid.teacher,
+        teacher_variant=grid.teacher_variant,
         data=grid.data,
         train_size=grid.distillation.image_size,
         sizes=evaluation.sizes,

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import Plugins, Settings, WeightVariant, app, clean_errors, console, load_plugins, progress
 from experiments.core.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def ablate(
     only: Annotated[str, typer.Option(help="wildcard pattern: run the variants whose name matches")] = "*",
     seeds: Annotated[int | None, typer.Option(min=1, help="run seeds 0 … N−1 instead of the grid's")] = None,
     teacher: Annotated[str | None, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = None,
+    variant: WeightVariant = None,
     size: Annotated[int | None, typer.Option(min=8, help="side of the training images; all sizes scale")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="cells at a time, in processes that share the cores")
@@ -51,7 +52,7 @@ def ablate(
     load_plugins(plugins)
     with clean_errors():
         seconds = None if budget is None else parse_duration(budget)
-        plan = _load_grid(grid, settings, seeds, teacher, size)
+        plan = _load_grid(grid, settings, seeds, teacher, variant, size)
         out = out or Path("runs") / plan.name
         console.print(f"[bold]{plan.name}[/]: {plan.question}")
         executor = _executor(workers, ray, budget)
@@ -95,13 +96,24 @@ def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) ->
         console.print(f"Nothing is running: start the same command again for the {waiting} cells that wait.")
 
 
-def _load_grid(name: str, settings: list[str], seeds: int | None, teacher: str | None, size: int | None) -> Grid:
+def _load_grid(
+    name: str,
+    settings: list[str],
+    seeds: int | None,
+    teacher: str | None,
+    variant: str | None,
+    size: int | None,
+) -> Grid:
     from experiments.ablation import load_grid
     from experiments.config import apply_grid_overrides, resize_grid
 
     plan = load_grid(name)
     plan = apply_grid_overrides(resize_grid(plan, size) if size else plan, settings)
-    changes = {"seeds": tuple(range(seeds)) if seeds else plan.seeds, "teacher": teacher or plan.teacher}
+    changes = {
+        "seeds": tuple(range(seeds)) if seeds else plan.seeds,
+        "teacher": teacher or plan.teacher,
+        "teacher_variant": variant or plan.teacher_variant,
+    }
     return plan.model_copy(update=changes)
 
 

@@ -31,6 +31,11 @@ Plugins = Annotated[
     list[Path], typer.Option("--plugin", help="a .py file that registers mixers, objectives …; repeat as needed")
 ]
 
+WeightVariant = Annotated[
+    str | None,
+    typer.Option("--variant", help="weight files of the model to read, such as fp16; default: the plain ones"),
+]
+
 
 def main() -> None:
     """Run the console script."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Plugins, Settings, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import Plugins, Settings, WeightVariant, app, clean_errors, console, load_plugins, progress
 
 
 @app.command()
@@ -18,6 +18,7 @@ def distill(
     ] = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
+    variant: WeightVariant = None,
 ) -> None:
     """Distill a mixer into a teacher, stage by stage, as a recipe says. Run it again after a stop to continue."""
     from experiments.distill.recipe import load_recipe
@@ -28,6 +29,7 @@ def distill(
     load_plugins(plugins)
     with clean_errors():
         plan = load_recipe(recipe, settings)
+        plan = plan.model_copy(update={"teacher_variant": variant or plan.teacher_variant})
         console.print(f"[bold]{plan.name}[/]: {plan.about}", soft_wrap=True)
         batch_sizes = {stage.name: stage.fit.batch_size for stage in plan.distillation.stages}
         with progress() as display:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Plugins, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import Plugins, WeightVariant, app, clean_errors, console, load_plugins, progress
 
 SizeOption = Annotated[str, typer.Option("--size", help="width x height in pixels, such as 16384x8192")]
 ModelOption = Annotated[str, typer.Option("--model", help="embedded, a folder, a Hub id, or random:SD-1.5")]
@@ -29,7 +29,6 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu or cuda;
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: bfloat16, float32 on a CPU")
 ]
-VariantOption = Annotated[str | None, typer.Option("--variant", help="weight files to read, such as fp16")]
 SkipResidualOption = Annotated[
     float | None, typer.Option("--skip-residual", help="power of DemoFusion's skip residual, such as 3; default: none")
 ]
@@ -56,7 +55,7 @@ def plan(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    variant: VariantOption = None,
+    variant: WeightVariant = None,
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
     """Print what a large image needs, stage by stage, before any work; the GPU need not be present."""
@@ -105,7 +104,7 @@ def generate(
     stage_dir: StageDirOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    variant: VariantOption = None,
+    variant: WeightVariant = None,
     plugins: Plugins = [],  # noqa: B006
 ) -> None:
     """Generate a large image in stages; if it is stopped, the same command resumes after the last finished stage."""
@@ -136,6 +135,6 @@ def generate(
             memory=memory,
             image=image,
             strength=strength,
-            control=commands.ControlNetOptions.from_options(control, control_image, control_scale),
+            control=commands.ControlNetOptions.from_options(control, control_image, control_scale, variant),
             stage_dir=stage_dir,
         )

@@ -34,6 +34,7 @@ class CellConfig(FrozenModel):
     """One variant × one seed: everything its numbers depend on."""
 
     teacher: str
+    teacher_variant: str | None = None
     data: str
     variant: Variant
     seed: int
@@ -86,6 +87,7 @@ class Grid(FrozenModel):
     name: str
     question: str
     teacher: str = "embedded"
+    teacher_variant: str | None = Field(None, description="the teacher's weight files to read, such as fp16")
     data: str = "emoji"
     variants: tuple[Variant, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
@@ -124,6 +126,7 @@ class Grid(FrozenModel):
         return [
             CellConfig(
                 teacher=self.teacher,
+                teacher_variant=self.teacher_variant,
                 data=self.data,
                 variant=variant,
                 seed=seed,

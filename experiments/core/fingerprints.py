@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,25 @@ def weights_digest(network: nn.Module) -> str:
     """Return the SHA-256 of parameters and buffers: names, types, shapes and values. Takes about a second per GB."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in plain_tensors(tensor):
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def tensor_versions(tensors: Iterable[Tensor]) -> TensorVersions:
     """Return what changes whenever a tensor is replaced or changed in place: part of the key of a cache."""
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    parts = (part for tensor in tensors for part in plain_tensors(tensor))
+    return tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensor or, if it wraps others as quantized weights do and has no storage of its own, those."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def weights_version(network: nn.Module) -> TensorVersions:

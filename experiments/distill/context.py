@@ -78,7 +78,12 @@ class DistillationContext:
 
 
 def open_context(
-    teacher: str, data: str, size: int, images: int, more_sizes: tuple[int, ...] = ()
+    teacher: str,
+    data: str,
+    size: int,
+    images: int,
+    more_sizes: tuple[int, ...] = (),
+    variant: str | None = None,
 ) -> DistillationContext:
     """Load a teacher and encode its training images, about 300 a second at 64 px on two cores.
 
@@ -90,16 +95,17 @@ def open_context(
         size: of the images in pixels.
         images: how many.
         more_sizes: further sizes at which the same scenes are encoded.
+        variant: the teacher's weight files to read, as `open_teacher` takes it.
     """
     files = (folder_state(teacher), folder_state(data.partition("#")[0]))
-    return _open_context(teacher, data, (size, *more_sizes), images, files)
+    return _open_context(teacher, variant, data, (size, *more_sizes), images, files)
 
 
 @lru_cache(maxsize=1)
 def _open_context(
-    teacher: str, data: str, sizes: tuple[int, ...], images: int, files: tuple[str, str]
+    teacher: str, variant: str | None, data: str, sizes: tuple[int, ...], images: int, files: tuple[str, str]
 ) -> DistillationContext:
-    opened = open_teacher(teacher)
+    opened = open_teacher(teacher, variant=variant)
     held_out = open_dataset(data, split="held_out")
     return DistillationContext(opened, held_out, encode_images(opened, data, sizes, images))
 

@@ -43,6 +43,7 @@ class DistillationRecipe(FrozenModel):
         name: of the recipe.
         about: one sentence.
         teacher: "embedded", a folder in diffusers format, or a Hub id.
+        teacher_variant: the teacher's weight files to read, such as "fp16"; None: those without a variant.
         dtype: of the teacher's frozen networks; the student trains in float32.
         data: "emoji", a folder of captioned images, or whatever else `open_dataset` reads.
         cache: folder of encoded images, created if missing and completed after a stop; None encodes them in memory,
@@ -56,6 +57,7 @@ class DistillationRecipe(FrozenModel):
     name: str = Field(pattern=CONFIG_NAME)
     about: str
     teacher: str = "embedded"
+    teacher_variant: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     data: str = "emoji"
     cache: str | None = None

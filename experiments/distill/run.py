@@ -27,7 +27,7 @@ from experiments.distill.cache_builder import build_cache
 from experiments.distill.card import sample_images, save_image_row, write_card
 from experiments.distill.context import encode_images
 from experiments.distill.recipe import DistillationRecipe
-from experiments.distill.student import build_student, run_stages, seed_stages
+from experiments.distill.student import build_student, run_stages, seed_stages, training_sources
 from experiments.teacher.load import open_teacher
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import StageCallback
@@ -46,8 +46,8 @@ def run_recipe(recipe: DistillationRecipe, directory: Path, callback: StageCallb
         callback: called after each step.
 
     Raises:
-        ValueError: another process uses the directory, or it holds a run of another recipe, teacher or data; or
-            teacher, data or mixer cannot be used as configured.
+        ValueError: another process uses the directory, or it holds a run of another recipe, teacher, data or plug-in
+            source; or teacher, data or mixer cannot be used as configured.
         FloatingPointError: a loss is not finite.
     """
     process = this_process()  # selects this process's device
@@ -57,12 +57,13 @@ def run_recipe(recipe: DistillationRecipe, directory: Path, callback: StageCallb
 
 
 def _run(recipe: DistillationRecipe, directory: Path, callback: StageCallback, process: PartialState) -> Path:
-    teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype))
+    teacher = open_teacher(recipe.teacher, getattr(torch, recipe.dtype), recipe.teacher_variant)
     config = seed_stages(recipe.distillation, recipe.seed)
     inputs = {
         "recipe": recipe.model_dump(mode="json"),
         "teacher": teacher.fingerprint,
         "data": digest_records(open_records(recipe.data, split="train")),
+        "plugin_source": training_sources(recipe.mixer.name, config),
     }
     _require_same_run(directory, inputs)
     latents = _open_latents(recipe, teacher, process)
@@ -111,7 +112,7 @@ def _open_latents(recipe: DistillationRecipe, teacher: Teacher, process: Partial
 def _require_same_run(directory: Path, inputs: dict[str, Any]) -> None:
     """Refuse to continue a run that was started from other inputs: its checkpoints are of another training."""
     existing = read_json(directory / RUN)
-    changed = [name for name, value in inputs.items() if existing and existing.get(name) != value]
+    changed = [name.replace("_", " ") for name, value in inputs.items() if existing and existing.get(name) != value]
     if changed:
         raise ValueError(
             f"{directory} holds a run of another {' and another '.join(changed)}, see {RUN} there: give another --out."

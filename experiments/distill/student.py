@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from experiments.config import DistillationConfig, FitConfig, MixerSpec, TrainingStage
+from experiments.core.registries import OBJECTIVES
 from experiments.distill.loss import DistillationLoss
 from experiments.distill.output_gains import apply_output_gains, fit_output_gains
 from experiments.teacher.teacher import Batch, Teacher
 from experiments.training import StageCallback, fit
 from experiments.training.processes import this_process
+from mixers import registry
+from mixers.user_source import source_digest
 from unet_adapters import MixerAdapter
 from unet_adapters.files import save_tensors
 from unet_adapters.student_weights import MIXER
@@ -49,6 +52,13 @@ def build_student(teacher: Teacher, mixer: str, spec: MixerSpec, config: Distill
         **gain,
         **spec.options,
     )
+
+
+def training_sources(mixer: str, config: DistillationConfig) -> str:
+    """Return the digest of the mixer's and the objectives' classes, with the source of those that are a user's own."""
+    objectives = sorted({name for stage in config.stages for name in stage.objectives})
+    classes = [registry.get_mixer_entry(mixer).mixer, *(OBJECTIVES.get(name) for name in objectives)]
+    return source_digest(*classes)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from experiments.config import EvaluationConfig
 from experiments.core.environment import describe_environment
@@ -17,7 +16,7 @@ from experiments.evaluate.protocol import freeze_protocol, protocol_of
 from experiments.evaluate.samples import save_samples
 from experiments.metrics.base import Metric
 from experiments.metrics.inputs.student import EvaluatedStudent
-from unet_adapters import MixerAdapter
+from unet_adapters import load_adapter
 from unet_adapters.files import save_tensors
 
 RESULT = "evaluation.json"
@@ -52,7 +51,13 @@ def measure_student(
 
 
 def evaluate_adapter(
-    source: str, teacher: str, data: str, plan: EvaluationConfig, directory: Path, progress: ProgressCallback
+    source: str,
+    teacher: str,
+    data: str,
+    plan: EvaluationConfig,
+    directory: Path,
+    progress: ProgressCallback,
+    variant: str | None = None,
 ) -> Path:
     """Measure a saved adapter and its teacher.
 
@@ -63,6 +68,7 @@ def evaluate_adapter(
         plan: what is measured.
         directory: receives evaluation.json, protocol.json, samples/, teacher/samples/ and arrays.safetensors.
         progress: called as (phase, done, total).
+        variant: the teacher's weight files to read, as `open_teacher` takes it.
 
     Returns:
         The path of `evaluation.json`.
@@ -74,9 +80,9 @@ def evaluate_adapter(
     """
     progress("load", 0, 1)
     size = min(min(extent) for extent in plan.extents)
-    context = open_context(teacher, data, size, images=1)
+    context = open_context(teacher, data, size, images=1, variant=variant)
     protocol = protocol_of(context, plan, data)
-    adapter = open_adapter(source, context.pipe)
+    adapter = load_adapter(source, context.pipe)
     freeze_protocol(protocol, directory)  # after the adapter is open, so that a wrong one leaves the folder as it was
     save_samples(context.pipe, plan, directory / "teacher" / "samples")
     student = EvaluatedStudent(context, adapter, plan, data)
@@ -85,14 +91,3 @@ def evaluate_adapter(
     record = {"adapter": source, "environment": describe_environment(), **measurements.model_dump(mode="python")}
     write_json(path, record)
     return path
-
-
-def open_adapter(source: str, pipe: Any) -> MixerAdapter:
-    """Open an adapter without mounting it; a `config.json` marks LinFusion's published format.
-
-    Raises:
-        ValueError, FileNotFoundError: there is no such adapter, or it does not fit the teacher.
-    """
-    is_linfusion = Path(source, "config.json").is_file()
-    load = MixerAdapter.from_linfusion if is_linfusion else MixerAdapter.from_pretrained
-    return load(source, pipe).unmount()

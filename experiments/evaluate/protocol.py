@@ -14,9 +14,11 @@ from torch import nn
 from experiments.config import EvaluationConfig, FrozenModel
 from experiments.core.files import write_json
 from experiments.core.fingerprints import TensorVersions, weights_digest, weights_version
+from experiments.core.registries import METRICS
 from experiments.distill.context import DistillationContext
 from experiments.metrics.inputs.feature_networks import open_network
 from experiments.metrics.inputs.true_images import open_true_images
+from mixers.user_source import is_library_class, source_digest
 
 FILE = "protocol.json"
 
@@ -32,6 +34,7 @@ class Protocol(FrozenModel):
         image_format: what the networks receive.
         data: names of the images that are compared, and SHA-256s of which they are.
         features: SHA-256s of the weights of feature networks.
+        metric_sources: SHA-256s of the source of metrics that are a user's own.
         teacher: SHA-256 of all its weights and settings.
         evaluation: everything else in the evaluation's configuration.
     """
@@ -45,6 +48,7 @@ class Protocol(FrozenModel):
     image_format: str = "uint8 RGB; samples as PNG"
     data: dict[str, str]
     features: dict[str, str]
+    metric_sources: dict[str, str]
     teacher: str
     evaluation: dict[str, Any]
 
@@ -79,6 +83,7 @@ def protocol_of(context: DistillationContext, plan: EvaluationConfig, data: str)
         resize=f"center crop, Lanczos to {generated.resize or 'the generated size'}; then the network's own",
         data=_compared_data(context, plan, data),
         features={name: open_network(name).fingerprint for name in generated.features} if generated.images else {},
+        metric_sources=_metric_sources(plan),
         teacher=teacher_fingerprint(context),
         evaluation=plan.model_dump(mode="json", exclude={"prompts", "sample_steps", "guidance", "guidances"}),
     )
@@ -130,6 +135,11 @@ def teacher_fingerprint(context: DistillationContext) -> str:
     """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
     digest = _unet_digest(context.teacher.unet, weights_version(context.teacher.unet))
     return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
+
+
+def _metric_sources(plan: EvaluationConfig) -> dict[str, str]:
+    classes = {name: METRICS.get(name) for name, _ in plan.metric_options()}
+    return {name: source_digest(cls) for name, cls in classes.items() if not is_library_class(cls)}
 
 
 def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: str) -> dict[str, str]:

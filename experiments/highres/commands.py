@@ -42,14 +42,18 @@ class ControlNetOptions:
         source: folder or Hub id.
         image: its input image.
         scale: factor of its residuals.
+        variant: of its weights, as `load_controlnet` takes it.
     """
 
     source: str
     image: Path
     scale: float = 1.0
+    variant: str | None = None
 
     @classmethod
-    def from_options(cls, source: str | None, image: Path | None, scale: float) -> ControlNetOptions | None:
+    def from_options(
+        cls, source: str | None, image: Path | None, scale: float, variant: str | None = None
+    ) -> ControlNetOptions | None:
         """Return the options, or None if neither the network nor the image is named.
 
         Raises:
@@ -59,7 +63,7 @@ class ControlNetOptions:
             return None
         if source is None or image is None:
             raise ValueError("A ControlNet needs both --control (the network) and --control-image (its input).")
-        return cls(source, image, scale)
+        return cls(source, image, scale, variant)
 
     def open(self, pipe: Any) -> ControlNetCondition:
         """Load the network and the image for `pipe`.
@@ -69,7 +73,7 @@ class ControlNetOptions:
         """
         values = torch.from_numpy(np.asarray(open_image(self.image, "--control-image")).copy())
         image = values.permute(2, 0, 1)[None] / 255
-        network = load_controlnet(self.source, pipe.unet)
+        network = load_controlnet(self.source, pipe.unet, self.variant)
         return ControlNetCondition(network, image.to(pipe.unet.device), self.scale)
 
 

@@ -270,10 +270,15 @@ def _current_cells(cells: list[CellRecord], grid: RunDescription, problems: list
 
 def _changed_parts(config: dict[str, Any], grid: RunDescription, variant: VariantDescription) -> list[str]:
     """The parts of a cell's configuration that grid.json records differently."""
-    now = {**grid.protocol, "teacher": grid.teacher, "data": grid.data}
+    now = {
+        **grid.protocol,
+        "teacher": grid.teacher,
+        "teacher_variant": grid.teacher_variant,
+        "data": grid.data,
+    }
     if variant.distillation is not None:
         now["distillation"] = variant.distillation.model_dump(mode="json")
-    parts = ("teacher", "data", "distillation", "evaluation")
+    parts = ("teacher", "teacher_variant", "data", "distillation", "evaluation")
     return [part for part in parts if part in config and part in now and config[part] != now[part]]
 
 

@@ -20,17 +20,18 @@ EMBEDDED = Path(__file__).parent / "weights"
 _REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32) -> Teacher:
+def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Teacher:
     """Open a teacher for distillation and evaluation.
 
     Args:
         source: as `load_teacher` takes it.
         dtype: of the UNet and the text encoders.
+        variant: as `load_teacher` takes it.
 
     Raises:
         ValueError: as `load_teacher`; or the model cannot be distilled; the message says why.
     """
-    pipe = load_teacher(source, dtype)
+    pipe = load_teacher(source, dtype, variant)
     for reason in _reasons_against_distillation(pipe):
         raise ValueError(f"Cannot distill the teacher {source!r}: {reason}")
     return Teacher(pipe)

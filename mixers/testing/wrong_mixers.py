@@ -141,8 +141,8 @@ class CannotBePickled(_WrongMixer):
         self.double_features = lambda x: 2 * x
 
 
-class ClaimsPositiveWeights(_WrongMixer):
-    """Claims weights ≥ 0, and its feature map is signed."""
+class ClaimsNonnegativeMatrix(_WrongMixer):
+    """Claims that no entry of its matrix is negative, and its feature map is signed."""
 
     default_feature_map: ClassVar[str] = "identity"
 
@@ -184,6 +184,6 @@ WRONG_MIXERS: Mapping[str, tuple[Callable[[], TokenMixer], str]] = {
     ),
     "rows sum to two": (_build(SumsToTwo), "check_rows_sum_to_one"),
     "it cannot be pickled": (_build(CannotBePickled), "check_pickled_copies"),
-    "weights are negative": (_build(ClaimsPositiveWeights, normalize=False), "check_weights_are_positive"),
+    "entries are negative": (_build(ClaimsNonnegativeMatrix, normalize=False), "check_matrix_is_nonnegative"),
 }
 """What is wrong -> a function that builds the mixer, and the name of the check that has to fail."""

@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_sentence(tiny_teacher: Path, tmp_path: Path, monkeyp
         (['metrics.sites={"size": 3}'], "Did you mean 'sizes'?"),
         (["sizes=[]", "shapes=[]"], "sizes and shapes are empty"),
         (["generated.images=1"], "two images"),
-        ([], "not an adapter"),
+        ([], "holds no adapter: expected adapter.json"),
         (["timesteps=[1000]"], "timesteps.0"),
         (["timesteps=[]"], "timesteps"),
         (["sizes=[-64]"], "sizes.0"),

@@ -127,3 +127,21 @@ def test_heads_without_an_output_keep_the_gain_1() -> None:
 def test_random_projections_cannot_be_calibrated() -> None:
     with pytest.raises(ValueError, match="start='random' draws heads"):
         DistillationConfig(fit=FIT, start="random", calibrate_outputs=True)
+
+
+def test_gains_are_part_of_a_file_in_the_linfusion_format(tmp_path: Path) -> None:
+    """The format has no gains: they are multiplied into to_out, which computes the same."""
+    teacher = open_teacher()
+    batch = batch_of(teacher)
+    adapter = MixerAdapter.build(teacher.pipe, "linfusion", output_gain=True)
+    gains = fit_output_gains(teacher, adapter, [batch])
+    apply_output_gains(adapter, {name: gain * torch.linspace(1, 2, len(gain)) for name, gain in gains.items()})
+    adapter.save_linfusion(tmp_path)
+    again = MixerAdapter.from_linfusion(tmp_path, teacher.pipe)
+    assert all(mixer.output_gain is None for mixer in again.mixers.values())
+    timesteps = torch.tensor([500])
+    with adapter.mounted():
+        expected = teacher.predict(batch["latents"], timesteps, batch)
+    with again.mounted():
+        torch.testing.assert_close(teacher.predict(batch["latents"], timesteps, batch), expected)
+    assert not torch.allclose(teacher.predict(batch["latents"], timesteps, batch), expected)

@@ -5,62 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import nn
 
+from experiments.core.fingerprints import plain_tensors, weights_digest, weights_version
 from tests.unet_adapters.linfusion_files import publish
+from tests.unet_adapters.quantized_layers import LIBRARIES, STAND_INS
 from unet_adapters import MixerAdapter, find_sites
+from unet_adapters.highres.fingerprint import fingerprint
 from unet_adapters.linfusion import WEIGHTS
 
-
-class QuantizedTensor(Tensor):
-    """As of torchao and quanto: a subclass that says it is floating point."""
-
-
-class IntegerLinear(nn.Module):
-    """As of bitsandbytes: weights stored as integers, with a scale beside them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.scale = linear.weight.detach().abs().max() / 127
-        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
-
-
-class PackedLinear(IntegerLinear):
-    """As of GPTQ and AWQ: the weight is a buffer of another name."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        self.register_buffer("qweight", self.weight.data)
-        del self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
-
-
-def subclass_weight(linear: nn.Linear) -> nn.Linear:
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(QuantizedTensor), requires_grad=False)
-    return linear
-
-
-KINDS = {"tensor subclass": subclass_weight, "integers": IntegerLinear, "packed": PackedLinear}
+KINDS = {
+    **{f"{name}'s stand-in": layer for name, layer in STAND_INS.items()},
+    **{name: layer for name, (_, layer) in LIBRARIES.items()},
+}
+MODULES = {layer: module for module, layer in LIBRARIES.values()}
 PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
 def quantized(request, unet):
-    unet.requires_grad_(False)
+    if request.param in MODULES:
+        pytest.importorskip(MODULES[request.param], reason="compared where it is installed; a stand-in is tested")
     for site in find_sites(unet):
         layer = unet.get_submodule(site.name)
         for name in PROJECTIONS:
             setattr(layer, name, request.param(getattr(layer, name)))
         layer.to_out[0] = request.param(layer.to_out[0])
-    return unet
+    return unet.requires_grad_(False)
 
 
 def test_they_are_used_but_not_trained(quantized, run, train) -> None:
@@ -100,6 +71,61 @@ def test_adapters_with_projections_of_their_own_bring_them(quantized, run, train
     ):
         with restored.mounted():
             torch.testing.assert_close(run(quantized), mixed)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_stand_ins_behave_as_the_libraries(name: str) -> None:
+    """The same operations give plain or quantized tensors, or raise, and state dicts have as many entries."""
+    module, quantize = LIBRARIES[name]
+    pytest.importorskip(module, reason="the stand-in was compared where it is installed")
+    theirs = quantize(nn.Linear(8, 4))
+    ours = STAND_INS[name](nn.Linear(8, 4))
+    x = torch.randn(2, 8)
+    operations = {
+        "detach": lambda w: w.detach(),
+        "clone": lambda w: w.detach().clone(),
+        "bfloat16": lambda w: w.to(torch.bfloat16),
+        "contiguous": lambda w: w.contiguous(),
+        "flatten": lambda w: w.flatten(),
+        "add": lambda w: w + 1,
+        "finite": lambda w: w.isfinite(),
+        "bits": lambda w: w.view(torch.uint8),
+        "dequantize": lambda w: w.dequantize(),
+    }
+
+    def outcome(operation, weight) -> str:
+        try:
+            result = operation(weight)
+        except Exception as error:
+            return type(error).__name__
+        return "plain" if type(result) in (torch.Tensor, nn.Parameter) else "quantized"
+
+    for what, operation in operations.items():
+        assert outcome(operation, ours.weight) == outcome(operation, theirs.weight), what
+    for layer in (ours, theirs):
+        assert isinstance(layer, nn.Linear) and layer(x).shape == (2, 4)
+        assert layer.weight.dtype == torch.float32 and layer.weight.data_ptr() == 0
+    assert ours.weight.requires_grad == theirs.weight.requires_grad
+    inner = [len(layer.weight.__tensor_flatten__()[0]) for layer in (ours, theirs)]
+    assert min(inner) >= 2
+    assert ("weight" in ours.state_dict()) == ("weight" in theirs.state_dict())
+
+
+def test_a_change_inside_a_quantized_weight_changes_every_fingerprint(quantized) -> None:
+    """Wrapped tensors have no storage of their own: what they hold is read."""
+
+    def fingerprints() -> tuple[str, object, str]:
+        return weights_digest(quantized), weights_version(quantized), fingerprint(quantized)
+
+    before = fingerprints()
+    assert fingerprints() == before
+    layer = quantized.get_submodule(find_sites(quantized)[0].name).to_q
+    weight = layer.weight if hasattr(layer, "weight") else layer.qweight
+    with torch.no_grad():
+        inner = next(plain_tensors(weight))
+        inner[0, 0] += 1 if int(inner[0, 0]) < 0 else -1
+    after = fingerprints()
+    assert all(old != new for old, new in zip(before, after, strict=True))
 
 
 def test_below_min_tokens_the_quantized_layers_run(quantized, run, tmp_path) -> None:

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mixers.user_source import is_library_class, source_digest
+
 _MODULE_INTERNALS = set(vars(nn.Module()))
 # Attributes of offloading and compilation do not change a result; the config is described by itself.
 _IGNORED = {"_hf_hook", "_old_forward", "_compiled_call_impl", "_diffusers_hook", "_internal_dict"}
@@ -98,6 +100,8 @@ class _Description:
 
     def _module(self, module: nn.Module, name: str) -> Iterator[str]:
         yield f"{name} {_qualified_name(type(module))} training={module.training}"
+        if not is_library_class(type(module)):
+            yield f"{name} source {source_digest(type(module))}"
         if isinstance(config := getattr(module, "config", None), Mapping):
             yield from self.of(config_values(config), f"{name}.config", 0)
         for key, value in sorted(vars(module).items()):

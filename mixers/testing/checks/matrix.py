@@ -49,6 +49,16 @@ def check_matrix_by_probing(mixer: TokenMixer, inputs: CheckInputs) -> None:
     assert_close(probed, formula, what="matrix by probing")
 
 
+def check_matrix_by_differentiating(mixer: TokenMixer, inputs: CheckInputs) -> None:
+    """Not linear in the values: the matrix is the derivative of the result by the values, within every channel."""
+    streams = inputs.streams(mixer, min(max(inputs.lengths), 6), batch=1)
+    formula = mixer.mixing_matrix(streams)
+    jacobian = torch.func.jacrev(lambda v: mixer.mix(with_values(streams, v)))(streams.v)
+    derivative = torch.einsum("bihvbjhv->bhvij", jacobian)
+    formula = formula if formula.ndim == 5 else formula[:, :, None].expand_as(derivative)
+    assert_close(formula, derivative, what="matrix by differentiating")
+
+
 def check_formulations_agree(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """dense, recurrent and chunked give the same output, and the same gradient of every parameter."""
     names = ["output", *(name for name, _ in mixer.named_parameters())]
@@ -101,7 +111,7 @@ def check_constant_values_are_kept(mixer: TokenMixer, inputs: CheckInputs) -> No
         assert_close(y, constant * nonzero.permute(0, 3, 1, 2), what=f"output for constant values at l = {length}")
 
 
-def check_weights_are_positive(mixer: TokenMixer, inputs: CheckInputs) -> None:
+def check_matrix_is_nonnegative(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """No entry of the matrix is negative."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, length)
@@ -134,7 +144,7 @@ def check_state_size_is_enough(mixer: TokenMixer, inputs: CheckInputs) -> None:
     assert needed <= size, f"ranks {ranks.flatten().tolist()} need {needed} numbers, state_size is {size}"
 
 
-def has_fixed_weights(mixer: TokenMixer) -> bool:
+def has_fixed_entries(mixer: TokenMixer) -> bool:
     """Return whether a pair's entry of W depends only on these tokens and those between them, up to a row's factor.
 
     Not if entries depend on positions in the image, or on the number of tokens (`scale="mean"`).

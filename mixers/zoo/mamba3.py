@@ -199,8 +199,9 @@ class Mamba3(StateSpaceMixer):
         carried = (1 - trapezoid) * dt
         sides = [_past_operands(q, k, own, carried, log_decay, angles)]
         if self.config.causality == "bidirectional":
-            mirrored = (None if t is None else t.flip(1) for t in (q, k, own, carried, log_decay, angles))
-            sides.append(_past_operands(*mirrored))
+            reversed_angles = None if angles is None else angles.flip(1)
+            reversed_streams = (t.flip(1) for t in (q, k, own, carried, log_decay))
+            sides.append(_past_operands(*reversed_streams, reversed_angles))
         return own * (q * k).sum(-1), sides
 
     @property

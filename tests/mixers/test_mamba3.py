@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,8 +50,8 @@ def published_state(norm: bool = False) -> dict[str, Tensor]:
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate the first pairs of (b, h, n), as complex numbers."""
     pairs = torch.view_as_complex(x[..., : 2 * PAIRS].unflatten(-1, (PAIRS, 2)).contiguous())
-    turned = torch.view_as_real(pairs * torch.exp(1j * angles)).flatten(-2)
-    return torch.cat([turned, x[..., 2 * PAIRS :]], dim=-1)
+    rotation = torch.view_as_real(pairs * torch.exp(1j * angles)).flatten(-2)
+    return torch.cat([rotation, x[..., 2 * PAIRS :]], dim=-1)
 
 
 def published_block(state: dict[str, Tensor], x: Tensor, rate: Any) -> Tensor:
@@ -115,7 +116,10 @@ def streams_of(mixer: TokenMixer, x: Tensor) -> Mamba3Streams:
 def test_its_matrix_is_the_formula_in_loops() -> None:
     mixer = drop_in(causality="bidirectional")
     streams = streams_of(mixer, float64(1, 6, DIM))
-    q, k, dt, share, angles = streams.q, streams.k, streams.dt, streams.trapezoid, streams.angles
+    q, k = streams.q, streams.k
+    dt = streams.dt
+    share = streams.trapezoid
+    angles = streams.angles
     assert dt is not None and share is not None and angles is not None and streams.log_decay is not None
     alpha = streams.log_decay.exp()
     expected = torch.zeros(1, HEADS, 6, 6, dtype=torch.float64)
@@ -149,7 +153,7 @@ def test_with_the_whole_step_at_its_own_token_and_no_rotation_it_is_mamba2() -> 
     mixer = drop_in(rotate_state=False)
     streams = streams_of(mixer, float64(2, LENGTH, DIM))
     assert streams.angles is None and streams.dt is not None and streams.trapezoid is not None
-    euler = Mamba3Streams(**{**vars(streams), "trapezoid": torch.ones_like(streams.trapezoid)})
+    euler = replace(streams, trapezoid=torch.ones_like(streams.trapezoid))
     keys = streams.k * streams.dt[..., None]
     expected = linear_attention(streams.q, keys, streams.v, streams.log_decay, causality="causal", normalize=False)
     assert isinstance(expected, Tensor)

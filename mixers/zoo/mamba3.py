@@ -200,8 +200,9 @@ class Mamba3(StateSpaceMixer):
         sides = [_past_operands(q, k, own, carried, log_decay, angles)]
         if self.config.causality == "bidirectional":
             reversed_angles = None if angles is None else angles.flip(1)
-            reversed_streams = (t.flip(1) for t in (q, k, own, carried, log_decay))
-            sides.append(_past_operands(*reversed_streams, reversed_angles))
+            sides.append(
+                _past_operands(q.flip(1), k.flip(1), own.flip(1), carried.flip(1), log_decay.flip(1), reversed_angles)
+            )
         return own * (q * k).sum(-1), sides
 
     @property

@@ -23,6 +23,7 @@ CONTROLS = {"identity", "softmax", "uniform", "linear_attention", "linfusion_low
 SOURCES: dict[str, tuple[str, str, str]] = {
     "mamba": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba_simple.py"),
     "mamba2": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba2.py"),
+    "mamba3": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba3.py"),
     "hydra": ("goombalab/hydra", "55bef74", "hydra/modules/hydra.py"),
     "vssd": ("YuHengsss/VSSD", "87b753b", "classification/models/mamba2.py, classification/config.py"),
     "gla": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gla.py"),
@@ -41,6 +42,11 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "polaformer": ("ZacharyMeng/PolaFormer", "44cdd39", "models/pola_pvt.py, PolaLinearAttention"),
     "sparse_linear": ("thu-ml/SLA", "d973e55", "sparse_linear_attention/core.py; over the rest: kernel.py at 325cc75"),
     "softmax_window": ("Huage001/CLEAR", "98e9fed", "attention_processor.py, distill.sh"),
+    "ttt": (
+        "LeapLabTHU/ViTTT",
+        "e347758",
+        "ttt_block.py; inner='mlp': LeapLabTHU/Transformer-to-TTT 06493e4, DiT5/models.py",
+    ),
     "linfusion": ("Huage001/LinFusion", "62ef289", "src/linfusion/attention.py"),
     "sana_relu": ("NVlabs/Sana", "2cfb4f7", "diffusion/model/nets/sana_blocks.py, LiteLA"),
 }
@@ -54,6 +60,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mamba2": {  # mamba2.py: d_state=128, d_conv=4, expand=2, ngroups=1, conv_bias=True, bias=False
         **{"causality": "causal", "normalize": False, "expand": 2, "d_state": 128, "conv_size": 4, "conv_bias": True},
         **{"bias": False, "skip": True, "norm": True, "gate": True, "n_groups": 1},
+    },
+    "mamba3": {  # mamba3.py: d_state=128, expand=2, ngroups=1, rope_fraction=0.5, no convolution, no norm
+        **{"causality": "causal", "normalize": False, "expand": 2, "d_state": 128, "conv_size": 0, "n_groups": 1},
+        **{"bias": False, "skip": True, "norm": False, "gate": True, "bc_norm": True, "bc_bias": True},
+        **{"rope_fraction": 0.5, "rotate_state": None, "rate": "heavy_tail"},
     },
     "hydra": {  # hydra.py: d_state=64, d_conv=7, expand=2, ngroups=1; the diagonal is its skip
         **{"causality": "bidirectional", "normalize": False, "expand": 2, "d_state": 64, "conv_size": 7},
@@ -110,6 +121,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "softmax_window": {  # distill.sh: window_size=16; attention_processor.py: a distance below window_size
         **{"causality": "noncausal", "normalize": True, "radius": 16},
     },
+    "ttt": {  # ttt_block.py: simplified SwiGLU, lr 1, scale 9^-0.5, clipped, a branch of one head with a convolution
+        **{"causality": "noncausal", "normalize": False, "inner": "swiglu", "inner_loss": "dot", "inner_lr": 1.0},
+        **{"loss_scale": 9**-0.5, "clip_gradient": True, "conv_branch": True, "qkv_bias": True, "qk_conv_size": 0},
+    },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
     "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},  # LiteLA: eps=1e-15, use_bias=False
 }
@@ -118,6 +133,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 BIASES: dict[str, set[str]] = {
     "mamba": set(),
     "mamba2": set(),
+    "mamba3": set(),
     "hydra": set(),
     "vssd": set(),
     "gla": set(),
@@ -132,6 +148,7 @@ BIASES: dict[str, set[str]] = {
     "polaformer": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "sparse_linear": {"to_out"},
     "softmax_window": {"to_out"},
+    "ttt": {"to_q", "to_k", "to_v", "to_out"},
     "linfusion": {"to_out"},
     "sana_relu": {"to_out"},
 }
@@ -169,7 +186,7 @@ def between(values: Tensor, low: float, high: float) -> None:
     assert len(values.unique()) > 1
 
 
-@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet", "kda"])
+@pytest.mark.parametrize("name", ["mamba2", "mamba3", "hydra", "vssd", "gated_deltanet", "kda"])
 def test_step_sizes_start_log_uniform_between_one_thousandth_and_a_tenth(name: str) -> None:
     between(F.softplus(built(name).decay.dt_bias), 1e-3, 1e-1)
 
@@ -198,8 +215,9 @@ def test_decay_rates_start_as_published() -> None:
 
 
 def test_skips_start_as_published() -> None:
-    """D = 1: one per head in Mamba-2 and VSSD, the bias of the diagonal in Hydra."""
-    for name in ("mamba2", "vssd"):
+    """D = 1: one per head in Mamba-2, Mamba-3 and VSSD, the bias of the diagonal in Hydra; Mamba-3's biases too."""
+    assert (built("mamba3").B_bias == 1).all() and (built("mamba3").C_bias == 1).all()
+    for name in ("mamba2", "mamba3", "vssd"):
         assert torch.equal(built(name).output.D, torch.ones(HEADS))
     hydra = built("hydra")
     assert torch.equal(hydra.diagonal.bias, torch.ones(HEADS)) and hydra.diagonal.in_features == 2 * DIM
@@ -256,7 +274,16 @@ def test_sparse_linear_starts_as_published() -> None:
     assert not layer.weight.any() and not layer.bias.any()
 
 
+def test_fast_weights_start_as_published() -> None:
+    """ttt_block.py: normal with deviation 0.02; q, k, v and the input of the output projection have one head more."""
+    mixer = built("ttt")
+    width = DIM // HEADS
+    assert mixer.inner.w1.shape == (HEADS, width, width) and mixer.conv_inner.w3.shape == (width, 9)
+    assert 0.018 < mixer.inner.w1.std() < 0.022
+    assert mixer.projections.to_q.out_features == mixer.projections.to_out.in_features == DIM + width
+
+
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
     names = {"linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"}
-    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window"}):
+    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window", "ttt"}):
         assert registry.get_mixer_entry(name).deviations, name

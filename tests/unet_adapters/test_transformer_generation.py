@@ -50,8 +50,8 @@ def test_a_flow_ends_at_the_image(strength) -> None:
 
 def test_what_a_transformer_cannot_do_is_refused() -> None:
     pipe = PIPELINES["SD3.5 medium"]()
-    with pytest.raises(ValueError, match="positions for sides of up to 32 pixels"):
-        generate(pipe, "a", (64, 32), base_size=32)
+    with pytest.raises(ValueError, match="positions for sides of up to 64 pixels"):
+        generate(pipe, "a", (128, 32), base_size=32)
     with pytest.raises(ValueError, match="use_dynamic_shifting"):
         generate(PIPELINES["Flux"](), "a", (32, 32), base_size=16)
     with pytest.raises(ValueError, match="convolutions of a UNet"):

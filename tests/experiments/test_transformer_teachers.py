@@ -83,8 +83,8 @@ def test_predict_is_the_transformers_own_call_in_the_pipeline(teacher, kind) -> 
     height, width = SIZE
     call = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": guidance, **binning}
     latents = pipelines.noise(1, 4, 8, 12)
-    given = teacher.host._noise_arguments(latents, torch.ones(1))["hidden_states"] if kind == "Flux" else latents
-    teacher.pipe("a b c", output_type="latent", latents=given, **call)
+    initial = teacher.host._noise_arguments(latents, torch.ones(1))["hidden_states"] if kind == "Flux" else latents
+    teacher.pipe("a b c", output_type="latent", latents=initial, **call)
     hook.remove()
     _, kwargs, output = received[0]
     timestep = kwargs["timestep"] * (1000 if kind == "Flux" else 1)

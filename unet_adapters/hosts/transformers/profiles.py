@@ -40,8 +40,9 @@ class TransformerProfile:
             device: "meta" makes a model without memory for its weights, to count or to inspect.
             **changes: entries of the config to replace.
         """
+        config = {**self.config, **changes}
         with torch.device(device):
-            model: nn.Module = self.model_class(**{**self.config, **changes})
+            model: nn.Module = self.model_class(**config)
         return model.eval()
 
 

@@ -93,7 +93,7 @@ class Preference(Metric):
 
     def _row(self, student: EvaluatedStudent, judge: str, size: int, guidance: float) -> PreferenceRow:
         context = student.context
-        version = weights_version(context.teacher.unet)
+        version = weights_version(context.teacher.denoiser)
         teacher = _teacher_scores(context, student.plan, student.data, size, guidance, judge, version)
         with student.adapter.mounted():
             batches = generate_batches(context, student.plan, student.data, size, guidance)

@@ -16,9 +16,9 @@ CONFIG_NAME = r"^[a-z0-9_\-]+$"
 
 
 class FrozenModel(BaseModel):
-    """Base of every configuration: immutable, no unknown keys."""
+    """Base of every configuration: immutable, no unknown keys, finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def short_hash(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from mixers.context import ROTARY_PLACEMENTS, TEXT_ATTENTIONS, RotaryPlacement, TextAttention
 from mixers.stages.normalizers import NORMALIZER_NAMES, NormalizerName
 from mixers.stages.scan_orders import SCANS
 from mixers.suggest import unknown_name
@@ -40,6 +41,12 @@ class MixerConfig:
         gate: multiply the result by SiLU(to_gate(x)).
         output_gain: multiply the result of every head by a constant, the buffer `output_gain` (h,), initially ones. It
             is not trained; set it once to bring a new mixer to the scale of the one that it replaces.
+        text: how image tokens see the text tokens of a host's joint attention; None: there is no text. `softmax`:
+            softmax attention to the text beside the mixer among image tokens (the split of EDiT, 2503.16726), each
+            weighted by its number of tokens, with a learned bias per head. `shared`: both under one denominator, as in
+            Attention Surgery (2509.24899). `linear`: text tokens are keys of the mixer, without order and decay.
+        rope: where a host's rotary embedding acts; None: it has none. `after_map`: on the features of q and k, in the
+            numerator only. `before_map`: on q and k, an ablation.
     """
 
     default_local_conv_size: ClassVar[int] = 0
@@ -59,6 +66,8 @@ class MixerConfig:
     norm: bool = False
     gate: bool = False
     output_gain: bool = False
+    text: TextAttention | None = None
+    rope: RotaryPlacement | None = None
 
     def __post_init__(self) -> None:
         if self.local_conv_size is None:
@@ -67,12 +76,16 @@ class MixerConfig:
         if self.conv_2d is None:
             conv_2d = self.default_conv_2d and self.causality != "causal" and self.scan == "raster"
             object.__setattr__(self, "conv_2d", conv_2d and self.conv_size > 0)
-        if self.normalizer is not None and self.normalizer not in NORMALIZER_NAMES:
-            raise ValueError(unknown_name("normalizer", self.normalizer, NORMALIZER_NAMES))
+        for option, value, names in (
+            ("normalizer", self.normalizer, (None, *NORMALIZER_NAMES)),
+            ("scan", self.scan, SCANS),
+            ("text", self.text, (None, *TEXT_ATTENTIONS)),
+            ("rope", self.rope, (None, *ROTARY_PLACEMENTS)),
+        ):
+            if value not in names:
+                raise ValueError(unknown_name(option, str(value), [name for name in names if name]))
         if self.normalizer is not None and not self.normalize:
             raise ValueError(f"normalizer={self.normalizer!r} needs normalize=True.")
-        if self.scan not in SCANS:
-            raise ValueError(unknown_name("scan", self.scan, SCANS))
         if self.expand <= 0 or self.conv_size < 0 or (self.local_conv_size or 0) < 0:
             raise ValueError(
                 f"Expected expand > 0, conv_size ≥ 0 and local_conv_size ≥ 0, got {self.expand}, {self.conv_size} "

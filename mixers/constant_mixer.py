@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mixers.context import Rotation
 from mixers.image_grid import ImageGrid
 from mixers.mixer import TokenMixer
 from mixers.stages.projections import ProjectionLayers, Projections
@@ -29,6 +30,10 @@ class ConstantMixer(TokenMixer):
         v = projections.to_v(x)
         v = self.split_heads(v if self.short_conv is None else self.short_conv(v, grid))
         return Streams(x=x, q=v, k=v, v=v, grid=grid)
+
+    def rotate(self, streams: Streams, rotation: Rotation) -> Streams:
+        """Return the streams as they are: there are no queries and keys to rotate."""
+        return streams
 
     @property
     def convolved_width(self) -> int:

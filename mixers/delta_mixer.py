@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.config import MixerConfig
+from mixers.context import RotaryPlacement
 from mixers.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
 from mixers.normalized_mixer import NormalizedMixer
 from mixers.precision import accumulation_dtype
@@ -100,6 +101,23 @@ class DeltaMixer(NormalizedMixer):
     def log_decay(self, x: Tensor) -> Tensor | None:
         """Compute the log decay of tokens (b, l, d): (b, l, h), (b, l, h, k), or None without decay."""
         return None
+
+    def hide_tokens(self, streams: Streams, visible: Tensor) -> Streams:
+        """Return streams whose hidden tokens write nothing and let nothing decay; without an order, see the base."""
+        if self.config.causality == "noncausal":
+            return super().hide_tokens(streams, visible)
+        assert streams.beta is not None
+        log_decay = streams.log_decay
+        if log_decay is not None:
+            log_decay = log_decay.masked_fill(~visible.view(*visible.shape, *(1 for _ in log_decay.shape[2:])), 0)
+        return replace(streams, beta=streams.beta.masked_fill(~visible[..., None], 0), log_decay=log_decay)
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        rotates_in_denominator = self.feature_map.positive or self.config.row_normalizer == "decoupled"
+        after = "its numerator and its denominator are not computed apart" if rotates_in_denominator else None
+        return {"after_map": after, "before_map": None}
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute φ(q) and φ(k), scaled to norm 1, (b, l, h, k) each, float32 at least; zero stays zero."""

@@ -19,11 +19,13 @@ class FeatureMap:
         apply: φ.
         slope: the derivative φ′ as a function of φ(x).
         positive: whether φ(x) ≥ 0 everywhere.
+        homogeneous: whether φ(t·x) = t·φ(x) for t > 0, so that a temperature cancels if rows are normalized.
     """
 
     apply: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     positive: bool
+    homogeneous: bool = False
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
@@ -42,8 +44,8 @@ def _identity(x: Tensor) -> Tensor:
 
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "elu_plus_one": FeatureMap(_elu_plus_one, slope=_elu_plus_one_slope, positive=True),
-    "relu": FeatureMap(torch.relu, slope=torch.sign, positive=True),
-    "identity": FeatureMap(_identity, slope=torch.ones_like, positive=False),
+    "relu": FeatureMap(torch.relu, slope=torch.sign, positive=True, homogeneous=True),
+    "identity": FeatureMap(_identity, slope=torch.ones_like, positive=False, homogeneous=True),
 }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
+from mixers.linear_context import LinearContext, divide
 from mixers.normalization import count_visible_tokens
-from mixers.normalized_mixer import NormalizedMixer
 from mixers.precision import accumulation_dtype
 from mixers.streams import Streams
 from mixers.suggest import unknown_name
@@ -35,6 +36,9 @@ class LinearConfig(MixerConfig):
             `mean`: the constant times reference_length / l, so that the row sums of a non-causal mixer stay bounded
             although rows are not normalized: the control that separates the two.
         reference_length: the number of tokens for which both scales are equal.
+        temperature: multiply q and k by a learned factor per head, initially 1, before the feature map, for hosts that
+            give all queries and keys the same length. None: False, or True in a layer that norms q and k if the feature
+            map is not homogeneous.
     """
 
     feature_map: str | None = None
@@ -42,6 +46,7 @@ class LinearConfig(MixerConfig):
     backend: str = "auto"
     scale: Scale = "constant"
     reference_length: int = 256
+    temperature: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,27 +70,44 @@ def check_scale(scale: str, reference_length: int, *, normalize: bool, causal: b
         )
 
 
-class LinearMixer(NormalizedMixer):
+class LinearMixer(LinearContext):
     """W = (φ(q) φ(k)ᵀ) ⊙ L; subclasses provide the gates, if any, and the scale.
 
     Class attributes that a subclass sets:
         default_feature_map: the feature map of the paper.
         has_decay: whether `add_gates` sets a log decay.
         per_channel_decay: whether every key channel has its own gate.
+        computes_sums: whether `sums` is what `mix_directly` computes; by default False for a subclass with a `mix` or
+            `mix_directly` of its own.
+
+    Attributes:
+        log_temperature: (2, h), logarithms of the factors of q and of k; None without `temperature`.
     """
 
     Config: ClassVar[type[MixerConfig]] = LinearConfig
     default_feature_map: ClassVar[str] = "identity"
     has_decay: ClassVar[bool] = False
     per_channel_decay: ClassVar[bool] = False
+    computes_sums: ClassVar[bool] = True
 
     config: LinearConfig
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if {"mix", "mix_directly"} & vars(cls).keys() and "computes_sums" not in vars(cls):
+            cls.computes_sums = False
 
     def __init__(self, config: LinearConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
         self.feature_map: FeatureMap = feature_map(
             self.feature_map_name(config), normalize=config.row_normalizer == "row_sum"
         )
         super().__init__(config, dim, heads, own_projections=own_projections)
+        self.log_temperature = nn.Parameter(torch.zeros(2, heads)) if config.temperature else None
+
+    @classmethod
+    def benefits_from_temperature(cls, config: Any) -> bool:
+        """Whether a factor of q and k changes more than the scale of the features."""
+        return not FEATURE_MAPS[cls.feature_map_name(config)].homogeneous
 
     @classmethod
     def feature_map_name(cls, config: LinearConfig) -> str:
@@ -99,6 +121,8 @@ class LinearMixer(NormalizedMixer):
 
     def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least if unnormalized."""
+        if streams.rotation is not None or streams.visible is not None:
+            return divide(*self.sums(streams))
         q, k, v, feature_map = self.operands(streams)
         if self.heads_per_group == self.heads:  # the operator computes the products of one head for all
             q, k = q[:, :, :1], k[:, :, :1]
@@ -125,7 +149,10 @@ class LinearMixer(NormalizedMixer):
 
     def signed_or_positive_features(self, streams: Streams, positive: bool) -> tuple[Tensor, Tensor]:
         """Return the mixer's own features of q and k, or those by relu, (b, l, h, k) each."""
-        return self.map_features(streams, FEATURE_MAPS["relu"]) if positive else self.features(streams)
+        if positive:
+            return self.map_features(streams, FEATURE_MAPS["relu"])
+        q, k = self.features(streams)
+        return (q, k) if streams.rotation is None else (streams.rotation(q), streams.rotation(k))
 
     def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
         """Compute φ(q) and φ(k), the latter times `dt` if there is one: (b, l, h, k) each, float32 at least."""
@@ -134,8 +161,8 @@ class LinearMixer(NormalizedMixer):
     def map_features(self, streams: Streams, feature_map: FeatureMap) -> tuple[Tensor, Tensor]:
         """Compute the features of q and k by a feature map, without rotary embeddings: (b, l, h, k) each."""
         dtype = accumulation_dtype(streams.q)
-        q = feature_map.apply(streams.q.to(dtype))
-        k = feature_map.apply(streams.k.to(dtype))
+        q = feature_map.apply(self.scaled_q(streams).to(dtype))
+        k = feature_map.apply(self.scaled_k(streams.k).to(dtype))
         return q, k if streams.dt is None else k * streams.dt[..., None]
 
     def operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -154,7 +181,15 @@ class LinearMixer(NormalizedMixer):
             return q, k, v, "identity"
         # Unnormalized, scaling keys or scaling values by dt is equivalent.
         v = v if dt is None else v * dt[..., None]
-        return streams.q, streams.k, v, self.feature_map_name(self.config)
+        return self.scaled_q(streams), self.scaled_k(streams.k), v, self.feature_map_name(self.config)
+
+    def scaled_q(self, streams: Streams) -> Tensor:
+        """Return q times its temperature, (b, l, h, k)."""
+        return streams.q if self.log_temperature is None else _scale_heads(streams.q, self.log_temperature[0])
+
+    def scaled_k(self, k: Tensor) -> Tensor:
+        """Return keys (b, l, h, k) times their temperature."""
+        return k if self.log_temperature is None else _scale_heads(k, self.log_temperature[1])
 
     @property
     def scale(self) -> float:
@@ -176,8 +211,8 @@ class LinearMixer(NormalizedMixer):
         """Whether unnormalized weights are means over tokens, because no decay with an order bounds their sums."""
         return not (self.has_decay and self.config.causality != "noncausal")
 
-    def scale_at(self, length: int) -> float:
-        """Return the factor of unnormalized weights among `length` tokens.
+    def scale_at(self, length: Any) -> Any:
+        """Return the factor of unnormalized weights among `length` tokens: a number, or a tensor for a tensor.
 
         Where decay does not bound the sums, because without an order there is none, the constant is divided by
         reference_length, as that of linear attention is.
@@ -246,3 +281,8 @@ class LinearMixer(NormalizedMixer):
         for width in (self.head_dim,) if fused else self.value_widths:
             flops += operators.linear.flops(length, self.features_dim, width, causality, decay, self.heads_per_group)
         return self.heads * flops
+
+
+def _scale_heads(x: Tensor, log_factor: Tensor) -> Tensor:
+    """Multiply (b, l, h, k) by exp of (h,)."""
+    return x * log_factor.exp()[:, None].to(x.dtype)

@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixers.config import MixerConfig
+from mixers.context import MixingContext
+from mixers.context_mixing import ContextMixing
 from mixers.image_grid import ImageGrid, check_grid
-from mixers.properties import MixerProperties
 from mixers.stages.convolutions import ShortConvolution, ShortConvolution2d
 from mixers.stages.outputs import Output
 from mixers.stages.projections import ProjectionLayers, Projections, apply_to_out
@@ -20,7 +21,7 @@ from mixers.state_dicts import ConvertedStateDict
 from mixers.streams import Streams
 
 
-class TokenMixer(MixerProperties):
+class TokenMixer(ContextMixing):
     """A layer that maps tokens (b, l, d) to tokens (b, l, d); each subclass chooses its stages.
 
     The four projections are called, never copied: a mixer used alone has its own, a mounted one is handed its host's.
@@ -60,6 +61,7 @@ class TokenMixer(MixerProperties):
         self._check_options(own_projections)
         self.projections = self.create_projections() if own_projections else None
         self.short_conv = self._create_short_conv()
+        self.text_bias = nn.Parameter(torch.zeros(heads)) if config.text == "softmax" and self.weighs_text else None
         self.output_gain: Tensor | None
         self.register_buffer("output_gain", torch.ones(heads) if config.output_gain else None)
         self.output: nn.Module = Output(
@@ -76,7 +78,12 @@ class TokenMixer(MixerProperties):
     # The flow
 
     def forward(
-        self, x: Tensor, *, grid: ImageGrid | None = None, projections: ProjectionLayers | None = None
+        self,
+        x: Tensor,
+        *,
+        grid: ImageGrid | None = None,
+        projections: ProjectionLayers | None = None,
+        context: MixingContext | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -84,6 +91,7 @@ class TokenMixer(MixerProperties):
             x: (b, l, d).
             grid: (height, width) with height · width = l; required if `traits.needs_grid`.
             projections: an object with to_q, to_k, to_v and to_out; required if the mixer has none of its own.
+            context: text, rotary embeddings and padding of a host's layer, as `config.text` and `config.rope` expect.
 
         Returns:
             Tokens (b, l, d).
@@ -92,18 +100,24 @@ class TokenMixer(MixerProperties):
             ValueError: x is not (b, l, d), the grid does not fit or is missing, or there are no projections.
         """
         projections = self.resolve_projections(projections)
-        passes = [self._scan_once(x, order, projections, grid) for order in self.scan_orders(x, grid)]
+        passes = [self._scan_once(x, order, projections, grid, context) for order in self.scan_orders(x, grid)]
         y = passes[0] if len(passes) == 1 else torch.stack(passes).mean(0)
         if self.output_gain is not None:
             y = (y * self.output_gain[:, None]).to(y.dtype)
         return apply_to_out(projections.to_out, rearrange(y, "b l h v -> b l (h v)"))
 
     def _scan_once(
-        self, x: Tensor, order: Tensor | None, projections: ProjectionLayers, grid: ImageGrid | None
+        self,
+        x: Tensor,
+        order: Tensor | None,
+        projections: ProjectionLayers,
+        grid: ImageGrid | None,
+        context: MixingContext | None,
     ) -> Tensor:
         """Mix tokens (b, l, d) in one scan order: (b, l, h, v), back in raster order."""
         streams = self.compute_streams(x if order is None else x[:, order], projections, grid)
-        y = self.output(self.mix(streams), streams).to(streams.v.dtype)  # mix may keep float32 for the norm
+        mixed = self.mix(streams) if context is None else self.mix_in_context(streams, context.reorder(order))
+        y = self.output(mixed, streams).to(streams.v.dtype)  # mix may keep float32 for the norm
         return y if order is None else y[:, inverse_permutation(order)]
 
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
@@ -237,6 +251,7 @@ class TokenMixer(MixerProperties):
                     f"{option}={value} needs a mixer that is not causal and scan='raster', because the window covers "
                     f"neighbors on all sides; got causality={config.causality!r} and scan={config.scan!r}."
                 )
+        self._check_context_options()
         if config.row_normalizer not in (None, config.default_normalizer):
             reason = self.refuses_normalizer(str(config.row_normalizer))
             if reason is not None:

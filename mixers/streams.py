@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from mixers.context import Rotation
 from mixers.image_grid import ImageGrid
 from mixers.precision import accumulation_dtype
 
@@ -23,6 +24,8 @@ class Streams:
             elsewhere.
         beta: the step size β ≥ 0 of the delta rule, (b, l, h); None elsewhere.
         grid: (height, width) of the image; None if not given.
+        rotation: of the features of q and k, in the numerator only; None: not rotated.
+        visible: (b, l), False for padding, which no token sees; None: all tokens are visible.
     """
 
     x: Tensor
@@ -33,6 +36,8 @@ class Streams:
     dt: Tensor | None = None
     beta: Tensor | None = None
     grid: ImageGrid | None = None
+    rotation: Rotation | None = None
+    visible: Tensor | None = None
 
     @property
     def values(self) -> Tensor:

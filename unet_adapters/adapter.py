@@ -15,13 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from mixers import TokenMixer
 from unet_adapters import hub
 from unet_adapters.attention import register_for_layer_skip
-from unet_adapters.checkpoint import SavedAdapter, SiteMixer, load_weights, read_adapter, save_adapter
+from unet_adapters.checkpoint import SavedAdapter, load_weights, read_adapter, save_adapter
 from unet_adapters.hosts import Host, find_host
 from unet_adapters.linfusion import read_linfusion, write_linfusion
 from unet_adapters.mounted_config import erase_mixers, read_mixer_weights, read_mounted_model, record_mixers
 from unet_adapters.mounted_layer import guard_processors, unguard_processors
 from unet_adapters.preconditions import check_no_lora, check_not_fused, check_site, check_weights
 from unet_adapters.projections import copy_projections
+from unet_adapters.site_mixer import SiteMixer, check_layer_options
 from unet_adapters.site_mount import SiteMount
 from unet_adapters.sites import Select, Site
 from unet_adapters.status import SiteStatus, StatusTable
@@ -96,7 +97,8 @@ class MixerAdapter:
                 from the teacher's values. False: the teacher's projections are used, and not trained.
             min_tokens: a site that is called with fewer tokens is the teacher's softmax attention, which is faster
                 there; decided at each call. `mixlab crossover` measures the number for a machine.
-            **options: of the mixer.
+            **options: of the mixer. `text` and `rope` are for sites that attend to text and rotate queries and keys;
+                other sites ignore them.
 
         Raises:
             ValueError: no such site, or one that a mixer cannot replace; or the mixer refuses its options.
@@ -110,6 +112,7 @@ class MixerAdapter:
         _check_sites(host, sites, "build")
         if min_tokens < 0:
             raise ValueError(f"min_tokens={min_tokens}: expected the number of tokens from which mixers run, 0 or more")
+        check_layer_options(sites, options)
         site_mixer = SiteMixer(mixer_name, {"causality": causality, "normalize": normalize, **options})
         return cls(host, sites, {site.name: site_mixer for site in sites}, train_projections, min_tokens)
 
@@ -159,6 +162,7 @@ class MixerAdapter:
                 mount.mount(self.min_tokens)
             needing_grid = [mount.layer for mount in self._mounts if mount.mixer.traits.needs_grid]
             self._hooks = self.host.attach_grid(needing_grid)
+            self._hooks += self.host.attach_text_lengths(mount.layer for mount in self._mounts)
             undo.pop_all()
         guard_processors(self.model)
         record_mixers(self.model, self.site_mixers, self.min_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,10 @@ from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from mixers.context import MixingContext
+from unet_adapters.layer_projections import LayerProjections
 from unet_adapters.mounted_layer import GridSize, MountedLayer, stock_processor
+from unet_adapters.padding import find_visible
 from unet_adapters.projections import teacher_view
 from unet_adapters.sites import Site
 
@@ -63,16 +67,17 @@ class MixerDispatch:
         """Mix tokens (b, l, d) or (b, d, height, width) -> the same shape.
 
         Raises:
-            ValueError: the mask hides tokens, the stock processor is not a supported one, or the tokens are not those
-                of the grid.
+            ValueError: the mask is not one of padding, or the mixer cannot leave padding out; the stock processor is
+                not a supported one; or the tokens are not those of the grid.
         """
         processor = stock_processor(attn)
         if encoder_hidden_states is not None:
             return _run_stock(processor, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         attn.require_supported(processor)
-        if _token_count(hidden_states) < attn.mixer_from:
+        length = _token_count(hidden_states)
+        if length < attn.mixer_from:
             return _teacher_attention(attn, processor, hidden_states, attention_mask, temb)
-        _require_all_visible(attention_mask)
+        visible = find_visible(attention_mask, len(hidden_states), length)
 
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -83,7 +88,7 @@ class MixerDispatch:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        hidden_states = _mix(attn, hidden_states, mixer_grid, PERTURBED_PARTS.get(type(processor)))
+        hidden_states = _mix(attn, hidden_states, mixer_grid, visible, PERTURBED_PARTS.get(type(processor)))
         if image_shape is not None:
             hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
@@ -106,29 +111,6 @@ class MixerAttention(MountedLayer, Attention):
         return super().get_processor()
 
 
-class LayerProjections:
-    """The projections of an attention layer, with its norms of queries and keys per head (Stable Diffusion 3.5).
-
-    Mixers get this and not the layer: accelerate's hooks move every argument that has a method `to`.
-    """
-
-    def __init__(self, attn: Any) -> None:
-        self._attn = attn
-        self.to_v = attn.to_v
-        self.to_out = attn.to_out
-
-    def to_q(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l, d) -> queries (b, l, h·k)."""
-        return self._norm_heads(self._attn.to_q(tokens), self._attn.norm_q)
-
-    def to_k(self, tokens: Tensor) -> Tensor:
-        """Tokens (b, l, d) -> keys (b, l, h·k)."""
-        return self._norm_heads(self._attn.to_k(tokens), self._attn.norm_k)
-
-    def _norm_heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        return x if norm is None else norm(x.unflatten(-1, (self._attn.heads, -1))).flatten(-2)
-
-
 def check_attention(site: Site, layer: Any) -> None:
     """Refuse an `Attention` with parts that `MixerDispatch` would skip.
 
@@ -138,6 +120,15 @@ def check_attention(site: Site, layer: Any) -> None:
     """
     if getattr(layer, "add_k_proj", None) is not None:
         raise ValueError(f"{site.name} has add_k_proj, which a mixer would skip: leave it out with `select`")
+    check_heads(site, layer)
+
+
+def check_heads(site: Site, layer: Any) -> None:
+    """Refuse an attention layer whose heads a mixer cannot use.
+
+    Raises:
+        ValueError: it has norms across heads, or an inner width that is not that of the tokens.
+    """
     for name in ("norm_q", "norm_k"):
         weight = getattr(getattr(layer, name, None), "weight", None)
         if weight is not None and tuple(weight.shape) != (layer.inner_dim // layer.heads,):
@@ -149,13 +140,28 @@ def check_attention(site: Site, layer: Any) -> None:
         )
 
 
+def view_teacher(attn: Any, processor: Any, tokens: Tensor, unfused: Mapping[type, type]) -> tuple[Any, Any]:
+    """The layer with the teacher's projections, and the processor that computes its attention.
+
+    Args:
+        attn: a mounted layer.
+        processor: its stock processor.
+        tokens: to be mixed.
+        unfused: for a processor that reads a fused copy of the projections, which is the student's: what computes the
+            same without it.
+    """
+    if not attn.teacher:
+        return attn, processor
+    view = teacher_view(attn, attn.teacher, tokens)
+    vars(view)["fused_projections"] = False  # by which Flux's layers choose, where others have another processor
+    kind = type(processor)
+    return view, unfused[kind]() if kind in unfused else processor
+
+
 def _teacher_attention(
     attn: Any, processor: Any, hidden_states: Tensor, attention_mask: Tensor | None, temb: Tensor | None
 ) -> Tensor:
-    if attn.teacher:
-        attn = teacher_view(attn, attn.teacher, hidden_states)
-        if type(processor) in UNFUSED:  # the fused copy is of the student's projections
-            processor = UNFUSED[type(processor)]()
+    attn, processor = view_teacher(attn, processor, hidden_states, UNFUSED)
     return _run_stock(processor, attn, hidden_states, None, attention_mask, temb)
 
 
@@ -172,33 +178,34 @@ def _run_stock(
     return output
 
 
-def _require_all_visible(mask: Tensor | None) -> None:
-    if mask is None:
-        return
-    visible = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
-    if not bool(visible):
-        raise ValueError(
-            "attention_mask hides tokens of a self-attention site, which a mounted mixer does not support: "
-            "call the model without attention_mask, or unmount the adapter"
-        )
-
-
 def _token_count(hidden_states: Tensor) -> int:
     return hidden_states.shape[2] * hidden_states.shape[3] if hidden_states.ndim == 4 else hidden_states.shape[1]
 
 
-def _mix(attn: Any, tokens: Tensor, grid: GridSize | None, parts: int | None) -> Tensor:
-    if grid is not None and grid[0] * grid[1] != tokens.shape[1]:
+def check_grid(tokens: int, grid: GridSize | None) -> None:
+    """Refuse tokens that are not those of the image.
+
+    Raises:
+        ValueError: height · width is another number than `tokens`.
+    """
+    if grid is not None and grid[0] * grid[1] != tokens:
         raise ValueError(
-            f"a mounted mixer got {tokens.shape[1]} tokens of an image with {grid[0]} × {grid[1]}: a patch such as "
+            f"a mounted mixer got {tokens} tokens of an image with {grid[0]} × {grid[1]}: a patch such as "
             "tomesd, HiDiffusion or HyperTile regroups tokens before this layer. Remove the patch, or use a mixer that "
             "needs no grid (scan='raster', no local convolution)"
         )
+
+
+def _mix(attn: Any, tokens: Tensor, grid: GridSize | None, visible: Tensor | None, parts: int | None) -> Tensor:
+    check_grid(tokens.shape[1], grid)
     projections = LayerProjections(attn)
     if parts is None:
-        return attn.mixer(tokens, grid=grid, projections=projections)
+        context = None if visible is None else MixingContext(visible=visible)
+        return attn.mixer(tokens, grid=grid, projections=projections, context=context)
     *unperturbed, perturbed = tokens.chunk(parts)
-    mixed = attn.mixer(torch.cat(unperturbed), grid=grid, projections=projections)
+    mixed_tokens = torch.cat(unperturbed)
+    context = None if visible is None else MixingContext(visible=visible[: len(mixed_tokens)])
+    mixed = attn.mixer(mixed_tokens, grid=grid, projections=projections, context=context)
     return torch.cat([mixed, _identity_attention(attn, perturbed)])
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from unet_adapters.hosts import GridSource, Host, find_host
-from unet_adapters.mounted_layer import GridSize, call_layer
+from unet_adapters.hosts import find_host
+from unet_adapters.mounted_layer import GRID_ARGUMENT, TEXT_ARGUMENT, GridSize, call_layer, image_output
 
 T = TypeVar("T")
+
+_NOT_RECORDED = {"hidden_states", GRID_ARGUMENT, TEXT_ARGUMENT}
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,23 @@ class SiteCall:
 
     Attributes:
         input: tokens (b, l, d).
-        output: tokens (b, l, d).
+        output: tokens (b, l, d); of joint attention, the image tokens, or all if it gets them in one sequence.
         grid: (height, width) of the image that the tokens are; None if the host does not show it.
+        text_tokens: how many tokens of `input` are text, before those of the image; None unless they are in one
+            sequence.
+        arguments: what else the layer was called with: text tokens, rotary embeddings, masks.
     """
 
     input: Tensor
     output: Tensor
     grid: GridSize | None
+    text_tokens: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Number of image tokens."""
+        return self.input.shape[1] - (self.text_tokens or 0)
 
 
 @contextmanager
@@ -43,14 +55,14 @@ def capture_sites(pipe_or_model: Any, site_names: Iterable[str]) -> Iterator[dic
     Raises:
         ValueError: the model has no module of that name.
     """
-    with _capture(pipe_or_model, site_names, SiteCall) as calls:
+    with _capture(pipe_or_model, site_names, lambda call: call) as calls:
         yield calls
 
 
 @contextmanager
 def capture_outputs(pipe_or_model: Any, site_names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """As `capture_sites`, the outputs (b, l, d) alone."""
-    with _capture(pipe_or_model, site_names, lambda _input, output, _grid: output) as outputs:
+    with _capture(pipe_or_model, site_names, lambda call: call.output) as outputs:
         yield outputs
 
 
@@ -60,39 +72,44 @@ def replay(pipe_or_model: Any, site_name: str, call: SiteCall) -> Tensor:
     Raises:
         ValueError: the model has no module of that name.
     """
-    return call_layer(_find_layer(find_host(pipe_or_model).model, site_name), call.input, call.grid)
+    layer = _find_layer(find_host(pipe_or_model).model, site_name)
+    return call_layer(layer, call.input, call.grid, call.text_tokens, **call.arguments)
 
 
 @contextmanager
-def _capture(
-    pipe_or_model: Any, site_names: Iterable[str], make: Callable[[Tensor, Tensor, GridSize | None], T]
-) -> Iterator[dict[str, T]]:
+def _capture(pipe_or_model: Any, site_names: Iterable[str], convert: Callable[[SiteCall], T]) -> Iterator[dict[str, T]]:
     host = find_host(pipe_or_model)
     records: dict[str, T] = {}
-    grids: dict[str, GridSize | None] = {}
+    measured: dict[tuple[str, str], Any] = {}
 
-    def record(name: str, source: str, _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        if name not in records:  # a second call within one forward is gradient checkpointing's
-            tokens = args[0] if args else kwargs["hidden_states"]
-            records[name] = make(tokens, output, grids.get(source))
+    def record(name: str, _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if name in records:  # a second call within one forward is gradient checkpointing's
+            return
+        arguments = {key: value for key, value in kwargs.items() if key not in _NOT_RECORDED}
+        call = SiteCall(
+            args[0] if args else kwargs["hidden_states"],
+            image_output(output),
+            measured.get(("grid", name)),
+            measured.get(("text", name)),
+            arguments,
+        )
+        records[name] = convert(call)
 
-    def measure(source: GridSource, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        grids[source.module_name] = source.measure(args, kwargs)
+    def measure(key: tuple[str, str], source: Any, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        measured[key] = source.measure(args, kwargs)
 
     with ExitStack() as stack:
         stack.callback(host.model.register_forward_pre_hook(lambda *_: records.clear()).remove)
-        for name, layer, source in _layers(host, site_names):
-            key = "" if source is None else source.module_name
-            stack.callback(layer.register_forward_hook(partial(record, name, key), with_kwargs=True).remove)
-            if source is not None and key not in grids:
-                grids[key] = None
-                outer = host.model.get_submodule(key)
-                stack.callback(outer.register_forward_pre_hook(partial(measure, source), with_kwargs=True).remove)
+        for name in site_names:
+            layer = _find_layer(host.model, name)
+            stack.callback(layer.register_forward_hook(partial(record, name), with_kwargs=True).remove)
+            sources = {"grid": host.grid_source(name), "text": host.text_source(name)}
+            for kind, source in sources.items():
+                if source is not None:
+                    outer = host.model.get_submodule(source.module_name)
+                    hook = partial(measure, (kind, name), source)
+                    stack.callback(outer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield records
-
-
-def _layers(host: Host, site_names: Iterable[str]) -> list[tuple[str, nn.Module, GridSource | None]]:
-    return [(name, _find_layer(host.model, name), host.grid_source(name)) for name in site_names]
 
 
 def _find_layer(model: nn.Module, site_name: str) -> nn.Module:

@@ -20,30 +20,16 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mixers import create_mixer
 from mixers.files import atomic_path
 from unet_adapters.hosts import Host
 from unet_adapters.hub import fetch
+from unet_adapters.site_mixer import SiteMixer
 from unet_adapters.sites import Site
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
 WEIGHTS = "adapter.safetensors"
 DISTRIBUTION = "linear-token-mixers"
-OF_THE_SITE = frozenset({"name", "dim", "heads", "own_projections"})  # config entries that a site or its file decides
-
-
-@dataclass(frozen=True)
-class SiteMixer:
-    """How to make the mixer of one site: its registered name and its config, as plain JSON."""
-
-    mixer: str
-    config: Mapping[str, Any]
-
-    def create(self, site: Site) -> Any:
-        """A new mixer, without projections, with random weights."""
-        options = {key: value for key, value in self.config.items() if key not in OF_THE_SITE}
-        return create_mixer(self.mixer, site.dim, site.heads, own_projections=False, **options)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from mixers import create_mixer
 from mixers.files import atomic_path
-from unet_adapters.checkpoint import DESCRIPTION, OF_THE_SITE, SavedAdapter, SiteMixer
+from unet_adapters.checkpoint import DESCRIPTION, SavedAdapter
 from unet_adapters.files import write_tensors
 from unet_adapters.hosts import Host
 from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
 from unet_adapters.preconditions import check_weights
 from unet_adapters.projections import base_layer, why_not_trainable
+from unet_adapters.site_mixer import OF_THE_SITE, SiteMixer
 from unet_adapters.sites import Site
 from unet_adapters.weight_files import closest_variant, find_weight_files
 

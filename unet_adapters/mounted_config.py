@@ -12,7 +12,7 @@ import safetensors.torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from unet_adapters.checkpoint import SiteMixer
+from unet_adapters.site_mixer import SiteMixer
 from unet_adapters.weight_files import find_weight_files
 
 CONFIG_KEY = "linear_mixers"

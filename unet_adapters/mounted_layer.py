@@ -17,6 +17,9 @@ GridSize = tuple[int, int]
 
 GRID_ARGUMENT = "mixer_grid"
 
+TEXT_ARGUMENT = "mixer_text_tokens"
+"""The argument that tells a layer which gets text and image in one sequence how many tokens are text."""
+
 
 class MountedLayer(nn.Module):
     """Mixin of the classes that replace an attention layer's class while a mixer is mounted in it.
@@ -84,6 +87,11 @@ class MountedLayer(nn.Module):
                 "unmount the adapter, or leave the site out with `select`, to use it"
             )
 
+    @classmethod
+    def is_fused(cls, layer: nn.Module) -> bool:
+        """Whether a layer, mounted or not, runs on a fused copy of its projections."""
+        return type(stock_processor(layer)) in cls.fused_processors
+
     def get_extra_state(self) -> Tensor:
         """One more name in the state dict: a stock layer never loads a mounted one's weights as if they were its own.
 
@@ -101,17 +109,32 @@ def stock_processor(layer: nn.Module) -> Any:
     return layer.__dict__["processor"] if processor is None else processor
 
 
-def call_layer(layer: nn.Module, tokens: Tensor, grid: GridSize | None = None) -> Tensor:
-    """Run one self-attention layer on its own, mounted or not: tokens (b, l, d) -> (b, l, d).
+def call_layer(
+    layer: nn.Module,
+    tokens: Tensor,
+    grid: GridSize | None = None,
+    text_tokens: int | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """Run one attention layer on its own, mounted or not: tokens (b, l, d) -> (b, l, d).
 
     Args:
-        grid: of the tokens; only a mounted layer takes it.
+        layer: the layer.
+        tokens: its first argument.
+        grid: of the image tokens; only a mounted layer takes it.
+        text_tokens: how many of `tokens` are text; likewise.
+        **arguments: the layer's other arguments: text tokens, rotary embeddings.
     """
-    if isinstance(layer, MountedLayer) and grid is not None:
-        result: Tensor = layer(tokens, mixer_grid=grid)
-        return result
-    result = layer(tokens)
-    return result
+    if isinstance(layer, MountedLayer):
+        extra = {GRID_ARGUMENT: grid, TEXT_ARGUMENT: text_tokens}
+        arguments |= {name: value for name, value in extra.items() if value is not None}
+    return image_output(layer(tokens, **arguments))
+
+
+def image_output(output: Any) -> Tensor:
+    """The image tokens that a layer returns, alone or followed by text tokens."""
+    image: Tensor = output[0] if isinstance(output, tuple) else output
+    return image
 
 
 def guard_processors(model: nn.Module) -> None:

@@ -80,5 +80,5 @@ def check_not_fused(site: Site, layer: nn.Module, mounted_class: type[MountedLay
     Raises:
         RuntimeError: `fuse_qkv_projections` is in force.
     """
-    if type(stock_processor(layer)) in mounted_class.fused_processors:
+    if mounted_class.is_fused(layer):
         raise RuntimeError(f"cannot {verb}: the projections of {site.name} are fused; call unfuse_qkv_projections()")

@@ -18,12 +18,18 @@ class Site:
         dim: width of its tokens.
         heads: number of attention heads.
         group: the part of the model it lies in, as its host divides it: "down_blocks.0", "mid_block" of a UNet.
+        text: whether its image tokens attend to text tokens too (joint attention).
+        rotary: whether it rotates queries and keys.
+        qk_norm: whether it norms queries and keys.
     """
 
     name: str
     dim: int
     heads: int
     group: str
+    text: bool = False
+    rotary: bool = False
+    qk_norm: bool = False
 
 
 Select = str | Sequence[str] | Callable[[Site], bool]

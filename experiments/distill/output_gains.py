@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +50,15 @@ def fit_output_gains(teacher: Teacher, adapter: MixerAdapter, batches: Iterable[
                 teacher.predict(noisy, batch["timesteps"], batch)
             adapter.mount()
             for name, call in calls.items():
-                if call.input.shape[1] < adapter.min_tokens:
+                if call.tokens < adapter.min_tokens:
                     continue  # the site stays softmax at this size
                 with _capture_heads(teacher.unet, adapter) as heads:
                     replay(teacher.unet, name, call)
-                products[name] = products.get(name, 0) + (heads[name] * targets[name]).sum((0, 1, 3))
-                squares[name] = squares.get(name, 0) + heads[name].square().sum((0, 1, 3))
+                start = call.text_tokens or 0
+                student_heads = heads[name][:, start:]
+                target_heads = targets[name][:, start:]
+                products[name] = products.get(name, 0) + (student_heads * target_heads).sum((0, 1, 3))
+                squares[name] = squares.get(name, 0) + student_heads.square().sum((0, 1, 3))
             adapter.unmount()
     return {name: _solve(name, products[name], squares[name]) for name in products}
 
@@ -80,6 +84,10 @@ def _buffer(adapter: MixerAdapter, site: str) -> Tensor:
     return gain
 
 
+def _record_output(hook: Callable[..., None], module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
+    hook(module, (output,))
+
+
 @contextmanager
 def _unit_gains(adapter: MixerAdapter) -> Iterator[None]:
     """Set all gains to 1 inside the block."""
@@ -94,7 +102,10 @@ def _unit_gains(adapter: MixerAdapter) -> Iterator[None]:
 
 @contextmanager
 def _capture_heads(unet: nn.Module, adapter: MixerAdapter) -> Iterator[dict[str, Tensor]]:
-    """Record the inputs of the sites' output projections, as heads (b, l, h, v) in float64, by site."""
+    """Record the inputs of the sites' output projections, as heads (b, l, h, v) in float64, by site.
+
+    Of a layer without such a projection (Flux's single blocks), its output.
+    """
     heads: dict[str, Tensor] = {}
 
     def record(name: str, count: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -105,9 +116,13 @@ def _capture_heads(unet: nn.Module, adapter: MixerAdapter) -> Iterator[dict[str,
 
     handles = []
     for site in adapter.sites:
-        projection: Any = unet.get_submodule(site.name).to_out
-        layer = projection[0] if isinstance(projection, nn.ModuleList) else projection
-        handles.append(layer.register_forward_pre_hook(record(site.name, site.heads)))
+        attention: Any = unet.get_submodule(site.name)
+        hook = record(site.name, site.heads)
+        if not hasattr(attention, "to_out"):
+            handles.append(attention.register_forward_hook(partial(_record_output, hook)))
+            continue
+        layer = attention.to_out[0] if isinstance(attention.to_out, nn.ModuleList) else attention.to_out
+        handles.append(layer.register_forward_pre_hook(hook))
     try:
         yield heads
     finally:

@@ -9,6 +9,7 @@ from experiments.distill.loss import autocast
 from experiments.metrics.inputs.student import EvaluatedStudent
 from mixers import structure
 from unet_adapters.capture import capture_sites
+from unet_adapters.layer_projections import LayerProjections
 
 TIMESTEP = 500
 
@@ -29,7 +30,7 @@ def mixing_arrays(student: EvaluatedStudent, size: int) -> dict[str, Tensor]:
     """
     context = student.context
     site = student.adapter.sites[0].name
-    attention = context.pipe.unet.get_submodule(site)
+    projections = LayerProjections(context.pipe.unet.get_submodule(site))
     images = student.noisy_images(size, size).first(1)
     with student.adapter.mounted(), autocast(context.teacher):
         with capture_sites(context.pipe.unet, [site]) as calls:
@@ -37,7 +38,8 @@ def mixing_arrays(student: EvaluatedStudent, size: int) -> dict[str, Tensor]:
                 context.teacher.predict(*inputs)
         call = calls[site]
         mixer = student.adapter.mixers[site]
-        matrices = structure.mixing_matrix(mixer, call.input, projections=attention, grid=call.grid)[0, 0]
+        image = call.input[:, call.text_tokens or 0 :]
+        matrices = structure.mixing_matrix(mixer, image, projections=projections, grid=call.grid)[0, 0]
     matrix = (matrices if matrices.ndim == 2 else matrices[0]).float().cpu()
     arrays = {"mixing_matrix": matrix.contiguous()}
     if call.grid is not None:

@@ -43,6 +43,8 @@ class FocusedConfig(LinearAttentionConfig):
         if self.position_table_size is None:
             size = TABLE_SIZE if self.causality != "causal" and self.scan == "raster" else 0
             object.__setattr__(self, "position_table_size", size)
+        if self.temperature:
+            raise ValueError("temperature=True has no effect: a factor of q or of k cancels. Leave it out.")
         if (self.position_table_size or 0) < 0:
             raise ValueError(f"Expected position_table_size ≥ 0, got {self.position_table_size}.")
         if self.position_table_size and self.scan != "raster":
@@ -98,6 +100,10 @@ class Focused(LinearAttention):
         if self.positions is not None:
             k = self.positions(k.flatten(2), streams.grid).view_as(k)
         return self.focus(streams.q.to(dtype)), self.focus(k)
+
+    def text_features(self, k: Tensor) -> Tensor:
+        """Compute φ(k) of text tokens, which have no position in the image, (b, t, h, k)."""
+        return self.focus(k)
 
     @property
     def permutation_equivariant(self) -> bool:

@@ -157,8 +157,8 @@ class Hydra(StateSpaceMixer):
         assert streams.dt is not None and streams.log_decay is not None
         dtype = accumulation_dtype(streams.q)
         feature_map = FEATURE_MAPS["relu"] if positive else self.feature_map
-        queries = feature_map.apply(streams.q.to(dtype)).split(self.key_dim, dim=-1)
-        keys = feature_map.apply(streams.k.to(dtype)).split(self.key_dim, dim=-1)
+        queries = feature_map.apply(self.scaled_q(streams).to(dtype)).split(self.key_dim, dim=-1)
+        keys = feature_map.apply(self.scaled_k(streams.k).to(dtype)).split(self.key_dim, dim=-1)
         steps = streams.dt.split(self.heads, dim=-1)
         decays = streams.log_decay.split(self.heads, dim=-1)
         key_sets = [min(direction, self.key_sets - 1) for direction in range(self.directions)]

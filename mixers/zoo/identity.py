@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +32,10 @@ class Identity(ConstantMixer):
     def mix(self, streams: Streams) -> Tensor:
         """Return a copy of the values, (b, l, h, v)."""
         return streams.v.clone()
+
+    def hide_tokens(self, streams: Streams, visible: Tensor) -> Streams:
+        """Mark hidden tokens, which no other token sees in any case."""
+        return replace(streams, visible=visible)
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """Return the identity, (b, h, l, l)."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mixers.config import MixerConfig
+from mixers.context import RotaryPlacement
 from mixers.entries import register_mixer
 from mixers.feature_maps import FEATURE_MAPS, FeatureMap
 from mixers.stages.projections import FullPrecisionLinear
@@ -67,6 +68,16 @@ class LinFusionLowRank(LinFusion):
         C, B = super().map_features(streams, feature_map)
         F, G = self.factors(streams.x)
         return _khatri_rao(C, F), _khatri_rao(B, G)
+
+    @property
+    def _why_no_text_features(self) -> str:
+        """G belongs to the tokens of the layer."""
+        return "its features depend on G of the tokens, which the text does not have"
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        return {"after_map": "its features are k·r products, not the k channels that rotate", "before_map": None}
 
     @property
     def features_dim(self) -> int:

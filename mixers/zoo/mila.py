@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.config import MixerConfig
+from mixers.context import RotaryPlacement
 from mixers.entries import register_mixer
 from mixers.image_grid import ImageGrid
+from mixers.linear_context import divide
 from mixers.normalization import count_visible_tokens
 from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.stages.rotary import rotary_2d
@@ -75,6 +77,8 @@ class MILA(LinearAttention):
     }
     output_options: ClassVar[Mapping[str, Any]] = {"gate_bias": True}
 
+    computes_sums: ClassVar[bool] = True
+
     config: MILAConfig
 
     @property
@@ -110,12 +114,19 @@ class MILA(LinearAttention):
         """Compute W v, (b, l, h, v), in float32 at least."""
         if not self._has_separate_denominator:
             return super().mix_directly(streams)
-        v = streams.values
-        options = self._unnormalized_options(streams) | {"backend": self.config.backend}
-        y = operators.linear_attention(*self.features(streams), v, **options)
-        sums = operators.linear_attention(*super().features(streams), v.new_ones(*v.shape[:3], 1), **options)
-        assert isinstance(y, Tensor) and isinstance(sums, Tensor)
-        return y / (sums + self._eps_per_token(v)[:, None, None])
+        return divide(*self.sums(streams))
+
+    def denominator_features(self, streams: Streams, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute φ(q) and φ(k), not rotated."""
+        return super().features(streams) if self._has_separate_denominator else (q, k)
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        if not self.config.rotary:
+            return super().rotary_placements
+        reason = "it rotates by positions of its own; pass rotary=False"
+        return {"after_map": reason, "before_map": reason}
 
     def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""

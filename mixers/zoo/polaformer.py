@@ -43,6 +43,8 @@ class PolaFormerConfig(LinearAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.temperature:
+            raise ValueError("temperature=True has no effect: the scale of q and k is learned already. Leave it out.")
         has_positions = self.causality != "causal" and self.scan == "raster"
         if self.position_table_size is None:
             object.__setattr__(self, "position_table_size", TABLE_SIZE if has_positions else 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixers import operators
 from mixers.config import MixerConfig
+from mixers.context import RotaryPlacement
 from mixers.entries import register_mixer
 from mixers.stages.projections import Projections
 from mixers.stages.rotary import rotary_2d
@@ -119,6 +120,14 @@ class RALA(LinearAttention):
         if not self.config.rotary:
             return q, k
         return rotary_2d(q, streams.grid, inclusive=True), rotary_2d(k, streams.grid, inclusive=True)
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        if not self.config.rotary:
+            return super().rotary_placements
+        reason = "it rotates by positions of its own; pass rotary=False"
+        return {"after_map": reason, "before_map": reason}
 
     @property
     def permutation_equivariant(self) -> bool:

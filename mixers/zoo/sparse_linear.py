@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers.config import MixerConfig
+from mixers.context import RotaryPlacement, TextTokens
 from mixers.entries import register_mixer
 from mixers.feature_maps import FEATURE_MAPS
 from mixers.image_grid import ImageGrid
@@ -155,6 +157,17 @@ class SparseLinear(TokenMixer):
         if self.config.combine == "shared":
             return streams
         return with_values(streams, torch.cat([streams.v, streams.v], dim=-1))
+
+    def mix_with_text(self, streams: Streams, text: TextTokens) -> Tensor:
+        """See the base; with a layer for the linear part, which comes second, the text has no such part."""
+        if self.config.combine == "project":
+            text = replace(text, v=F.pad(text.v, (0, text.v.shape[-1])))
+        return super().mix_with_text(streams, text)
+
+    @property
+    def rotary_placements(self) -> dict[RotaryPlacement, str | None]:
+        """For every value of `rope`: None if it is supported, otherwise the reason."""
+        return {"after_map": "its linear part maps what its exact part rotates", "before_map": None}
 
     def mix(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v) or both parts (b, l, h, 2v), in float32 at least."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,23 @@ class Uniform(ConstantMixer):
     def mix(self, streams: Streams) -> Tensor:
         """Return the mean of the visible values, (b, l, h, v), in float32 at least."""
         v = streams.values
+        if streams.visible is not None:
+            return self._mean_of_visible(v, streams.visible)
         if self.config.causality == "causal":
             return v.cumsum(1) / count_visible_tokens(v, "causal")[:, None, None]
         return v.mean(1, keepdim=True).repeat(1, v.shape[1], 1, 1)
+
+    def _mean_of_visible(self, v: Tensor, visible: Tensor) -> Tensor:
+        """Average the values (b, l, h, v) that are visible (b, l), up to each token if causal."""
+        weights = visible[..., None, None].to(v.dtype)
+        if self.config.causality == "causal":
+            return (weights * v).cumsum(1) / weights.cumsum(1).clamp_min(1)
+        mean = (weights * v).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(1)
+        return mean.repeat(1, v.shape[1], 1, 1)
+
+    def hide_tokens(self, streams: Streams, visible: Tensor) -> Streams:
+        """Mark hidden tokens."""
+        return replace(streams, visible=visible)
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """Return the matrix of the mean, (b, h, l, l)."""

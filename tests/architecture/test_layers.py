@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
             "traits",
             "suggest",
             "files",
+            "context",
             "feature_maps",
             "function_transforms",
             "image_grid",

@@ -68,16 +68,30 @@ def test_fusing_projections_is_undone_before_unmounting(adapter, run) -> None:
     assert torch.equal(run(adapter.unmount().model), base)
 
 
-def test_a_mask_that_hides_tokens_is_refused(adapter) -> None:
+def test_a_mask_hides_padding_as_if_it_did_not_exist(adapter) -> None:
     attn = first(adapter.mount())
     x = torch.randn(2, 6, 8)
     free = attn(x)
+    visible = [0, 1, 3, 4, 5]
     for keep in (torch.ones(2, 1, 6, dtype=torch.bool), torch.zeros(2, 1, 6)):
         assert torch.equal(attn(x, attention_mask=keep), free)
         hide = keep.clone()
-        hide[0, 0, 2] = False if hide.dtype == torch.bool else -10000.0
-        with pytest.raises(ValueError, match="hides tokens"):
-            attn(x, attention_mask=hide)
+        hide[:, 0, 2] = False if hide.dtype == torch.bool else -10000.0
+        torch.testing.assert_close(attn(x, attention_mask=hide)[:, visible], attn(x[:, visible]))
+
+
+def test_masks_that_are_not_padding_are_refused(unet, adapter) -> None:
+    x = torch.randn(2, 6, 8)
+    hide = torch.zeros(2, 1, 6)
+    hide[0, 0, 2] = -10000.0
+    with adapter.mounted():
+        attn = first(adapter)
+        with pytest.raises(ValueError, match="the same for every query"):
+            attn(x, attention_mask=hide.expand(2, 6, 6))
+        with pytest.raises(ValueError, match="adds numbers to the scores"):
+            attn(x, attention_mask=hide / 1e4)
+    with MixerAdapter.build(unet, "rwkv6").mounted() as other, pytest.raises(ValueError, match="hides tokens"):
+        first(other)(x, attention_mask=hide)
 
 
 def test_cross_attention_falls_back_to_the_nominal_processor(adapter) -> None:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from unet_adapters.hosts.calls import DenoiserCalls
 from unet_adapters.mounted_layer import GridSize, MountedLayer
 from unet_adapters.sites import Select, Site, select_sites
 
 Fingerprint = dict[str, dict[str, int]]
 
-TEXT_TOKENS = 77  # the context length of CLIP's text encoders
 
-Conditions = Mapping[str, Tensor]
-"""What a model is conditioned on besides noise and timestep, by the names of `Host.condition_shapes`."""
+@dataclass(frozen=True)
+class TextSource:
+    """The module whose call shows how many tokens of a site's sequence are text.
+
+    Attributes:
+        module_name: its name in the model.
+        measure: (positional arguments, keyword arguments) of its forward -> the number of text tokens.
+    """
+
+    module_name: str
+    measure: Callable[[tuple[Any, ...], dict[str, Any]], int]
 
 
 @dataclass(frozen=True)
@@ -38,21 +46,15 @@ class GridSource:
     measure: Callable[[tuple[Any, ...], dict[str, Any]], GridSize | None]
 
 
-class Host(ABC):
+class Host(DenoiserCalls):
     """One architecture family, bound to one model.
 
     Subclasses are registered with `@register_host("name")`, in a file of `hosts/` or in a package of your own.
 
-    Attributes:
-        model: the diffusers model.
-        vae_scale_factor: pixels along one side of a latent pixel.
+    What a call of the model takes and returns is in `DenoiserCalls`.
     """
 
     name: ClassVar[str] = ""
-
-    def __init__(self, model: nn.Module, vae_scale_factor: int = 8) -> None:
-        self.model: Any = model
-        self.vae_scale_factor = vae_scale_factor
 
     @classmethod
     @abstractmethod
@@ -95,74 +97,28 @@ class Host(ABC):
     def grid_source(self, site_name: str) -> GridSource | None:
         """Where the grid of a site's tokens can be read; None if the model does not show it."""
 
+    def attach_text_lengths(self, layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Hook the model so that these layers learn how many tokens of their sequence are text, where there are such.
+
+        They are called with `mixer_text_tokens`; as for `attach_grid`, the number travels with each call.
+        """
+        return []
+
+    def text_source(self, site_name: str) -> TextSource | None:
+        """Where the number of text tokens in a site's sequence can be read; None if it gets image tokens alone."""
+        return None
+
     @abstractmethod
     def tokens_at(self, site: Site, size: tuple[int, int]) -> int | None:
         """Tokens of a site for latents of this (height, width); None if it cannot be computed."""
 
-    @abstractmethod
-    def condition_shapes(self, batch: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, tuple[int, ...]]:
-        """Shapes of all conditions of the model, by name.
-
-        The names are `text` (b, t, d), `pooled` (b, p) and `time_ids` (b, 6) of SDXL, and `timestep_cond` (b, g) of
-        models with an embedded guidance scale.
-        """
-
-    @abstractmethod
-    def forward_arguments(self, conditions: Conditions) -> dict[str, Any]:
-        """Keyword arguments of the model's forward for these conditions, named as in `condition_shapes`."""
-
-    @abstractmethod
-    def latent_shape(self, size: tuple[int, int], batch: int = 1) -> tuple[int, ...]:
-        """Shape of the model's noisy input for latents of this (height, width)."""
-
-    def dummy_conditions(self, batch: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Normal numbers in the shapes of `condition_shapes`, in the model's dtype and on its device."""
-        shapes = self.condition_shapes(batch)
-        return {name: self._normal(shape, generator) for name, shape in shapes.items()}
-
-    def dummy_inputs(
-        self, size: tuple[int, int], batch: int = 1, generator: torch.Generator | None = None
-    ) -> dict[str, Any]:
-        """Keyword arguments of one forward pass on random latents, for measurements and tests.
-
-        Args:
-            size: (height, width) of the latents.
-            batch: images.
-            generator: on the CPU; None for torch's default.
-        """
-        noisy = self._normal(self.latent_shape(size, batch), generator)
-        timestep = torch.full((batch,), 500, device=noisy.device)
-        conditions = self.dummy_conditions(batch, generator)
-        return {**self._noise_arguments(noisy, timestep), **self.forward_arguments(conditions)}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the model computes in; under layerwise casting not the one it is stored in."""
-        dtype = getattr(self.model, "dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's first parameter is."""
-        return next(self.model.parameters()).device
-
-    @abstractmethod
-    def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the model's forward for noisy latents and timesteps (b,)."""
-
-    def _normal(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        if self.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
-
 
 # Known architectures without a host, and why.
-_JOINT = "its only attention is joint attention over image and text tokens, which has no host yet"
+_JOINT = "it has joint attention over image and text tokens in a form that has no host yet"
 _FUSED = "its blocks fuse the projections of attention and MLP into one layer, so that no q, k and v can be called"
 UNSUPPORTED: dict[str, str] = {
     "ChromaTransformer2DModel": _JOINT,
     "Flux2Transformer2DModel": _FUSED,
-    "FluxTransformer2DModel": _JOINT,
     "QwenImageTransformer2DModel": _JOINT,
     "SanaTransformer2DModel": "its self-attention is linear attention already",
 }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unet_adapters.attention import MixerAttention, check_attention
-from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, GridSource, Host, register_host
+from unet_adapters.hosts.base import GridSource, Host, register_host
+from unet_adapters.hosts.calls import TEXT_TOKENS, Conditions
 from unet_adapters.hosts.grids import measure_image, pass_grid
 from unet_adapters.mounted_layer import MountedLayer
 from unet_adapters.sites import Site
@@ -108,6 +110,42 @@ class UNetHost(Host):
     def forward_arguments(self, conditions: Conditions) -> dict[str, Any]:
         """`encoder_hidden_states`, and `added_cond_kwargs` and `timestep_cond` where there are such conditions."""
         return unet_arguments(conditions)
+
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+    ) -> tuple[Conditions, Conditions]:
+        """`text`, and of SDXL `pooled`, which without a negative prompt guides away from zeros."""
+        text, negative_text, *pooled = pipe.encode_prompt(
+            list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=None if negative_prompts is None else list(negative_prompts),
+        )
+        positive = {"text": text, "pooled": pooled[0]} if pooled else {"text": text}
+        if not guided:
+            return positive, {}
+        return positive, {"text": negative_text, "pooled": pooled[1]} if pooled else {"text": negative_text}
+
+    def size_conditions(self, size: tuple[int, int], batch: int = 1) -> dict[str, Tensor]:
+        """Of SDXL, `time_ids`: original size, crop and target size, in float32: bfloat16 cannot represent 1,032."""
+        if self.model.config.addition_embed_type != "text_time":
+            return {}
+        ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device)
+        return {"time_ids": ids.repeat(batch, 1)}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the UNet takes the guidance scale as an input, as full LCM models do."""
+        return getattr(self.model.config, "time_cond_proj_dim", None) is not None
+
+    def guidance_conditions(self, pipe: Any, scale: float, batch: int = 1) -> dict[str, Tensor]:
+        """`timestep_cond`, where the UNet embeds the scale."""
+        if not self.embeds_guidance:
+            return {}
+        scales = torch.full((batch,), scale - 1.0)
+        embedding = pipe.get_guidance_scale_embedding(scales, embedding_dim=self.model.config.time_cond_proj_dim)
+        return {"timestep_cond": embedding.to(self.device, self.dtype)}
 
     def latent_shape(self, size: tuple[int, int], batch: int = 1) -> tuple[int, ...]:
         """(b, c, height, width)."""

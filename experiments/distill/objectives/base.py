@@ -77,9 +77,9 @@ class DistillationStep:
         Raises:
             ValueError: there is no such site.
         """
-        calls = {n: c for n, c in self.teacher.sites.items() if c.input.shape[1] >= self.adapter.min_tokens}
+        calls = {n: c for n, c in self.teacher.sites.items() if c.tokens >= self.adapter.min_tokens}
         if not calls:
-            most = max(call.input.shape[1] for call in self.teacher.sites.values())
+            most = max(call.tokens for call in self.teacher.sites.values())
             raise ValueError(
                 f"No mixer runs at this size: the sites see {most} tokens at most, and mixers run from "
                 f"min_tokens={self.adapter.min_tokens} on. Train on larger images, or lower min_tokens."

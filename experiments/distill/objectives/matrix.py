@@ -16,6 +16,7 @@ from experiments.distill.objectives.base import DistillationStep, ForwardPass, O
 from mixers.precision import accumulation_dtype
 from mixers.structure import mixing_matrix
 from unet_adapters.capture import SiteCall
+from unet_adapters.layer_projections import LayerProjections
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,12 @@ class MatrixObjective(Objective):
     max_tokens: int = 1024
 
     def __call__(self, step: DistillationStep) -> Tensor:
+        joint = [site.name for site in step.adapter.sites if site.text]
+        if joint:
+            raise ValueError(
+                f"matrix compares attention among image tokens alone, and {joint[0]} attends to text too: select other "
+                "sites, or use the objective local."
+            )
         small = {n: c for n, c in step.teacher.sites.items() if c.input.shape[1] <= self.max_tokens}
         skipped = [name for name in step.teacher.sites if name not in small]
         if not small:
@@ -53,7 +60,7 @@ class MatrixObjective(Objective):
         return reduced.mean_over_sites(partial(self._distance, step))
 
     def _distance(self, step: DistillationStep, name: str, call: SiteCall) -> Tensor:
-        layer = step.adapter.model.get_submodule(name)
+        layer = LayerProjections(step.adapter.model.get_submodule(name))
         target = step.rows[name]
         matrix = mixing_matrix(step.adapter.mixers[name], call.input, layer, call.grid)
         samples, rows = row_indices(step.row_shares, call.input.shape[1])
@@ -76,9 +83,10 @@ def softmax_rows(attention: nn.Module, x: Tensor, row_shares: Tensor) -> Tensor:
         (b, r, h, l), float32 at least. Costs O(b·r·h·l): no other row is computed.
     """
     layer: Any = attention
+    projections = LayerProjections(layer)
     samples, rows = row_indices(row_shares, x.shape[1])
-    q = layer.to_q(x[samples, rows]).unflatten(-1, (layer.heads, -1))
-    k = layer.to_k(x).unflatten(-1, (layer.heads, -1))
+    q = projections.to_q(x[samples, rows]).unflatten(-1, (layer.heads, -1))
+    k = projections.to_k(x).unflatten(-1, (layer.heads, -1))
     scores = torch.einsum("brhk,blhk->brhl", q.to(accumulation_dtype(q)), k.to(accumulation_dtype(k)))
     return (scores * layer.scale).softmax(-1)
 

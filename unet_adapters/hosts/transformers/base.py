@@ -30,13 +30,20 @@ class PatchTransformerHost(Host):
     def sites(self) -> list[Site]:
         """Every layer of `_self_attentions`; a site's group is its block."""
         return [
-            Site(name, int(layer.query_dim), int(layer.heads), name.rpartition(".")[0])
+            Site(
+                name,
+                int(layer.query_dim),
+                int(layer.heads),
+                group=name.rpartition(".")[0],
+                text=layer.added_kv_proj_dim is not None,
+                qk_norm=layer.norm_q is not None,
+            )
             for name, layer in self._self_attentions()
         ]
 
     @abstractmethod
     def _self_attentions(self) -> Iterator[tuple[str, Any]]:
-        """Name and layer of every self-attention over image tokens alone."""
+        """Name and layer of every self-attention, over image tokens alone or with text beside them."""
 
     def mounted_class(self, layer: nn.Module) -> type[MountedLayer] | None:
         """`MixerAttention` for diffusers' own `Attention`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from unet_adapters.hosts.base import TEXT_TOKENS, Conditions, register_host
+from unet_adapters.hosts.base import register_host
+from unet_adapters.hosts.calls import TEXT_TOKENS, Conditions
 from unet_adapters.hosts.transformers.base import PatchTransformerHost
 
 
@@ -44,6 +46,31 @@ class PixArtHost(PatchTransformerHost):
             "encoder_attention_mask": conditions.get("text_mask"),
             "added_cond_kwargs": {name: conditions.get(name) for name in names},
         }
+
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+    ) -> tuple[Conditions, Conditions]:
+        """`text`, and `text_mask` (b, t), 0 for padding."""
+        text, mask, negative_text, negative_mask = pipe.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=guided,
+            negative_prompt="" if negative_prompts is None else list(negative_prompts),
+            num_images_per_prompt=1,
+            device=self.device,
+        )
+        positive = {"text": text, "text_mask": mask}
+        return positive, {"text": negative_text, "text_mask": negative_mask} if guided else {}
+
+    def size_conditions(self, size: tuple[int, int], batch: int = 1) -> dict[str, Tensor]:
+        """`resolution` and `aspect_ratio`, for models that have them, in float32."""
+        if not self.model.use_additional_conditions:
+            return {}
+        resolution = torch.tensor([size], dtype=torch.float32, device=self.device).repeat(batch, 1)
+        return {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
+
+    def _read_output(self, output: Tensor, noisy: Tensor) -> Tensor:
+        """The first half of the channels of models that also predict variances."""
+        return output[:, : noisy.shape[1]]
 
     def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         return {"hidden_states": noisy, "timestep": timestep}

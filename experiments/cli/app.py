@@ -71,7 +71,7 @@ def clean_errors() -> Iterator[None]:
     """Report what a user can fix in one sentence on stderr, without a traceback, and exit with a fitting code."""
     try:
         yield
-    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError, RecursionError) as error:
         print_error(str(error))
         raise typer.Exit(2) from None
     except Interrupted as interruption:

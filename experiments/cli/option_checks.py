@@ -17,7 +17,7 @@ def check_folder(path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if _exists(p))
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise typer.BadParameter(f"{existing} is a file, not a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -48,10 +48,3 @@ def check_finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.lexists(path)
-    except ValueError as error:  # a NUL byte
-        raise typer.BadParameter(f"{str(path)!r} is not a path: {error}.") from None

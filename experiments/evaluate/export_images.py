@@ -129,7 +129,7 @@ def _read_geneval(path: Path) -> list[BenchmarkPrompt]:
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         return [BenchmarkPrompt(f"{k:05d}", str(record["prompt"]), record) for k, record in enumerate(records)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"Cannot read {path} as geneval's prompts ({type(error).__name__}: {error}): expected a file with one JSON "
             'object per line, {"prompt": …}, as evaluation_metadata.jsonl.'

@@ -63,10 +63,10 @@ class TokenMixer(ContextMixing):
         self.short_conv = self._create_short_conv()
         self.text_bias = nn.Parameter(torch.zeros(heads)) if config.text == "softmax" and self.weighs_text else None
         self.output_gain: Tensor | None
-        self.register_buffer("output_gain", torch.ones(heads) if config.output_gain else None)
+        self.register_buffer("output_gain", torch.ones(self.mixed_heads) if config.output_gain else None)
         self.output: nn.Module = Output(
             dim,
-            heads,
+            self.mixed_heads,
             self.head_dim,
             skip=config.skip,
             norm=config.norm,
@@ -117,7 +117,7 @@ class TokenMixer(ContextMixing):
         """Mix tokens (b, l, d) in one scan order: (b, l, h, v), back in raster order."""
         streams = self.compute_streams(x if order is None else x[:, order], projections, grid)
         mixed = self.mix(streams) if context is None else self.mix_in_context(streams, context.reorder(order))
-        y = self.output(mixed, streams).to(streams.v.dtype)  # mix may keep float32 for the norm
+        y = self.finish(mixed, streams).to(streams.v.dtype)  # mix may keep float32 for the norm
         return y if order is None else y[:, inverse_permutation(order)]
 
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
@@ -158,15 +158,25 @@ class TokenMixer(ContextMixing):
         """Apply feature map, operator and normalization.
 
         Returns:
-            W v, (b, l, h, v), linear in the values. A new tensor: without gradients, the output stage overwrites it.
+            W v, (b, l, h, v), linear in the values if `traits.linear_in_values`. A new tensor: without gradients, the
+            output stage overwrites it.
         """
         raise NotImplementedError
+
+    def finish(self, y: Tensor, streams: Streams) -> Tensor:
+        """Apply the output stage to the result of `mix`, (b, l, h, v).
+
+        A mixer whose result has a part that does not depend on the values adds it here, so that `mix` is W v alone.
+        """
+        result: Tensor = self.output(y, streams)
+        return result
 
     def mixing_matrix(self, streams: Streams) -> Tensor:
         """Compute the matrix W that `mix` applies to the values, from its formula. Costs O(l²) memory.
 
         Returns:
-            (b, h, l, l), or (b, h, v, l, l) if every value channel has its own matrix.
+            (b, h, l, l), or (b, h, v, l, l) if every value channel has its own matrix. Where `mix` is not linear in the
+            values (`traits.linear_in_values`), its derivative ∂y_ic / ∂v_jc within every value channel c.
         """
         raise NotImplementedError
 
@@ -231,7 +241,7 @@ class TokenMixer(ContextMixing):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Split channels into heads, (b, l, h·c) -> (b, l, h, c)."""
-        return rearrange(x, "b l (h c) -> b l h c", h=self.heads)
+        return rearrange(x, "b l (h c) -> b l h c", h=self.mixed_heads)
 
     def split_key_heads(self, x: Tensor) -> Tensor:
         """Split the result of to_q or to_k into heads: (b, l, h, k)."""

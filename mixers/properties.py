@@ -38,14 +38,19 @@ class MixerProperties(nn.Module):
         return 2 * self.key_width + self.value_width
 
     @property
+    def mixed_heads(self) -> int:
+        """Heads of q, k, v and the result: h; more if a mixer adds heads of another kind."""
+        return self.heads
+
+    @property
     def head_dim(self) -> int:
         """Value channels per head."""
-        return self.value_width // self.heads
+        return self.value_width // self.mixed_heads
 
     @property
     def key_dim(self) -> int:
         """Key channels per head, before the feature map."""
-        return self.key_width // self.heads
+        return self.key_width // self.mixed_heads
 
     # Traits and costs
 

@@ -29,7 +29,8 @@ def mixing_matrix(
 
     Returns:
         (b, h, l, l), or (b, h, v, l, l) if every value channel has its own matrix; float32 at least. Rows are
-        normalized if the mixer is. Rows and columns are in raster order, whatever the scan.
+        normalized if the mixer is. Rows and columns are in raster order, whatever the scan. Of a mixer that is not
+        linear in its values, the derivative within every value channel (`traits.linear_in_values`).
     """
     return _mean_over_orders(mixer, x, projections, grid, mixer.mixing_matrix)
 
@@ -39,7 +40,8 @@ def probed_matrix(
 ) -> Tensor:
     """Measure the matrix of a mixer by mixing basis values, independently of its formula.
 
-    Mixes the values e_j for one token j at a time: l mixings, so for small inputs only.
+    Mixes the values e_j for one token j at a time: l mixings, so for small inputs only. The mixer has to be linear in
+    its values.
 
     Args:
         mixer, x, projections, grid: as in `mixing_matrix`.

@@ -26,6 +26,8 @@ class Traits:
             factor per row. Not if all tokens together decide how each is weighted.
         continuous: a small change of the tokens changes the output little. Not if the tokens select what is computed:
             at a tie, the output jumps.
+        linear_in_values: the result is W v (plus what does not depend on v), with a matrix W that does not depend on
+            the values. Otherwise the mixing matrix is the derivative of the result at these values.
     """
 
     causality: Causality
@@ -37,3 +39,4 @@ class Traits:
     needs_grid: bool = False
     pairwise: bool = True
     continuous: bool = True
+    linear_in_values: bool = True

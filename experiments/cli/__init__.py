@@ -7,6 +7,7 @@ from experiments.cli import (  # noqa: F401 - each module adds its commands to t
     distill,
     evaluate,
     highres,
+    hybrid,
     mixers,
     report,
     teacher,

@@ -107,7 +107,7 @@ def vae(recipe: TeacherRecipe) -> AutoencoderKL:
 
 
 def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
-    """A UNet that leaves mixing to attention: few levels, one residual block and several transformer layers a block."""
+    """A UNet that leaves mixing to attention: one residual block and several transformer layers a block."""
     levels = len(recipe.unet_channels)
     return UNet2DConditionModel(
         sample_size=recipe.image_size // 4,

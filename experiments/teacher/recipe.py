@@ -25,8 +25,8 @@ class TeacherRecipe(BaseModel):
     latent_smoothness: float = 0.02  # weight of the latents' roughness; with 0.02 they are as smooth as the images
     text_width: int = 128
     text_layers: int = 2
-    unet_channels: tuple[int, ...] = (96,)  # one level: 3 × 3 convolutions reach few of its 16 × 16 tokens
-    unet_heads: tuple[int, ...] = (3,)
+    unet_channels: tuple[int, ...] = (64, 128)
+    unet_heads: tuple[int, ...] = (2, 4)
     unet_transformers: int = 2  # layers per block; most of the mixing is theirs
     unet_groups: int = 4  # of group norms, which mix the whole image: few
     shard: int = 4096  # scenes per file of cached latents
@@ -46,7 +46,7 @@ class TeacherRecipe(BaseModel):
     unet: FitConfig = FitConfig(
         steps=1_000_000,
         batch_size=16,
-        learning_rate=8e-4,
+        learning_rate=1.2e-3,
         weight_decay=0.01,
         ema=0.9995,
         warmup=600,

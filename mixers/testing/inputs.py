@@ -73,7 +73,7 @@ def apply_through_matrix(mixer: TokenMixer, x: Tensor) -> Tensor:
     results = []
     for order in mixer.scan_orders(x, grid):
         streams = mixer.compute_streams(x if order is None else x[:, order], host, grid)
-        y = mixer.output(apply_matrix(mixer.mixing_matrix(streams), streams.v), streams)
+        y = mixer.finish(apply_matrix(mixer.mixing_matrix(streams), streams.v), streams)
         results.append(y if order is None else y[:, inverse_permutation(order)])
     y = torch.stack(results).mean(0)
     return apply_to_out(host.to_out, y.flatten(2))

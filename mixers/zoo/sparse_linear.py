@@ -24,7 +24,7 @@ from mixers.operators.sparse import (
     select_key_blocks,
     selected_key_mask,
 )
-from mixers.precision import accumulation_dtype
+from mixers.precision import accumulation_dtype, no_autocast
 from mixers.stages.projections import FullPrecisionLinear, ProjectionLayers
 from mixers.streams import Streams, with_values
 from mixers.suggest import unknown_name
@@ -171,6 +171,10 @@ class SparseLinear(TokenMixer):
 
     def mix(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v) or both parts (b, l, h, 2v), in float32 at least."""
+        with no_autocast(streams.q):
+            return self._mix(streams)
+
+    def _mix(self, streams: Streams) -> Tensor:
         if self.config.combine == "project":
             v_exact, v_linear = streams.v.chunk(2, dim=-1)
         else:

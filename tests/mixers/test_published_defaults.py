@@ -41,6 +41,11 @@ SOURCES: dict[str, tuple[str, str, str]] = {
     "polaformer": ("ZacharyMeng/PolaFormer", "44cdd39", "models/pola_pvt.py, PolaLinearAttention"),
     "sparse_linear": ("thu-ml/SLA", "d973e55", "sparse_linear_attention/core.py; over the rest: kernel.py at 325cc75"),
     "softmax_window": ("Huage001/CLEAR", "98e9fed", "attention_processor.py, distill.sh"),
+    "ttt": (
+        "LeapLabTHU/ViTTT",
+        "e347758",
+        "ttt_block.py; inner='mlp': LeapLabTHU/Transformer-to-TTT 06493e4, DiT5/models.py",
+    ),
     "linfusion": ("Huage001/LinFusion", "62ef289", "src/linfusion/attention.py"),
     "sana_relu": ("NVlabs/Sana", "2cfb4f7", "diffusion/model/nets/sana_blocks.py, LiteLA"),
 }
@@ -110,6 +115,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "softmax_window": {  # distill.sh: window_size=16; attention_processor.py: a distance below window_size
         **{"causality": "noncausal", "normalize": True, "radius": 16},
     },
+    "ttt": {  # ttt_block.py: simplified SwiGLU, lr 1, scale 9^-0.5, clipped, a branch of one head with a convolution
+        **{"causality": "noncausal", "normalize": False, "inner": "swiglu", "inner_loss": "dot", "inner_lr": 1.0},
+        **{"loss_scale": 9**-0.5, "clip_gradient": True, "conv_branch": True, "qkv_bias": True, "qk_conv_size": 0},
+    },
     "linfusion": {"causality": "noncausal", "normalize": True, "eps": 1e-4, "mid_dim": None},
     "sana_relu": {"causality": "noncausal", "normalize": True, "eps": 1e-15},  # LiteLA: eps=1e-15, use_bias=False
 }
@@ -132,6 +141,7 @@ BIASES: dict[str, set[str]] = {
     "polaformer": {"to_q", "to_k", "to_v", "to_out", "to_gate"},
     "sparse_linear": {"to_out"},
     "softmax_window": {"to_out"},
+    "ttt": {"to_q", "to_k", "to_v", "to_out"},
     "linfusion": {"to_out"},
     "sana_relu": {"to_out"},
 }
@@ -256,7 +266,16 @@ def test_sparse_linear_starts_as_published() -> None:
     assert not layer.weight.any() and not layer.bias.any()
 
 
+def test_fast_weights_start_as_published() -> None:
+    """ttt_block.py: normal with deviation 0.02; q, k, v and the input of the output projection have one head more."""
+    mixer = built("ttt")
+    width = DIM // HEADS
+    assert mixer.inner.w1.shape == (HEADS, width, width) and mixer.conv_inner.w3.shape == (width, 9)
+    assert 0.018 < mixer.inner.w1.std() < 0.022
+    assert mixer.projections.to_q.out_features == mixer.projections.to_out.in_features == DIM + width
+
+
 def test_deviations_from_published_blocks_are_in_the_table_of_mixers() -> None:
     names = {"linfusion", "gla", "gated_deltanet", "sana_relu", "focused", "inline", "retnet", "rwkv6"}
-    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window"}):
+    for name in sorted(names | {"kda", "rala", "polaformer", "sparse_linear", "softmax_window", "ttt"}):
         assert registry.get_mixer_entry(name).deviations, name

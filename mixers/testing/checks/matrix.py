@@ -49,6 +49,16 @@ def check_matrix_by_probing(mixer: TokenMixer, inputs: CheckInputs) -> None:
     assert_close(probed, formula, what="matrix by probing")
 
 
+def check_matrix_by_differentiating(mixer: TokenMixer, inputs: CheckInputs) -> None:
+    """Not linear in the values: the matrix is the derivative of the result by the values, within every channel."""
+    streams = inputs.streams(mixer, min(max(inputs.lengths), 6), batch=1)
+    formula = mixer.mixing_matrix(streams)
+    jacobian = torch.func.jacrev(lambda v: mixer.mix(with_values(streams, v)))(streams.v)
+    derivative = torch.einsum("bihvbjhv->bhvij", jacobian)
+    formula = formula if formula.ndim == 5 else formula[:, :, None].expand_as(derivative)
+    assert_close(formula, derivative, what="matrix by differentiating")
+
+
 def check_formulations_agree(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """dense, recurrent and chunked give the same output, and the same gradient of every parameter."""
     names = ["output", *(name for name, _ in mixer.named_parameters())]

@@ -46,13 +46,14 @@ class MixerCheck:
 
 
 MIXER_CHECKS: tuple[MixerCheck, ...] = (
-    MixerCheck(matrix.check_forward_equals_its_matrix),
-    MixerCheck(matrix.check_matrix_by_probing),
+    MixerCheck(matrix.check_forward_equals_its_matrix, lambda m: m.traits.linear_in_values),
+    MixerCheck(matrix.check_matrix_by_probing, lambda m: m.traits.linear_in_values),
+    MixerCheck(matrix.check_matrix_by_differentiating, lambda m: not m.traits.linear_in_values),
     MixerCheck(matrix.check_formulations_agree, lambda m: has_option(m, "backend")),
     MixerCheck(matrix.check_rows_sum_to_one, lambda m: m.traits.normalized),
     MixerCheck(matrix.check_constant_values_are_kept, lambda m: m.traits.normalized),
     MixerCheck(matrix.check_matrix_is_nonnegative, lambda m: m.traits.positive),
-    MixerCheck(matrix.check_linear_in_values),
+    MixerCheck(matrix.check_linear_in_values, lambda m: m.traits.linear_in_values),
     MixerCheck(matrix.check_state_size_is_enough, matrix.has_state),
     MixerCheck(matrix.check_a_token_sees_itself, matrix.has_fixed_entries),
     MixerCheck(matrix.check_part_of_the_matrix_is_the_matrix_of_the_part, matrix.has_fixed_entries),

@@ -40,6 +40,13 @@ SkipResidualOption = Annotated[
         callback=check_finite,
     ),
 ]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option("--strength", help="how much to change --image, above 0 and up to 1", callback=check_finite),
+]
+ControlScaleOption = Annotated[
+    float, typer.Option("--control-scale", help="factor of the ControlNet's residuals", callback=check_finite)
+]
 StageDirOption = Annotated[
     Path | None,
     typer.Option(
@@ -112,14 +119,10 @@ def generate(
     skip_residual: SkipResidualOption = None,
     dilation: Annotated[int, typer.Option(min=1, help="dilation of the last stage's inner convolutions")] = 1,
     image: Annotated[Path | None, typer.Option(help="an image to enlarge, or to change with --strength")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="how much to change --image, above 0 and up to 1", callback=check_finite)
-    ] = None,
+    strength: StrengthOption = None,
     control: Annotated[str | None, typer.Option(help="folder or Hub id of a ControlNet")] = None,
     control_image: Annotated[Path | None, typer.Option(help="input image of the ControlNet")] = None,
-    control_scale: Annotated[
-        float, typer.Option(help="factor of the ControlNet's residuals", callback=check_finite)
-    ] = 1.0,
+    control_scale: ControlScaleOption = 1.0,
     stage_dir: StageDirOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

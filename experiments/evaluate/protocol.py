@@ -133,7 +133,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def teacher_fingerprint(context: DistillationContext) -> str:
     """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    digest = _unet_digest(context.teacher.unet, weights_version(context.teacher.unet))
+    digest = _unet_digest(context.teacher.denoiser, weights_version(context.teacher.denoiser))
     return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
 
 

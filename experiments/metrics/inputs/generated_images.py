@@ -99,7 +99,7 @@ def feature_sets(
         true = _true_features(context, plan, data, size)
         second = _second_true_features(context, plan, data, size)
         for guidance in plan.all_guidances:
-            version = weights_version(context.teacher.unet)
+            version = weights_version(context.teacher.denoiser)
             teacher = _teacher_features(context, plan, data, size, guidance, version)
             with adapter.mounted():
                 student = _features_by_network(context, plan, _generated(context, plan, data, size, guidance))

@@ -84,7 +84,7 @@ def measure_times(
         students: by mixer, on all sites.
         size: side of the image in pixels.
     """
-    unet = context.teacher.unet
+    unet = context.teacher.denoiser
     host = find_host(context.pipe)
     device = str(context.teacher.device)
     latent_side = size // host.vae_scale_factor

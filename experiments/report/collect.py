@@ -20,7 +20,7 @@ def append_cells(directory: Path, table: Path) -> int:
     one that the run was started from; empty if the run did not record it.
 
     Raises:
-        ValueError: the folder is not a run's.
+        ValueError: the folder is not a run's, or the file is no such table; it is left as it is.
         OSError: the table cannot be written.
     """
     run = load_run(directory)
@@ -51,9 +51,20 @@ class _LineBuffer:
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if not path.is_file():
         return [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or []), list(reader)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {path} as a table of cells: {error}. Give another file with --table.") from error
+    missing = [name for name in ("cell", "seed", "protocol") if name not in columns]
+    uneven = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
+    if columns and missing:
+        raise ValueError(f"{path} is no table of cells: it has no column {missing[0]}. Give another file with --table.")
+    if uneven is not None:
+        raise ValueError(f"{path} is damaged: line {uneven} has another number of columns than the first.")
+    return columns, rows
 
 
 def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:

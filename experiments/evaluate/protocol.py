@@ -111,7 +111,7 @@ def freeze_protocol(protocol: Protocol, directory: Path, measured: Collection[st
         return protocol.hash
     try:
         changes = differences(json.loads(path.read_text(encoding="utf-8")), new)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"Cannot read the protocol {path}: {error}. Give another folder with --out.") from error
     if changes:
         rest = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""

@@ -1,7 +1,7 @@
 """What diffusers' own fast tests of these transformers and pipelines assert, with the `softmax` mixer mounted.
 
-The installed package has no tests. In the repository they are, for models, `ModelTesterMixin`, `TrainingTesterMixin` and
-`AttentionTesterMixin` in `tests/models/transformers/test_models_pixart_transformer2d.py`,
+The installed package has no tests. In the repository they are, for models, `ModelTesterMixin`, `TrainingTesterMixin`
+and `AttentionTesterMixin` in `tests/models/transformers/test_models_pixart_transformer2d.py`,
 `test_models_transformer_sd3.py` and `test_models_transformer_flux.py`; for pipelines, `PipelineTesterMixin` in
 `tests/pipelines/pixart_sigma`, `stable_diffusion_3` and `flux`. The assertions below are ours, after theirs.
 """

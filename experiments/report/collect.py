@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 from pathlib import Path
 
 from experiments.core.files import write_text
@@ -17,7 +16,8 @@ FIDELITY = ("relative_error_to_teacher", "error_ratio")
 def append_cells(directory: Path, table: Path) -> int:
     """Append the finished cells of a run that are not in the table yet; returns their number.
 
-    A cell is identified by its id, seed and protocol. Columns that the table does not have are added.
+    A cell is identified by its id, seed and protocol. Columns that the table does not have are added. The commit is the
+    one that the run was started from; empty if the run did not record it.
 
     Raises:
         ValueError: the folder is not a run's, or the file is no such table; it is left as it is.
@@ -84,7 +84,7 @@ def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
         "train_seconds": round(result.train_seconds, 1),
         "seconds": round(result.seconds, 1),
         "protocol": result.measurements.protocol,
-        "commit": _commit(),
+        "commit": run.description.environment.get("commit", ""),
         "device": run.description.environment.get("device", ""),
     }
     errors = {
@@ -94,13 +94,3 @@ def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
         for name in FIDELITY
     }
     return {name: str(value) for name, value in facts.items()} | errors
-
-
-def _commit() -> str:
-    """The short hash of the code's commit; empty outside a git checkout."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()

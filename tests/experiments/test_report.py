@@ -275,6 +275,7 @@ def test_every_cell_ever_measured_is_in_one_table(run: Path, tmp_path: Path) -> 
     row = next(row for row in rows if (row["variant"], row["seed"]) == ("linear", "1"))
     assert float(row["relative_error_to_teacher, 256 × 256 px"]) == error(1.2, 256, 1)
     assert row["protocol"] == "p" and row["steps"] == "100" and row["mixer"] == "linear_attention"
+    assert row["commit"] == "abc1234", "of the run, not of the table"
     other = make_run(tmp_path / "other")
     edit(other / "grid.json", lambda g: g.update(name="other"))
     for path in other.glob("cells/*/result.json"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import nn
 
 from experiments.config import EvaluationConfig
 from experiments.core.files import read_json, write_json, write_text
@@ -94,7 +95,7 @@ def _describe_export(
     pipe: Any, layout: str, prompts: list[BenchmarkPrompt], size: int, plan: EvaluationConfig
 ) -> dict[str, Any]:
     """Return everything that the images depend on; networks and prompts as hashes."""
-    networks = [getattr(pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     scheduler = (type(pipe.scheduler).__qualname__, config_values(pipe.scheduler.config))
     return {
         "layout": layout,
@@ -102,7 +103,7 @@ def _describe_export(
         "steps": plan.sample_steps,
         "guidance": plan.guidance,
         "seed": plan.seed,
-        "model": fingerprint(*networks, scheduler),
+        "model": fingerprint(networks, scheduler),
         "prompts": fingerprint([(prompt.id, prompt.text) for prompt in prompts]),
     }
 

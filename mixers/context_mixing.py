@@ -105,4 +105,5 @@ class ContextMixing(MixerProperties):
         reason = None if value is None else reasons[value]
         if reason is not None:
             others = " or ".join(f"{option}={name!r}" for name, obstacle in reasons.items() if obstacle is None)
-            raise ValueError(f"{type(self).__name__} does not support {option}={value!r}: {reason}. Use {others}.")
+            advice = f" Use {others}." if others else ""
+            raise ValueError(f"{type(self).__name__} does not support {option}={value!r}: {reason}.{advice}")

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels run on the CPU then
 
 PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine is no failure
-settings.register_profile("default", derandomize=True, max_examples=20, **PATIENT)
+# The same ten examples each time; `explore` draws others, and `deep` many.
+settings.register_profile("default", derandomize=True, max_examples=10, **PATIENT)
 settings.register_profile(
     "explore", derandomize=False, max_examples=20, print_blob=True, **PATIENT
 )  # new examples each run

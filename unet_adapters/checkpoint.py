@@ -126,7 +126,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         file_format = description["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not an adapter's description: {error}") from error
     if file_format != FORMAT:
         raise ValueError(f"{path} has format {file_format!r}; this version of {DISTRIBUTION} reads format {FORMAT}")

@@ -49,8 +49,11 @@ def read_mounted_model(
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected the folder of a model, {folder / 'unet'} perhaps")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    entries = config.get(CONFIG_KEY)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        entries = config.get(CONFIG_KEY)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or not the configuration of a model: {error}") from error
     class_name = config.get("_class_name")
     if not entries:
         raise ValueError(f"{folder} was saved without mixers: read it with {class_name}.from_pretrained")

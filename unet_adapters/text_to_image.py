@@ -7,10 +7,10 @@ from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from unet_adapters.hosts.base import unwrap_model
+from unet_adapters.hosts.base import find_host, unwrap_model
 from unet_adapters.hosts.unet import TIME_IDS
 
-_COMPONENTS = ("unet", "vae", "scheduler", "text_encoder")
+_COMPONENTS = ("vae", "scheduler", "text_encoder")
 
 
 def check_text_to_image(pipe: Any) -> None:
@@ -23,23 +23,47 @@ def check_text_to_image(pipe: Any) -> None:
         pipe: a diffusers pipeline; it is only inspected.
 
     Raises:
-        ValueError: If it is not a text-to-image pipeline of Stable Diffusion 1.5, 2.1 or XL (base), or of the same
-            architecture; one sentence says why.
+        ValueError: If it is not a text-to-image pipeline of Stable Diffusion 1.5, 2.1 or XL (base), of one of the
+            supported transformers, or of the same architecture; one sentence says why.
     """
     for reason in _reasons_against(pipe):
         raise ValueError(reason)
 
 
 def _reasons_against(pipe: Any) -> Iterator[str]:
-    """Yield the reasons why the UNet does not turn a prompt and noise into an image; the first one is enough."""
-    missing = [name for name in _COMPONENTS if pipe.components.get(name) is None]
+    """Yield the reasons why the pipeline does not turn a prompt and noise into an image; the first one is enough."""
+    components = pipe.components
+    missing = [name for name in _COMPONENTS if components.get(name) is None]
+    if components.get("unet") is None and components.get("transformer") is None:
+        missing.insert(0, "unet or transformer")
     if missing:
-        yield f"it has no {', '.join(missing)}, which every text-to-image Stable Diffusion has."
+        yield f"it has no {', '.join(missing)}, which every text-to-image pipeline has."
+    if not isinstance(pipe.vae, AutoencoderKL):
+        yield f"its autoencoder is a {type(pipe.vae).__name__}; expected an AutoencoderKL."
+    if components.get("unet") is None:
+        yield from _reasons_against_transformer(pipe)
+    else:
+        yield from _reasons_against_unet(pipe)
+
+
+def _reasons_against_transformer(pipe: Any) -> Iterator[str]:
+    try:
+        host = find_host(pipe)
+    except TypeError as error:
+        yield f"{error}."
+        return
+    channels = host.latent_shape((2, 2))[1]
+    if channels != pipe.vae.config.latent_channels:
+        yield (
+            f"its transformer takes {channels} channels and its autoencoder has {pipe.vae.config.latent_channels}: it "
+            "is an inpainting or editing model. Use the text-to-image model that it was made from."
+        )
+
+
+def _reasons_against_unet(pipe: Any) -> Iterator[str]:
     unet: Any = unwrap_model(pipe.unet)
     if not isinstance(unet, UNet2DConditionModel):
         yield f"its network is a {type(unet).__name__}; expected a UNet2DConditionModel."
-    if not isinstance(pipe.vae, AutoencoderKL):
-        yield f"its autoencoder is a {type(pipe.vae).__name__}; expected an AutoencoderKL."
     config = unet.config
     channels = pipe.vae.config.latent_channels
     if config.in_channels != channels:

@@ -27,7 +27,7 @@ def load_grid(source: str) -> Grid:
         raise ValueError(unknown_name("grid", source, list_grids(), "the path of a .py file"))
     try:
         grid = runpy.run_path(str(path)).get("GRID")
-    except Exception as error:  # the file is the user's code, which can raise anything
+    except (Exception, SystemExit) as error:  # the file is the user's code, which can raise anything
         raise ValueError(f"Cannot load the grid {path}: {type(error).__name__}: {error}") from error
     if not isinstance(grid, Grid):
         raise ValueError(

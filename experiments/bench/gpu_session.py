@@ -16,7 +16,7 @@ from experiments.bench.session import SessionStep, print_outcomes, run_session
 
 MIXLAB_BENCH = ("-m", "experiments.cli", "bench", "--no-plots")
 ON_GPU = ("--device", "cuda", "--dtype", "bfloat16", "--repeats", "5", "--budget", "{seconds}")
-QUICK = ("--quick", "--budget", "12")
+QUICK = ("--quick", "--budget", "6")
 FAST = ("--against", "[!r]*")  # without the recurrent formulation, a loop over tokens
 DEFAULT_BUDGET = 600.0
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from experiments.cli.app import Plugins, Settings, WeightVariant, app, clean_errors, console, load_plugins, progress
+from experiments.cli.option_checks import check_folder
 from experiments.core.progress import ProgressDisplay
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 def ablate(
     grid: Annotated[str, typer.Argument(help="a ready-made grid's name, or a .py file that exposes GRID")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="folder that receives everything; default: runs/<the grid's name>")
+        Path | None,
+        typer.Option(
+            "--out", help="folder that receives everything; default: runs/<the grid's name>", callback=check_folder
+        ),
     ] = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006

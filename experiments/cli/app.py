@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from experiments.cli.option_checks import check_folder
 from experiments.core.progress import ProgressDisplay, show_progress
 from experiments.core.signals import Interrupted, raise_on_sigterm
 from mixers.allocator import keep_freed_tensors
@@ -25,7 +26,7 @@ app = typer.Typer(
 console = Console()
 error_console = Console(stderr=True)
 
-Out = Annotated[Path, typer.Option("--out", help="folder that receives everything")]
+Out = Annotated[Path, typer.Option("--out", help="folder that receives everything", callback=check_folder)]
 Settings = Annotated[list[str], typer.Option("--set", help="override, as dotted.key=value; repeat as needed")]
 Plugins = Annotated[
     list[Path], typer.Option("--plugin", help="a .py file that registers mixers, objectives …; repeat as needed")
@@ -70,7 +71,7 @@ def clean_errors() -> Iterator[None]:
     """Report what a user can fix in one sentence on stderr, without a traceback, and exit with a fitting code."""
     try:
         yield
-    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError, ModuleNotFoundError, RecursionError) as error:
         print_error(str(error))
         raise typer.Exit(2) from None
     except Interrupted as interruption:

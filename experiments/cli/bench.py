@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
+from experiments.cli.option_checks import check_file, check_finite
 
 if TYPE_CHECKING:
     from experiments.bench.config import BenchmarkConfig
@@ -19,11 +20,11 @@ def crossover(
     profile: Annotated[str, typer.Option(help="the UNet's sites: embedded, sd15, sd21 or sdxl")] = "embedded",
     dim: Annotated[int | None, typer.Option(min=1, help="width of a single site, instead of a profile")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="number of heads of that site")] = None,
-    max_tokens: Annotated[int, typer.Option(help="largest number of tokens")] = 65536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="largest number of tokens")] = 65536,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="turns that medians are taken over")] = 7,
-    budget: Annotated[float, typer.Option(min=1, help="seconds for all of it")] = 7200,
+    budget: Annotated[float, typer.Option(min=1, help="seconds for all of it", callback=check_finite)] = 7200,
     out: Out = Path("runs/crossover"),
     plugins: Plugins = [],  # noqa: B006 - typer reads the default and never changes it
 ) -> None:
@@ -56,7 +57,9 @@ def crossover(
 def bench(
     suite: Annotated[str | None, typer.Argument(help="operators, layers, growth, unet, memory or crossover")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="rewrite this machine's table of backends")] = False,
-    table: Annotated[Path | None, typer.Option(help="of --calibrate; default: where `auto` looks")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="of --calibrate; default: where `auto` looks", callback=check_file)
+    ] = None,
     only: Annotated[str, typer.Option(help="only benchmarks whose name matches this pattern")] = "*",
     against: Annotated[str, typer.Option(help="only baselines whose name matches this pattern")] = "*",
     out: Out = Path("runs/bench"),
@@ -64,7 +67,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="number of torch's threads on a CPU")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="turns that medians are taken over")] = 7,
-    budget: Annotated[float, typer.Option(min=1, help="seconds for all of it")] = 1800,
+    budget: Annotated[float, typer.Option(min=1, help="seconds for all of it", callback=check_finite)] = 1800,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="largest number of tokens")] = None,
     heads: Annotated[str | None, typer.Option(help="number x width of heads, as in 8x40,8x80")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="batch size")] = None,

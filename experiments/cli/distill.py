@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from experiments.cli.app import Plugins, Settings, WeightVariant, app, clean_errors, console, load_plugins, progress
+from experiments.cli.option_checks import check_folder
 
 
 @app.command()
 def distill(
     recipe: Annotated[str, typer.Argument(help="a ready-made recipe's name, or a .yaml file")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="folder that receives everything; default: runs/distill/<recipe>")
+        Path | None,
+        typer.Option(
+            "--out", help="folder that receives everything; default: runs/distill/<recipe>", callback=check_folder
+        ),
     ] = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006

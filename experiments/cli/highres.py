@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from experiments.cli.app import Plugins, WeightVariant, app, clean_errors, console, load_plugins, progress
+from experiments.cli.option_checks import check_file, check_finite, check_folder
 
 SizeOption = Annotated[str, typer.Option("--size", help="width x height in pixels, such as 16384x8192")]
 ModelOption = Annotated[str, typer.Option("--model", help="embedded, a folder, a Hub id, or random:SD-1.5")]
@@ -20,7 +21,8 @@ BaseSizeOption = Annotated[
 StrengthsOption = Annotated[str, typer.Option("--strengths", help="share of the schedule that each later stage runs")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="scheduler steps of the whole schedule")]
 GuidanceOption = Annotated[
-    float, typer.Option("--guidance", min=1.0, help="guidance scale; 1 is none, at half the time")
+    float,
+    typer.Option("--guidance", min=1.0, help="guidance scale; 1 is none, at half the time", callback=check_finite),
 ]
 ModeOption = Annotated[
     str, typer.Option("--mode", help="progressive, or direct: from noise at the full size, for study")
@@ -30,11 +32,28 @@ DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: bfloat16, float32 on a CPU")
 ]
 SkipResidualOption = Annotated[
-    float | None, typer.Option("--skip-residual", help="power of DemoFusion's skip residual, such as 3; default: none")
+    float | None,
+    typer.Option(
+        "--skip-residual",
+        min=0.0,
+        help="power of DemoFusion's skip residual, such as 3; default: none",
+        callback=check_finite,
+    ),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option("--strength", help="how much to change --image, above 0 and up to 1", callback=check_finite),
+]
+ControlScaleOption = Annotated[
+    float, typer.Option("--control-scale", help="factor of the ControlNet's residuals", callback=check_finite)
 ]
 StageDirOption = Annotated[
-    Path | None, typer.Option("--stage-dir", help="folder for finished stages; default: NAME.stages beside the image")
+    Path | None,
+    typer.Option(
+        "--stage-dir", help="folder for finished stages; default: NAME.stages beside the image", callback=check_folder
+    ),
 ]
+MAX_SEED = 2**63 - 1  # of torch's generators
 DEFAULT_STRENGTHS = "0.4,0.3,0.2,0.1"
 
 
@@ -51,7 +70,10 @@ def plan(
     guidance: GuidanceOption = 7.5,
     mode: ModeOption = "progressive",
     tflops: Annotated[
-        float | None, typer.Option(min=1e-6, help="throughput, 10^12 operations per second; default: measured")
+        float | None,
+        typer.Option(
+            min=1e-6, help="throughput, 10^12 operations per second; default: measured", callback=check_finite
+        ),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -81,7 +103,7 @@ def plan(
 def generate(
     prompt: Annotated[str, typer.Argument(help="what the image shows")],
     size: SizeOption = "1024x1024",
-    out: Annotated[Path, typer.Option("--out", help="the PNG to write")] = Path("runs/image.png"),
+    out: Annotated[Path, typer.Option("--out", help="the PNG to write", callback=check_file)] = Path("runs/image.png"),
     model: ModelOption = "embedded",
     adapter: AdapterOption = None,
     mixer: MixerOption = None,
@@ -90,17 +112,17 @@ def generate(
     strengths: StrengthsOption = DEFAULT_STRENGTHS,
     steps: StepsOption = 50,
     guidance: GuidanceOption = 7.5,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the noise")] = 0,
     negative: Annotated[str | None, typer.Option(help="what the image does not show")] = None,
     mode: ModeOption = "progressive",
     upscale: Annotated[str, typer.Option(help="upscale between stages as pixels or as latents")] = "pixels",
     skip_residual: SkipResidualOption = None,
     dilation: Annotated[int, typer.Option(min=1, help="dilation of the last stage's inner convolutions")] = 1,
     image: Annotated[Path | None, typer.Option(help="an image to enlarge, or to change with --strength")] = None,
-    strength: Annotated[float | None, typer.Option(help="how much to change --image, above 0 and up to 1")] = None,
+    strength: StrengthOption = None,
     control: Annotated[str | None, typer.Option(help="folder or Hub id of a ControlNet")] = None,
     control_image: Annotated[Path | None, typer.Option(help="input image of the ControlNet")] = None,
-    control_scale: Annotated[float, typer.Option(help="factor of the ControlNet's residuals")] = 1.0,
+    control_scale: ControlScaleOption = 1.0,
     stage_dir: StageDirOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,

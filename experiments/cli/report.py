@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from experiments.cli.app import Plugins, app, clean_errors, console, load_plugins
+from experiments.cli.option_checks import check_file
 
 RunFolder = Annotated[Path, typer.Argument(help="a run's folder")]
 
@@ -29,7 +30,9 @@ def report(
 def compare(
     first: RunFolder,
     second: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="write the comparison as a page, .html or .md")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the comparison as a page, .html or .md", callback=check_file)
+    ] = None,
 ) -> None:
     """Compare two runs of one protocol: the rows that both have, paired by seed and image."""
     from experiments.report import compare as comparisons
@@ -46,7 +49,9 @@ def compare(
 @app.command()
 def collect(
     directories: Annotated[list[Path], typer.Argument(help="folders of runs")],
-    table: Annotated[Path, typer.Option(help="the CSV file to append to")] = Path("docs/results/cells.csv"),
+    table: Annotated[Path, typer.Option(help="the CSV file to append to", callback=check_file)] = Path(
+        "docs/results/cells.csv"
+    ),
 ) -> None:
     """Append every finished cell of runs to one CSV of all cells ever measured; those in it already are skipped."""
     from experiments.report.collect import append_cells

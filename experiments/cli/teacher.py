@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from experiments.cli.app import app, clean_errors, console, progress
+from experiments.cli.option_checks import check_file, check_finite, check_folder
 
 teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
 app.add_typer(teacher_app, name="teacher")
@@ -21,8 +22,12 @@ def train(
     state: State = STATE,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     batch_size: Annotated[int | None, typer.Option(min=1, help="of the UNet; default: the recipe's")] = None,
-    seconds: Annotated[float | None, typer.Option(min=1.0, help="wall-clock budget of the UNet in this call")] = None,
-    share: Annotated[float, typer.Option(min=0.0, help="run this share of every stage's steps")] = 1.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=1.0, help="wall-clock budget of the UNet in this call", callback=check_finite)
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.0, help="run this share of every stage's steps", callback=check_finite)
+    ] = 1.0,
     stage: Annotated[list[str], typer.Option(help="decoder, judge or unet; repeat as needed; default: all")] = [],  # noqa: B006
 ) -> None:
     """Train the embedded teacher, or resume. SIGTERM saves the state; the same command resumes."""
@@ -61,7 +66,7 @@ def decay(
 
 @teacher_app.command("sheet")
 def sheet(
-    path: Annotated[Path, typer.Argument(help="the PNG to write")],
+    path: Annotated[Path, typer.Argument(help="the PNG to write", callback=check_file)],
     state: State = STATE,
     stage: Annotated[str, typer.Option(help="unet, or decay: the copy whose learning rate has decayed")] = "unet",
     size: Annotated[int, typer.Option(min=32, help="pixels")] = 64,
@@ -82,7 +87,9 @@ def sheet(
 
 @teacher_app.command("export")
 def export(
-    folder: Annotated[Path, typer.Argument(help="receives the pipeline, its card, its numbers and its sheet")],
+    folder: Annotated[
+        Path, typer.Argument(help="receives the pipeline, its card, its numbers and its sheet", callback=check_folder)
+    ],
     state: State = STATE,
     stage: Annotated[str, typer.Option(help="unet, or decay")] = "unet",
 ) -> None:

@@ -84,7 +84,7 @@ class PlannedComparison(FrozenModel):
 class Grid(FrozenModel):
     """An ablation: variants × seeds over one teacher, data set, distillation and evaluation."""
 
-    name: str
+    name: str = Field(pattern=CONFIG_NAME, description="names its folder, too")
     question: str
     teacher: str = "embedded"
     teacher_variant: str | None = Field(None, description="the teacher's weight files to read, such as fp16")
@@ -102,6 +102,8 @@ class Grid(FrozenModel):
         names = [variant.name for variant in self.variants]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"variants need different names: {', '.join(repeated)} is there more than once")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds need to be different, got {', '.join(map(str, self.seeds))}")
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"the reference {self.reference!r} is no variant: expected one of {', '.join(names)}")
         for row in (row for comparison in self.comparisons for row in (comparison.above, comparison.below)):

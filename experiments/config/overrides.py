@@ -126,7 +126,7 @@ def _indices(node: Any) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, an integer of too many digits, or nested too deeply
         return text
 
 

@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; returns an empty one if the file is missing, damaged or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

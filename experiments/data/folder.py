@@ -105,7 +105,7 @@ class ImageFolder(RandomAccess):
         try:
             record = json.loads(line)
             return self.path / record["file_name"], record.get("text")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise BadRecord(f'expected {{"file_name": …, "text": …}}, got {line[:80]!r}') from error
 
     def __len__(self) -> int:

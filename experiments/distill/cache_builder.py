@@ -30,7 +30,7 @@ from unet_adapters.files import save_tensors
 
 SHARD = 1024
 """Images per file."""
-_EXACT = {"time_ids", "caption"}  # stored as they are, whatever the dtype
+_EXACT = {"time_ids", "text_mask", "resolution", "aspect_ratio", "caption"}  # stored as they are, whatever the dtype
 
 
 def build_cache(

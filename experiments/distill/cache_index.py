@@ -85,7 +85,7 @@ class CacheIndex:
             if values.pop("sha256") != _checksum(values):
                 raise ValueError("its checksum is wrong")
             return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CacheError(
                 f"The cache {path.parent} is damaged: {path.name} cannot be read. Delete the directory and build again."
             ) from error

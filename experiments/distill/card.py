@@ -48,7 +48,7 @@ def write_card(
     parameters = {
         "trained": sum(p.numel() for p in adapter.student.parameters()),
         "new": sum(p.numel() for mixer in adapter.mixers.values() for p in mixer.parameters()),
-        "frozen": sum(p.numel() for p in teacher.unet.parameters()),
+        "frozen": sum(p.numel() for p in teacher.denoiser.parameters()),
     }
     record = {
         "recipe": recipe.model_dump(mode="json"),

@@ -50,16 +50,17 @@ class DistillationLoss(nn.Module):
 
     def _run_forwards(self, batch: Batch, needs: set[Requirement]) -> DistillationStep:
         teacher, adapter = self._frozen
-        batch = {name: value.to(teacher.unet.device) for name, value in batch.items()}
+        batch = {name: value.to(teacher.denoiser.device) for name, value in batch.items()}
         latents = batch["latents"]
         timesteps = batch["timesteps"]
         noisy = teacher.scheduler.add_noise(latents, batch["noise"], timesteps)
         names = [site.name for site in adapter.sites] if "sites" in needs else []
 
         def run() -> ForwardPass:
-            with capture_sites(teacher.unet, names) as calls:
+            with capture_sites(teacher.denoiser, names) as calls:
                 return ForwardPass(teacher.predict(noisy, timesteps, batch), calls)
 
+        joint = {site.name for site in adapter.sites if site.text}
         teacher_pass = student_pass = None
         rows: dict[str, Tensor] = {}
         if "teacher" in needs:
@@ -68,7 +69,9 @@ class DistillationLoss(nn.Module):
                 teacher_pass = run()
                 if "rows" in needs:
                     for name, call in teacher_pass.sites.items():
-                        rows[name] = softmax_rows(teacher.unet.get_submodule(name), call.input, batch["rows"])
+                        if name in joint:
+                            continue  # the objective says why it has no rows
+                        rows[name] = softmax_rows(teacher.denoiser.get_submodule(name), call.input, batch["rows"])
         adapter.mount()
         if "student" in needs:
             student_pass = run()
@@ -85,7 +88,7 @@ class DistillationLoss(nn.Module):
 @contextmanager
 def autocast(teacher: Teacher) -> Iterator[None]:
     """Run the block under torch.autocast to the UNet's dtype if that is a half precision: a student in float32 does."""
-    dtype = teacher.unet.dtype
+    dtype = teacher.denoiser.dtype
     is_half = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(teacher.unet.device.type, dtype) if is_half else nullcontext():
+    with torch.autocast(teacher.denoiser.device.type, dtype) if is_half else nullcontext():
         yield

@@ -41,19 +41,19 @@ def fit_output_gains(teacher: Teacher, adapter: MixerAdapter, batches: Iterable[
     products: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     for batch in batches:
-        batch = {name: value.to(teacher.unet.device) for name, value in batch.items()}
+        batch = {name: value.to(teacher.denoiser.device) for name, value in batch.items()}
         noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
         names = [site.name for site in adapter.sites]
         with autocast(teacher), _unit_gains(adapter):
             adapter.unmount()
-            with _capture_heads(teacher.unet, adapter) as targets, capture_sites(teacher.unet, names) as calls:
+            with _capture_heads(teacher.denoiser, adapter) as targets, capture_sites(teacher.denoiser, names) as calls:
                 teacher.predict(noisy, batch["timesteps"], batch)
             adapter.mount()
             for name, call in calls.items():
                 if call.tokens < adapter.min_tokens:
                     continue  # the site stays softmax at this size
-                with _capture_heads(teacher.unet, adapter) as heads:
-                    replay(teacher.unet, name, call)
+                with _capture_heads(teacher.denoiser, adapter) as heads:
+                    replay(teacher.denoiser, name, call)
                 start = call.text_tokens or 0
                 student_heads = heads[name][:, start:]
                 target_heads = targets[name][:, start:]

@@ -88,7 +88,7 @@ def load_recipe(source: str, settings: list[str] | None = None) -> DistillationR
         raise ValueError(unknown_name("recipe", source, list_recipes(), "the path of a .yaml file"))
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"Cannot read the recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"Cannot read the recipe {path}: expected keys and values, got {type(tree).__name__}.")

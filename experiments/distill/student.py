@@ -118,7 +118,7 @@ def run_stages(
                 callback(stage.name, completed, stage.fit.steps, losses)
 
             loss = DistillationLoss(teacher, adapter, stage.objectives)
-            log = fit(loss, batch, stage.fit, folder, after_step, watched=teacher.unet)
+            log = fit(loss, batch, stage.fit, folder, after_step, watched=teacher.denoiser)
             records.append(
                 {
                     "stage": stage.name,
@@ -170,7 +170,7 @@ def _prepared_for_training(teacher: Teacher, adapter: MixerAdapter, config: Dist
 
     While mounted, the projections' own Parameters have the student's dtype; the last mount and unmount restore theirs.
     """
-    unet = teacher.unet
+    unet = teacher.denoiser
     was_checkpointing = unet.is_gradient_checkpointing
     training_dtype = torch.promote_types(unet.dtype, torch.float32)
     original_dtype = unet.dtype

@@ -30,10 +30,10 @@ def mixing_arrays(student: EvaluatedStudent, size: int) -> dict[str, Tensor]:
     """
     context = student.context
     site = student.adapter.sites[0].name
-    projections = LayerProjections(context.pipe.unet.get_submodule(site))
+    projections = LayerProjections(context.teacher.denoiser.get_submodule(site))
     images = student.noisy_images(size, size).first(1)
     with student.adapter.mounted(), autocast(context.teacher):
-        with capture_sites(context.pipe.unet, [site]) as calls:
+        with capture_sites(context.teacher.denoiser, [site]) as calls:
             for inputs in images.batches(TIMESTEP):
                 context.teacher.predict(*inputs)
         call = calls[site]

@@ -111,7 +111,7 @@ def freeze_protocol(protocol: Protocol, directory: Path, measured: Collection[st
         return protocol.hash
     try:
         changes = differences(json.loads(path.read_text(encoding="utf-8")), new)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"Cannot read the protocol {path}: {error}. Give another folder with --out.") from error
     if changes:
         rest = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
@@ -133,7 +133,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def teacher_fingerprint(context: DistillationContext) -> str:
     """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    digest = _unet_digest(context.teacher.unet, weights_version(context.teacher.unet))
+    digest = _unet_digest(context.teacher.denoiser, weights_version(context.teacher.denoiser))
     return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
 
 

@@ -38,6 +38,7 @@ GRID = Grid(
         _row("polaformer", "PolaFormer", "polaformer"),
         _row("polaformer_convolution", "PolaFormer, with its convolution", "polaformer", local_conv_size=None),
         _bidirectional("kda", "Kimi Delta Attention"),
+        _bidirectional("mamba3", "Mamba-3"),
         _row("sparse_linear", "SLA: 3 blocks of 8, linear attention to the rest", "sparse_linear", **_BLOCKS),
         _row("sparse_linear_hilbert", "SLA, blocks along a Hilbert curve", "sparse_linear", scan="hilbert", **_BLOCKS),
         _row("sparse_linear_shared", "SLA, one denominator", "sparse_linear", combine="shared", **_BLOCKS),

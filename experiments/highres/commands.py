@@ -30,6 +30,7 @@ from unet_adapters.highres import (
     generate,
 )
 from unet_adapters.highres.generation import plan_request
+from unet_adapters.highres.pipeline import denoiser
 
 DisplayFactory = Callable[[], AbstractContextManager[ProgressDisplay]]
 
@@ -96,7 +97,7 @@ def plan_image(
     memory_budget = None if memory is None else parse_bytes(memory)
     with options.open(for_plan=True) as (pipe, device):
         throughput = None if tflops is None else tflops * 1e12
-        if throughput is None and torch.device(device).type == pipe.unet.device.type:
+        if throughput is None and torch.device(device).type == denoiser(pipe).device.type:
             throughput = measure_throughput(pipe)
         plan = plan_request(pipe, request, memory_budget=memory_budget, throughput=throughput, device=device)
     print_plan(plan, console)

@@ -17,7 +17,7 @@ def parse_size(text: str) -> ImageSize:
     Raises:
         ValueError: If the text is not two numbers.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[x×]\s*(\d{1,9})\s*", text)
     if not match:
         raise ValueError(f"--size {text!r} is not a size: expected width x height in pixels, such as 2048x1024.")
     return int(match[2]), int(match[1])
@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: If the text is not an amount of memory.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d*)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
     if not match:
         raise ValueError(f"--memory {text!r} is not an amount of memory: expected a number and a unit, such as 24GB.")
     return int(float(match[1]) * 1024 ** ("KMGT".index(match[2].upper()) + 1))

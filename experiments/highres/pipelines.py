@@ -14,7 +14,8 @@ from experiments.highres.random_pipeline import RandomPipeline, fixed_seed
 from experiments.teacher.load import load_teacher
 from mixers.suggest import hint
 from unet_adapters import MixerAdapter, load_adapter
-from unet_adapters.hosts.unet_profiles import PROFILES
+from unet_adapters.hosts.transformers.profiles import TRANSFORMER_PROFILES, TransformerProfile
+from unet_adapters.hosts.unet_profiles import PROFILES, UNetProfile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,7 +98,8 @@ def open_pipeline(
     kind, _, name = model.partition(":")
     if kind != "random":
         return load_teacher(model, dtype, variant).to(device)
-    profiles = {profile.name: profile for profile in PROFILES}
+    profiles: dict[str, UNetProfile | TransformerProfile] = {profile.name: profile for profile in PROFILES}
+    profiles |= {profile.name: profile for profile in TRANSFORMER_PROFILES}
     if name not in profiles:
         raise ValueError(f"Unknown architecture {name!r}: expected one of {', '.join(profiles)}.{hint(name, profiles)}")
     return RandomPipeline(profiles[name], dtype, device, initialize)

@@ -9,7 +9,7 @@ import torch
 
 from unet_adapters.highres.denoising import ClassifierFreeGuidance
 from unet_adapters.highres.estimates import estimate_unet_call
-from unet_adapters.highres.pipeline import size_multiple, vae_scale_factor
+from unet_adapters.highres.pipeline import denoiser, size_multiple, vae_scale_factor
 from unet_adapters.hosts import find_host
 
 SIDE = 128  # pixels: about a second for SD-1.5 on one core
@@ -20,16 +20,16 @@ def measure_throughput(pipe: Any, side: int = SIDE) -> float:
     multiple = size_multiple(pipe)
     side = max(1, -(-side // multiple)) * multiple
     flops = estimate_unet_call(pipe, (side, side), (), 1.0).flops
-    unet = pipe.unet
-    host = find_host(unet)
+    network = denoiser(pipe)
+    host = find_host(pipe)
     latent_side = side // vae_scale_factor(pipe)
-    latents = torch.randn(host.latent_shape((latent_side, latent_side))).to(unet.device, unet.dtype)
+    latents = torch.randn(host.latent_shape((latent_side, latent_side))).to(network.device, network.dtype)
     conditions = host.dummy_conditions()
     guidance = ClassifierFreeGuidance(conditions, conditions)
     times = []
     for _ in range(2):
         start = time.perf_counter()
         with torch.no_grad():
-            float(guidance.predict(unet, latents, torch.tensor(500)).sum())  # float waits for the GPU
+            float(guidance.predict(host, latents, torch.tensor(500)).sum())  # float waits for the GPU
         times.append(time.perf_counter() - start)
     return flops / min(times)

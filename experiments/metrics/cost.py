@@ -146,9 +146,9 @@ def count_operations(adapter: MixerAdapter, size: int, run: Callable[[], object]
 
 
 def forward_pass(context: DistillationContext, side: int) -> Callable[[], object]:
-    """Return a function that runs the UNet on random latents of `side` × `side`, at timestep 500."""
+    """Return a function that runs the network on random latents of `side` × `side`, at timestep 500."""
     teacher = context.teacher
-    noisy = torch.randn(1, teacher.unet.config.in_channels, side, side, device=teacher.device)
+    noisy = torch.randn(teacher.host.latent_shape((side, side)), device=teacher.device)
     steps = torch.full((1,), 500, device=teacher.device)
     conditions = {name: value[:1] for name, value in next(iter(context.encoded.sizes.values())).items()}
     return partial(teacher.predict, noisy, steps, conditions)

@@ -66,7 +66,7 @@ class SiteErrors(Metric):
         return rows
 
     def _relative_errors(self, student: EvaluatedStudent, images: NoisyImages) -> dict[str, float]:
-        names = [site.name for site in find_host(student.context.pipe.unet).sites()]
+        names = [site.name for site in find_host(student.context.teacher.denoiser).sites()]
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in names}
         for timestep in student.plan.timesteps:
             for inputs in images.batches(timestep):
@@ -82,7 +82,7 @@ class SiteErrors(Metric):
     @torch.no_grad()
     def _outputs(self, student: EvaluatedStudent, names: list[str], inputs: tuple) -> dict[str, Tensor]:  # type: ignore[type-arg]
         teacher = student.context.teacher
-        with autocast(teacher), capture_outputs(student.context.pipe.unet, names) as outputs:
+        with autocast(teacher), capture_outputs(student.context.teacher.denoiser, names) as outputs:
             teacher.predict(*inputs)
         return dict(outputs)
 

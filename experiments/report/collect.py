@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 from pathlib import Path
 
 from experiments.core.files import write_text
@@ -17,10 +16,11 @@ FIDELITY = ("relative_error_to_teacher", "error_ratio")
 def append_cells(directory: Path, table: Path) -> int:
     """Append the finished cells of a run that are not in the table yet; returns their number.
 
-    A cell is identified by its id, seed and protocol. Columns that the table does not have are added.
+    A cell is identified by its id, seed and protocol. Columns that the table does not have are added. The commit is the
+    one that the run was started from; empty if the run did not record it.
 
     Raises:
-        ValueError: the folder is not a run's.
+        ValueError: the folder is not a run's, or the file is no such table; it is left as it is.
         OSError: the table cannot be written.
     """
     run = load_run(directory)
@@ -51,9 +51,20 @@ class _LineBuffer:
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if not path.is_file():
         return [], []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or []), list(reader)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {path} as a table of cells: {error}. Give another file with --table.") from error
+    missing = [name for name in ("cell", "seed", "protocol") if name not in columns]
+    uneven = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
+    if columns and missing:
+        raise ValueError(f"{path} is no table of cells: it has no column {missing[0]}. Give another file with --table.")
+    if uneven is not None:
+        raise ValueError(f"{path} is damaged: line {uneven} has another number of columns than the first.")
+    return columns, rows
 
 
 def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
@@ -73,7 +84,7 @@ def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
         "train_seconds": round(result.train_seconds, 1),
         "seconds": round(result.seconds, 1),
         "protocol": result.measurements.protocol,
-        "commit": _commit(),
+        "commit": run.description.environment.get("commit", ""),
         "device": run.description.environment.get("device", ""),
     }
     errors = {
@@ -83,13 +94,3 @@ def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
         for name in FIDELITY
     }
     return {name: str(value) for name, value in facts.items()} | errors
-
-
-def _commit() -> str:
-    """The short hash of the code's commit; empty outside a git checkout."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()

@@ -305,7 +305,10 @@ def _summarize(error: Exception) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -323,6 +326,6 @@ def _read_log(path: Path) -> tuple[list[dict[str, float]], int]:
         try:
             row = json.loads(line)
             records[int(row["step"])] = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             damaged += 1
     return [records[step] for step in sorted(records)], damaged

@@ -13,11 +13,13 @@ from transformers.utils import logging as transformers_logging
 
 from experiments.core.devices import best_device
 from experiments.core.errors import first_line
+from experiments.teacher.noise_schedules import PREDICTION_TYPES
 from experiments.teacher.teacher import Teacher
 from unet_adapters.text_to_image import check_text_to_image
 
 EMBEDDED = Path(__file__).parent / "weights"
-_REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_REQUIRED = ("vae", "text_encoder", "tokenizer", "scheduler")
+_NETWORKS = ("unet", "transformer")
 
 
 def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Teacher:
@@ -25,7 +27,7 @@ def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, v
 
     Args:
         source: as `load_teacher` takes it.
-        dtype: of the UNet and the text encoders.
+        dtype: of the denoising network and the text encoders.
         variant: as `load_teacher` takes it.
 
     Raises:
@@ -38,14 +40,16 @@ def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, v
 
 
 def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
-    """Load a text-to-image pipeline of Stable Diffusion 1.5, 2.1 or XL on the best device, frozen, without output.
+    """Load a text-to-image pipeline on the best device, frozen, without output.
+
+    Stable Diffusion 1.5, 2.1, XL, 3 and 3.5, PixArt-α and Σ, and Flux are supported.
 
     The autoencoder is float32 at least, whatever `dtype`: SDXL's overflows in float16, and its latents are stored and
     trained on. Sample from a pipeline in half precision under `torch.autocast`.
 
     Args:
         source: `"embedded"`, a folder in diffusers format, or a Hub id.
-        dtype: of the UNet and the text encoders.
+        dtype: of the denoising network and the text encoders.
         variant: the weight files to read, such as "fp16" for `*.fp16.safetensors`; None: those without a variant.
 
     Raises:
@@ -56,9 +60,12 @@ def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, v
     path = str(EMBEDDED if source == "embedded" else source)
     try:
         parts = DiffusionPipeline.load_config(path)
-        missing = [name for name in _REQUIRED if parts.get(name) in (None, [None, None], (None, None))]
+        absent = (None, [None, None], (None, None))
+        missing = [name for name in _REQUIRED if parts.get(name) in absent]
+        if all(parts.get(name) in absent for name in _NETWORKS):
+            missing.insert(0, " or ".join(_NETWORKS))
         if missing:
-            raise ValueError(f"it has no {', '.join(missing)}, which every text-to-image Stable Diffusion has.")
+            raise ValueError(f"it has no {', '.join(missing)}, which every text-to-image pipeline has.")
         unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
         dtypes = {"default": dtype, "vae": torch.promote_types(dtype, torch.float32)}
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtypes, variant=variant, **unchecked)
@@ -74,15 +81,16 @@ def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, v
 
 def _reasons_against_distillation(pipe: Any) -> Iterator[str]:
     """Why a text-to-image pipeline cannot be distilled; nothing if it can."""
-    guidance = pipe.unet.config.time_cond_proj_dim
+    unet = getattr(pipe, "unet", None)
+    guidance = None if unet is None else unet.config.time_cond_proj_dim
     if guidance is not None:
         yield (
             f"its UNet is conditioned on the guidance scale (time_cond_proj_dim={guidance}), as full LCM models are, "
             "and training would ignore that. Use the model that it was distilled from."
         )
     prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        yield f"it predicts {prediction!r}; expected epsilon or v_prediction."
+    if prediction not in (*PREDICTION_TYPES, "flow_prediction"):
+        yield f"it predicts {prediction!r}; expected {' or '.join(PREDICTION_TYPES)}, or a flow's velocity."
 
 
 def _advice(path: str, variant: str | None) -> str:

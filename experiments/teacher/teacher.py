@@ -1,4 +1,4 @@
-"""A teacher for distillation: encoders, a UNet and the noise schedule it was trained with, whatever the family."""
+"""A teacher for distillation: encoders, a denoising network and its noise schedule, whatever the family."""
 
 from __future__ import annotations
 
@@ -7,37 +7,49 @@ import json
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-Batch = dict[str, Tensor]
-"""latents (b, c, h, w), scaled; text (b, t, d); of SDXL also pooled (b, p) and time_ids (b, 6)."""
+from experiments.teacher.noise_schedules import create_noise_schedule
+from unet_adapters.hosts import find_host
 
-CONDITIONS = ("text", "pooled", "time_ids")
-ENCODERS = ("vae", "text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+Batch = dict[str, Tensor]
+"""latents (b, c, h, w), scaled, and the conditions of the model by the names of its host: text (b, t, d), pooled, …"""
+
+IN_MODEL_DTYPE = frozenset({"text", "pooled"})
+"""Conditions that a model gets in its own dtype; sizes stay exact."""
+
+EMBEDDED_GUIDANCE = 3.5
+"""The guidance scale at which Flux's own pipeline samples by default."""
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _PROVENANCE = {"transformers_version", "architectures", "dtype", "torch_dtype"}  # entries that change no result
 
 
 class Teacher:
-    """One of Stable Diffusion 1.5, 2.1 or XL, or the embedded one.
+    """A text-to-image pipeline as distillation uses it, whatever its architecture and noise schedule.
 
-    What differs between the families is in the batch: if a pipeline pools its captions, `encode` also returns `pooled`
-    and `time_ids`, and `predict` passes them to the UNet.
+    What differs between the families is in the batch: `encode` returns the conditions of the pipeline's model by the
+    names of its `Host`, and `predict` passes them on.
 
     Attributes:
         pipe: the diffusers pipeline.
-        scheduler: its noise schedule and prediction type, for training.
+        host: of its denoising network.
+        scheduler: the noise levels of training, and what is predicted.
+        guidance: the guidance scale that guidance-distilled models are trained and compared at.
     """
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, pipe: DiffusionPipeline, guidance: float = EMBEDDED_GUIDANCE) -> None:
         self.pipe: Any = pipe
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        self.host = find_host(pipe)
+        self.scheduler = create_noise_schedule(pipe.scheduler)
+        self.guidance = guidance
 
     @property
-    def unet(self) -> UNet2DConditionModel:
-        """The network that teacher and students share."""
-        return self.pipe.unet
+    def denoiser(self) -> Any:
+        """The network that teacher and students share: a UNet or a transformer."""
+        return self.host.model
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +59,7 @@ class Teacher:
     @property
     def train_timesteps(self) -> int:
         """The number of timesteps of the noise schedule."""
-        return int(self.scheduler.config.num_train_timesteps)
+        return self.scheduler.train_timesteps
 
     def encode(self, images: Tensor, captions: list[str]) -> Batch:
         """Encode images (b, 3, h, w) in [-1, 1] and their captions as a batch."""
@@ -55,68 +67,38 @@ class Teacher:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Batch:
-        """Encode images (b, 3, h, w) in [-1, 1]: latents, which are the posterior's scaled means, and time_ids.
+        """Encode images (b, 3, h, w) in [-1, 1]: latents, which are the posterior's scaled means, and size conditions.
 
         Latents have the autoencoder's dtype.
         """
         vae = self.pipe.vae
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-        if not self.pools:
-            return {"latents": latents}
+        means = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
+        latents = (means - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
         count, _, height, width = images.shape
-        return {"latents": latents, "time_ids": self.time_ids(count, (height, width))}
-
-    @property
-    def pools(self) -> bool:
-        """Whether the UNet is conditioned on pooled captions and the image's size, as SDXL's is."""
-        return self.unet.config.addition_embed_type == "text_time"
-
-    def time_ids(self, count: int, size: tuple[int, int]) -> Tensor:
-        """SDXL's micro-conditioning (b, 6) of images that were not cropped: original size, crop, target size.
-
-        In float32, because bfloat16 cannot represent 1,032.
-        """
-        return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self.device).repeat(count, 1)
+        return {"latents": latents, **self.host.size_conditions((height, width), count)}
 
     @torch.no_grad()
     def conditions(self, captions: list[str]) -> Batch:
-        """Encode captions: text, and pooled if there are two text encoders."""
-        text, _, *pooled = self._encode_prompt(captions, guided=False)
-        return {"text": text, "pooled": pooled[0]} if pooled else {"text": text}
+        """Encode captions: text, and pooled or text_mask if the pipeline makes them."""
+        return dict(self.host.encode_prompts(self.pipe, captions, guided=False)[0])
 
     @property
     def unconditional(self) -> Batch:
         """What guidance starts from, of one sample: an empty caption's conditions, or zeros for SDXL."""
         with torch.no_grad():
-            _, text, *pooled = self._encode_prompt([""], guided=True)
-        return {"text": text[0], "pooled": pooled[1][0]} if pooled else {"text": text[0]}
-
-    def _encode_prompt(self, captions: list[str], guided: bool) -> tuple[Tensor, ...]:
-        embeddings: tuple[Tensor, ...] = self.pipe.encode_prompt(
-            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
-        )
-        return embeddings
+            _, negative = self.host.encode_prompts(self.pipe, [""], guided=True)
+        return {name: value[0] for name, value in negative.items()}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        """Run the UNet, as it is mounted now, on noisy latents (b, c, h, w) at timesteps (b,), in its dtype."""
-        dtype = self.unet.dtype
-        conditions = {}
-        if "pooled" in batch:
-            conditions["added_cond_kwargs"] = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
-        return self.unet(noisy.to(dtype), timesteps, batch["text"].to(dtype), **conditions).sample
+        """Run the network, as it is mounted now, on noisy latents (b, c, h, w) at timesteps (b,), in its dtype."""
+        dtype = self.denoiser.dtype
+        conditions = {name: batch[name].to(dtype) if name in IN_MODEL_DTYPE else batch[name] for name in batch}
+        conditions |= self.host.guidance_conditions(self.pipe, self.guidance, len(noisy))
+        return self.host.predict(noisy.to(dtype), self.scheduler.model_timesteps(timesteps), conditions)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what a perfect model predicts, for the scheduler's prediction type.
-
-        Raises:
-            ValueError: the scheduler predicts neither noise nor velocity.
-        """
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            return self.scheduler.get_velocity(latents, noise, timesteps)
-        raise ValueError(f"Cannot distill a model that predicts {kind!r}: expected epsilon or v_prediction.")
+        """Return what a perfect model predicts, for the scheduler's prediction type."""
+        return self.scheduler.target(latents, noise, timesteps)
 
     @property
     def encoder_fingerprint(self) -> str:
@@ -125,23 +107,28 @@ class Teacher:
         Configurations, weights and precision count. Computed at every call, at about a second per GB of weights.
         """
         digest = hashlib.sha256(json.dumps(self.pipe.config.get("force_zeros_for_empty_prompt")).encode())
-        for name in TOKENIZERS:
+        for name in _present(self.pipe, TOKENIZERS):
             digest.update(f"{name} {_describe_tokenizer(getattr(self.pipe, name, None))}".encode())
-        for name in ENCODERS:
+        for name in _present(self.pipe, ENCODERS):
             _add_network(digest, name, getattr(self.pipe, name, None))
         return digest.hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """A SHA-256 of everything that a distillation depends on: the encoders, the UNet and the noise schedule.
+        """A SHA-256 of everything that a distillation depends on: the encoders, the network and the noise schedule.
 
         No adapter may be mounted. Computed at every call, at about a second per GB of weights.
         """
         schedule = {key: value for key, value in self.scheduler.config.items() if key[0] != "_"}
         digest = hashlib.sha256(self.encoder_fingerprint.encode())
         digest.update(json.dumps(schedule, sort_keys=True, default=str).encode())
-        _add_network(digest, "unet", self.unet)
+        _add_network(digest, "unet", self.denoiser)
         return digest.hexdigest()
+
+
+def _present(pipe: Any, names: tuple[str, ...]) -> list[str]:
+    """The parts to describe: the first two of a kind in any case, a third one where there is such a part."""
+    return [name for name in names if not name.endswith("_3") or getattr(pipe, name, None) is not None]
 
 
 def _add_network(digest: Any, name: str, network: Any) -> None:

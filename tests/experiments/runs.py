@@ -196,7 +196,7 @@ def make_run(run: Path) -> Path:
         ],
         "notes": ["A made-up run."],
         "protocol": {"distillation": {"steps": 100}, "evaluation": {"images": IMAGES}},
-        "environment": {"torch": "2", "device": "CPU"},
+        "environment": {"torch": "2", "device": "CPU", "commit": "abc1234"},
     }
     run.mkdir(parents=True, exist_ok=True)
     (run / "grid.json").write_text(json.dumps(grid))

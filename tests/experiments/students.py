@@ -29,13 +29,13 @@ def encoded(teacher: Teacher, sizes: tuple[int, ...] = (16,), count: int = 4) ->
     by_size = {}
     for size in sizes:
         images = torch.rand(count, 3, size, size + 8, generator=generator) * 2 - 1
-        by_size[size] = teacher.encode(images.to(teacher.unet.dtype), ["a b", "c", "d e f", "g"][:count])
+        by_size[size] = teacher.encode(images.to(teacher.denoiser.dtype), ["a b", "c", "d e f", "g"][:count])
     return EncodedImages(by_size, teacher.unconditional)
 
 
 def batch_of(teacher: Teacher, step: int = 0) -> Batch:
     batch = draw_batch(encoded(teacher), step, FIT, teacher.train_timesteps, (16,))
-    return {n: v.to(teacher.unet.dtype) if n in ("latents", "noise", "rows") else v for n, v in batch.items()}
+    return {n: v.to(teacher.denoiser.dtype) if n in ("latents", "noise", "rows") else v for n, v in batch.items()}
 
 
 def student(teacher: Teacher, mixer: str = "linfusion", **options: Any) -> MixerAdapter:

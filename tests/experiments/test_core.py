@@ -120,7 +120,7 @@ def test_exit_codes_are_those_of_shells() -> None:
 def test_each_process_gets_a_share_of_the_cores() -> None:
     assert threads_per_process(1) == available_cores()
     assert threads_per_process(10_000) == 1
-    assert {"python", "torch", "device"} <= describe_environment().keys()
+    assert {"python", "torch", "device", "commit"} <= describe_environment().keys()
 
 
 def test_a_registry_names_what_it_has() -> None:

@@ -45,7 +45,7 @@ def batch(teacher: Teacher) -> Batch:
 def forwards(teacher: Teacher) -> Iterator[list[bool]]:
     """For each forward of the UNet: whether it builds a graph."""
     records: list[bool] = []
-    hook = teacher.unet.register_forward_pre_hook(lambda *_: records.append(torch.is_grad_enabled()))
+    hook = teacher.denoiser.register_forward_pre_hook(lambda *_: records.append(torch.is_grad_enabled()))
     yield records
     hook.remove()
 
@@ -60,7 +60,7 @@ def test_noise_is_the_teachers_own_loss_where_the_student_is_the_teacher(teacher
     result = DistillationLoss(teacher, MixerAdapter.build(teacher.pipe, "softmax"), one("noise"))(batch)["loss"]
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
     with torch.no_grad():
-        own = F.mse_loss(teacher.unet(noisy, batch["timesteps"], batch["text"]).sample, batch["noise"])
+        own = F.mse_loss(teacher.denoiser(noisy, batch["timesteps"], batch["text"]).sample, batch["noise"])
     torch.testing.assert_close(result, own)
 
 
@@ -75,12 +75,12 @@ def test_the_published_loss_by_hand(teacher: Teacher, batch: Batch) -> None:
         records: dict[str, Tensor] = {}
         adapter.mount() if mounted else adapter.unmount()
         hooks = [
-            teacher.unet.get_submodule(site.name).register_forward_hook(
+            teacher.denoiser.get_submodule(site.name).register_forward_hook(
                 lambda _m, _a, out, n=site.name, s=records: s.update({n: out})
             )
             for site in adapter.sites
         ]
-        outputs[mounted] = teacher.unet(noisy, batch["timesteps"], batch["text"]).sample.detach()
+        outputs[mounted] = teacher.denoiser(noisy, batch["timesteps"], batch["text"]).sample.detach()
         sites[mounted] = records
         for hook in hooks:
             hook.remove()
@@ -99,11 +99,15 @@ def test_local_by_hand_and_each_sites_gradient_is_its_own(teacher: Teacher, batc
     whole = gradients(adapter, result)
     assert whole.keys() == dict(adapter.student.named_parameters()).keys()
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    with adapter.unmounted(), torch.no_grad(), capture_sites(teacher.unet, [s.name for s in adapter.sites]) as calls:
+    with (
+        adapter.unmounted(),
+        torch.no_grad(),
+        capture_sites(teacher.denoiser, [s.name for s in adapter.sites]) as calls,
+    ):
         teacher.predict(noisy, batch["timesteps"], batch)
     losses = {}
     for name, call in calls.items():
-        error = (adapter.mixers[name](call.input, projections=teacher.unet.get_submodule(name)) - call.output) ** 2
+        error = (adapter.mixers[name](call.input, projections=teacher.denoiser.get_submodule(name)) - call.output) ** 2
         losses[name] = torch.stack([error[i].mean() / call.output[i].var(correction=0) for i in range(2)]).mean()
     torch.testing.assert_close(result, torch.stack(list(losses.values())).mean())
     for name, loss in losses.items():
@@ -114,7 +118,7 @@ def test_local_by_hand_and_each_sites_gradient_is_its_own(teacher: Teacher, batc
 
 
 def test_rows_of_the_teacher_are_those_of_its_softmax(teacher: Teacher) -> None:
-    layer = teacher.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    layer = teacher.denoiser.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     x = torch.randn(2, 20, layer.query_dim, dtype=torch.float64)
     mixer = create_mixer("softmax", layer.query_dim, layer.heads, own_projections=False)
     row_shares = torch.rand(2, 5, dtype=torch.float64)
@@ -138,8 +142,8 @@ def test_matrix_by_hand(teacher: Teacher, batch: Batch, mixer: str) -> None:
     assert adapter.is_mounted
     (name,) = adapter.mixers
     noisy = teacher.scheduler.add_noise(batch["latents"], batch["noise"], batch["timesteps"])
-    layer = teacher.unet.get_submodule(name)
-    with adapter.unmounted(), torch.no_grad(), capture_sites(teacher.unet, [name]) as calls:
+    layer = teacher.denoiser.get_submodule(name)
+    with adapter.unmounted(), torch.no_grad(), capture_sites(teacher.denoiser, [name]) as calls:
         teacher.predict(noisy, batch["timesteps"], batch)
         softmax = create_mixer("softmax", layer.query_dim, layer.heads, own_projections=False)
         expected = mixing_matrix(softmax, calls[name].input, layer)
@@ -175,7 +179,7 @@ def test_matrix_leaves_out_large_sites_and_says_so(
 
 @pytest.mark.parametrize("name", list_objectives())
 def test_only_the_student_is_trained(teacher: Teacher, batch: Batch, name: str) -> None:
-    before = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
+    before = {n: v.clone() for n, v in teacher.denoiser.state_dict().items()}
     adapter = student(teacher)
     objective = DistillationLoss(teacher, adapter, one(name))
     assert {id(p) for p in objective.parameters()} == {id(p) for p in adapter.student.parameters()}
@@ -183,8 +187,8 @@ def test_only_the_student_is_trained(teacher: Teacher, batch: Batch, name: str) 
     objective(batch)["loss"].backward()
     optimizer.step()
     adapter.unmount()
-    assert all(p.grad is None for p in teacher.unet.parameters())
-    after = teacher.unet.state_dict()
+    assert all(p.grad is None for p in teacher.denoiser.parameters())
+    after = teacher.denoiser.state_dict()
     assert all(torch.equal(after[n], v) for n, v in before.items())
 
 
@@ -232,10 +236,10 @@ def test_weights_rise_from_their_start_over_their_ramp(weight: float, start: int
 @pytest.mark.parametrize("terms", [PUBLISHED, one("local"), one("matrix")], ids=["published", "local", "matrix"])
 def test_gradient_checkpointing_changes_no_gradient(teacher: Teacher, batch: Batch, terms: dict[str, LossTerm]) -> None:
     adapter = student(teacher, "linfusion", causality="causal", scan="column")
-    teacher.unet.train()
+    teacher.denoiser.train()
     objective = DistillationLoss(teacher, adapter, terms)
     plain = gradients(adapter, objective(batch)["loss"])
-    teacher.unet.enable_gradient_checkpointing()
+    teacher.denoiser.enable_gradient_checkpointing()
     saved = gradients(adapter, objective(batch)["loss"])
     assert plain.keys() == saved.keys() and any(value.any() for value in plain.values())
     for name, value in plain.items():

@@ -120,7 +120,7 @@ def test_stages_draw_apart() -> None:
 
 def test_host_start_is_the_teachers_and_random_start_is_not(teacher: Teacher) -> None:
     host = build_student(teacher, "linfusion", MixerSpec(), plan(), 0)
-    original = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
+    original = {n: v.clone() for n, v in teacher.denoiser.state_dict().items()}
     names = [n for n in host.parameters_by_name() if ".mixer." not in n]
     assert len(names) == len(host.sites) * (len(MixerAttention.projection_names) + 1)  # to_out has a bias
     assert all(torch.equal(host.parameters_by_name()[n], original[n]) for n in names)
@@ -134,7 +134,7 @@ def test_host_start_is_the_teachers_and_random_start_is_not(teacher: Teacher) ->
     )
     randomize_projections(host, 0)
     assert all(torch.equal(host.parameters_by_name()[n], first[n]) for n in names)
-    assert all(torch.equal(teacher.unet.state_dict()[n], v) for n, v in original.items())
+    assert all(torch.equal(teacher.denoiser.state_dict()[n], v) for n, v in original.items())
 
 
 def test_training_what_is_new_alone(tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ def test_training_what_is_new_alone(tmp_path: Path) -> None:
 
 def test_a_bfloat16_teacher_trains_a_float32_student_and_is_itself_again(tmp_path: Path) -> None:
     teacher = open_teacher(dtype=torch.bfloat16)
-    before = {n: v.clone() for n, v in teacher.unet.state_dict().items()}
+    before = {n: v.clone() for n, v in teacher.denoiser.state_dict().items()}
     adapter = distill(teacher, plan(gradient_checkpointing=True), tmp_path)
     path = max((tmp_path / "stage-3-distill" / "checkpoints").glob("*.safetensors"))
     state = load_file(path)
     assert {v.dtype for n, v in state.items() if n.startswith("model/")} == {torch.float32}
     assert {p.dtype for p in adapter.student.parameters()} == {torch.bfloat16}
-    assert not teacher.unet.is_gradient_checkpointing
-    after = teacher.unet.state_dict()
+    assert not teacher.denoiser.is_gradient_checkpointing
+    after = teacher.denoiser.state_dict()
     assert all(after[n].dtype == v.dtype and torch.equal(after[n], v) for n, v in before.items())

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from experiments.cli import app
@@ -91,8 +92,8 @@ def test_invalid_input_is_one_sentence(settings: list[str], message: str, tiny_t
     assert not (tmp_path / "out" / "protocol.json").exists()
 
 
-def export(prompts: Path, layout: str, teacher: Path, out: Path) -> tuple[int, str]:
-    options = ["--layout", layout, "--teacher", str(teacher), "--out", str(out), "--set", "sample_steps=1"]
+def export(prompts: Path, layout: str, teacher: Path, out: Path, *more: str) -> tuple[int, str]:
+    options = ["--layout", layout, "--teacher", str(teacher), "--out", str(out), "--set", "sample_steps=1", *more]
     done = CliRunner().invoke(app, ["export", str(prompts), *options])
     assert "Traceback" not in done.output
     return done.exit_code, " ".join(done.output.split())
@@ -104,7 +105,7 @@ def test_images_for_geneval(tiny_teacher: Path, tmp_path: Path) -> None:
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
     code, output = export(prompts, "geneval", tiny_teacher, tmp_path / "out")
     assert code == 0, output
-    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").glob("0*/**/*.*"))
     assert files == [
         path
         for k in range(2)
@@ -126,3 +127,46 @@ def test_images_for_dpg(tiny_teacher: Path, tmp_path: Path) -> None:
         assert grid.size == (128, 128)
     code, output = export(tmp_path / "prompts", "dqg", tiny_teacher, tmp_path / "other")
     assert code == 2 and "Did you mean 'dpg'" in output
+
+
+def test_images_of_two_exports_are_not_mixed(tiny_teacher: Path, tmp_path: Path) -> None:
+    """One thing changes at a time: a folder's images are of one model, one list of prompts and one set of settings."""
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "0.txt").write_text("red apple")
+    student(open_teacher(str(tiny_teacher))).save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    assert export(prompts, "dpg", tiny_teacher, out)[0] == 0
+    changes = {
+        "seed": ("--set", "seed=1"),
+        "steps": ("--set", "sample_steps=2"),
+        "guidance": ("--set", "guidance=1.5"),
+        "size": ("--size", "32"),
+        "model": ("--adapter", str(tmp_path / "adapter")),
+    }
+    for name, options in changes.items():
+        code, output = export(prompts, "dpg", tiny_teacher, out, *options)
+        assert code == 2 and f"holds images of another export: {name} differ" in output, output
+    (prompts / "0.txt").write_text("blue heart")
+    code, output = export(prompts, "dpg", tiny_teacher, out)
+    assert code == 2 and "another export: prompts differ" in output, output
+
+
+def test_an_export_that_was_killed_leaves_no_half_image(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "0.txt").write_text("red apple")
+
+    def half(image: Image.Image, file: Path, **_: object) -> None:
+        Path(file).write_bytes(b"half of an image")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", half)
+        code, output = export(prompts, "dpg", tiny_teacher, tmp_path / "out")
+    assert code == 2 and "No space left on device" in output
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert export(prompts, "dpg", tiny_teacher, tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1

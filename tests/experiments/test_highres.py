@@ -103,6 +103,8 @@ def test_a_plan_is_a_table_and_refuses_too_small_a_budget() -> None:
         (("--size", "100x64"), "Cannot make an image of 100 × 64 pixels"),
         (("--memory", "lots"), "--memory 'lots' is not an amount of memory"),
         (("--memory", "1MB"), "does not fit in 1.00 MiB"),
+        (("--memory", f"{'9' * 400}TB"), "is not an amount of memory"),
+        (("--size", f"{'9' * 5000}x64"), "is not a size: expected width x height"),
         (("--strengths", "a,b"), "--strengths 'a,b': expected numbers"),
         (("--strengths", "0.4,2"), "Expected strengths above 0 and up to 1"),
         (("--dtype", "int8"), "--dtype 'int8': expected one of float32"),

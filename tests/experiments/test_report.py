@@ -275,8 +275,27 @@ def test_every_cell_ever_measured_is_in_one_table(run: Path, tmp_path: Path) -> 
     row = next(row for row in rows if (row["variant"], row["seed"]) == ("linear", "1"))
     assert float(row["relative_error_to_teacher, 256 × 256 px"]) == error(1.2, 256, 1)
     assert row["protocol"] == "p" and row["steps"] == "100" and row["mixer"] == "linear_attention"
+    assert row["commit"] == "abc1234", "of the run, not of the table"
     other = make_run(tmp_path / "other")
     edit(other / "grid.json", lambda g: g.update(name="other"))
     for path in other.glob("cells/*/result.json"):
         edit(path, lambda r: r.get("measurements", {}).update(protocol="q"))
     assert append_cells(other, table) == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2\n", "it has no column cell"),
+        (b"cell,seed,protocol\n1,2\n", "line 2 has another number of columns"),
+        (b"cell,seed,protocol\n1,2,3,4\n", "line 2 has another number of columns"),
+        (b"\xff\xfe\x00", "Cannot read"),
+    ],
+)
+def test_another_file_is_not_taken_for_the_table_of_cells(content: bytes, message: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    table = tmp_path / "cells.csv"
+    table.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        append_cells(run, table)
+    assert table.read_bytes() == content

@@ -78,7 +78,7 @@ def test_opening_says_nothing(name: str, folders: dict[str, Path], capfd: pytest
 def test_in_half_precision_the_autoencoder_stays_float32(dtype: torch.dtype, folders: dict[str, Path]) -> None:
     teacher = open_teacher(str(folders["SDXL"]), dtype)
     assert teacher.pipe.vae.dtype == torch.float32
-    assert teacher.unet.dtype == teacher.pipe.text_encoder.dtype == teacher.pipe.text_encoder_2.dtype == dtype
+    assert teacher.denoiser.dtype == teacher.pipe.text_encoder.dtype == teacher.pipe.text_encoder_2.dtype == dtype
     batch = teacher.encode(_images((16, 16)), CAPTIONS)
     assert batch["latents"].dtype == torch.float32 and batch["text"].dtype == dtype
     predicted = teacher.predict(batch["latents"], torch.tensor([1, 500, 999]), batch)
@@ -158,7 +158,7 @@ def test_predict_is_the_unet_s_own_call_in_the_pipeline(name: str, folders: dict
     """A real call of the pipeline, without guidance: its UNet's arguments and output, once, are ours."""
     teacher = open_teacher(str(folders[name]))
     received: list[Any] = []
-    hook = teacher.unet.register_forward_hook(
+    hook = teacher.denoiser.register_forward_hook(
         lambda module, args, kwargs, output: received.append((args, kwargs, output[0])), with_kwargs=True
     )
     teacher.pipe("a b", height=16, width=24, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
@@ -189,7 +189,7 @@ def test_the_unconditional_is_what_the_pipeline_guides_with(name: str, folders: 
 def test_time_ids_stay_exact_in_half_precision(folders: dict[str, Path]) -> None:
     """1,032 is not a number in bfloat16."""
     teacher = open_teacher(str(folders["SDXL"]), torch.bfloat16)
-    assert teacher.time_ids(1, (1032, 2050)).tolist() == [[1032, 2050, 0, 0, 1032, 2050]]
+    assert teacher.host.size_conditions((1032, 2050))["time_ids"].tolist() == [[1032, 2050, 0, 0, 1032, 2050]]
 
 
 # --- fingerprints ---------------------------------------------------------------------------------

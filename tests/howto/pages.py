@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.core.registries import REGISTRIES
+from mixers import entries, list_mixers
+from mixers.operators import backend
+from unet_adapters.hosts import base as hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 HOWTO = ROOT / "docs" / "howto"
@@ -91,6 +102,36 @@ def assert_succeeds(command: str, folder: Path, *paths: Path) -> str:
     completed = run_shell(command, folder, *paths)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     return completed.stdout
+
+
+@contextmanager
+def registrations_restored() -> Iterator[None]:
+    """Forget at the end what plug-ins registered inside the block."""
+    list_mixers()
+    for registry in REGISTRIES:
+        registry.discover()
+    tables: list[dict[Any, Any]] = [entries.ENTRIES, hosts._HOSTS, *backend._REGISTRY.values()]
+    tables += [table for registry in REGISTRIES for table in (registry._items, registry._origins)]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, items in zip(tables, before, strict=True):
+            table.clear()
+            table.update(items)
+
+
+def assert_runs_here(command: str) -> str:
+    """Run one `mixlab` command in this process, which saves a start of Python, and return what it printed to stdout.
+
+    Its plug-ins are forgotten afterwards. The working directory is the reader's folder.
+    """
+    program, *words = shlex.split(command.replace("\\\n", ""), comments=True)
+    assert program == "mixlab", command
+    with registrations_restored():
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def assert_printed(output: str, expected: str) -> None:

@@ -11,7 +11,15 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from mixers import entries, list_mixers, registry
-from tests.howto.pages import HOWTO, SMALL_RUN, assert_printed, assert_succeeds, blocks, run_shell
+from tests.howto.pages import (
+    HOWTO,
+    SMALL_RUN,
+    assert_printed,
+    assert_runs_here,
+    assert_succeeds,
+    blocks,
+    run_shell,
+)
 
 PAGE = HOWTO / "add_a_mixer.md"
 FILES = ("my_mixer.py", "my_grid.py", "power-attention/pyproject.toml")
@@ -61,7 +69,7 @@ def test_step_3_a_wrong_trait_is_caught_with_the_smallest_failing_case(files: Pa
 @pytest.mark.slow  # four cells on the embedded teacher
 def test_step_4_the_mixer_in_an_ablation(files: Path) -> None:
     settings = " ".join(f"--set {shlex.quote(setting)}" for setting in SMALL_RUN)
-    assert_printed(assert_succeeds(f"{commands()[3].strip()} {settings}", files), blocks(PAGE, "text")[2])
+    assert_printed(assert_runs_here(f"{commands()[3].strip()} {settings}"), blocks(PAGE, "text")[2])
     report = files / "runs" / "mine" / "report"
     html = (report / "index.html").read_text(encoding="utf-8")
     measured = read_variants(report / "report.md")

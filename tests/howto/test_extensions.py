@@ -11,7 +11,7 @@ import pytest
 from experiments.core.plugins import load_plugin
 from experiments.core.registries import OBJECTIVES
 from mixers.operators import backend
-from tests.howto.pages import HOWTO, SMALL_RUN, assert_printed, assert_succeeds, blocks, run_python_blocks
+from tests.howto.pages import HOWTO, SMALL_RUN, assert_printed, assert_runs_here, blocks, run_python_blocks
 from unet_adapters.hosts import base as hosts
 
 BACKEND = HOWTO / "add_a_backend.md"
@@ -23,7 +23,7 @@ SMALL_DISTILLATION = ("fit.steps=2", "fit.batch_size=2", "images=4", "before=[]"
 
 def test_a_metric_is_listed(folder: Path) -> None:
     (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
-    assert_printed(assert_succeeds(blocks(METRIC, "bash")[0], folder), blocks(METRIC, "text")[0])
+    assert_printed(assert_runs_here(blocks(METRIC, "bash")[0]), blocks(METRIC, "text")[0])
 
 
 @pytest.mark.slow  # cells on the embedded teacher
@@ -31,14 +31,14 @@ def test_a_metric_is_measured_and_reported(folder: Path) -> None:
     """The metric is settable, measured, and in the report, without a change of the library."""
     (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
     settings = " ".join(f"--set {shlex.quote(setting)}" for setting in SMALL_RUN)
-    assert_succeeds(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}", folder)
+    assert_runs_here(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}")
     report = folder / "runs" / "detail" / "report"
     assert "## Error of detail" in (report / "report.md").read_text(encoding="utf-8")
     with (report / "results.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "detail"]
     assert {(row["size"], row["timestep"]) for row in rows} == {("64", "900"), ("128", "900")}
     assert {row["relative_error"] for row in rows if row["variant"] == "softmax"} == {"0.0"}
-    assert_succeeds("mixlab report runs/detail", folder)
+    assert_runs_here("mixlab report runs/detail")
     html = (report / "index.html").read_text(encoding="utf-8")
     assert "rows of the metric &#39;detail&#39; are not reported" in html
 
@@ -47,10 +47,9 @@ def test_an_objective_is_checked_and_listed(folder: Path, monkeypatch: pytest.Mo
     for registered in ("_items", "_origins"):  # so that the objective is gone after this test
         monkeypatch.setattr(OBJECTIVES, registered, dict(getattr(OBJECTIVES, registered)))
     (folder / "huber.py").write_text(blocks(OBJECTIVE, "python")[0], encoding="utf-8")
+    assert "huber: " in assert_runs_here(blocks(OBJECTIVE, "bash")[0])
     monkeypatch.syspath_prepend(folder)
     run_python_blocks(OBJECTIVE)
-    listed = assert_succeeds(blocks(OBJECTIVE, "bash")[0], folder)
-    assert "huber: " in listed
 
 
 @pytest.mark.slow  # a start of mixlab and a short distillation
@@ -58,7 +57,7 @@ def test_an_objective_is_trained_with(folder: Path) -> None:
     (folder / "huber.py").write_text(blocks(OBJECTIVE, "python")[0], encoding="utf-8")
     settings = " ".join(f"--set {shlex.quote(f'distillation.{setting}')}" for setting in SMALL_DISTILLATION)
     command = blocks(OBJECTIVE, "bash")[1].replace("\\\n", "").strip()
-    assert_succeeds(f"{command} {settings}", folder)
+    assert_runs_here(f"{command} {settings}")
     assert "huber" in (folder / "runs" / "huber" / "card.md").read_text(encoding="utf-8")
 
 
@@ -71,7 +70,7 @@ def test_a_backend_is_checked_and_used(folder: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow  # a start of mixlab and a benchmark
 def test_a_backend_is_benchmarked(folder: Path) -> None:
     (folder / "two_products.py").write_text(blocks(BACKEND, "python")[0], encoding="utf-8")
-    assert_succeeds(blocks(BACKEND, "bash")[0], folder)
+    assert_runs_here(blocks(BACKEND, "bash")[0])
     assert "| all_at_once | 64 |" in (folder / "runs" / "bench" / "operators.md").read_text(encoding="utf-8")
 
 

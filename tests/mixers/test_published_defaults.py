@@ -23,6 +23,7 @@ CONTROLS = {"identity", "softmax", "uniform", "linear_attention", "linfusion_low
 SOURCES: dict[str, tuple[str, str, str]] = {
     "mamba": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba_simple.py"),
     "mamba2": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba2.py"),
+    "mamba3": ("state-spaces/mamba", "e9594ce", "mamba_ssm/modules/mamba3.py"),
     "hydra": ("goombalab/hydra", "55bef74", "hydra/modules/hydra.py"),
     "vssd": ("YuHengsss/VSSD", "87b753b", "classification/models/mamba2.py, classification/config.py"),
     "gla": ("fla-org/flash-linear-attention", "bc3b101", "fla/layers/gla.py"),
@@ -59,6 +60,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mamba2": {  # mamba2.py: d_state=128, d_conv=4, expand=2, ngroups=1, conv_bias=True, bias=False
         **{"causality": "causal", "normalize": False, "expand": 2, "d_state": 128, "conv_size": 4, "conv_bias": True},
         **{"bias": False, "skip": True, "norm": True, "gate": True, "n_groups": 1},
+    },
+    "mamba3": {  # mamba3.py: d_state=128, expand=2, ngroups=1, rope_fraction=0.5, no convolution, no norm
+        **{"causality": "causal", "normalize": False, "expand": 2, "d_state": 128, "conv_size": 0, "n_groups": 1},
+        **{"bias": False, "skip": True, "norm": False, "gate": True, "bc_norm": True, "bc_bias": True},
+        **{"rope_fraction": 0.5, "rotate_state": None, "rate": "heavy_tail"},
     },
     "hydra": {  # hydra.py: d_state=64, d_conv=7, expand=2, ngroups=1; the diagonal is its skip
         **{"causality": "bidirectional", "normalize": False, "expand": 2, "d_state": 64, "conv_size": 7},
@@ -127,6 +133,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 BIASES: dict[str, set[str]] = {
     "mamba": set(),
     "mamba2": set(),
+    "mamba3": set(),
     "hydra": set(),
     "vssd": set(),
     "gla": set(),
@@ -179,7 +186,7 @@ def between(values: Tensor, low: float, high: float) -> None:
     assert len(values.unique()) > 1
 
 
-@pytest.mark.parametrize("name", ["mamba2", "hydra", "vssd", "gated_deltanet", "kda"])
+@pytest.mark.parametrize("name", ["mamba2", "mamba3", "hydra", "vssd", "gated_deltanet", "kda"])
 def test_step_sizes_start_log_uniform_between_one_thousandth_and_a_tenth(name: str) -> None:
     between(F.softplus(built(name).decay.dt_bias), 1e-3, 1e-1)
 
@@ -208,8 +215,9 @@ def test_decay_rates_start_as_published() -> None:
 
 
 def test_skips_start_as_published() -> None:
-    """D = 1: one per head in Mamba-2 and VSSD, the bias of the diagonal in Hydra."""
-    for name in ("mamba2", "vssd"):
+    """D = 1: one per head in Mamba-2, Mamba-3 and VSSD, the bias of the diagonal in Hydra; Mamba-3's biases too."""
+    assert (built("mamba3").B_bias == 1).all() and (built("mamba3").C_bias == 1).all()
+    for name in ("mamba2", "mamba3", "vssd"):
         assert torch.equal(built(name).output.D, torch.ones(HEADS))
     hydra = built("hydra")
     assert torch.equal(hydra.diagonal.bias, torch.ones(HEADS)) and hydra.diagonal.in_features == 2 * DIM

@@ -58,21 +58,23 @@ def seeded(make: Callable[[], Any], seed: int = 1) -> Any:
     return built.eval() if isinstance(built, nn.Module) else built
 
 
-def _tokenizer() -> CLIPTokenizer:
+def tokenizer() -> CLIPTokenizer:
+    """Letters, without merges."""
     tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
 
 
-def _text_encoder(kind: type = CLIPTextModel) -> Any:
+def text_encoder(kind: type = CLIPTextModel, width: int = WORDS) -> Any:
+    """A tiny text encoder whose states have this width."""
     return kind(
         CLIPTextConfig(
             vocab_size=64,
-            hidden_size=WORDS,
+            hidden_size=width,
             intermediate_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=16,
-            projection_dim=WORDS,
+            projection_dim=width,
             bos_token_id=START,
             eos_token_id=END,
             pad_token_id=END,
@@ -125,9 +127,9 @@ def _xl_unet(words: int, ids: int) -> UNet2DConditionModel:
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "tokenizer": _tokenizer,
-    "text_encoder": _text_encoder,
-    "text_encoder_2": lambda: _text_encoder(CLIPTextModelWithProjection),
+    "tokenizer": tokenizer,
+    "text_encoder": text_encoder,
+    "text_encoder_2": lambda: text_encoder(CLIPTextModelWithProjection),
     "vae": _vae,
     "unet": lambda: _unet(WORDS),
     "xl unet": lambda: _xl_unet(2 * WORDS, 6),

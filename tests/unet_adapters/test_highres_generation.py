@@ -19,6 +19,7 @@ from unet_adapters.highres import SAVINGS, GenerationRequest, MemoryPlan, genera
 from unet_adapters.highres.denoising import ClassifierFreeGuidance, denoise
 from unet_adapters.highres.pipeline import size_multiple
 from unet_adapters.highres.schedule import DenoisingSchedule
+from unet_adapters.hosts import find_host
 
 FAMILIES = ("text-to-image", "SDXL")
 SHORT = {"steps": 3, "guidance": 3.0}
@@ -144,7 +145,7 @@ def test_progress_is_reported_before_the_first_step_and_after_every_step() -> No
     conditions = {"text": torch.zeros(1, 3, pipe.unet.config.cross_attention_dim)}
     completed_steps: list[int] = []
     denoise(
-        pipe.unet,
+        find_host(pipe),
         ClassifierFreeGuidance(conditions, conditions),
         schedule,
         pipelines.noise(1, 4, 8, 8),

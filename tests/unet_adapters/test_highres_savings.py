@@ -15,6 +15,7 @@ from unet_adapters import MixerAdapter
 from unet_adapters.highres import SAVINGS, ControlNetCondition, save_memory
 from unet_adapters.highres.denoising import ClassifierFreeGuidance
 from unet_adapters.highres.pipeline import encode_prompts
+from unet_adapters.hosts import find_host
 
 COMBINATIONS = [names for count in (1, 2, 4) for names in combinations(SAVINGS, count)]
 
@@ -29,7 +30,9 @@ def predict(pipe: Any, savings: tuple[str, ...], control: ControlNetCondition | 
         conditions.append(condition)
     guidance = ClassifierFreeGuidance(conditions[0], conditions[1], 3.0, "guidance" in savings, control)
     with torch.no_grad(), save_memory(pipe.unet, savings, chunk_tokens=37):
-        return guidance.predict(pipe.unet.double(), pipelines.noise(1, 4, 16, 24).double(), torch.tensor(500))
+        return guidance.predict(
+            find_host(pipe.unet.double()), pipelines.noise(1, 4, 16, 24).double(), torch.tensor(500)
+        )
 
 
 @pytest.mark.parametrize("family", ["text-to-image", "SDXL"])

@@ -15,6 +15,7 @@ from tests.unet_adapters import pipelines
 from unet_adapters.highres import generate
 from unet_adapters.highres.denoising import ClassifierFreeGuidance, denoise
 from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler, oracle_error
+from unet_adapters.hosts.unet import UNetHost
 
 STRENGTHS = (1, 0.4, 0.3, 0.2, 0.1)
 SETTINGS = {
@@ -102,7 +103,9 @@ def test_the_noise_that_was_added_is_removed(name: str, strength: float) -> None
         latents = schedule.scheduler.add_noise(image, unet.noise, first)
     else:
         latents = schedule.add_noise(image, unet.noise)
-    result = denoise(unet, ClassifierFreeGuidance(conditions, conditions), schedule, latents, torch.Generator())
+    result = denoise(
+        UNetHost(unet), ClassifierFreeGuidance(conditions, conditions), schedule, latents, torch.Generator()
+    )
     final = create_scheduler("DDIMScheduler").alphas_cumprod[0]
     remaining = (1 - final) ** 0.5 if name in ("DDIMScheduler", "DEISMultistepScheduler", "PNDMScheduler") else 0.0
     expected = image * (1 - remaining**2) ** 0.5 + remaining * unet.noise

@@ -84,8 +84,11 @@ def assert_stock(pipe: Any, guidance: float = 7.5, **options: Any) -> None:
     assert (result.pixels / 255 - stock_image(pipe, 32, guidance, **options)).abs().max() < 1 / 255
 
 
-@pytest.mark.parametrize("force_zeros", [True, False])
-@pytest.mark.parametrize("options", [{}, {"negative_prompt": ""}, {"negative_prompt": "de"}], ids=str)
+@pytest.mark.parametrize(
+    ("force_zeros", "options"),
+    [(True, {}), (False, {}), (True, {"negative_prompt": ""}), (False, {"negative_prompt": "de"})],
+    ids=str,
+)
 def test_sdxl_is_guided_away_from_what_the_pipeline_uses(force_zeros: bool, options: dict[str, str]) -> None:
     parts = pipelines._xl().components
     pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=force_zeros)
@@ -93,8 +96,7 @@ def test_sdxl_is_guided_away_from_what_the_pipeline_uses(force_zeros: bool, opti
     assert_stock(pipe, **options)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
-@pytest.mark.parametrize("family", ["text-to-image", "SDXL"])
+@pytest.mark.parametrize(("family", "guidance"), [("text-to-image", 1.0), ("text-to-image", 7.5), ("SDXL", 7.5)])
 def test_an_embedded_guidance_scale_is_passed_to_the_unet(family: str, guidance: float) -> None:
     pipe = pipelines.make(family)
     config = {**pipe.unet.config, "time_cond_proj_dim": 16}

@@ -237,10 +237,13 @@ def _scale(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _latent_statistics(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """Return the mean and standard deviation that the autoencoder standardizes latents by; 0 and 1 for most."""
+    """Return the mean and standard deviation that the autoencoder standardizes latents by; 0 and 1 for most.
+
+    Those of Stable Diffusion 3 and Flux have one mean, `shift_factor`.
+    """
     values = (vae.config.latents_mean, vae.config.latents_std)
     if None in values:
-        return 0.0, 1.0
+        return getattr(vae.config, "shift_factor", None) or 0.0, 1.0
     mean, std = (torch.tensor(value, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for value in values)
     return mean, std
 

@@ -1,10 +1,9 @@
-"""The denoising loop, one for every family of Stable Diffusion: guidance, scheduler steps, ControlNet."""
+"""The denoising loop, one for every family: guidance, scheduler steps, ControlNet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import ControlNetModel
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from unet_adapters.highres.progress import StepCallback
 from unet_adapters.highres.schedule import DenoisingSchedule
+from unet_adapters.hosts.calls import DenoiserCalls
 from unet_adapters.hosts.unet import unet_arguments
 
 
@@ -32,7 +32,7 @@ class ControlNetCondition:
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """The UNet's prediction under classifier-free guidance (Ho and Salimans, 2207.12598).
+    """The model's prediction under classifier-free guidance (Ho and Salimans, 2207.12598).
 
     Attributes:
         positive, negative: conditions of the prompt and of the negative prompt: `text` (1, t, d) and, for SDXL,
@@ -48,22 +48,22 @@ class ClassifierFreeGuidance:
     sequential: bool = False
     control: ControlNetCondition | None = None
 
-    def predict(self, unet: Any, latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict(self, host: DenoiserCalls, latents: Tensor, timestep: Tensor) -> Tensor:
         """Return n + scale · (p − n) for latents (1, c, h, w), with the predictions p and n for the two prompts."""
         if self.scale == 1:
-            return self._run(unet, latents, timestep, self.positive)
+            return self._run(host, latents, timestep, self.positive)
         if self.sequential:
-            negative = self._run(unet, latents, timestep, self.negative)
-            positive = self._run(unet, latents, timestep, self.positive)
+            negative = self._run(host, latents, timestep, self.negative)
+            positive = self._run(host, latents, timestep, self.positive)
         else:
             both = {key: torch.cat([self.negative[key], self.positive[key]]) for key in self.positive}
-            negative, positive = self._run(unet, latents.expand(2, -1, -1, -1), timestep, both).chunk(2)
+            negative, positive = self._run(host, latents.expand(2, -1, -1, -1), timestep, both).chunk(2)
         return torch.lerp(negative, positive, self.scale)
 
-    def _run(self, unet: Any, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        arguments = unet_arguments(conditions)
+    def _run(self, host: DenoiserCalls, latents: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         residuals = {}
         if self.control is not None:
+            arguments = unet_arguments(conditions)
             image = self.control.image.to(latents).expand(len(latents), -1, -1, -1)
             inputs = {key: value for key, value in arguments.items() if key != "timestep_cond"}  # for UNets only
             down, middle = self.control.network(
@@ -75,12 +75,12 @@ class ClassifierFreeGuidance:
                 **inputs,
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return unet(latents, timestep, return_dict=False, **arguments, **residuals)[0]
+        return host.predict(latents, timestep, conditions, **residuals)
 
 
 @torch.no_grad()
 def denoise(
-    unet: Any,
+    host: DenoiserCalls,
     guidance: ClassifierFreeGuidance,
     schedule: DenoisingSchedule,
     latents: Tensor,
@@ -91,6 +91,10 @@ def denoise(
     """Denoise latents (1, c, h, w) over the whole image at once, from the schedule's first timestep to the end.
 
     Args:
+        host: of the denoising network.
+        guidance: how its predictions are combined.
+        schedule: the timesteps.
+        latents: at the first noise level.
         generator: source of the noise that stochastic schedulers add.
         before_step: called as (step number, latents) before each step; returns the latents to use. See `SkipResidual`.
 
@@ -102,8 +106,8 @@ def denoise(
     for number, timestep in enumerate(schedule.timesteps):
         if before_step is not None:
             latents = before_step(number, latents)
-        scaled = schedule.scheduler.scale_model_input(latents, timestep)
-        prediction = guidance.predict(unet, scaled, timestep)
+        scaled = schedule.scale_model_input(latents, timestep)
+        prediction = guidance.predict(host, scaled, timestep)
         latents = schedule.step(prediction, timestep, latents, generator)
         progress(number + 1, len(schedule.timesteps))
     return latents

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unet_adapters.highres.autoencoder import Tiling, decode_largest_tile
 from unet_adapters.highres.memory import AllocationCounter, estimate_memory
-from unet_adapters.highres.pipeline import size_multiple, uses_guidance, vae_scale_factor, weight_bytes
+from unet_adapters.highres.pipeline import denoiser, size_multiple, uses_guidance, vae_scale_factor, weight_bytes
 from unet_adapters.highres.savings import CHUNK_TOKENS, save_memory
 from unet_adapters.highres.stages import ImageSize
 from unet_adapters.hosts import find_host
@@ -96,7 +96,7 @@ def estimate_unet_call(pipe: Any, size: ImageSize, savings: Sequence[str], guida
         savings: some of `SAVINGS`.
         guidance: guidance scale; 1 halves the batch.
     """
-    return MemoryEstimator(pipe, guidance, pipe.unet.device).unet_call(size, tuple(savings))
+    return MemoryEstimator(pipe, guidance, denoiser(pipe).device).unet_call(size, tuple(savings))
 
 
 def estimate_decoding(pipe: Any, size: ImageSize, tiling: Tiling, on_cpu: bool | None = None) -> AllocationCounter:
@@ -120,17 +120,15 @@ def estimate_decoding(pipe: Any, size: ImageSize, tiling: Tiling, on_cpu: bool |
 def _trace_unet(
     pipe: Any, size: ImageSize, savings: Sequence[str], chunk: int, batch: int, on_cpu: bool
 ) -> AllocationCounter:
-    unet = pipe.unet
+    network = denoiser(pipe)
     batch = 1 if "guidance" in savings else batch
     height, width = (side // vae_scale_factor(pipe) for side in size)
     host = find_host(pipe)
     shapes = host.condition_shapes(batch)
 
     def run(latents: Tensor, *tensors: Tensor) -> Tensor:
-        arguments = host.forward_arguments(dict(zip(shapes, tensors, strict=True)))
-        result: Tensor = unet(latents, torch.tensor(500), return_dict=False, **arguments)[0]
-        return result
+        return host.predict(latents, torch.tensor(500), dict(zip(shapes, tensors, strict=True)))
 
-    with save_memory(unet, savings, chunk, simulate=True):
-        inputs = [(shape, unet.dtype) for shape in (host.latent_shape((height, width), batch), *shapes.values())]
-        return estimate_memory(run, unet, *inputs, device=unet.device, on_cpu=on_cpu)
+    with save_memory(network, savings, chunk, simulate=True):
+        inputs = [(shape, network.dtype) for shape in (host.latent_shape((height, width), batch), *shapes.values())]
+        return estimate_memory(run, network, *inputs, device=network.device, on_cpu=on_cpu)

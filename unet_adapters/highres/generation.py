@@ -24,7 +24,15 @@ from torch import Tensor
 from unet_adapters.highres.autoencoder import decode_tiled, encode_tiled
 from unet_adapters.highres.denoising import ClassifierFreeGuidance, ControlNetCondition, denoise
 from unet_adapters.highres.dilation import dilated_convolutions
-from unet_adapters.highres.pipeline import encode_prompts, native_size, size_multiple, uses_guidance, vae_scale_factor
+from unet_adapters.highres.pipeline import (
+    check_largest_size,
+    denoiser,
+    encode_prompts,
+    native_size,
+    size_multiple,
+    uses_guidance,
+    vae_scale_factor,
+)
 from unet_adapters.highres.plan import MemoryPlan, plan_memory
 from unet_adapters.highres.progress import PartCallback, StepCallback
 from unet_adapters.highres.request import GenerationRequest, GenerationResult
@@ -33,6 +41,7 @@ from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
 from unet_adapters.highres.skip_residual import SkipResidual
 from unet_adapters.highres.stage_store import StageStore, stage_key
 from unet_adapters.highres.stages import ImageSize, ProgressiveStage, check_size, format_size, progressive_stages
+from unet_adapters.hosts import find_host
 from unet_adapters.text_to_image import check_text_to_image
 
 
@@ -50,10 +59,10 @@ def generate(
     progress: PartCallback | None = None,
     **options: Any,
 ) -> GenerationResult:
-    """Generate one large image with an unmodified Stable Diffusion pipeline: SD-1.5, SD-2.1, SDXL or the embedded one.
+    """Generate one large image with an unmodified pipeline: Stable Diffusion 1.5, 2.1, XL, 3 and 3.5, or PixArt.
 
     Args:
-        pipe: the pipeline, with a linear mixer mounted in its UNet; softmax attention works up to its memory limit.
+        pipe: the pipeline, with a linear mixer mounted; softmax attention works up to its memory limit.
         prompt: what the image shows.
         size: (height, width) in pixels; multiples of `size_multiple(pipe)`.
         memory_budget: bytes that may be used; savings are chosen so that the image fits. None: no limit.
@@ -94,7 +103,7 @@ def generate(
         latents = runner.run(number, stage, latents)
         store.save(stage, latents)
     assert latents is not None
-    pixels = decode_tiled(pipe.vae, latents.to(pipe.unet.device), plan.tiling, runner.progress_of("pixels"))
+    pixels = decode_tiled(pipe.vae, latents.to(denoiser(pipe).device), plan.tiling, runner.progress_of("pixels"))
     return GenerationResult(pixels, request, stages, plan, restored)
 
 
@@ -154,33 +163,30 @@ class _StageRunner:
         pipe = self.pipe
         request = self.request
         generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
-        schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, stage.strength, pipe.unet.device)
+        schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, stage.strength, denoiser(pipe).device)
         noise = _noise(pipe, stage.size, generator)
         before_step = None
         if previous is None:
-            latents = noise * schedule.scheduler.init_noise_sigma
+            latents = noise * schedule.initial_sigma
         else:
-            upscaled = self.upscale(previous.to(pipe.unet.device), stage.size)
+            upscaled = self.upscale(previous.to(denoiser(pipe).device), stage.size)
             latents = schedule.add_noise(upscaled, noise)
             if request.skip_residual is not None:
                 before_step = SkipResidual(upscaled, noise, schedule, request.skip_residual)
         dilated = stage.size == request.size and request.dilation > 1
         with (
-            save_memory(pipe.unet, self.plan.savings, self.plan.chunk_tokens),
-            dilated_convolutions(pipe.unet, request.dilation) if dilated else nullcontext(),
+            save_memory(denoiser(pipe), self.plan.savings, self.plan.chunk_tokens),
+            dilated_convolutions(denoiser(pipe), request.dilation) if dilated else nullcontext(),
         ):
             progress = self.progress_of(format_size(stage.size))
-            return denoise(pipe.unet, self.guidance(stage.size), schedule, latents, generator, progress, before_step)
+            guidance = self.guidance(stage.size)
+            return denoise(find_host(pipe), guidance, schedule, latents, generator, progress, before_step)
 
     def guidance(self, size: ImageSize) -> ClassifierFreeGuidance:
-        """Return the guidance at a stage's size, which SDXL's conditions and ControlNet images depend on."""
-        unet = self.pipe.unet
-        time_ids = torch.tensor([[*size, 0, 0, *size]], device=unet.device, dtype=unet.dtype)
-        positive = dict(self.positive)
-        negative = dict(self.negative)
-        if "pooled" in positive:
-            positive["time_ids"] = time_ids
-            negative["time_ids"] = time_ids
+        """Return the guidance at a stage's size, which conditions of some models and ControlNet images depend on."""
+        conditions = find_host(self.pipe).size_conditions(size)
+        positive = {**self.positive, **conditions}
+        negative = {**self.negative, **conditions}
         control = self.control
         if control is not None:
             control = replace(control, image=F.interpolate(control.image, size, mode="bilinear", antialias=True))
@@ -203,6 +209,9 @@ def _stages(pipe: Any, request: GenerationRequest, image: Image.Image | None) ->
     """Return the stages to run; with an image, the stage that it replaces and the larger ones."""
     multiple = size_multiple(pipe)
     check_size(request.size, multiple)
+    check_largest_size(pipe, request.size)
+    if request.dilation > 1 and not hasattr(denoiser(pipe), "down_blocks"):
+        raise ValueError(f"dilation={request.dilation} is for the convolutions of a UNet: leave it out.")
     if request.mode == "direct":
         if image is not None:
             raise ValueError("Cannot enlarge an image in mode direct: use mode progressive, or pass a strength.")
@@ -223,10 +232,10 @@ def _encode_image(pipe: Any, image: Image.Image, size: ImageSize, plan: MemoryPl
     """Return the latents of an image after resizing it to `size`."""
     resized = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(size[0], size[1], 3)
-    return encode_tiled(pipe.vae, pixels, plan.tiling).to(pipe.unet.device, pipe.unet.dtype)
+    return encode_tiled(pipe.vae, pixels, plan.tiling).to(denoiser(pipe).device, denoiser(pipe).dtype)
 
 
 def _noise(pipe: Any, size: ImageSize, generator: torch.Generator) -> Tensor:
     factor = vae_scale_factor(pipe)
     shape = (1, pipe.vae.config.latent_channels, size[0] // factor, size[1] // factor)
-    return torch.randn(shape, generator=generator).to(pipe.unet.device, pipe.unet.dtype)
+    return torch.randn(shape, generator=generator).to(denoiser(pipe).device, denoiser(pipe).dtype)

@@ -1,4 +1,4 @@
-"""What large images need to know about a Stable Diffusion pipeline: its geometry, its weights, its prompt encoder."""
+"""What large images need to know about a text-to-image pipeline: its geometry, its weights, its prompt encoder."""
 
 from __future__ import annotations
 
@@ -8,20 +8,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unet_adapters.hosts import find_host
+
 
 def vae_scale_factor(pipe: Any) -> int:
     """Return the number of image pixels along one side of a latent pixel."""
     return int(pipe.vae_scale_factor)
 
 
+def denoiser(pipe: Any) -> Any:
+    """Return the denoising network of a pipeline: its UNet or its transformer."""
+    unet = getattr(pipe, "unet", None)
+    return pipe.transformer if unet is None else unet
+
+
 def size_multiple(pipe: Any) -> int:
-    """Return what image sides must be multiples of, in pixels, so that every level of the UNet halves exactly."""
-    return vae_scale_factor(pipe) << (len(pipe.unet.config.block_out_channels) - 1)
+    """Return what image sides must be multiples of, in pixels, so that latents divide into levels or patches."""
+    return vae_scale_factor(pipe) * find_host(pipe).latent_multiple
 
 
 def native_size(pipe: Any) -> int:
-    """Return the side, in pixels, of the images that the model was trained on, according to its UNet's config."""
-    return int(pipe.unet.config.sample_size) * vae_scale_factor(pipe)
+    """Return the side, in pixels, of the images that the model was trained on, according to its config."""
+    return find_host(pipe).native_latents * vae_scale_factor(pipe)
+
+
+def check_largest_size(pipe: Any, size: tuple[int, int]) -> None:
+    """Check that the model has positions for an image of (height, width) pixels.
+
+    Raises:
+        ValueError: If it does not; the message names the largest side.
+    """
+    largest = find_host(pipe).largest_latents
+    if largest is not None and max(size) > largest * vae_scale_factor(pipe):
+        raise ValueError(
+            f"Cannot make an image of {size[1]} × {size[0]} pixels: this model has positions for sides of up to "
+            f"{largest * vae_scale_factor(pipe):,} pixels. Choose a smaller size."
+        )
 
 
 def weight_bytes(pipe: Any) -> int:
@@ -30,14 +52,9 @@ def weight_bytes(pipe: Any) -> int:
     return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
 
-def has_embedded_guidance(pipe: Any) -> bool:
-    """Return whether the UNet takes the guidance scale as an input, as full LCM models do."""
-    return getattr(pipe.unet.config, "time_cond_proj_dim", None) is not None
-
-
 def uses_guidance(pipe: Any, scale: float) -> bool:
     """Return whether each step needs two predictions: classifier-free guidance with this scale."""
-    return scale != 1 and not has_embedded_guidance(pipe)
+    return scale != 1 and not find_host(pipe).embeds_guidance
 
 
 @torch.no_grad()
@@ -51,27 +68,14 @@ def encode_prompts(
         prompt: what the image shows.
         negative_prompt: what it does not show; None: what the pipeline uses if none is given, which is the empty prompt
             or, for SDXL, zeros.
-        guidance: guidance scale, for UNets that embed it.
+        guidance: guidance scale, for models that embed it.
 
     Returns:
-        The conditions of the prompt and of the negative prompt: `text` (1, t, d); for SDXL `pooled` (1, p); for UNets
-        that embed the guidance scale `timestep_cond` (1, g).
+        The conditions of the prompt and of the negative prompt, by the names of the host: `text` (1, t, d), `pooled`
+        (1, p), and the guidance scale where the model embeds it.
     """
-    encoded = pipe.encode_prompt(
-        prompt,
-        device=pipe.unet.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=True,
-        negative_prompt=negative_prompt,
-    )
-    positive = {"text": encoded[0]}
-    negative = {"text": encoded[1]}
-    if len(encoded) == 4:
-        positive["pooled"] = encoded[2]
-        negative["pooled"] = encoded[3]
-    if has_embedded_guidance(pipe):
-        scale = torch.tensor([guidance - 1.0])
-        embedding = pipe.get_guidance_scale_embedding(scale, embedding_dim=pipe.unet.config.time_cond_proj_dim)
-        positive["timestep_cond"] = embedding.to(pipe.unet.device, pipe.unet.dtype)
-        negative["timestep_cond"] = positive["timestep_cond"]
-    return positive, negative
+    host = find_host(pipe)
+    negatives = None if negative_prompt is None else [negative_prompt]
+    positive, negative = host.encode_prompts(pipe, [prompt], negatives)
+    embedded = host.guidance_conditions(pipe, guidance)
+    return {**positive, **embedded}, {**negative, **embedded}

@@ -12,7 +12,7 @@ import torch
 from unet_adapters.highres.autoencoder import Tiling
 from unet_adapters.highres.estimates import MemoryEstimator
 from unet_adapters.highres.memory import format_bytes
-from unet_adapters.highres.pipeline import native_size, size_multiple
+from unet_adapters.highres.pipeline import check_largest_size, denoiser, native_size, size_multiple
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS
 from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
 from unet_adapters.highres.stages import (
@@ -110,10 +110,10 @@ def plan_memory(
     """Choose the fewest savings with which an image fits the budget, and estimate what it needs.
 
     Args:
-        pipe: a Stable Diffusion pipeline, with its mixer mounted.
+        pipe: a text-to-image pipeline, with its mixer mounted.
         size: (height, width) in pixels.
         memory_budget: bytes that may be used, the model's weights included; None: no limit.
-        base_size: side of the images that the model was trained on, in pixels; None: from the UNet's config.
+        base_size: side of the images that the model was trained on, in pixels; None: from the model's config.
         strengths, steps, guidance: as in `generate`.
         throughput: floating-point operations per second; without it the plan contains no time.
         direct: denoise from noise at the full size, without stages.
@@ -126,11 +126,12 @@ def plan_memory(
             cannot have this size, or a tensor exceeds MAX_TENSOR_ELEMENTS with every saving.
     """
     check_text_to_image(pipe)
+    check_largest_size(pipe, size)
     stages = progressive_stages(size, base_size or native_size(pipe), size_multiple(pipe), strengths)
     if direct:
         stages = (ProgressiveStage(size, 1.0),)
     check_scheduler(pipe.scheduler, steps, [stage.strength for stage in stages])
-    target = torch.device(device or pipe.unet.device)
+    target = torch.device(device or denoiser(pipe).device)
     estimator = MemoryEstimator(pipe, guidance, target)
 
     def estimate(stage: ProgressiveStage, level: SavingsLevel) -> StageEstimate:

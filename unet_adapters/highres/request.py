@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,9 @@ class GenerationRequest:
         for name in ("steps", "guidance", "dilation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}.")
+        for name, value in (("guidance", self.guidance), ("skip_residual", self.skip_residual or 0.0)):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}: expected a finite number, not negative; got {value}.")
 
 
 @dataclass(frozen=True)

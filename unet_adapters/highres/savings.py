@@ -115,9 +115,9 @@ def _restore_feed_forward(layer: nn.Module) -> None:
 
 
 def _offload_skips(unet: UNet2DConditionModel, undo: ExitStack, chunk_tokens: int, simulate: bool) -> None:
-    for block in unet.down_blocks:
+    for block in getattr(unet, "down_blocks", ()):  # a transformer has no skip connections between levels
         undo.callback(block.register_forward_hook(_drop_skips if simulate else _move_skips_to_cpu).remove)
-    for block in unet.up_blocks:
+    for block in getattr(unet, "up_blocks", ()):
         undo.callback(block.register_forward_pre_hook(_fetch_skips, with_kwargs=True).remove)
 
 

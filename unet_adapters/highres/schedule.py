@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import LMSDiscreteScheduler, PNDMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LMSDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
 MAX_ORACLE_ERROR = 0.1
 """Schedules that end at a small noise level instead of zero, as SD-1.5's, are 0.03 from the image."""
 
 _REQUIRED = ("add_noise", "alphas_cumprod", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
+_REQUIRED_OF_FLOWS = ("scale_noise", "set_timesteps", "step")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,21 @@ class DenoisingSchedule:
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: int = 0) -> Tensor:
         """Bring clean latents to the noise level of step number `step`."""
+        if is_flow(self.scheduler):
+            return torch.lerp(latents, noise, flow_sigma(self.scheduler, self.timesteps[step]).to(latents.dtype))
         return self.scheduler.add_noise(latents, noise, self.timesteps[step : step + 1])
+
+    @property
+    def initial_sigma(self) -> float:
+        """Standard deviation of the latents at the first noise level of the whole schedule."""
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Return what the model is called with at a timestep."""
+        if is_flow(self.scheduler):
+            return latents
+        scaled: Tensor = self.scheduler.scale_model_input(latents, timestep)
+        return scaled
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
         """Return the latents of the next noise level.
@@ -72,6 +87,16 @@ class DenoisingSchedule:
         noise = {"generator": generator} if accepts_generator else {}
         following: Tensor = self.scheduler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
         return following
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler samples from a rectified flow, whose model predicts noise minus image."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def flow_sigma(scheduler: Any, timestep: Tensor) -> Tensor:
+    """Return the share of noise at a timestep of a flow."""
+    return timestep / scheduler.config.num_train_timesteps
 
 
 def _skipped_steps(steps: int, strength: float) -> int:
@@ -104,7 +129,14 @@ def check_scheduler(scheduler: Any, steps: int, strengths: Iterable[float]) -> N
         ValueError: If it does not, or lacks a method that stages need.
     """
     name = type(scheduler).__name__
-    missing = [attribute for attribute in _REQUIRED if not hasattr(scheduler, attribute)]
+    flow = is_flow(scheduler)
+    if flow and scheduler.config.use_dynamic_shifting:
+        raise ValueError(
+            f"Cannot generate with {name}: its noise levels depend on the size of the image (use_dynamic_shifting), "
+            "which stages of several sizes do not support. Use a scheduler with a constant shift."
+        )
+    required = _REQUIRED_OF_FLOWS if flow else _REQUIRED
+    missing = [attribute for attribute in required if not hasattr(scheduler, attribute)]
     if missing:
         raise ValueError(
             f"Cannot generate with {name}: it has no {', '.join(missing)}, which a stage needs to start from an image. "
@@ -132,9 +164,9 @@ def oracle_error(scheduler: Any, steps: int, strength: float) -> float:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 4, 4, 4, generator=generator) * 2 - 1
     noise = torch.randn(image.shape, generator=generator)
-    latents = noise * schedule.scheduler.init_noise_sigma if strength == 1 else schedule.add_noise(image, noise)
+    latents = noise * schedule.initial_sigma if strength == 1 else schedule.add_noise(image, noise)
     for timestep in schedule.timesteps:
-        scaled = schedule.scheduler.scale_model_input(latents, timestep)
+        scaled = schedule.scale_model_input(latents, timestep)
         prediction = _exact_prediction(schedule.scheduler, scaled, timestep, image)
         latents = schedule.step(prediction, timestep, latents, generator)
     return float((latents - image).square().mean().sqrt())
@@ -142,6 +174,8 @@ def oracle_error(scheduler: Any, steps: int, strength: float) -> float:
 
 def _exact_prediction(scheduler: Any, scaled: Tensor, timestep: Tensor, image: Tensor) -> Tensor:
     """Return what a perfect UNet predicts for its input `scaled`, if the clean latents are `image`."""
+    if is_flow(scheduler):
+        return (scaled - image) / flow_sigma(scheduler, timestep)
     signal = _signal_share(scheduler.alphas_cumprod, float(timestep))
     noise_level = (1 - signal) ** 0.5
     noise = (scaled - signal**0.5 * image) / noise_level

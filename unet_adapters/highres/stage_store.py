@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unet_adapters.files import save_tensors
 from unet_adapters.highres.fingerprint import config_values, fingerprint
+from unet_adapters.highres.pipeline import denoiser
 from unet_adapters.highres.plan import MemoryPlan
 from unet_adapters.highres.request import GenerationRequest
 from unet_adapters.highres.stages import ProgressiveStage
@@ -76,4 +77,4 @@ def stage_key(
     scheduler = (type(pipe.scheduler).__qualname__, config_values(pipe.scheduler.config))
     versions = {name: version(name) for name in _LIBRARIES}
     image = (asdict(request), asdict(plan.tiling), conditions, inputs)
-    return fingerprint(_FORMAT, versions, image, scheduler, pipe.unet, pipe.vae)[:16]
+    return fingerprint(_FORMAT, versions, image, scheduler, denoiser(pipe), pipe.vae)[:16]

@@ -84,6 +84,21 @@ class DenoiserCalls(ABC):
         return {}
 
     @property
+    def latent_multiple(self) -> int:
+        """What the sides of latents must be multiples of: the side of a patch."""
+        return int(getattr(self.model.config, "patch_size", 1))
+
+    @property
+    def native_latents(self) -> int:
+        """Side of the square latents that the model was trained on."""
+        return int(self.model.config.sample_size)
+
+    @property
+    def largest_latents(self) -> int | None:
+        """Largest side of latents that the model has positions for; None: any."""
+        return None
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the guidance scale is a condition of the model, which then needs one prediction per step, not two."""
         return False

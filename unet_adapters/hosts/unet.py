@@ -135,6 +135,11 @@ class UNetHost(Host):
         return {"time_ids": ids.repeat(batch, 1)}
 
     @property
+    def latent_multiple(self) -> int:
+        """Sides of which every level of the UNet halves exactly."""
+        return 1 << (len(self.model.config.block_out_channels) - 1)
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the UNet takes the guidance scale as an input, as full LCM models do."""
         return getattr(self.model.config, "time_cond_proj_dim", None) is not None

@@ -37,7 +37,7 @@ class CocoCaptions(RandomAccess):
             for note in content["annotations"]:
                 texts.setdefault(note["image_id"], []).append((note["id"], " ".join(note["caption"].split())))
             images = sorted((image["id"], image["file_name"]) for image in content["images"] if image["id"] in texts)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"Cannot read {captions} as COCO's captions ({type(error).__name__}: {error}): expected "
                 '{"images": [{"id", "file_name"}, …], "annotations": [{"id", "image_id", "caption"}, …]}.'

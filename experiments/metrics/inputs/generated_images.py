@@ -99,10 +99,10 @@ def feature_sets(
         true = _true_features(context, plan, data, size)
         second = _second_true_features(context, plan, data, size)
         for guidance in plan.all_guidances:
-            version = weights_version(context.teacher.unet)
+            version = weights_version(context.teacher.denoiser)
             teacher = _teacher_features(context, plan, data, size, guidance, version)
             with adapter.mounted():
-                student = _features_by_network(context, plan, _generated(context, plan, data, size, guidance))
+                student = _features_by_network(context, plan, generate_batches(context, plan, data, size, guidance))
             for name in plan.generated.features:
                 network = open_network(name, str(context.teacher.device)).name
                 yield FeatureSets(network, size, guidance, student[name], teacher[name], true[name], second.get(name))
@@ -135,10 +135,19 @@ def _features_by_network(
     return dict(zip(names, extract_features(batches, networks), strict=True))
 
 
-def _generated(
+@torch.no_grad()
+def generate_batches(
     context: DistillationContext, plan: EvaluationConfig, data: str, size: int, guidance: float
 ) -> Iterator[CaptionedBatch]:
-    """Images by the UNet as it is mounted now; noise of seed + k for caption k."""
+    """Generate an image for every caption of the evaluation, by the UNet as it is mounted now, batch by batch.
+
+    Args:
+        context: the teacher's pipeline.
+        plan: how many captions, resizing, and the seed: caption k starts from noise of seed + k.
+        data: name of the data set, as in a grid.
+        size: side of the images in pixels, before resizing.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
     start = plan.seed
     resized_to = plan.generated.resize or size
     for _, captions in open_true_images(data, plan).batches(resized_to, plan.generated.batch_size):
@@ -178,4 +187,4 @@ def _teacher_features(
     guidance: float,
     version: TensorVersions,
 ) -> dict[str, ImageFeatures]:
-    return _features_by_network(context, plan, _generated(context, plan, data, size, guidance))
+    return _features_by_network(context, plan, generate_batches(context, plan, data, size, guidance))

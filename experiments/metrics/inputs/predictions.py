@@ -90,7 +90,7 @@ class NoisyImages:
 
     def teacher_prediction(self, timestep: int) -> Tensor:
         """Return the teacher's prediction; nothing may be mounted when it is asked for first."""
-        version = weights_version(self._teacher.unet)
+        version = weights_version(self._teacher.denoiser)
         if self._teacher_version != version:
             self._predictions.clear()
             self._teacher_version = version

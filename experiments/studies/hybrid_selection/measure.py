@@ -30,7 +30,7 @@ class SizeTimes(BaseModel):
     """Times at one image size, of a batch of 2 without gradients.
 
     Attributes:
-        tokens: of each site.
+        tokens: of each site, in the order in which the model calls them.
         seconds: medians; by mixer, and for `STOCK`, of each site.
         forward: median of a forward pass of the stock model.
     """
@@ -84,7 +84,7 @@ def measure_times(
         students: by mixer, on all sites.
         size: side of the image in pixels.
     """
-    unet = context.teacher.unet
+    unet = context.teacher.denoiser
     host = find_host(context.pipe)
     device = str(context.teacher.device)
     latent_side = size // host.vae_scale_factor

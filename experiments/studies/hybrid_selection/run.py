@@ -91,7 +91,7 @@ class HybridRun:
                     self.progress(f"error of each site, {size} px", done, len(sites) * len(self.config.mixers))
         times = {}
         for number, size in enumerate(self.sizes):
-            self.progress(f"times, {size} px", number, len(self.sizes))
+            self.progress("times", number, len(self.sizes))
             times[size] = self._times(size)
         self.progress("times", len(self.sizes), len(self.sizes))
         return HybridMeasurements(sites, errors, times)

@@ -229,9 +229,9 @@ def _without(measurements: HybridMeasurements, softmax_sites: set[str], mixer: s
 
 
 def _rules(measurements: HybridMeasurements, random_count: int) -> dict[str, SitesToKeep]:
-    sites = measurements.sites
-    total = len(sites)
     tokens = measurements.times[measurements.sizes[-1]].tokens
+    sites = list(tokens)  # in the order in which the model calls them: a UNet's mid block is in the middle
+    total = len(sites)
 
     def evenly(count: int) -> set[str]:
         return {sites[int((index + 0.5) * total / count)] for index in range(count)}

@@ -70,7 +70,7 @@ def _call_unet(pipe: Any, size: ImageSize, savings: tuple[str, ...]) -> None:
     conditions = host.dummy_conditions()
     guidance = ClassifierFreeGuidance(conditions, conditions, GUIDANCE, sequential="guidance" in savings)
     with save_memory(pipe.unet, savings):
-        guidance.predict(pipe.unet, torch.randn(host.latent_shape((height, width))), torch.tensor(500))
+        guidance.predict(host, torch.randn(host.latent_shape((height, width))), torch.tensor(500))
 
 
 def _decode(pipe: Any, size: ImageSize) -> None:

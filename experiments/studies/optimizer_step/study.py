@@ -54,7 +54,7 @@ class RandomBatches:
     """
 
     def __init__(self, teacher: Teacher, size: int) -> None:
-        host = find_host(teacher.unet)
+        host = find_host(teacher.denoiser)
         side = size // VAE_SCALE_FACTOR
         shapes = {"latents": host.latent_shape((side, side)), **host.condition_shapes()}
         self._sample: Batch = {name: torch.randn(shape) for name, shape in shapes.items()}

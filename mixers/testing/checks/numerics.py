@@ -57,14 +57,14 @@ def check_extreme_inputs(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_gradients(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Every parameter gets a finite gradient, and gradcheck agrees with finite differences."""
+    """Every parameter gets a finite gradient, and gradcheck agrees with finite differences in random directions."""
     mixer = copy.deepcopy(mixer)
     x = inputs.tokens(mixer, 4, batch=1).requires_grad_()
     run_mixer(mixer, x).square().sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
-    assert torch.autograd.gradcheck(lambda t: run_mixer(mixer, t), (x.detach().requires_grad_(),))
+    assert torch.autograd.gradcheck(lambda t: run_mixer(mixer, t), (x.detach().requires_grad_(),), fast_mode=True)
 
 
 def check_gradients_per_sample(mixer: TokenMixer, inputs: CheckInputs) -> None:

@@ -223,6 +223,16 @@ class FluxHost(Host):
         return encode(prompts), encode(negative_prompts or [""] * len(prompts)) if guided else {}
 
     @property
+    def latent_multiple(self) -> int:
+        """Latents are packed into tokens of 2 × 2."""
+        return PACKED
+
+    @property
+    def native_latents(self) -> int:
+        """128: images of 1,024 pixels."""
+        return 128
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the model is guidance-distilled."""
         return bool(self.model.config.guidance_embeds)

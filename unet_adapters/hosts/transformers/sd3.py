@@ -78,5 +78,10 @@ class SD3Host(PatchTransformerHost):
         )
         return {"text": text, "pooled": pooled}, {"text": negative_text, "pooled": negative_pooled} if guided else {}
 
+    @property
+    def largest_latents(self) -> int:
+        """The table of positions has this side."""
+        return int(self.model.config.pos_embed_max_size * self.model.config.patch_size)
+
     def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         return {"hidden_states": noisy, "timestep": timestep}

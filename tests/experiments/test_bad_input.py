@@ -1,0 +1,81 @@
+"""Bad input at the command line is one sentence: odd settings, names and seeds, and files that are something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from experiments.core.files import read_json
+from experiments.report.run_files import load_run
+from tests.experiments.runs import make_run
+
+NESTED = "[" * 100_000
+
+GRID = """
+from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, Grid, Variant
+GRID = Grid(
+    name="tiny",
+    question="?",
+    variants=(Variant(name="softmax", label="softmax", mixer="softmax", trained=False),),
+    distillation=DistillationConfig(fit=FitConfig(steps=1, batch_size=2, learning_rate=1e-3), images=2),
+    evaluation=EvaluationConfig(),
+)
+"""
+
+
+def fails(*words: str) -> str:
+    """Run a command that has to fail with one sentence; returns it."""
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output and result.stderr.count("error:") == 1, result.output
+    return " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (f"variants.0.options={NESTED}", "variants.0.options: Input should be a valid dictionary"),
+        (f"distillation.image_size={'9' * 5000}", "distillation.image_size: "),
+        ("distillation.image_size=1000000000", "less than or equal to 32768"),
+        ("evaluation.sizes=[1000000000]", "less than or equal to 32768"),
+        ("distillation.fit.learning_rate=Infinity", "learning_rate: Input should be a finite number"),
+        ("seeds=[1,1]", "seeds need to be different, got 1, 1"),
+        ("name=../elsewhere", "name: String should match pattern"),
+    ],
+    ids=["nested", "digits", "size", "sizes", "infinite", "seeds", "name"],
+)
+def test_a_setting_of_a_grid(setting: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.py").write_text(GRID)
+    assert message in fails("ablate", str(tmp_path / "grid.py"), "--out", str(tmp_path / "run"), "--set", setting)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["import sys; sys.exit(3)", "raise SystemExit"])
+def test_a_grid_that_exits(source: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.py").write_text(source)
+    assert "Cannot load the grid" in fails("ablate", str(tmp_path / "grid.py"))
+
+
+@pytest.mark.parametrize("content", [NESTED, "date: 2024-13-99", "\x00"])
+def test_a_recipe_that_is_no_yaml(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    assert f"Cannot read the recipe {tmp_path / 'mine.yaml'}" in fails("distill", str(tmp_path / "mine.yaml"))
+
+
+def test_files_that_are_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(NESTED)
+    assert read_json(tmp_path / "grid.json") == {}
+    assert "is not a readable grid" in fails("report", str(tmp_path))
+
+
+def test_a_log_with_a_step_that_is_no_number_is_reported(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    log = next(run.glob("cells/linear-s0-x/metrics.jsonl"))
+    log.write_text(log.read_text() + json.dumps({"step": float("inf"), "loss": 1}) + "\n" + NESTED + "\n")
+    cell = next(cell for cell in load_run(run).cells if cell.id == "linear-s0-x")
+    assert "metrics.jsonl: 2 damaged lines skipped" in cell.problems

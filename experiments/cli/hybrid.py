@@ -30,7 +30,7 @@ def hybrid(
     sizes: Annotated[list[int] | None, typer.Option("--size", help="side of the images in pixels; repeat")] = None,
     teacher: Annotated[str, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = "embedded",
     variant: WeightVariant = None,
-    data: Annotated[str, typer.Option(help="images with captions: 'emoji', or as in docs/howto/data.md")] = "emoji",
+    data: Annotated[str, typer.Option(help="images with captions: 'scenes', or as in docs/howto/data.md")] = "scenes",
     out: Out = Path("runs/hybrid"),
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006

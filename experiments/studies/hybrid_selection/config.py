@@ -31,7 +31,7 @@ class HybridConfig(FrozenModel):
     mixers: tuple[str, ...] = Field(min_length=1, description="candidates, with their published defaults")
     teacher: str = "embedded"
     teacher_variant: str | None = None
-    data: str = "emoji"
+    data: str = "scenes"
     distillation: DistillationConfig = Field(DISTILLATION, description="trains all sites at once, each by itself")
     evaluation: EvaluationConfig = Field(EVALUATION, description="sizes, held-out images and timesteps")
     repeats: int = Field(7, gt=0, description="turns that the medians of times are taken over")

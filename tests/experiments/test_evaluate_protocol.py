@@ -33,7 +33,7 @@ def test_it_is_written_once_and_then_enforced(context: DistillationContext, grid
     with pytest.raises(ValueError, match="another protocol") as raised:
         freeze_protocol(protocol_of(context, other, grid.data), tmp_path)
     message = str(raised.value)
-    assert "sampler.steps was 2 and is now 3" in message and 'prompts was ["red apple' in message
+    assert "sampler.steps was 2 and is now 3" in message and 'prompts was ["a red apple' in message
     assert "evaluation.timesteps was [500] and is now [100]" in message and "sha256" not in message
     assert (tmp_path / FILE).read_text() == text
     (tmp_path / FILE).write_text("{")

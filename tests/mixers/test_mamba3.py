@@ -116,7 +116,8 @@ def streams_of(mixer: TokenMixer, x: Tensor) -> Mamba3Streams:
 def test_its_matrix_is_the_formula_in_loops() -> None:
     mixer = drop_in(causality="bidirectional")
     streams = streams_of(mixer, float64(1, 6, DIM))
-    q, k = streams.q, streams.k
+    q = streams.q
+    k = streams.k
     dt = streams.dt
     share = streams.trapezoid
     angles = streams.angles

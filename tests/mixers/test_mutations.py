@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,10 +63,10 @@ MUTATIONS = [
         "torch.stack(before), memory",
         "torch.stack(before[1:] + [memory]), memory",
     ),
-    Mutation("linear", "chunks", "queries miss their own gate", "rows = q * gates", "rows = q"),
+    Mutation("linear", "channel_gates", "queries miss their own gate", "rows = q * gates", "rows = q"),
     Mutation(
         "linear",
-        "chunks",
+        "channel_gates",
         "smallest halves left out",
         "_lower_quarters(scores, half).copy_(",
         "half > 1 and _lower_quarters(scores, half).copy_(",
@@ -166,7 +167,9 @@ def codes_in(code: CodeType) -> Iterator[CodeType]:
 
 def mutate(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exchange the code of the module's functions, wherever they are used, by that of the changed source."""
-    module = importlib.import_module(f"mixers.operators.{mutation.operator}.{mutation.module}")
+    shared = f"mixers.operators.{mutation.module}"
+    own = f"mixers.operators.{mutation.operator}.{mutation.module}"
+    module = importlib.import_module(own if importlib.util.find_spec(own) else shared)
     path = Path(inspect.getfile(module))
     source = path.read_text(encoding="utf-8")
     assert source.count(mutation.old) == 1, f"{path.name} has {source.count(mutation.old)} times {mutation.old!r}"

@@ -76,7 +76,7 @@ def call(pipe: Any, prompt: Any = "a b c", **extra: Any) -> Any:
     settings: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
     if "PixArt" in type(pipe).__name__:
         settings["use_resolution_binning"] = False
-    return pipe(prompt, generator=torch.Generator().manual_seed(0), **{**settings, **extra})
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **(settings | extra))
 
 
 @pytest.fixture(params=list(PIPELINES))

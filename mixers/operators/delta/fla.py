@@ -55,11 +55,14 @@ class FlaDeltaRule(DeltaRuleBackend):
 
 
 def _run_kernel(q: Tensor, k: Tensor, beta: Tensor, g: Tensor, v: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.kda import chunk_kda
+    if g.shape[-1] > 1:
+        from fla.ops.kda import chunk_kda as kernel
 
-    kernel = chunk_kda if g.shape[-1] > 1 else chunk_gated_delta_rule
-    gates = g if g.shape[-1] > 1 else g[..., 0]
+        gates = g
+    else:  # also with versions of fla that have no KDA
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
+
+        gates = g[..., 0]
     q, k, v, gates, beta = (t.contiguous() for t in (q, k, v, gates.float(), beta))
     y, memory = kernel(q, k, v, g=gates, beta=beta, scale=1.0, initial_state=memory, output_final_state=True)
     return y, memory

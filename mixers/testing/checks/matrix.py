@@ -50,7 +50,7 @@ def check_matrix_by_probing(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_matrix_by_differentiating(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Not linear in the values: the matrix is the derivative of the result by the values, within every channel."""
+    """The matrix is the derivative of the result by the values, where that is not linear in them."""
     streams = inputs.streams(mixer, min(max(inputs.lengths), 6), batch=1)
     formula = mixer.mixing_matrix(streams)
     jacobian = torch.func.jacrev(lambda v: mixer.mix(with_values(streams, v)))(streams.v)

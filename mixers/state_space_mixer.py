@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mixers.config import MixerConfig
 from mixers.linear_mixer import LinearConfig, LinearMixer
+from mixers.normalization import append_ones, divide_by_last
 from mixers.stages.projections import Projections
+from mixers.streams import Streams
 from mixers.traits import Causality
 
 Selection = Literal["inner", "input"]
@@ -102,3 +104,21 @@ class StateSpaceMixer(LinearMixer):
         """Give each head the channels of its group, (b, l, groups·n) -> (b, l, h, n); a view if there is one group."""
         groups = x.unflatten(-1, (self.n_groups, 1, -1))
         return groups.expand(-1, -1, -1, self.heads // self.n_groups, -1).flatten(2, 3)
+
+
+class MultiPassMixer(StateSpaceMixer):
+    """A state-space mixer whose weights are a sum of parts, such as the past, the future and the own token.
+
+    A subclass provides the sum: `weigh` and `weights`, unnormalized.
+    """
+
+    def mix_directly(self, streams: Streams) -> Tensor:
+        """Compute W v, (b, l, h, v), in float32 at least."""
+        if not self.config.normalize:
+            return self.weigh(streams, streams.values)
+        return divide_by_last(self.weigh(streams, append_ones(streams.values)), self.config.eps)
+
+    def direct_matrix(self, streams: Streams) -> Tensor:
+        """Compute W, (b, h, l, l), from its formula."""
+        total = self.weights(streams)
+        return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total

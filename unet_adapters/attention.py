@@ -96,12 +96,10 @@ class MixerDispatch:
         return hidden_states / attn.rescale_output_factor
 
 
-class MixerAttention(MountedLayer, Attention):
-    """An `Attention` whose tokens are mixed by its child `mixer`; made only by `attn.__class__ = MixerAttention`."""
+class MountedAttention(MountedLayer, Attention):
+    """A mounted `Attention`, whatever it attends to."""
 
     stock_class = Attention
-    dispatcher = MixerDispatch()
-    supported_processors = PLAIN_PROCESSORS | PERTURBED_PARTS.keys()
     fused_processors = frozenset(UNFUSED)
 
     def get_processor(self, return_deprecated_lora: bool = False) -> Any:
@@ -109,6 +107,13 @@ class MixerAttention(MountedLayer, Attention):
         if return_deprecated_lora:
             return Attention.get_processor(self, return_deprecated_lora=True)
         return super().get_processor()
+
+
+class MixerAttention(MountedAttention):
+    """An `Attention` whose tokens are mixed by its child `mixer`; made only by `attn.__class__ = MixerAttention`."""
+
+    dispatcher = MixerDispatch()
+    supported_processors = PLAIN_PROCESSORS | PERTURBED_PARTS.keys()
 
 
 def check_attention(site: Site, layer: Any) -> None:

@@ -110,7 +110,7 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
         note: a sentence about it for readers.
     """
     evaluation = grid.evaluation
-    notes = [credit(grid.data)] if credit(grid.data) else []
+    notes = list(filter(None, [credit(grid.data)]))
     return RunDescription(
         name=grid.name,
         question=grid.question,

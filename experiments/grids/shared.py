@@ -1,6 +1,6 @@
 """What the ready-made grids share: training plans, the evaluation, claims, and the controls that every grid carries.
 
-The plans are for the embedded teacher: about 40 seconds of training for each cell on one CPU core.
+The plans are for the embedded teacher: about two and a half minutes of training for each cell on one CPU core.
 """
 
 from __future__ import annotations

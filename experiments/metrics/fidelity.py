@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from experiments.metrics.base import LinePlot, Metric, MetricRow, Quantity, register_metric
-from experiments.metrics.inputs.predictions import Split
+from experiments.metrics.inputs.predictions import Split, average_errors
 from experiments.metrics.inputs.student import EvaluatedStudent
 
 RELATIVE_ERROR = "squared error to the teacher / the teacher's mean square"
@@ -82,22 +80,17 @@ class Fidelity(Metric):
         return rows
 
     def _row(self, student: EvaluatedStudent, height: int, width: int, split: Split) -> FidelityRow:
-        errors = student.prediction_errors(height, width, split)
-        by_image = torch.stack([error.to_teacher for error in errors]).mean(0)
-        to_teacher = float(by_image.mean())
-        power = float(torch.stack([error.teacher_power for error in errors]).mean())
-        to_truth = float(torch.stack([error.to_truth for error in errors]).mean())
-        teacher_to_truth = float(torch.stack([error.teacher_to_truth for error in errors]).mean())
+        errors = average_errors(student.prediction_errors(height, width, split))
         return FidelityRow(
             size=max(height, width),
             height=height,
             width=width,
             split=split,
-            images=len(by_image),
-            error_to_teacher=to_teacher,
-            relative_error_to_teacher=to_teacher / power,
-            error_to_truth=to_truth,
-            teacher_error_to_truth=teacher_to_truth,
-            error_ratio=to_truth / teacher_to_truth,
-            error_by_image=tuple(by_image.tolist()),
+            images=len(errors.by_image),
+            error_to_teacher=errors.to_teacher,
+            relative_error_to_teacher=errors.to_teacher / errors.teacher_power,
+            error_to_truth=errors.to_truth,
+            teacher_error_to_truth=errors.teacher_to_truth,
+            error_ratio=errors.to_truth / errors.teacher_to_truth,
+            error_by_image=tuple(errors.by_image.tolist()),
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
 from experiments.config import ImageSide
 from experiments.metrics.base import LinePlot, Metric, MetricOptions, MetricRow, Quantity, register_metric
 from experiments.metrics.fidelity import ERROR_RATIO, RELATIVE_ERROR
+from experiments.metrics.inputs.predictions import average_errors
 from experiments.metrics.inputs.student import EvaluatedStudent
 
 
@@ -68,16 +68,12 @@ class Transfer(Metric):
         return [self._row(student, size) for size in self.options.sizes]
 
     def _row(self, student: EvaluatedStudent, size: int) -> TransferRow:
-        errors = student.errors_on(self.options.data, size, size)
-        by_image = torch.stack([error.to_teacher for error in errors]).mean(0)
-        power = torch.stack([error.teacher_power for error in errors]).mean()
-        to_truth = torch.stack([error.to_truth for error in errors]).mean()
-        teacher_to_truth = torch.stack([error.teacher_to_truth for error in errors]).mean()
+        errors = average_errors(student.errors_on(self.options.data, size, size))
         return TransferRow(
             size=size,
             data=self.options.data,
-            images=len(by_image),
-            relative_error_to_teacher=float(by_image.mean() / power),
-            error_ratio=float(to_truth / teacher_to_truth),
-            error_by_image=tuple(by_image.tolist()),
+            images=len(errors.by_image),
+            relative_error_to_teacher=errors.to_teacher / errors.teacher_power,
+            error_ratio=errors.to_truth / errors.teacher_to_truth,
+            error_by_image=tuple(errors.by_image.tolist()),
         )

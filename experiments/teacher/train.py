@@ -171,7 +171,7 @@ def train_unet(
     """
     words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe).to(device)
-    batch = unet_batches(directory, coder, words, recipe)
+    batch = unet_batches(directory, coder, words, recipe, device)
     step_report = _prefix(report, "unet", recipe.unet)
     deadline = time.monotonic() + (seconds or float("inf"))
 
@@ -181,11 +181,7 @@ def train_unet(
         if time.monotonic() > deadline:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def on_device(step: int) -> tuple[Tensor, Tensor]:
-        latents, tokens = batch(step)
-        return latents.to(device), tokens.to(device)
-
-    fit(model, on_device, recipe.unet, directory / "unet", watch)
+    fit(model, batch, recipe.unet, directory / "unet", watch)
     return model
 
 
@@ -222,13 +218,9 @@ def decay_learning_rate(
         (folder / f"from-{step}").touch()
     words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe).to(device)
-    batch = unet_batches(directory, coder, words, recipe.model_copy(update={"large_from": 0}))
+    batch = unet_batches(directory, coder, words, recipe.model_copy(update={"large_from": 0}), device)
 
-    def on_device(step: int) -> tuple[Tensor, Tensor]:
-        latents, tokens = batch(step)
-        return latents.to(device), tokens.to(device)
-
-    fit(model, on_device, config, folder, _prefix(report, "decay", config))
+    fit(model, batch, config, folder, _prefix(report, "decay", config))
     return model
 
 
@@ -260,16 +252,16 @@ def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -
 
 
 def unet_batches(
-    directory: Path, coder: AutoencoderKL, words: CLIPTokenizer, recipe: TeacherRecipe
+    directory: Path, coder: AutoencoderKL, words: CLIPTokenizer, recipe: TeacherRecipe, device: str = "cpu"
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Return the function from a step to its batch of latents and token ids."""
+    """Return the function from a step to its batch of latents and token ids, on `device`."""
 
     def size(step: int) -> int:
         if step < recipe.large_from or step % 10 != 9 or not recipe.large_sizes:
             return recipe.image_size
         return recipe.large_sizes[(step // 10) % len(recipe.large_sizes)]
 
-    return make_batches(
+    load = make_batches(
         LatentShards(directory / "latents", coder, words, recipe.shard),
         encode_captions(words, [""])[0],
         batch_size=recipe.unet.batch_size,
@@ -277,6 +269,12 @@ def unet_batches(
         dropout=recipe.caption_dropout,
         large=size,
     )
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        latents, tokens = load(step)
+        return latents.to(device), tokens.to(device)
+
+    return batch
 
 
 def _prefix(

@@ -15,11 +15,10 @@ from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
 from mixers.feature_maps import FEATURE_MAPS
-from mixers.normalization import append_ones, divide_by_last
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import FullPrecisionLinear
-from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
+from mixers.state_space_mixer import MultiPassMixer, StateSpaceConfig
 from mixers.streams import Streams
 from mixers.traits import Causality
 
@@ -62,7 +61,7 @@ class HydraStreams(Streams):
     causalities=("causal", "bidirectional"),
     unsupported={"noncausal": "it distinguishes past and future only; without an order, use vssd with skip=True"},
 )
-class Hydra(StateSpaceMixer):
+class Hydra(MultiPassMixer):
     """Hydra (2407.09941): SSD over the past, SSD over the future, and a diagonal δ: a quasiseparable matrix.
 
         W_ij = C_{i−1}·B_j Δ_j ∏_{t=j+1..i−1} exp(Δ_t A) for j < i, mirrored for j > i, and W_ii = δ_i = fc(x_i) + D
@@ -75,7 +74,7 @@ class Hydra(StateSpaceMixer):
     Config: ClassVar[type[MixerConfig]] = HydraConfig
     has_decay: ClassVar[bool] = True
     drop_in_options: ClassVar[Mapping[str, Any]] = {
-        **StateSpaceMixer.drop_in_options,
+        **MultiPassMixer.drop_in_options,
         "shared_keys": True,
         "own_query": True,
     }
@@ -115,17 +114,6 @@ class Hydra(StateSpaceMixer):
             grid=streams.grid,
             diagonal=diagonal,
         )
-
-    def mix_directly(self, streams: Streams) -> Tensor:
-        """Compute W v, (b, l, h, v), in float32 at least."""
-        if not self.config.normalize:
-            return self.weigh(streams, streams.values)
-        return divide_by_last(self.weigh(streams, append_ones(streams.values)), self.config.eps)
-
-    def direct_matrix(self, streams: Streams) -> Tensor:
-        """Compute W, (b, h, l, l), from its formula."""
-        total = self.weights(streams)
-        return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total
 
     def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Add the shifted sums of each direction, and the diagonal: (b, l, h, ·), float32 at least."""

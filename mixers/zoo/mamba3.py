@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
-from mixers.normalization import append_ones, divide_by_last
 from mixers.stages.outputs import RMSNorm
 from mixers.stages.trapezoid import TrapezoidalDiscretization, rotate_cumulatively
 from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
-from mixers.state_space_mixer import StateSpaceConfig, StateSpaceMixer
+from mixers.state_space_mixer import MultiPassMixer, StateSpaceConfig
 from mixers.streams import Streams
 
 
@@ -76,7 +75,7 @@ class Mamba3Streams(Streams):
         "without an order, use vssd"
     },
 )
-class Mamba3(StateSpaceMixer):
+class Mamba3(MultiPassMixer):
     """Mamba-3 (2603.15569): S_t = α_t R_t S_{t−1} + (1 − λ_t) Δ_t α_t R_t B_{t−1} x_{t−1}ᵀ + λ_t Δ_t B_t x_tᵀ, y = C S.
 
     The trapezoidal rule: a step weighs its own token by λ and the one before by 1 − λ. α_t = exp(Δ_t A_t), with A
@@ -146,17 +145,6 @@ class Mamba3(StateSpaceMixer):
             trapezoid=steps.trapezoid,
             angles=steps.angles,
         )
-
-    def mix_directly(self, streams: Streams) -> Tensor:
-        """Compute W v, (b, l, h, v), in float32 at least."""
-        if not self.config.normalize:
-            return self.weigh(streams, streams.values)
-        return divide_by_last(self.weigh(streams, append_ones(streams.values)), self.config.eps)
-
-    def direct_matrix(self, streams: Streams) -> Tensor:
-        """Compute W, (b, h, l, l), from its formula."""
-        total = self.weights(streams)
-        return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total
 
     def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Add the own token and the sums over the tokens on each side: (b, l, h, ·), float32 at least."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -106,6 +106,38 @@ class NoisyImages:
         latents = self._encoded["latents"]
         generator = torch.Generator().manual_seed(1000 * self._noise_seed + timestep)
         return torch.randn(latents.shape, generator=generator).to(latents)
+
+
+@dataclass(frozen=True)
+class MeanErrors:
+    """Prediction errors as means over timesteps, and over images but for the first.
+
+    Attributes:
+        by_image: student against teacher, image by image, (images,).
+        teacher_power: the teacher's prediction against zero.
+        to_truth: student against the true noise (or velocity).
+        teacher_to_truth: teacher against it.
+    """
+
+    by_image: Tensor
+    teacher_power: float
+    to_truth: float
+    teacher_to_truth: float
+
+    @property
+    def to_teacher(self) -> float:
+        """Student against teacher."""
+        return float(self.by_image.mean())
+
+
+def average_errors(errors: Sequence[PredictionErrors]) -> MeanErrors:
+    """Average prediction errors over their timesteps."""
+    return MeanErrors(
+        by_image=torch.stack([error.to_teacher for error in errors]).mean(0),
+        teacher_power=float(torch.stack([error.teacher_power for error in errors]).mean()),
+        to_truth=float(torch.stack([error.to_truth for error in errors]).mean()),
+        teacher_to_truth=float(torch.stack([error.teacher_to_truth for error in errors]).mean()),
+    )
 
 
 def prediction_errors(

@@ -15,7 +15,7 @@ from torch import nn
 from experiments.bench.attention_layer import BATCH, STOCK
 from experiments.core.timing import time_interleaved
 from experiments.distill import DistillationContext
-from experiments.metrics.inputs.predictions import noisy_images, prediction_errors
+from experiments.metrics.inputs.predictions import average_errors, noisy_images, prediction_errors
 from experiments.studies.hybrid_selection.config import HybridConfig
 from experiments.studies.hybrid_selection.students import combine_students
 from unet_adapters import MixerAdapter
@@ -64,10 +64,8 @@ def measure_errors(
     """
     plan = config.evaluation
     images = noisy_images(context, config.data, size, size, "held_out", plan, config.seed)
-    errors = prediction_errors(images, adapter, plan.timesteps)
-    power = torch.stack([error.teacher_power for error in errors]).mean()
-    by_image = torch.stack([error.to_teacher for error in errors]).mean(0) / power
-    return tuple(by_image.tolist())
+    errors = average_errors(prediction_errors(images, adapter, plan.timesteps))
+    return tuple((errors.by_image / errors.teacher_power).tolist())
 
 
 @torch.no_grad()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.models import attention_processor as stock
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from unet_adapters.attention import check_grid, check_heads, view_teacher
+from unet_adapters.attention import MountedAttention, check_grid, check_heads, view_teacher
 from unet_adapters.joint import ProjectedText, mix_jointly
 from unet_adapters.layer_projections import LayerProjections, norm_heads
-from unet_adapters.mounted_layer import GridSize, MountedLayer, stock_processor
+from unet_adapters.mounted_layer import GridSize, stock_processor
 from unet_adapters.sites import Site
 
 UNFUSED: dict[type, type] = {stock.FusedJointAttnProcessor2_0: stock.JointAttnProcessor2_0}
@@ -58,19 +57,11 @@ def project_text(attn: Any, tokens: Tensor) -> ProjectedText:
     return ProjectedText(q, k, v)
 
 
-class JointMixerAttention(MountedLayer, Attention):
+class JointMixerAttention(MountedAttention):
     """An `Attention` over image and text; made only by `attn.__class__ = JointMixerAttention`."""
 
-    stock_class = Attention
     dispatcher = JointDispatch()
     supported_processors = frozenset({stock.JointAttnProcessor2_0, stock.FusedJointAttnProcessor2_0})
-    fused_processors = frozenset(UNFUSED)
-
-    def get_processor(self, return_deprecated_lora: bool = False) -> Any:
-        """The stock processor: the one that runs when no mixer is mounted."""
-        if return_deprecated_lora:
-            return Attention.get_processor(self, return_deprecated_lora=True)
-        return super().get_processor()
 
 
 def check_joint_attention(site: Site, layer: Any) -> None:

@@ -3,8 +3,9 @@
     batch(step)  ->  this process's part, in micro-batches  ->  model(part) -> {"loss": …, terms…}  ->  backward
     ->  guard  ->  clip  ->  AdamW  ->  EMA  ->  log, checkpoint, callback
 
-Everything random in a step is a function of (seed, step). A run that is killed and started again therefore ends with
-the same weights as an undisturbed one, bit-identical on one CPU; two processes give the weights of one, up to rounding.
+Everything random in a step is a function of (seed, step, process). A run that is killed and started again therefore ends
+with the same weights as an undisturbed one, bit-identical on one CPU; two processes give the weights of one, up to
+rounding, if the model itself draws nothing.
 """
 
 from __future__ import annotations
@@ -78,8 +79,11 @@ def fit(
     with closing(log), _stop_requests(accelerator) as requested_signal:
         for step in range(start, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
+            items = batch(step)
+            if accelerator.process_index > 0:  # what the model draws for its part differs from what the others draw
+                torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
             try:
-                losses = _update(accelerator, stepper, optimizer, batch(step), config, step, watched or model)
+                losses = _update(accelerator, stepper, optimizer, items, config, step, watched or model)
             except FloatingPointError:
                 save(directory, step, state, config.keep)
                 raise

@@ -55,6 +55,20 @@ def half_broken(step: int) -> dict[str, Tensor]:
     return values
 
 
+class Drawing(nn.Module):
+    """Its model draws noise for every item by itself, as the teacher's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.noise: list[float] = []
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        noise = torch.randn_like(batch)
+        self.noise += noise.tolist()
+        return {"loss": (batch + noise - self.weight).square().mean()}
+
+
 def work(folder: Path, rank: int) -> None:
     """What each process does."""
     torch.set_num_threads(1)
@@ -68,6 +82,10 @@ def work(folder: Path, rank: int) -> None:
     def ask(step: int, _: dict[str, float]) -> None:
         if step == 5 and rank == 0:  # only one of the processes gets the signal
             os.kill(os.getpid(), signal.SIGTERM)
+
+    drawing = Drawing()
+    fit(drawing, lambda step: torch.randn(4), CONFIG, folder / "drawing")
+    (folder / f"noise-{rank}.json").write_text(json.dumps(drawing.noise))
 
     apart = folder / f"apart-{rank}"  # each sees a folder of its own, with checkpoints in the first one's alone
     if rank == 0:
@@ -133,6 +151,16 @@ def test_two_processes_are_one(folders: tuple[Path, Path], accumulation: int) ->
     assert len(logs[0]) == len(logs[1]) == 3
     for ours, theirs in zip(*logs, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_different_noise(folders: tuple[Path, Path]) -> None:
+    """Else a batch would hold every noise twice."""
+    one, two = folders
+    noise = [json.loads((two / f"noise-{rank}.json").read_text()) for rank in range(2)]
+    assert len(noise[0]) == len(noise[1]) == 2 * CONFIG.steps
+    assert not set(noise[0]) & set(noise[1])
+    assert len(set(json.loads((one / "noise-0.json").read_text()))) == 4 * CONFIG.steps
 
 
 @pytest.mark.slow

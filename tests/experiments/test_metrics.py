@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid, apply_overrides
 from experiments.distill import DistillationContext, open_context
@@ -16,6 +17,7 @@ from experiments.metrics.timesteps import TimestepErrors, TimestepRow
 from experiments.metrics.transfer import Transfer, TransferOptions, TransferRow
 from tests.experiments.students import encoded, open_teacher, student
 from unet_adapters import MixerAdapter
+from unet_adapters.highres.memory import CPU_ATTENTION
 from unet_adapters.hosts import find_host
 
 PLAN = EvaluationConfig(
@@ -167,13 +169,9 @@ class _TwoImages:
 
 
 def test_flops_of_the_teacher_itself_are_what_torch_counts(context: DistillationContext) -> None:
-    """The softmax mixer's formula replaces torch's count of the layers: together they are the UNet's."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from experiments.metrics.cost import _CPU_ATTENTION
-
+    """With the softmax mixer mounted, the count is that of the stock UNet."""
     forward = forward_pass(context, 16)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         forward()
     with MixerAdapter.build(context.pipe, "softmax").mounted() as adapter:
         flops, _ = count_operations(adapter, 64, forward)

@@ -91,6 +91,29 @@ def test_timesteps_and_images_average_to_the_whole(context: DistillationContext)
         assert sum(whole.error_by_image) / 3 == pytest.approx(whole.error_to_teacher, rel=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_timesteps_are_spread_over_images_beyond_the_smallest_size(context: DistillationContext, count: int) -> None:
+    """Each image has its number of timesteps, each timestep as many images, and each pair its own error."""
+    adapter = student(context.teacher)
+    plan = PLAN.model_copy(update={"timesteps": (100, 400, 700, 999), "images": 4})
+    spread = evaluated(context, adapter, plan.model_copy(update={"timesteps_per_image": count}))
+    full = evaluated(context, adapter, plan.model_copy(update={"timesteps_per_image": 4}))
+    for height, width in plan.extents:
+        everything = {e.timestep: e for e in full.prediction_errors(height, width)}
+        compared: list[tuple[int, int]] = []
+        for error in spread.prediction_errors(height, width):
+            compared += [(image, error.timestep) for image in error.images.tolist()]
+            for name in ("to_teacher", "teacher_power", "to_truth", "teacher_to_truth"):
+                expected = getattr(everything[error.timestep], name)[error.images]
+                torch.testing.assert_close(getattr(error, name), expected, rtol=1e-4, atol=1e-9)
+        smallest = (height, width) == plan.smallest_extent
+        assert len(set(compared)) == len(compared) == 4 * (4 if smallest else count)
+        for place, values in ((0, range(4)), (1, plan.timesteps)):
+            assert {sum(pair[place] == value for pair in compared) for value in values} == {4 if smallest else count}
+    row = next(row for row in fidelity(spread) if row.size == 128)
+    assert row.images == len(row.error_by_image) == 4
+
+
 def test_sites_are_exact_up_to_the_first_replaced_one(context: DistillationContext) -> None:
     names = {site.name for site in find_host(context.pipe.unet).sites()}
     adapter = student(context.teacher, select="mid_block")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from experiments.config import FitConfig, LossTerm
+from experiments.config import EvaluationConfig, FitConfig, LossTerm
 from experiments.distill.batches import draw_batch
 from experiments.distill.context import EncodedImages
 from experiments.distill.loss import DistillationLoss
 from experiments.distill.output_gains import fit_output_gains
+from experiments.metrics.inputs.generated_images import generate_images
 from experiments.teacher.load import load_teacher, open_teacher
 from experiments.teacher.teacher import Teacher
 from tests.unet_adapters import pipelines
@@ -92,10 +93,10 @@ def test_predict_is_the_transformers_own_call_in_the_pipeline(teacher, kind) -> 
     hook = teacher.denoiser.register_forward_hook(
         lambda module, args, kwargs, output: received.append((args, kwargs, output[0])), with_kwargs=True
     )
-    binning = {"use_resolution_binning": False} if kind in ("PixArt", "HunyuanDiT") else {}
     guidance = 3.5 if kind == "Flux" else 1.0
     height, width = (side * teacher.pipe.vae_scale_factor for side in LATENTS)
-    call = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": guidance, **binning}
+    call = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": guidance}
+    call |= teacher.host.sampling_options(teacher.pipe)
     latents = pipelines.noise(1, 4, *LATENTS)
     initial = teacher.host._noise_arguments(latents, torch.ones(1))["hidden_states"] if kind == "Flux" else latents
     teacher.pipe("a b c", output_type="latent", latents=initial, **call)
@@ -110,6 +111,22 @@ def test_predict_is_the_transformers_own_call_in_the_pipeline(teacher, kind) -> 
     stock = teacher.host._read_output(output, latents)
     torch.testing.assert_close(predicted, stock)
     assert ("guidance" in conditions) == (kind == "Flux")
+
+
+@torch.no_grad()
+def test_samples_have_the_size_that_is_asked_for(teacher, kind) -> None:
+    """The network sees no other number of tokens, as it would where a pipeline picks the nearest size in a table."""
+    plan = EvaluationConfig(sample_steps=1, prompts=("a b",))
+    shapes: list[Any] = []
+    hook = teacher.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append((*args, kwargs.get("hidden_states"))[0].shape), with_kwargs=True
+    )
+    height, width = (side * teacher.pipe.vae_scale_factor for side in LATENTS)
+    (image,) = generate_images(teacher.pipe, ["a b"], (height, width), plan, 1.0, seed=0)
+    hook.remove()
+    assert image.size == (width, height)
+    expected = teacher.host._noise_arguments(pipelines.noise(1, 4, height // 2, width // 2), torch.ones(1))
+    assert shapes and all(shape[1:] == expected["hidden_states"].shape[1:] for shape in shapes)
 
 
 @pytest.mark.parametrize("objective", ["noise", "output", "features", "local"])

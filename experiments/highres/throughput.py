@@ -16,12 +16,19 @@ SIDE = 128  # pixels: about a second for SD-1.5 on one core
 
 
 def measure_throughput(pipe: Any, side: int = SIDE) -> float:
-    """Measure the floating-point operations per second of the UNet at a small size: the faster of two calls."""
+    """Measure the floating-point operations per second of the denoising network, the faster of two calls.
+
+    Args:
+        pipe: the pipeline.
+        side: of the image in pixels; rounded up to what the model takes, and no more than it has positions for.
+    """
+    host = find_host(pipe)
     multiple = size_multiple(pipe)
+    largest = host.largest_latents
+    side = side if largest is None else min(side, largest * vae_scale_factor(pipe))
     side = max(1, -(-side // multiple)) * multiple
     flops = estimate_unet_call(pipe, (side, side), (), 1.0).flops
     network = denoiser(pipe)
-    host = find_host(pipe)
     latent_side = side // vae_scale_factor(pipe)
     latents = torch.randn(host.latent_shape((latent_side, latent_side))).to(network.device, network.dtype)
     conditions = host.dummy_conditions()

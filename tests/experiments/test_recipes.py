@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from experiments.distill.recipe import DistillationRecipe, list_recipes, load_re
 from experiments.distill.run import run_recipe
 from experiments.distill.student import build_student
 from experiments.teacher.load import open_teacher
-from mixers import create_mixer
-from unet_adapters import PROFILES, MixerAdapter, find_sites
+from unet_adapters import PROFILES, MixerAdapter, find_host
+from unet_adapters.hosts.transformers.profiles import TRANSFORMER_PROFILES, TransformerProfile
+from unet_adapters.hosts.unet_profiles import UNetProfile
+from unet_adapters.site_mixer import SiteMixer, check_layer_options
 
 TINY = """
 name: tiny
@@ -36,7 +39,7 @@ distillation:
   caption_dropout: 0.5
 samples: {{prompts: ["a red apple, teal background", "full moon, red background"], every: 2, steps: 1, guidance: 3}}
 """
-PLACES = {"embedded": "embedded", "sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
+PUBLISHED = ["embedded_published", "sd15", "sd21", "sdxl"]
 
 
 @pytest.fixture
@@ -50,24 +53,32 @@ def quiet(*_: object) -> None:
     """No progress display."""
 
 
+def find_teacher_profile(recipe_name: str) -> UNetProfile | TransformerProfile:
+    """The architecture of the teacher that a ready-made recipe is for."""
+    teachers = {"embedded": "embedded", "sd15": "SD-1.5", "sd21": "SD-2.1", "sdxl": "SDXL base"}
+    teachers |= {"pixart_sigma": "PixArt-Sigma", "sd35_medium": "SD3.5-medium", "flux": "Flux"}
+    teachers["embedded_published"] = "embedded"
+    return next(profile for profile in (*PROFILES, *TRANSFORMER_PROFILES) if profile.name == teachers[recipe_name])
+
+
 @pytest.mark.parametrize("name", list_recipes())
 def test_ready_made_recipes_load_and_fit_their_teachers(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.distillation.fit.steps > 0
-    profile = next(p for p in PROFILES if p.name == PLACES[name.partition("_")[0]])
-    choice = recipe.mixer
-    kinds = set()
-    for site in find_sites(profile.unet("meta"), choice.select):
-        kinds.add((site.dim, site.heads))
-    for dim, heads in kinds:
+    profile = find_teacher_profile(name)
+    host = find_host(profile.unet("meta") if isinstance(profile, UNetProfile) else profile.model("meta"))
+    mixer = recipe.mixer
+    sites = {replace(site, name="", group=""): site for site in host.select_sites(mixer.select)}
+    check_layer_options(list(sites), mixer.options)
+    options = {"causality": mixer.causality, "normalize": mixer.normalize, **mixer.options}
+    for site in sites:
         with torch.device("meta"):
-            options = {"causality": choice.causality, "normalize": choice.normalize, **choice.options}
-            mixer = create_mixer(choice.name, dim, heads, own_projections=False, **options)
-        assert sum(p.numel() for p in mixer.parameters()) > 0
-    assert all(size % (8 * profile.latent_divisor) == 0 for size in recipe.distillation.all_sizes)
+            created = SiteMixer(mixer.name, options).create(site)
+        assert sum(parameter.numel() for parameter in created.parameters()) > 0
+    assert all(size % (8 * host.latent_multiple) == 0 for size in recipe.distillation.all_sizes)
 
 
-@pytest.mark.parametrize("name", [n for n in list_recipes() if n not in ("embedded",)])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_recipe_is_the_published_one(name: str) -> None:
     plan = load_recipe(name).distillation
     assert {n: t.weight for n, t in plan.objectives.items()} == {"noise": 1, "output": 0.5, "features": 0.5}

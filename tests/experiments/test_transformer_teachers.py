@@ -125,7 +125,7 @@ def test_samples_have_the_size_that_is_asked_for(teacher, kind) -> None:
     (image,) = generate_images(teacher.pipe, ["a b"], (height, width), plan, 1.0, seed=0)
     hook.remove()
     assert image.size == (width, height)
-    expected = teacher.host._noise_arguments(pipelines.noise(1, 4, height // 2, width // 2), torch.ones(1))
+    expected = teacher.host._noise_arguments(pipelines.noise(1, 4, *LATENTS), torch.ones(1))
     assert shapes and all(shape[1:] == expected["hidden_states"].shape[1:] for shape in shapes)
 
 

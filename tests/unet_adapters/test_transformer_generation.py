@@ -8,11 +8,13 @@ import torch
 from tests.unet_adapters.transformer_pipelines import PIPELINES
 from unet_adapters import MixerAdapter
 from unet_adapters.highres import generate, plan_memory
+from unet_adapters.highres.pipeline import timestep_options
 from unet_adapters.highres.schedule import oracle_error
 from unet_adapters.hosts import find_host
+from unet_adapters.hosts.transformers.flux import pack
 from unet_adapters.hosts.transformers.profiles import TRANSFORMER_PROFILES
 
-BASE_SIZES = {"PixArt": 16, "SD3.5 medium": 32, "HunyuanDiT": 64}
+BASE_SIZES = {"PixArt": 16, "SD3.5 medium": 32, "Flux": 32, "HunyuanDiT": 64}
 
 
 @pytest.mark.parametrize("kind", BASE_SIZES)
@@ -31,29 +33,43 @@ def test_stages_lead_to_a_large_image_and_its_plan(kind) -> None:
     assert torch.equal(generate(pipe, "a b c", (base, 2 * base), **request).pixels, stock.pixels)
 
 
-def test_one_stage_is_the_pipelines_own_image() -> None:
-    pipe = PIPELINES["SD3.5 medium"]()
+@pytest.mark.parametrize("kind", BASE_SIZES)
+def test_one_stage_is_the_pipelines_own_image(kind) -> None:
+    pipe = PIPELINES[kind]()
     pipe.set_progress_bar_config(disable=True)
-    ours = generate(pipe, "a b c", (32, 32), base_size=32, steps=3, guidance=3.0, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 4, 16, 16, generator=generator)
-    call = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 3.0, "latents": latents}
+    host = find_host(pipe)
+    height, width = (side * pipe.vae_scale_factor for side in (12, 16))
+    ours = generate(pipe, "a b c", (height, width), mode="direct", steps=3, guidance=3.0, seed=0)
+    latents = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
+    call = {"height": height, "width": width, "num_inference_steps": 3, "guidance_scale": 3.0}
+    call |= {"latents": pack(latents) if kind == "Flux" else latents, **host.sampling_options(pipe)}
     theirs = torch.from_numpy(pipe("a b c", output_type="np", **call).images[0])
     assert (ours.pixels / 255 - theirs).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.7])
-def test_a_flow_ends_at_the_image(strength) -> None:
-    scheduler = PIPELINES["SD3.5 medium"]().scheduler
-    assert oracle_error(scheduler, 20, strength) < 1e-5
+@pytest.mark.parametrize("kind", ["SD3.5 medium", "Flux"])
+def test_a_flow_ends_at_the_image(kind, strength) -> None:
+    pipe = PIPELINES[kind]()
+    assert oracle_error(pipe.scheduler, 20, strength, timestep_options(pipe, (64, 96), 20)) < 1e-5
+
+
+def test_the_noise_levels_of_flux_depend_on_the_size() -> None:
+    pipe = PIPELINES["Flux"]()
+    shifts = [timestep_options(pipe, size, 4)["mu"] for size in ((64, 64), (64, 128))]
+    assert shifts[0] < shifts[1]
+
+
+def test_a_plan_of_flux_needs_no_positions() -> None:
+    pipe = PIPELINES["Flux"]()
+    with MixerAdapter.build(pipe, "linear_attention", causality="causal", scan="column").mounted():
+        assert plan_memory(pipe, (32, 64), base_size=32, steps=3, guidance=3.0).peak_bytes > 0
 
 
 def test_what_a_transformer_cannot_do_is_refused() -> None:
     pipe = PIPELINES["SD3.5 medium"]()
     with pytest.raises(ValueError, match="positions for sides of up to 64 pixels"):
         generate(pipe, "a", (128, 32), base_size=32)
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
-        generate(PIPELINES["Flux"](), "a", (32, 32), base_size=16)
     with pytest.raises(ValueError, match="convolutions of a UNet"):
         generate(pipe, "a", (32, 32), base_size=32, dilation=2)
 

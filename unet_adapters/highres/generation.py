@@ -30,6 +30,7 @@ from unet_adapters.highres.pipeline import (
     encode_prompts,
     native_size,
     size_multiple,
+    timestep_options,
     uses_guidance,
     vae_scale_factor,
 )
@@ -59,7 +60,7 @@ def generate(
     progress: PartCallback | None = None,
     **options: Any,
 ) -> GenerationResult:
-    """Generate one large image with an unmodified pipeline: Stable Diffusion 1.5, 2.1, XL, 3 and 3.5, or PixArt.
+    """Generate one large image with an unmodified pipeline, of a UNet or of a transformer that has a host.
 
     Args:
         pipe: the pipeline, with a linear mixer mounted; softmax attention works up to its memory limit.
@@ -88,7 +89,8 @@ def generate(
     if image is not None and image.mode != "RGB":
         raise ValueError(f"image: expected mode RGB, got {image.mode}. Convert it first, 16-bit values to 8 bits.")
     stages = _stages(pipe, request, image if strength is None else None)
-    check_scheduler(pipe.scheduler, request.steps, [stage.strength for stage in stages])
+    options = timestep_options(pipe, size, request.steps)
+    check_scheduler(pipe.scheduler, request.steps, [stage.strength for stage in stages], options)
     plan = plan or plan_request(pipe, request, memory_budget=memory_budget)
     runner = _StageRunner(pipe, request, plan, control, progress)
     store = StageStore(stage_dir, "" if stage_dir is None else runner.stage_key(image, strength))
@@ -163,7 +165,9 @@ class _StageRunner:
         pipe = self.pipe
         request = self.request
         generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
-        schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, stage.strength, denoiser(pipe).device)
+        options = timestep_options(pipe, stage.size, request.steps)
+        device = denoiser(pipe).device
+        schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, stage.strength, device, options)
         noise = _noise(pipe, stage.size, generator)
         before_step = None
         if previous is None:

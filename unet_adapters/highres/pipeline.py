@@ -46,6 +46,12 @@ def check_largest_size(pipe: Any, size: tuple[int, int]) -> None:
         )
 
 
+def timestep_options(pipe: Any, size: tuple[int, int], steps: int) -> dict[str, Any]:
+    """Return the arguments of the scheduler's `set_timesteps` for an image of (height, width) pixels."""
+    factor = vae_scale_factor(pipe)
+    return find_host(pipe).timestep_options(pipe.scheduler, (size[0] // factor, size[1] // factor), steps)
+
+
 def weight_bytes(pipe: Any) -> int:
     """Return the size of all weights of a pipeline in bytes."""
     networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]

@@ -12,7 +12,13 @@ import torch
 from unet_adapters.highres.autoencoder import Tiling
 from unet_adapters.highres.estimates import MemoryEstimator
 from unet_adapters.highres.memory import format_bytes
-from unet_adapters.highres.pipeline import check_largest_size, denoiser, native_size, size_multiple
+from unet_adapters.highres.pipeline import (
+    check_largest_size,
+    denoiser,
+    native_size,
+    size_multiple,
+    timestep_options,
+)
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS
 from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
 from unet_adapters.highres.stages import (
@@ -130,7 +136,7 @@ def plan_memory(
     stages = progressive_stages(size, base_size or native_size(pipe), size_multiple(pipe), strengths)
     if direct:
         stages = (ProgressiveStage(size, 1.0),)
-    check_scheduler(pipe.scheduler, steps, [stage.strength for stage in stages])
+    check_scheduler(pipe.scheduler, steps, [stage.strength for stage in stages], timestep_options(pipe, size, steps))
     target = torch.device(device or denoiser(pipe).device)
     estimator = MemoryEstimator(pipe, guidance, target)
 
@@ -168,7 +174,8 @@ def _estimate_stage(
     steps: int,
     throughput: float | None,
 ) -> StageEstimate:
-    schedule = DenoisingSchedule.create(estimator.pipe.scheduler, steps, stage.strength, "cpu")
+    options = timestep_options(estimator.pipe, stage.size, steps)
+    schedule = DenoisingSchedule.create(estimator.pipe.scheduler, steps, stage.strength, "cpu", options)
     call = estimator.unet_call(stage.size, level.savings)
     calls_per_step = estimator.batch if "guidance" in level.savings else 1
     flops = len(schedule.timesteps) * call.flops * calls_per_step

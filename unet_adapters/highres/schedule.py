@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,7 +34,14 @@ class DenoisingSchedule:
     timesteps: Tensor = field(repr=False)
 
     @classmethod
-    def create(cls, scheduler: Any, steps: int, strength: float, device: str | torch.device) -> DenoisingSchedule:
+    def create(
+        cls,
+        scheduler: Any,
+        steps: int,
+        strength: float,
+        device: str | torch.device,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> DenoisingSchedule:
         """Return the last `strength` of a schedule of `steps` steps, one step at least.
 
         Args:
@@ -41,9 +49,10 @@ class DenoisingSchedule:
             steps: scheduler steps of the whole schedule.
             strength: above 0 and up to 1; 1 is the whole schedule.
             device: of the timesteps.
+            options: further arguments of `set_timesteps`; see `DenoiserCalls.timestep_options`.
         """
         own = copy.deepcopy(scheduler)
-        own.set_timesteps(steps, device=device)
+        own.set_timesteps(steps, device=device, **options)
         if isinstance(own, PNDMScheduler):
             return _partial_pndm(own, steps, strength, device)
         order = getattr(own, "order", 1)
@@ -114,7 +123,9 @@ def _partial_pndm(scheduler: PNDMScheduler, steps: int, strength: float, device:
     return DenoisingSchedule(own, torch.cat([last[:2], last[1:]]))
 
 
-def check_scheduler(scheduler: Any, steps: int, strengths: Iterable[float]) -> None:
+def check_scheduler(
+    scheduler: Any, steps: int, strengths: Iterable[float], options: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Check that a scheduler reaches the image from each of these strengths, in milliseconds.
 
     A tiny image is denoised by an oracle that predicts its noise exactly; a valid schedule then ends at the image.
@@ -124,17 +135,13 @@ def check_scheduler(scheduler: Any, steps: int, strengths: Iterable[float]) -> N
         scheduler: a diffusers scheduler; it is unchanged.
         steps: scheduler steps of the whole schedule.
         strengths: of the stages.
+        options: further arguments of `set_timesteps`; see `DenoiserCalls.timestep_options`.
 
     Raises:
         ValueError: If it does not, or lacks a method that stages need.
     """
     name = type(scheduler).__name__
     flow = is_flow(scheduler)
-    if flow and scheduler.config.use_dynamic_shifting:
-        raise ValueError(
-            f"Cannot generate with {name}: its noise levels depend on the size of the image (use_dynamic_shifting), "
-            "which stages of several sizes do not support. Use a scheduler with a constant shift."
-        )
     required = _REQUIRED_OF_FLOWS if flow else _REQUIRED
     missing = [attribute for attribute in required if not hasattr(scheduler, attribute)]
     if missing:
@@ -144,7 +151,7 @@ def check_scheduler(scheduler: Any, steps: int, strengths: Iterable[float]) -> N
         )
     for strength in sorted(set(strengths) - {1}):
         try:
-            error = oracle_error(scheduler, steps, strength)
+            error = oracle_error(scheduler, steps, strength, options)
         except (TypeError, NotImplementedError, IndexError) as reason:
             raise ValueError(
                 f"Cannot generate with {name}: {str(reason).splitlines()[0]}. Use a scheduler of Stable Diffusion, for "
@@ -158,9 +165,11 @@ def check_scheduler(scheduler: Any, steps: int, strengths: Iterable[float]) -> N
             )
 
 
-def oracle_error(scheduler: Any, steps: int, strength: float) -> float:
+def oracle_error(
+    scheduler: Any, steps: int, strength: float, options: Mapping[str, Any] = MappingProxyType({})
+) -> float:
     """Return the RMS distance from the image at which a schedule ends if the noise is predicted exactly."""
-    schedule = DenoisingSchedule.create(scheduler, steps, strength, "cpu")
+    schedule = DenoisingSchedule.create(scheduler, steps, strength, "cpu", options)
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 4, 4, 4, generator=generator) * 2 - 1
     noise = torch.randn(image.shape, generator=generator)

@@ -84,6 +84,25 @@ class DenoiserCalls(ABC):
         """The conditions that depend on the (height, width) of the image in pixels, which is not cropped."""
         return {}
 
+    def timestep_options(self, scheduler: Any, size: tuple[int, int], steps: int) -> dict[str, Any]:
+        """Arguments of the scheduler's `set_timesteps` besides the number of steps, as the model's pipeline passes them.
+
+        Flows may shift their noise levels by the number of image tokens (`use_dynamic_shifting`).
+
+        Args:
+            scheduler: of the pipeline.
+            size: (height, width) of the latents.
+            steps: number of steps.
+        """
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting", False):
+            return {}
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # pipelines take a second to import
+
+        tokens = (size[0] // self.latent_multiple) * (size[1] // self.latent_multiple)
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        return {"mu": calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)}
+
     def sampling_options(self, pipe: Any) -> dict[str, Any]:
         """Arguments with which a call of the pipeline samples exactly the size that is asked for.
 

@@ -7,12 +7,14 @@ and without an output projection in the layer; how many tokens are text is read 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from mixers.context import Rotation
@@ -222,6 +224,11 @@ class FluxHost(Host):
 
         return encode(prompts), encode(negative_prompts or [""] * len(prompts)) if guided else {}
 
+    def timestep_options(self, scheduler: Any, size: tuple[int, int], steps: int) -> dict[str, Any]:
+        """See `DenoiserCalls.timestep_options`; Flux's noise levels, before the shift, are 1, …, 2/steps, 1/steps."""
+        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        return {**super().timestep_options(scheduler, size, steps), "sigmas": sigmas}
+
     @property
     def latent_multiple(self) -> int:
         """Latents are packed into tokens of 2 × 2."""
@@ -282,10 +289,14 @@ def image_ids(height: int, width: int, like: Tensor) -> Tensor:
 def measure_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GridSize | None:
     """(height, width) of the image whose positions are in `img_ids`; None if they are those of several images.
 
-    Reads the last position, which waits for the device once per call of the model.
+    Reads the last position, which waits for the device once per call of the model. Where tensors have shapes and no
+    numbers, for an estimate, any image of as many tokens stands for the real one.
     """
     ids = kwargs["img_ids"] if "img_ids" in kwargs else args[4]
     ids = ids[0] if ids.ndim == 3 else ids
+    if ids.is_meta or isinstance(ids, FakeTensor):
+        rows = next(rows for rows in range(isqrt(len(ids)), 0, -1) if len(ids) % rows == 0)
+        return rows, len(ids) // rows
     _, last_row, last_column = ids[-1].tolist()
     grid = (int(last_row) + 1, int(last_column) + 1)
     return grid if grid[0] * grid[1] == len(ids) else None

@@ -17,7 +17,6 @@ from diffusers import HunyuanDiT2DModel
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
-from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -199,7 +198,9 @@ class HunyuanDiTHost(PatchTransformerHost):
 
 def rotary_embedding(model: Any, grid: GridSize, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines (height·width, k) for images of `grid` patches, as HunyuanDiTPipeline makes them."""
-    region = get_resize_crop_region_for_grid(grid, BASE_LATENTS // model.config.patch_size)
+    from diffusers.pipelines.hunyuandit import pipeline_hunyuandit  # pipelines take a second to import
+
+    region = pipeline_hunyuandit.get_resize_crop_region_for_grid(grid, BASE_LATENTS // model.config.patch_size)
     channels = model.inner_dim // model.num_heads
     embedding: tuple[Tensor, Tensor] = get_2d_rotary_pos_embed(channels, region, grid, device=device, output_type="pt")
     return embedding

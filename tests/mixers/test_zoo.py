@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import pytest
@@ -45,12 +46,43 @@ COMPILED = {
 """One mixer or more of every operator; compiling takes about ten seconds, so `make test-deep` has the others."""
 
 
-@parametrize_with_checks(list_mixers(), deep=DEEP)
-def test_conformance(mixer: TokenMixer, check: MixerCheck, request: pytest.FixtureRequest) -> None:
-    name = request.node.callspec.id.split("-")[0]
-    if check.name == "check_compiles_once" and not DEEP and name not in COMPILED:
-        pytest.skip("compiled by `make test-deep`; a mixer of the same operator is compiled here")
+def covering_cases(names: Iterable[str]) -> list[ConformanceCase]:
+    """Every causality × normalization of every mixer in one of its forms, which alternate, and every default.
+
+    So all pairs of a causality, a normalization and a form occur for each mixer, with half of the configurations.
+    """
+    cases = []
+    for case in conformance_cases(names):
+        entry = registry.get_mixer_entry(case.name)
+        is_alone = len(entry.causalities) == 1 or not entry.mixer.drop_in_options
+        turn = entry.causalities.index(case.causality) + case.normalize + entry.default_normalize
+        if is_alone or case.is_default or case.form == ("published", "drop-in")[turn % 2]:
+            cases.append(case)
+    return cases
+
+
+def conformance_parameters(cases: Sequence[ConformanceCase]) -> pytest.MarkDecorator:
+    """The checks of these cases; compilation, which takes seconds, of a mixer of every operator unless deep."""
+    mark = parametrize_with_checks(cases, deep=DEEP)
+    parameters = [
+        parameter
+        for parameter in mark.args[1]
+        if DEEP or parameter.values[1].name != "check_compiles_once" or parameter.id.split("-")[0] in COMPILED
+    ]
+    return pytest.mark.parametrize(mark.args[0], parameters)
+
+
+@conformance_parameters(conformance_cases(list_mixers()) if DEEP else covering_cases(list_mixers()))
+def test_conformance(mixer: TokenMixer, check: MixerCheck) -> None:
     check(mixer)
+
+
+def test_the_covering_cases_have_every_pair_of_switches() -> None:
+    for name in list_mixers():
+        for switches in itertools.combinations(("causality", "normalize", "form"), 2):
+            pairs = {tuple(getattr(case, s) for s in switches) for case in covering_cases([name])}
+            assert pairs == {tuple(getattr(case, s) for s in switches) for case in conformance_cases([name])}, name
+        assert any(case.is_default for case in covering_cases([name])), name
 
 
 SCANNED = [

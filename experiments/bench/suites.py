@@ -86,8 +86,8 @@ def run_suite(
     """Run benchmarks, print a table after each, and keep the results so far in a folder.
 
     The budget is shared: each benchmark may take an equal part of what is left. When it is spent nothing else is
-    started: the remaining implementations get rows that say so, and one line lists their benchmarks. `<suite>.json` and `<suite>.md` are
-    written after every size, so that an interrupted run loses nothing that was measured.
+    started: the remaining implementations get rows that say so, and one line lists their benchmarks. `<suite>.json` and
+    `<suite>.md` are written after every size, so that an interrupted run loses nothing that was measured.
 
     Args:
         suite: names the files.

@@ -61,20 +61,25 @@ def covering_cases(names: Iterable[str]) -> list[ConformanceCase]:
     return cases
 
 
+FEW_LENGTHS = CheckInputs((1, 3, 65))
+"""One token, few, and one more than a block: what other configurations than the defaults are checked with."""
+
+
 def conformance_parameters(cases: Sequence[ConformanceCase]) -> pytest.MarkDecorator:
-    """The checks of these cases; compilation, which takes seconds, of a mixer of every operator unless deep."""
-    mark = parametrize_with_checks(cases, deep=DEEP)
-    parameters = [
-        parameter
-        for parameter in mark.args[1]
-        if DEEP or parameter.values[1].name != "check_compiles_once" or parameter.id.split("-")[0] in COMPILED
-    ]
-    return pytest.mark.parametrize(mark.args[0], parameters)
+    """The checks of these cases; unless deep, compilation, which takes seconds, of a mixer of every operator."""
+    defaults = tuple(f"{case}-" for case in cases if case.is_default)
+    parameters = []
+    for parameter in parametrize_with_checks(cases, deep=DEEP).args[1]:
+        mixer, check = parameter.values
+        if DEEP or check.name != "check_compiles_once" or parameter.id.split("-")[0] in COMPILED:
+            inputs = CheckInputs() if DEEP or parameter.id.startswith(defaults) else FEW_LENGTHS
+            parameters.append(pytest.param(mixer, check, inputs, id=parameter.id, marks=parameter.marks))
+    return pytest.mark.parametrize(("mixer", "check", "inputs"), parameters)
 
 
 @conformance_parameters(conformance_cases(list_mixers()) if DEEP else covering_cases(list_mixers()))
-def test_conformance(mixer: TokenMixer, check: MixerCheck) -> None:
-    check(mixer)
+def test_conformance(mixer: TokenMixer, check: MixerCheck, inputs: CheckInputs) -> None:
+    check(mixer, inputs)
 
 
 def test_the_covering_cases_have_every_pair_of_switches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -44,6 +45,11 @@ class EvaluationConfig(FrozenModel):
     images: int = Field(64, gt=0, description="held-out images that predictions are compared on, at every size")
     held_in_images: int = Field(64, ge=0, description="held-in images, compared at the smallest size alone; 0: none")
     timesteps: tuple[Timestep, ...] = Field((50, 200, 350, 500, 650, 800, 900, 950, 999), min_length=1)
+    timesteps_per_image: int = Field(
+        3,
+        gt=0,
+        description="timesteps at which one image is compared beyond the smallest size, where it is at all of them",
+    )
     batch_size: int = Field(16, gt=0, description="images in one forward pass; changes rounding alone")
     prompts: tuple[str, ...] = ()
     sample_sizes: tuple[ImageSide, ...] = (64, 128, 256)
@@ -81,6 +87,11 @@ class EvaluationConfig(FrozenModel):
     def smallest_extent(self) -> tuple[int, int]:
         """(height, width) of the smallest images, at which held-in images are compared as well."""
         return min(self.extents, key=lambda extent: extent[0] * extent[1])
+
+    @property
+    def timestep_groups(self) -> int:
+        """Groups of images that share the timesteps beyond the smallest size, so that every image has its number."""
+        return math.ceil(len(self.timesteps) / self.timesteps_per_image)
 
     @property
     def all_guidances(self) -> tuple[float, ...]:

@@ -30,7 +30,8 @@ from unet_adapters.files import save_tensors
 
 SHARD = 1024
 """Images per file."""
-_EXACT = {"time_ids", "text_mask", "resolution", "aspect_ratio", "caption"}  # stored as they are, whatever the dtype
+_EXACT = {"time_ids", "text_mask", "text_t5_mask", "resolution", "aspect_ratio", "caption"}
+"""Stored as they are, whatever the dtype."""
 
 
 def build_cache(

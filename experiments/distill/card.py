@@ -85,6 +85,7 @@ def sample_images(teacher: Teacher, config: SampleConfig, size: int) -> list[Ima
                 width=size,
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance,
+                **teacher.host.sampling_options(teacher.pipe),
             ).images
     return images
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic import Field
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.config import ImageSide
 from experiments.core.memory import measure_peak_bytes
@@ -18,6 +21,7 @@ from experiments.distill.loss import autocast
 from experiments.metrics.base import LinePlot, Metric, MetricOptions, MetricRow, Quantity, register_metric
 from experiments.metrics.inputs.student import EvaluatedStudent
 from unet_adapters import MixerAdapter
+from unet_adapters.highres.memory import CPU_ATTENTION
 
 _TOKENS = "tokens of the largest self-attention"
 _GROWTH = (
@@ -35,7 +39,8 @@ class CostRow(MetricRow):
         seconds: median over repetitions, in which all sizes are timed one after the other.
         spread: largest minus smallest time, in seconds.
         peak_bytes: peak memory above what is in use before the call.
-        flops: multiply-adds × 2: the UNet's as torch counts them, the mixers' by their formula, whatever the backend.
+        flops: multiply-adds × 2 as torch counts them, text tokens included. Operators count as their chunked
+            formulation, whatever the backend, because torch cannot look into kernels.
         state_size: numbers that the mixers carry from token to token, summed over sites.
     """
 
@@ -124,25 +129,41 @@ class Cost(Metric):
         return rows
 
 
-def count_operations(adapter: MixerAdapter, size: int, run: Callable[[], object]) -> tuple[int | None, int | None]:
-    """Return FLOPs and state size of one forward pass of an image of `size` px, with the adapter mounted.
+def count_operations(adapter: MixerAdapter, size: int, run: Callable[[], object]) -> tuple[int, int | None]:
+    """Count the FLOPs and the state size of one forward pass of an image of `size` px, with the adapter mounted.
 
-    Both are None if a site's number of tokens is not known.
+    Args:
+        adapter: the adapter.
+        size: side of the image in pixels.
+        run: the forward pass.
+
+    Returns:
+        FLOPs of the whole network, and the numbers that the mixers carry between image tokens, which is None if a
+        site's number of tokens is not known.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, _chunked_operators(adapter):
         run()
-    counts = counter.get_flop_counts()
-    tokens = {row.site: row.tokens for row in adapter.status((size, size))}
-    flops = counter.get_total_flops()
     state_size = 0
-    for site, mixer in adapter.mixers.items():
-        length = tokens[site]
-        if length is None:
-            return None, None
-        counted = counts.get(f"{type(adapter.model).__name__}.{site}", {})
-        flops += mixer.flops(length) - sum(counted.values())
-        state_size += mixer.state_size(length)
-    return flops, state_size
+    for row in adapter.status((size, size)):
+        if row.tokens is None:
+            return counter.get_total_flops(), None
+        state_size += adapter.mixers[row.site].state_size(row.tokens)
+    return counter.get_total_flops(), state_size
+
+
+@contextmanager
+def _chunked_operators(adapter: MixerAdapter) -> Iterator[None]:
+    """Run operators in the chunked formulation, whose products torch sees."""
+    configs: dict[str, Any] = {
+        name: mixer.config for name, mixer in adapter.mixers.items() if hasattr(mixer.config, "backend")
+    }
+    try:
+        for name, config in configs.items():
+            adapter.mixers[name].config = replace(config, backend="chunked")
+        yield
+    finally:
+        for name, config in configs.items():
+            adapter.mixers[name].config = config
 
 
 def forward_pass(context: DistillationContext, side: int) -> Callable[[], object]:
@@ -152,12 +173,3 @@ def forward_pass(context: DistillationContext, side: int) -> Callable[[], object
     steps = torch.full((1,), 500, device=teacher.device)
     conditions = {name: value[:1] for name, value in next(iter(context.encoded.sizes.values())).items()}
     return partial(teacher.predict, noisy, steps, conditions)
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
-}  # torch itself counts only the GPU's

@@ -41,7 +41,8 @@ class Fidelity(Metric):
     error_to_truth, teacher_error_to_truth: mean squared error against the true noise (or velocity);
     error_ratio: the first of these over the second; 1 is as good as the teacher.
 
-    Costs a forward pass of the student for each size, timestep and batch of images.
+    Costs a forward pass of the student for each size, timestep and batch of images. Beyond the smallest size, every
+    image is compared at some of the timesteps alone (`timesteps_per_image`), and every timestep on some of the images.
     """
 
     title = "Error against resolution"

@@ -21,7 +21,8 @@ class TimestepRow(MetricRow):
 class TimestepErrors(Metric):
     """Error of predictions to the teacher's on held-out images, at each timestep.
 
-    The same forward passes as `fidelity`: costs nothing beside it. Its means over timesteps are fidelity's errors.
+    The same forward passes as `fidelity`: costs nothing beside it. At the smallest size its means over timesteps are
+    fidelity's errors; beyond it, neighboring timesteps are compared on different images.
     """
 
     title = "Error by timestep"

@@ -16,7 +16,7 @@ from unet_adapters.hosts import find_host
 Batch = dict[str, Tensor]
 """latents (b, c, h, w), scaled, and the conditions of the model by the names of its host: text (b, t, d), pooled, …"""
 
-IN_MODEL_DTYPE = frozenset({"text", "pooled"})
+IN_MODEL_DTYPE = frozenset({"text", "text_t5", "pooled"})
 """Conditions that a model gets in its own dtype; sizes stay exact."""
 
 EMBEDDED_GUIDANCE = 3.5

@@ -3,8 +3,8 @@
     batch(step)  ->  this process's part, in micro-batches  ->  model(part) -> {"loss": …, terms…}  ->  backward
     ->  guard  ->  clip  ->  AdamW  ->  EMA  ->  log, checkpoint, callback
 
-Everything random in a step is a function of (seed, step, process). A run that is killed and started again therefore ends
-with the same weights as an undisturbed one, bit-identical on one CPU; two processes give the weights of one, up to
+Everything random in a step is a function of (seed, step, process). A run that is killed and started again therefore
+ends with the same weights as an undisturbed one, bit-identical on one CPU; two processes give the weights of one, up to
 rounding, if the model itself draws nothing.
 """
 

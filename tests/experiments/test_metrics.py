@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid, apply_overrides
 from experiments.distill import DistillationContext, open_context
@@ -16,6 +17,7 @@ from experiments.metrics.timesteps import TimestepErrors, TimestepRow
 from experiments.metrics.transfer import Transfer, TransferOptions, TransferRow
 from tests.experiments.students import encoded, open_teacher, student
 from unet_adapters import MixerAdapter
+from unet_adapters.highres.memory import CPU_ATTENTION
 from unet_adapters.hosts import find_host
 
 PLAN = EvaluationConfig(
@@ -87,6 +89,29 @@ def test_timesteps_and_images_average_to_the_whole(context: DistillationContext)
         assert mean / power == pytest.approx(whole.relative_error_to_teacher, rel=1e-9)
         assert len(whole.error_by_image) == whole.images == 3
         assert sum(whole.error_by_image) / 3 == pytest.approx(whole.error_to_teacher, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_timesteps_are_spread_over_images_beyond_the_smallest_size(context: DistillationContext, count: int) -> None:
+    """Each image has its number of timesteps, each timestep as many images, and each pair its own error."""
+    adapter = student(context.teacher)
+    plan = PLAN.model_copy(update={"timesteps": (100, 400, 700, 999), "images": 4})
+    spread = evaluated(context, adapter, plan.model_copy(update={"timesteps_per_image": count}))
+    full = evaluated(context, adapter, plan.model_copy(update={"timesteps_per_image": 4}))
+    for height, width in plan.extents:
+        everything = {e.timestep: e for e in full.prediction_errors(height, width)}
+        compared: list[tuple[int, int]] = []
+        for error in spread.prediction_errors(height, width):
+            compared += [(image, error.timestep) for image in error.images.tolist()]
+            for name in ("to_teacher", "teacher_power", "to_truth", "teacher_to_truth"):
+                expected = getattr(everything[error.timestep], name)[error.images]
+                torch.testing.assert_close(getattr(error, name), expected, rtol=1e-4, atol=1e-9)
+        smallest = (height, width) == plan.smallest_extent
+        assert len(set(compared)) == len(compared) == 4 * (4 if smallest else count)
+        for place, values in ((0, range(4)), (1, plan.timesteps)):
+            assert {sum(pair[place] == value for pair in compared) for value in values} == {4 if smallest else count}
+    row = next(row for row in fidelity(spread) if row.size == 128)
+    assert row.images == len(row.error_by_image) == 4
 
 
 def test_sites_are_exact_up_to_the_first_replaced_one(context: DistillationContext) -> None:
@@ -167,13 +192,9 @@ class _TwoImages:
 
 
 def test_flops_of_the_teacher_itself_are_what_torch_counts(context: DistillationContext) -> None:
-    """The softmax mixer's formula replaces torch's count of the layers: together they are the UNet's."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from experiments.metrics.cost import _CPU_ATTENTION
-
+    """With the softmax mixer mounted, the count is that of the stock UNet."""
     forward = forward_pass(context, 16)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         forward()
     with MixerAdapter.build(context.pipe, "softmax").mounted() as adapter:
         flops, _ = count_operations(adapter, 64, forward)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from experiments.config import FitConfig, LossTerm
+from experiments.config import EvaluationConfig, FitConfig, LossTerm
 from experiments.distill.batches import draw_batch
 from experiments.distill.context import EncodedImages
 from experiments.distill.loss import DistillationLoss
 from experiments.distill.output_gains import fit_output_gains
+from experiments.metrics.inputs.generated_images import generate_images
 from experiments.teacher.load import load_teacher, open_teacher
 from experiments.teacher.teacher import Teacher
 from tests.unet_adapters import pipelines
@@ -21,7 +22,7 @@ from tests.unet_adapters.transformer_pipelines import PIPELINES, PROMPT_TOKENS
 from unet_adapters import MixerAdapter
 
 CAPTIONS = ["a b c", ""]
-SIZE = (16, 24)
+LATENTS = (8, 12)
 FIT = FitConfig(steps=1, batch_size=2, learning_rate=1e-3)
 
 
@@ -35,19 +36,30 @@ def teacher(kind) -> Teacher:
     return Teacher(PIPELINES[kind]())
 
 
+def make_images(teacher: Teacher) -> torch.Tensor:
+    height, width = (side * teacher.pipe.vae_scale_factor for side in LATENTS)
+    return pipelines.noise(2, 3, height, width).tanh()
+
+
 def encode(teacher: Teacher) -> dict[str, torch.Tensor]:
-    return teacher.encode(pipelines.noise(2, 3, *SIZE).tanh(), CAPTIONS)
+    return teacher.encode(make_images(teacher), CAPTIONS)
 
 
 @torch.no_grad()
 def test_a_batch_has_what_the_transformer_takes(teacher, kind) -> None:
     batch = encode(teacher)
-    expected = {"PixArt": {"text", "text_mask"}, "SD3.5 medium": {"text", "pooled"}, "Flux": {"text", "pooled"}}
-    assert set(batch) == {"latents", *expected[kind]}
-    assert batch["latents"].shape == (2, 4, 8, 12)
+    expected = {
+        "PixArt": {"text", "text_mask"},
+        "SD3.5 medium": {"text", "pooled"},
+        "Flux": {"text", "pooled"},
+        "HunyuanDiT": {"text", "text_mask", "text_t5", "text_t5_mask"},
+    }
+    sizes = {"time_ids"} if kind == "HunyuanDiT" else set()
+    assert set(batch) == {"latents", *expected[kind], *sizes}
+    assert batch["latents"].shape == (2, 4, *LATENTS)
     vae = teacher.pipe.vae
     decoded = vae.decode(batch["latents"] / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
-    means = vae.encode(pipelines.noise(2, 3, *SIZE).tanh()).latent_dist.mean
+    means = vae.encode(make_images(teacher)).latent_dist.mean
     torch.testing.assert_close(decoded, vae.decode(means).sample)
     blank = teacher.unconditional
     assert {name: value.shape for name, value in blank.items()} == {n: batch[n].shape[1:] for n in expected[kind]}
@@ -69,7 +81,10 @@ def test_noise_and_target_are_those_of_the_pipelines_scheduler(teacher, kind) ->
         torch.testing.assert_close(noisy - sigmas * target, batch["latents"])  # one exact step ends at the image
     else:
         torch.testing.assert_close(scheduler.add_noise(batch["latents"], noise, timesteps), noisy)
-        assert torch.equal(target, noise) and torch.equal(called_at, timesteps)
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        expected = scheduler.get_velocity(batch["latents"], noise, timesteps) if velocity else noise
+        torch.testing.assert_close(target, expected)
+        assert torch.equal(called_at, timesteps)
 
 
 @torch.no_grad()
@@ -78,23 +93,40 @@ def test_predict_is_the_transformers_own_call_in_the_pipeline(teacher, kind) -> 
     hook = teacher.denoiser.register_forward_hook(
         lambda module, args, kwargs, output: received.append((args, kwargs, output[0])), with_kwargs=True
     )
-    binning = {"use_resolution_binning": False} if kind == "PixArt" else {}
     guidance = 3.5 if kind == "Flux" else 1.0
-    height, width = SIZE
-    call = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": guidance, **binning}
-    latents = pipelines.noise(1, 4, 8, 12)
+    height, width = (side * teacher.pipe.vae_scale_factor for side in LATENTS)
+    call = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": guidance}
+    call |= teacher.host.sampling_options(teacher.pipe)
+    latents = pipelines.noise(1, 4, *LATENTS)
     initial = teacher.host._noise_arguments(latents, torch.ones(1))["hidden_states"] if kind == "Flux" else latents
     teacher.pipe("a b c", output_type="latent", latents=initial, **call)
     hook.remove()
-    _, kwargs, output = received[0]
-    timestep = kwargs["timestep"] * (1000 if kind == "Flux" else 1)
+    args, kwargs, output = received[0]
+    timestep = (args[1] if len(args) > 1 else kwargs["timestep"]) * (1000 if kind == "Flux" else 1)
     batch = teacher.conditions(["a b c"])
     assert torch.equal(batch["text"], kwargs["encoder_hidden_states"])
-    conditions = batch | teacher.host.guidance_conditions(teacher.pipe, guidance)
+    sizes = teacher.host.size_conditions((height, width))
+    conditions = batch | sizes | teacher.host.guidance_conditions(teacher.pipe, guidance)
     predicted = teacher.host.predict(latents, timestep, conditions)
     stock = teacher.host._read_output(output, latents)
     torch.testing.assert_close(predicted, stock)
     assert ("guidance" in conditions) == (kind == "Flux")
+
+
+@torch.no_grad()
+def test_samples_have_the_size_that_is_asked_for(teacher, kind) -> None:
+    """The network sees no other number of tokens, as it would where a pipeline picks the nearest size in a table."""
+    plan = EvaluationConfig(sample_steps=1, prompts=("a b",))
+    shapes: list[Any] = []
+    hook = teacher.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append((*args, kwargs.get("hidden_states"))[0].shape), with_kwargs=True
+    )
+    height, width = (side * teacher.pipe.vae_scale_factor for side in LATENTS)
+    (image,) = generate_images(teacher.pipe, ["a b"], (height, width), plan, 1.0, seed=0)
+    hook.remove()
+    assert image.size == (width, height)
+    expected = teacher.host._noise_arguments(pipelines.noise(1, 4, height // 2, width // 2), torch.ones(1))
+    assert shapes and all(shape[1:] == expected["hidden_states"].shape[1:] for shape in shapes)
 
 
 @pytest.mark.parametrize("objective", ["noise", "output", "features", "local"])
@@ -126,7 +158,7 @@ def test_matrix_is_refused_where_there_is_text(teacher, kind) -> None:
     encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional)
     batch = draw_batch(encoded, 0, FIT, teacher.train_timesteps, (16,))
     loss = DistillationLoss(teacher, adapter, {"matrix": LossTerm()})
-    if kind == "PixArt":
+    if kind in ("PixArt", "HunyuanDiT"):
         assert loss(batch)["loss"].isfinite()
         return
     with pytest.raises(ValueError, match="attends to text too"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -82,6 +83,24 @@ def flux(guidance: bool = False) -> nn.Module:
     )
 
 
+def hunyuan_dit() -> nn.Module:
+    return HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        num_layers=4,  # the fewest with a skip connection
+        mlp_ratio=2.0,
+        cross_attention_dim=12,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=8,
+        text_len=77,
+        text_len_t5=256,
+    )
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "UNet": unet,
     "PixArt": pixart,
@@ -91,6 +110,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "SD3.5 large": partial(sd3, (), "rms_norm"),
     "Flux": flux,
     "Flux guidance": partial(flux, True),
+    "HunyuanDiT": hunyuan_dit,
 }
 
 
@@ -118,9 +138,11 @@ def run(model: Any, size: tuple[int, int] = SIZES[0]) -> Tensor:
 
 
 def make_inputs(model: Any, size: tuple[int, int] = SIZES[0], seed: int = 2) -> dict[str, Any]:
-    """The arguments of a forward pass, batch 2, with five text tokens."""
+    """The arguments of a forward pass, batch 2, with five text tokens where the model takes any number."""
     generator = torch.Generator().manual_seed(seed)
     inputs = find_host(model).dummy_inputs(size, batch=2, generator=generator)
+    if isinstance(model, HunyuanDiT2DModel):
+        return inputs
     text = inputs["encoder_hidden_states"]
     inputs["encoder_hidden_states"] = text[:, :TEXT_TOKENS]
     if "txt_ids" in inputs:

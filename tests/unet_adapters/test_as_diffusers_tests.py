@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import HunyuanDiTPipeline, PixArtSigmaPipeline
 from torch import Tensor
 
 from tests.unet_adapters.comparisons import close
@@ -73,8 +74,9 @@ def test_ids_with_a_batch_axis_still_work() -> None:
 
 def call(pipe: Any, prompt: Any = "a b c", **extra: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
-    settings: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np"}
-    if "PixArt" in type(pipe).__name__:
+    side = 8 * pipe.vae_scale_factor
+    settings: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 2, "output_type": "np"}
+    if isinstance(pipe, PixArtSigmaPipeline | HunyuanDiTPipeline):
         settings["use_resolution_binning"] = False
     return pipe(prompt, generator=torch.Generator().manual_seed(0), **(settings | extra))
 

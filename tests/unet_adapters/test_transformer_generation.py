@@ -12,13 +12,13 @@ from unet_adapters.highres.schedule import oracle_error
 from unet_adapters.hosts import find_host
 from unet_adapters.hosts.transformers.profiles import TRANSFORMER_PROFILES
 
-KINDS = ["PixArt", "SD3.5 medium"]
+BASE_SIZES = {"PixArt": 16, "SD3.5 medium": 32, "HunyuanDiT": 64}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BASE_SIZES)
 def test_stages_lead_to_a_large_image_and_its_plan(kind) -> None:
     pipe = PIPELINES[kind]()
-    base = {"PixArt": 16, "SD3.5 medium": 32}[kind]
+    base = BASE_SIZES[kind]
     request = {"base_size": base, "steps": 4, "strengths": (0.5,), "guidance": 3.0}
     stock = generate(pipe, "a b c", (base, 2 * base), **request)
     adapter = MixerAdapter.build(pipe, "linear_attention")

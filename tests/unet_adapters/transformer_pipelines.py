@@ -11,10 +11,20 @@ from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    HunyuanDiTPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tests.unet_adapters.host_models import make_model
 from tests.unet_adapters.pipelines import LETTERS, seeded, text_encoder, tokenizer
@@ -28,18 +38,18 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
-def t5() -> T5EncoderModel:
+def t5(width: int = T5_WIDTH) -> T5EncoderModel:
     return T5EncoderModel(
-        T5Config(vocab_size=64, d_model=T5_WIDTH, d_kv=6, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+        T5Config(vocab_size=64, d_model=width, d_kv=6, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
     )
 
 
-def autoencoder(shift: float | None = None) -> AutoencoderKL:
+def autoencoder(shift: float | None = None, channels: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=4,
         sample_size=32,
         shift_factor=shift,
@@ -85,7 +95,37 @@ def flux(kind: str = "Flux guidance") -> FluxPipeline:
     )
 
 
-PIPELINES: dict[str, Callable[[], Any]] = {"PixArt": pixart, "SD3.5 medium": sd3, "Flux": flux}
+def bert_tokenizer() -> BertTokenizer:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS]
+    return BertTokenizer(vocab={token: number for number, token in enumerate(tokens)})
 
-PROMPT_TOKENS = {"PixArt": 300, "SD3.5 medium": 16 + 256, "Flux": 512}
+
+def bert() -> BertModel:
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertModel(BertConfig(vocab_size=64, max_position_embeddings=77, **sizes))
+
+
+def hunyuan_dit() -> HunyuanDiTPipeline:
+    return HunyuanDiTPipeline(
+        vae=seeded(partial(autoencoder, channels=(8,) * 4)),  # the pipeline counts on latents of 8 × 8 pixels
+        text_encoder=seeded(bert),
+        tokenizer=bert_tokenizer(),
+        transformer=make_model("HunyuanDiT"),
+        scheduler=DDIMScheduler(prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        text_encoder_2=seeded(partial(t5, 16)),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "PixArt": pixart,
+    "SD3.5 medium": sd3,
+    "Flux": flux,
+    "HunyuanDiT": hunyuan_dit,
+}
+
+PROMPT_TOKENS = {"PixArt": 300, "SD3.5 medium": 16 + 256, "Flux": 512, "HunyuanDiT": 77}
 """Text tokens per prompt: the pipelines pad to these lengths."""

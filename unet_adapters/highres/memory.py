@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+
+
+def count_attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Count the floating-point operations of fused attention from the shapes of its arguments."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention_flops}
+"""Fused attention on a CPU; torch itself counts only that on a GPU. A `custom_mapping` of `FlopCounterMode`."""
+
+_FLOPS = {**flop_registry, **{operator: shape_wrapper(count) for operator, count in CPU_ATTENTION.items()}}
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -30,7 +41,7 @@ class AllocationCounter(TorchDispatchMode):
         live_bytes: bytes alive now.
         module_peaks: peak bytes while each module itself was running, by name; "" is outside of all modules.
         module_tensors: elements of the largest tensor that each module created, by name.
-        flops: floating-point operations of matrix products and convolutions.
+        flops: floating-point operations of matrix products, attention and convolutions.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
@@ -62,8 +73,8 @@ class AllocationCounter(TorchDispatchMode):
         self._register(result, created=True)
         if self.on_cpu and func is torch.ops.aten.convolution.default:
             self._record(self.module_peaks, self.live_bytes + args[0].nbytes + args[1].nbytes)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        if func._overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func._overloadpacket](*args, **kwargs, out_val=result)
         return result
 
     def _register(self, tree: Any, created: bool) -> None:

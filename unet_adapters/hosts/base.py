@@ -116,9 +116,14 @@ class Host(DenoiserCalls):
 # Known architectures without a host, and why.
 _JOINT = "it has joint attention over image and text tokens in a form that has no host yet"
 _FUSED = "its blocks fuse the projections of attention and MLP into one layer, so that no q, k and v can be called"
+_RAGGED = (
+    "it joins text and image in one sequence, in which the image begins after each sample's own number of text tokens, "
+    "and its attention layers, whose heads share keys and values, are not given that number"
+)
 UNSUPPORTED: dict[str, str] = {
     "ChromaTransformer2DModel": _JOINT,
     "Flux2Transformer2DModel": _FUSED,
+    "Lumina2Transformer2DModel": _RAGGED,
     "QwenImageTransformer2DModel": _JOINT,
     "SanaTransformer2DModel": "its self-attention is linear attention already",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,6 +83,15 @@ class DenoiserCalls(ABC):
     def size_conditions(self, size: tuple[int, int], batch: int = 1) -> dict[str, Tensor]:
         """The conditions that depend on the (height, width) of the image in pixels, which is not cropped."""
         return {}
+
+    def sampling_options(self, pipe: Any) -> dict[str, Any]:
+        """Arguments with which a call of the pipeline samples exactly the size that is asked for.
+
+        Some pipelines would otherwise sample the nearest size in a table and resize the image
+        (`use_resolution_binning`).
+        """
+        has_table = "use_resolution_binning" in inspect.signature(pipe.__call__).parameters
+        return {"use_resolution_binning": False} if has_table else {}
 
     @property
     def latent_multiple(self) -> int:

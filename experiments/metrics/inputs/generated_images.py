@@ -72,7 +72,8 @@ def generate_images(
         guidance: scale of classifier-free guidance; 1 is none.
         seed: prompt k starts from noise of seed + k, drawn on the CPU.
     """
-    with autocast(Teacher(pipe)):
+    teacher = Teacher(pipe)
+    with autocast(teacher):
         images: list[Image.Image] = pipe(
             list(prompts),
             height=size[0],
@@ -80,6 +81,7 @@ def generate_images(
             num_inference_steps=plan.sample_steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed + k) for k in range(len(prompts))],
+            **teacher.host.sampling_options(pipe),
         ).images
     return images
 

@@ -25,10 +25,11 @@ HELD_IN_VARIATION = 2000
 
 @dataclass(frozen=True)
 class PredictionErrors:
-    """Mean squared differences at one timestep, each (images,) in float64.
+    """Mean squared differences at one timestep, each (n,) in float64 for the n images that are compared there.
 
     Attributes:
         timestep: of the noise.
+        images: their numbers (n,) among all images.
         to_teacher: student against teacher.
         teacher_power: the teacher's prediction against zero.
         to_truth: student against the true noise (or velocity).
@@ -36,6 +37,7 @@ class PredictionErrors:
     """
 
     timestep: int
+    images: Tensor
     to_teacher: Tensor
     teacher_power: Tensor
     to_truth: Tensor
@@ -52,13 +54,25 @@ class NoisyImages:
         encoded: latents (n, c, h, w) and conditions.
         noise_seed: of the noise; the timestep is added.
         batch_size: images in one forward pass.
+        groups: of images by turns; timestep number k is compared on group k mod `groups` alone.
+        timesteps: all that are compared, in order, if there are several groups.
     """
 
-    def __init__(self, teacher: Teacher, encoded: Batch, noise_seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        encoded: Batch,
+        noise_seed: int,
+        batch_size: int,
+        groups: int = 1,
+        timesteps: tuple[int, ...] = (),
+    ) -> None:
         self._teacher = teacher
         self._encoded = encoded
         self._noise_seed = noise_seed
         self._batch_size = batch_size
+        self._groups = groups
+        self._timesteps = timesteps
         self._predictions: dict[int, Tensor] = {}
         self._teacher_version: TensorVersions = ()
 
@@ -66,21 +80,30 @@ class NoisyImages:
         return len(self._encoded["latents"])
 
     def first(self, count: int) -> NoisyImages:
-        """Return the first images alone, with the same noise."""
+        """Return the first images alone, with the same noise, for every timestep."""
         encoded = {name: value[:count] for name, value in self._encoded.items()}
         return NoisyImages(self._teacher, encoded, self._noise_seed, self._batch_size)
 
+    def at(self, timestep: int) -> Tensor:
+        """Return the numbers (n,) of the images that are compared at a timestep."""
+        group = self._timesteps.index(timestep) % self._groups if self._groups > 1 else 0
+        return torch.arange(group, len(self), self._groups)
+
     def batches(self, timestep: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
-        """Iterate over noisy latents (b, c, h, w), timesteps (b,) and conditions."""
-        latents = self._encoded["latents"]
-        noisy = self._teacher.scheduler.add_noise(latents, self._noise(timestep), self._steps(timestep))
-        for start in range(0, len(self), self._batch_size):
-            part = slice(start, start + self._batch_size)
-            yield noisy[part], self._steps(timestep)[part], {n: value[part] for n, value in self._encoded.items()}
+        """Iterate over noisy latents (b, c, h, w), timesteps (b,) and conditions of the images at a timestep."""
+        for images in self.at(timestep).split(self._batch_size):
+            inputs = {name: value[images.to(value.device)] for name, value in self._encoded.items()}
+            steps = self._steps(timestep, len(images))
+            noise = self._noise(timestep)[images].to(inputs["latents"])
+            yield self._teacher.scheduler.add_noise(inputs["latents"], noise, steps), steps, inputs
 
     def target(self, timestep: int) -> Tensor:
-        """Return what a perfect model predicts: the true noise or velocity, (n, c, h, w)."""
-        return self._teacher.target(self._encoded["latents"], self._noise(timestep), self._steps(timestep))
+        """Return what a perfect model predicts for them: the true noise or velocity, (n, c, h, w)."""
+        images = self.at(timestep)
+        latents = self._encoded["latents"]
+        latents = latents[images.to(latents.device)]
+        noise = self._noise(timestep)[images].to(latents)
+        return self._teacher.target(latents, noise, self._steps(timestep, len(images)))
 
     @torch.no_grad()
     def predict(self, timestep: int) -> Tensor:
@@ -98,19 +121,18 @@ class NoisyImages:
             self._predictions[timestep] = self.predict(timestep)
         return self._predictions[timestep]
 
-    def _steps(self, timestep: int) -> Tensor:
-        latents = self._encoded["latents"]
-        return torch.full((len(latents),), timestep, device=latents.device)
+    def _steps(self, timestep: int, count: int) -> Tensor:
+        return torch.full((count,), timestep, device=self._encoded["latents"].device)
 
     def _noise(self, timestep: int) -> Tensor:
-        latents = self._encoded["latents"]
+        """The noise of all images (on the CPU), which does not depend on which of them are compared."""
         generator = torch.Generator().manual_seed(1000 * self._noise_seed + timestep)
-        return torch.randn(latents.shape, generator=generator).to(latents)
+        return torch.randn(self._encoded["latents"].shape, generator=generator)
 
 
 @dataclass(frozen=True)
 class MeanErrors:
-    """Prediction errors as means over timesteps, and over images but for the first.
+    """Prediction errors as means over the timesteps of every image, and over images but for the first.
 
     Attributes:
         by_image: student against teacher, image by image, (images,).
@@ -131,12 +153,18 @@ class MeanErrors:
 
 
 def average_errors(errors: Sequence[PredictionErrors]) -> MeanErrors:
-    """Average prediction errors over their timesteps."""
+    """Average prediction errors over the timesteps of every image, then over images."""
+    images = torch.cat([error.images for error in errors])
+    counts = images.bincount()
+
+    def by_image(values: list[Tensor]) -> Tensor:
+        return torch.zeros(len(counts), dtype=torch.float64).index_add(0, images, torch.cat(values)) / counts
+
     return MeanErrors(
-        by_image=torch.stack([error.to_teacher for error in errors]).mean(0),
-        teacher_power=float(torch.stack([error.teacher_power for error in errors]).mean()),
-        to_truth=float(torch.stack([error.to_truth for error in errors]).mean()),
-        teacher_to_truth=float(torch.stack([error.teacher_to_truth for error in errors]).mean()),
+        by_image=by_image([error.to_teacher for error in errors]),
+        teacher_power=float(by_image([error.teacher_power for error in errors]).mean()),
+        to_truth=float(by_image([error.to_truth for error in errors]).mean()),
+        teacher_to_truth=float(by_image([error.teacher_to_truth for error in errors]).mean()),
     )
 
 
@@ -153,6 +181,7 @@ def prediction_errors(
         errors.append(
             PredictionErrors(
                 timestep,
+                images.at(timestep),
                 to_teacher=_mean_square(student, teacher),
                 teacher_power=_mean_square(teacher, 0),
                 to_truth=_mean_square(student, target),
@@ -189,7 +218,8 @@ def noisy_images(
         part = slice(start, start + plan.batch_size)
         parts.append(context.teacher.encode(*batch(dataset, indices[part], (height, width), variations[part])))
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return NoisyImages(context.teacher, encoded, plan.seed + seed, plan.batch_size)
+    groups = 1 if (height, width) == plan.smallest_extent else plan.timestep_groups
+    return NoisyImages(context.teacher, encoded, plan.seed + seed, plan.batch_size, min(groups, count), plan.timesteps)
 
 
 def _mean_square(a: Tensor, b: Tensor | int) -> Tensor:

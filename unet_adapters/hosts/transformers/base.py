@@ -23,9 +23,11 @@ class PatchTransformerHost(Host):
 
     Attributes:
         attention_kwargs: the argument of the model's forward that reaches the attention layers.
+        rotary: whether they rotate queries and keys.
     """
 
     attention_kwargs: ClassVar[str]
+    rotary: ClassVar[bool] = False
 
     def sites(self) -> list[Site]:
         """Every layer of `_self_attentions`; a site's group is its block."""
@@ -36,6 +38,7 @@ class PatchTransformerHost(Host):
                 int(layer.heads),
                 group=name.rpartition(".")[0],
                 text=layer.added_kv_proj_dim is not None,
+                rotary=self.rotary,
                 qk_norm=layer.norm_q is not None,
             )
             for name, layer in self._self_attentions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,13 +51,14 @@ class PixArtHost(PatchTransformerHost):
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
     ) -> tuple[Conditions, Conditions]:
-        """`text`, and `text_mask` (b, t), 0 for padding."""
+        """`text`, and `text_mask` (b, t), 0 for padding; as long as the tokenizer allows, where that is shorter."""
         text, mask, negative_text, negative_mask = pipe.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=guided,
             negative_prompt="" if negative_prompts is None else list(negative_prompts),
             num_images_per_prompt=1,
             device=self.device,
+            max_sequence_length=_text_length(pipe),
         )
         positive = {"text": text, "text_mask": mask}
         return positive, {"text": negative_text, "text_mask": negative_mask} if guided else {}
@@ -68,9 +70,19 @@ class PixArtHost(PatchTransformerHost):
         resolution = torch.tensor([size], dtype=torch.float32, device=self.device).repeat(batch, 1)
         return {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
 
+    def sampling_options(self, pipe: Any) -> dict[str, Any]:
+        """See `DenoiserCalls.sampling_options`."""
+        return {**super().sampling_options(pipe), "max_sequence_length": _text_length(pipe)}
+
     def _read_output(self, output: Tensor, noisy: Tensor) -> Tensor:
         """The first half of the channels of models that also predict variances."""
         return output[:, : noisy.shape[1]]
 
     def _noise_arguments(self, noisy: Tensor, timestep: Tensor) -> dict[str, Any]:
         return {"hidden_states": noisy, "timestep": timestep}
+
+
+def _text_length(pipe: Any) -> int:
+    """Tokens of a caption: the pipeline's own number, or as many as its tokenizer allows where these are fewer."""
+    default: int = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+    return min(default, pipe.tokenizer.model_max_length)

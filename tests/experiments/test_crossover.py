@@ -130,7 +130,7 @@ def test_the_budget_ends_the_measurement_with_a_note() -> None:
     assert wide.note == "not measured from 64 tokens on: the time budget is spent"
 
 
-@pytest.mark.parametrize(("seconds", "turns"), [(6.0, 0), (11.0, 1), (17.0, 2), (100.0, 5)])
+@pytest.mark.parametrize(("seconds", "turns"), [(6.0, 0), (11.0, 1), (13.0, 2), (100.0, 5)])
 def test_a_site_is_timed_in_the_time_left(seconds: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes a second; stock attention and two mixers are tried, warmed up, and timed in turns."""
     now = [0.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what exists by now, modules and test items, out of every later garbage collection.
+
+    Walking through them takes a second, and everything that measures memory collects garbage before each call.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter take everything down in order; extension modules report as leaks what stays frozen."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from experiments.core.timing import time_interleaved
+from experiments.core.timing import Clock, time_interleaved
 from experiments.teacher import load
 from mixers.suggest import unknown_name
 from unet_adapters import MixerAdapter
@@ -94,6 +95,10 @@ class MixerCannotRun(Exception):
         self.mixer = mixer
 
 
+class TimeIsUp(Exception):
+    """The time budget does not allow the next call."""
+
+
 class AttentionLayerTimer:
     """Times one attention layer with random weights, batch 2 and no gradients, stock and with mixers mounted.
 
@@ -101,12 +106,23 @@ class AttentionLayerTimer:
         dtype: of weights and tokens.
         device: "cpu" or "cuda", optionally with an index.
         repeats: number of turns.
+        deadline: a time on the clock; no call is started after it, nor turns that are expected to end later.
+        clock: source of the time, in seconds.
     """
 
-    def __init__(self, dtype: torch.dtype, device: str, repeats: int) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: str,
+        repeats: int,
+        deadline: float = math.inf,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         self.dtype = dtype
         self.device = device
         self.repeats = repeats
+        self.deadline = deadline
+        self.clock = clock
         self._layers: dict[tuple[SiteShape, str], nn.Module] = {}
 
     @torch.no_grad()
@@ -123,17 +139,46 @@ class AttentionLayerTimer:
 
         Raises:
             MixerCannotRun: a mixer raises; the error names it.
+            TimeIsUp: the time left does not suffice for a warm-up and one turn of all layers.
         """
         x = torch.randn(BATCH, tokens, shape.dim, device=self.device).to(self.dtype)
         height = 1 << (int(math.log2(tokens)) // 2)
         grid = (height, tokens // height)
-        runs = {name: partial(call_layer, self.layer(shape, name), x, grid) for name in (STOCK, *names)}
-        for name in names:
-            try:
-                runs[name]()
-            except Exception as error:  # whatever a mixer raises, the others go on
-                raise MixerCannotRun(name, error) from error
-        return time_interleaved(runs, self.repeats, warmup=1, max_seconds=10 * len(runs), device=self.device)
+        runs: dict[str, Callable[[], object]] = {}
+        turn_seconds = 0.0
+        for name in (STOCK, *names):
+            runs[name] = partial(call_layer, self.layer(shape, name), x, grid)
+            turn_seconds += self._try(name, runs[name], turn_seconds)
+        left = self.deadline - self.clock()
+        if 2 * turn_seconds > left:
+            raise TimeIsUp
+        return time_interleaved(
+            runs,
+            self.repeats,
+            warmup=1,
+            max_seconds=min(10 * len(runs), left - 2 * turn_seconds),
+            min_turns=3 if 4 * turn_seconds <= left else 1,
+            device=self.device,
+            clock=self.clock,
+        )
+
+    def _try(self, name: str, run: Callable[[], object], turn_seconds: float) -> float:
+        """Call a layer once; returns the seconds it took.
+
+        Raises:
+            MixerCannotRun: it raises.
+            TimeIsUp: the time left does not suffice for a warm-up and one turn of the layers before it.
+        """
+        start = self.clock()
+        if start + 2 * turn_seconds > self.deadline:
+            raise TimeIsUp
+        try:
+            run()
+        except Exception as error:  # whatever a mixer raises, the others go on
+            if name == STOCK:
+                raise
+            raise MixerCannotRun(name, error) from error
+        return self.clock() - start
 
     def layer(self, shape: SiteShape, name: str) -> nn.Module:
         """Return the layer with a mixer mounted, in its plain form and with the host's projections.

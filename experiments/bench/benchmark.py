@@ -92,7 +92,8 @@ class BenchmarkLimits:
         slow_seconds: an implementation whose call takes at least this long is not measured at larger sizes.
         budget_seconds: the time for one benchmark. The first calls at a size may exceed it, because on a GPU they
             compile kernels.
-        deadline: a time on the clock; no call is started that is expected to end later.
+        deadline: a time on the clock; nothing is built or called after it, and no call is started that is expected to
+            end later.
     """
 
     repeats: int = 7
@@ -136,7 +137,7 @@ def run_benchmark(
         measurements += added
         if on_measurements is not None:
             on_measurements(added)
-        gc.collect()
+        gc.collect()  # cycles may hold this size's tensors
     return measurements
 
 
@@ -189,6 +190,7 @@ class _Run:
         expected = _expected_seconds(self.medians[name], size)
         self._require(4 * expected, self.budget_end)  # two calls here, a warm-up and one turn
         call = self.benchmark.implementations[name](size)
+        self._require(expected, self.limits.deadline)  # building took time as well
         start = self.clock()
         call()
         first_seconds = self.clock() - start

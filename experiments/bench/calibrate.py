@@ -18,7 +18,7 @@ from experiments.bench.calls import forward_call
 from experiments.bench.config import BenchmarkConfig
 from experiments.bench.inputs import InputFactory, delta_inputs, linear_inputs, scan_inputs
 from experiments.core.progress import ProgressCallback, ignore_progress
-from experiments.core.timing import time_interleaved
+from experiments.core.timing import Clock, time_interleaved
 from mixers import operators
 from mixers.operators.backend import FORMULATIONS, LAST_RESORT
 from mixers.operators.backend_table import TABLE_VARIABLE, BackendPreference, default_path, device_name, save_table
@@ -56,6 +56,7 @@ def calibrate_backends(
     lengths: Sequence[int] = LENGTHS,
     budget_seconds: float = math.inf,
     progress: ProgressCallback = ignore_progress,
+    clock: Clock = time.perf_counter,
 ) -> tuple[Path, list[BackendPreference]]:
     """Time every backend that can run here on every kind of call, and write the table.
 
@@ -63,9 +64,10 @@ def calibrate_backends(
         config: device, dtype and batch size; the first of its heads is measured.
         path: of the table; None: where `backend="auto"` looks.
         lengths: numbers of tokens.
-        budget_seconds: no kind of call is started after this time; those that are left out get no row, so that
-            `backend="auto"` runs the chunked formulation for them.
+        budget_seconds: nothing is started after this time. Kinds of calls that are not measured at all lengths by then
+            get no row, so that `backend="auto"` runs the chunked formulation for them.
         progress: called with every kind of call.
+        clock: source of the time, in seconds.
 
     Returns:
         The path of the table and its rows.
@@ -74,13 +76,16 @@ def calibrate_backends(
     """
     heads, width = config.heads[0]
     kinds = list(call_kinds())
-    deadline = time.perf_counter() + budget_seconds
+    deadline = clock() + budget_seconds
     rows = []
     for number, kind in enumerate(kinds):
-        if time.perf_counter() >= deadline:
-            break
         progress(f"{kind.operator}, {kind.causality}, decay {kind.decay}", number, len(kinds))
-        times = {length: time_backends(config, kind, length, heads, width) for length in lengths}
+        times: dict[int, dict[str, float]] = {}
+        for length in lengths:
+            if clock() < deadline:
+                times[length] = time_backends(config, kind, length, heads, width, deadline - clock())
+        if len(times) < len(lengths):
+            break
         rows.append(BackendPreference(kind.operator, kind.causality, kind.decay, tuple(order_backends(times))))
     progress("measured", len(rows), len(kinds))
     target = path or Path(os.environ.get(TABLE_VARIABLE) or default_path())
@@ -122,8 +127,13 @@ def _fastest(times: Mapping[str, float]) -> str:
     return min(times, key=lambda name: times[name] * (REQUIRED_SHARE if name == LAST_RESORT else 1))
 
 
-def time_backends(config: BenchmarkConfig, kind: CallKind, length: int, heads: int, width: int) -> dict[str, float]:
-    """Return median seconds of a forward pass of every backend that can run it; dense up to `MAX_DENSE_TOKENS`."""
+def time_backends(
+    config: BenchmarkConfig, kind: CallKind, length: int, heads: int, width: int, max_seconds: float = math.inf
+) -> dict[str, float]:
+    """Return median seconds of a forward pass of every backend that can run it; dense up to `MAX_DENSE_TOKENS`.
+
+    After `max_seconds` no turn starts, unless fewer than three are complete.
+    """
     inputs = kind.inputs(config, length, heads, width)
     runs: dict[str, Callable[[], object]] = {}
     for name in (*FORMULATIONS, *config.available_kernels()):
@@ -135,7 +145,7 @@ def time_backends(config: BenchmarkConfig, kind: CallKind, length: int, heads: i
         except Exception:  # it cannot compute this call, so it is not in the table
             continue
         runs[name] = run
-    times = time_interleaved(runs, 5, device=config.device, min_seconds=0.002)
+    times = time_interleaved(runs, 5, device=config.device, min_seconds=0.002, max_seconds=max_seconds)
     return {name: statistics.median(turns) for name, turns in times.items()}
 
 

@@ -19,6 +19,7 @@ from experiments.bench.attention_layer import (
     AttentionLayerTimer,
     MixerCannotRun,
     SiteShape,
+    TimeIsUp,
     choose_site_shapes,
 )
 from experiments.bench.config import DTYPES, check_device
@@ -180,7 +181,8 @@ def measure_crossovers(
     if dtype not in DTYPES:
         raise ValueError(unknown_name("dtype", dtype, DTYPES))
     check_device(device)
-    timer = AttentionLayerTimer(DTYPES[dtype], device, repeats)
+    deadline = time.perf_counter() + budget_seconds
+    timer = AttentionLayerTimer(DTYPES[dtype], device, repeats, deadline)
     shapes = shapes or choose_site_shapes()
     curves = measure_curves(
         names, shapes, doubling_lengths(max_tokens), timer, budget_seconds=budget_seconds, progress=progress
@@ -205,7 +207,7 @@ def measure_curves(
         names: of the mixers.
         shapes: of the sites.
         lengths: numbers of tokens, increasing.
-        time_layers: times the layers.
+        time_layers: times the layers; raises TimeIsUp if the time left does not suffice.
         slow_seconds: a shape is finished once softmax attention takes this long; a mixer, once it is slower than
             softmax attention and takes this long.
         budget_seconds: no measurement starts after this time. Shapes that it leaves no time for have no points.
@@ -222,11 +224,15 @@ def measure_curves(
         running = list(names)
         for step, tokens in enumerate(lengths):
             progress(f"{shape}: {tokens:,} tokens", row * len(lengths) + step, total)
-            if clock() >= deadline:
+            try:
+                if clock() >= deadline:
+                    raise TimeIsUp
+                times = _time_runnable(time_layers, shape, tokens, running, curves)
+            except TimeIsUp:
                 note = f"not measured from {tokens:,} tokens on: the time budget is spent"
-                curves |= {(name, shape): replace(curves[name, shape], note=note) for name in running}
+                unmeasured = (name for name in running if curves[name, shape].note is None)
+                curves |= {(name, shape): replace(curves[name, shape], note=note) for name in unmeasured}
                 break
-            times = _time_runnable(time_layers, shape, tokens, running, curves)
             for name in times.keys() & set(running):
                 curves[name, shape] = _extend(curves[name, shape], tokens, times[STOCK], times[name], slow_seconds)
             running = [name for name in running if name in times and curves[name, shape].note is None]

@@ -34,9 +34,12 @@ def print_crossovers(result: CrossoverResult, console: Console) -> None:
     for curve in result.curves:
         table.add_row(*_table_row(curve))
     console.print(table)
+    notes: dict[str, list[str]] = {}
     for curve in result.curves:
         if curve.note:
-            console.print(f"{curve.mixer} ({curve.site}): {curve.note}", soft_wrap=True, highlight=False, markup=False)
+            notes.setdefault(curve.note, []).append(f"{curve.mixer} ({curve.site})")
+    for note, curves in notes.items():
+        console.print(f"{', '.join(curves)}: {note}", soft_wrap=True, highlight=False, markup=False)
     m = result.machine
     threads = f", threads: {m['threads']}" if m["threads"] else ""
     console.print(f"{m['device']}{threads}, torch {m['torch']}, {m['dtype']}, batch {m['batch']}. To copy:\n")

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.bench.benchmark import Benchmark, BenchmarkLimits, Measurement, run_benchmark, select_baselines
+from experiments.bench.benchmark import (
+    OUT_OF_BUDGET,
+    Benchmark,
+    BenchmarkLimits,
+    Measurement,
+    run_benchmark,
+    select_baselines,
+)
 from experiments.bench.config import BenchmarkConfig
 from experiments.bench.machine import describe_machine, package_versions
 from experiments.bench.model_benchmarks import (
@@ -26,8 +33,9 @@ from experiments.bench.operator_benchmarks import operator_benchmarks
 from experiments.bench.plots import plot_times
 from experiments.bench.roofline import measure_roofline
 from experiments.bench.tables import BenchmarkConditions, plot_path, print_table, write_results
-from experiments.core.memory import keep_freed_memory
+from experiments.core.memory import existing_objects_uncollected, keep_freed_memory
 from experiments.core.progress import ProgressCallback, ignore_progress
+from experiments.core.timing import Clock
 from mixers.suggest import unknown_name
 
 SUITES: dict[str, Callable[[BenchmarkConfig, UNetBenchmarkConfig], Iterator[Benchmark]]] = {
@@ -73,11 +81,13 @@ def run_suite(
     console: Console,
     progress: ProgressCallback = ignore_progress,
     draw_plots: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> list[Measurement]:
     """Run benchmarks, print a table after each, and keep the results so far in a folder.
 
-    The budget is shared: each benchmark may take an equal part of what is left. `<suite>.json` and `<suite>.md` are
-    written after every size, so that an interrupted run loses nothing that was measured.
+    The budget is shared: each benchmark may take an equal part of what is left. When it is spent nothing else is
+    started: the remaining implementations get rows that say so, and one line lists their benchmarks. `<suite>.json` and
+    `<suite>.md` are written after every size, so that an interrupted run loses nothing that was measured.
 
     Args:
         suite: names the files.
@@ -88,12 +98,14 @@ def run_suite(
         console: receives the tables.
         progress: called with every size of every benchmark.
         draw_plots: whether to draw a plot per benchmark, which takes about half a second.
+        clock: source of the time, in seconds.
 
     Returns:
         All measurements.
     """
-    deadline = time.perf_counter() + limits.budget_seconds
+    deadline = clock() + limits.budget_seconds
     benchmarks = list(benchmarks)
+    unmeasured: list[str] = []
     machine = {**describe_machine(config.device), **package_versions()}
     machine["dtype"] = str(config.dtype).removeprefix("torch.")
     roofline = measure_roofline(config.device, config.dtype)
@@ -104,17 +116,24 @@ def run_suite(
         measurements.extend(added)
         write_results(measurements, conditions, out, suite)
 
-    for number, benchmark in enumerate(benchmarks):
+    with existing_objects_uncollected():
+        for number, benchmark in enumerate(benchmarks):
 
-        def report_size(size: int, number: int = number, benchmark: Benchmark = benchmark) -> None:
-            progress(f"{benchmark.name}: {size:,} {benchmark.size_unit}", number, len(benchmarks))
+            def report_size(size: int, number: int = number, benchmark: Benchmark = benchmark) -> None:
+                progress(f"{benchmark.name}: {size:,} {benchmark.size_unit}", number, len(benchmarks))
 
-        left = max(0.0, deadline - time.perf_counter())
-        share = replace(limits, budget_seconds=left / (len(benchmarks) - number), deadline=deadline)
-        with keep_freed_memory() if benchmark.measures_growth else nullcontext():
-            added = run_benchmark(benchmark, roofline, share, config.device, report_size, keep)
-        if draw_plots and any(m.time is not None for m in added):
-            plot_times(added, plot_path(out, suite, number))
-        print_table(added, console)
+            left = max(0.0, deadline - clock())
+            share = replace(limits, budget_seconds=left / (len(benchmarks) - number), deadline=deadline)
+            with keep_freed_memory() if benchmark.measures_growth else nullcontext():
+                added = run_benchmark(benchmark, roofline, share, config.device, report_size, keep, clock)
+            if all(m.error == OUT_OF_BUDGET for m in added):
+                unmeasured.append(benchmark.name)
+                continue
+            if draw_plots and any(m.time is not None for m in added):
+                plot_times(added, plot_path(out, suite, number))
+            print_table(added, console)
+    if unmeasured:
+        line = f"{OUT_OF_BUDGET}: {len(unmeasured)} of {len(benchmarks)} benchmarks: {'; '.join(unmeasured)}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     progress(f"{suite}: measured", len(benchmarks), len(benchmarks))
     return measurements

@@ -76,10 +76,12 @@ def print_table(measurements: Sequence[Measurement], console: Console) -> None:
             console.print(table)
         else:
             console.print(benchmark)
+        reasons: dict[str | None, list[str]] = {}
         for m in of_benchmark:
             if m.time is None:
-                line = f"{m.implementation}, {m.size:,}: {m.error}"
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                reasons.setdefault(m.error, []).append(f"{m.implementation}, {m.size:,}")
+        for reason, rows in reasons.items():
+            console.print(f"{'; '.join(rows)}: {reason}", soft_wrap=True, highlight=False, markup=False)
 
 
 def format_row(m: Measurement) -> tuple[str, ...]:

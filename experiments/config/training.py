@@ -15,6 +15,9 @@ class FitConfig(FrozenModel):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="samples of all processes and micro-batches together")
     learning_rate: float = Field(gt=0)
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the weights of linear layers, with AdamW for the rest"
+    )
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant", "inverse_sqrt"] = Field(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -121,6 +121,23 @@ def unet(recipe: TeacherRecipe) -> UNet2DConditionModel:
         cross_attention_dim=recipe.text_width,
         attention_head_dim=recipe.unet_heads,  # diffusers' name; it is the number of heads
         norm_num_groups=recipe.unet_groups,
+    )
+
+
+def transformer(recipe: TeacherRecipe) -> PixArtTransformer2DModel:
+    """A PixArt on latent pixels, conditioned on the text encoder's states; only its self-attention mixes tokens."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=recipe.dit_heads,
+        attention_head_dim=recipe.dit_width // recipe.dit_heads,
+        in_channels=recipe.latent_channels,
+        out_channels=recipe.latent_channels,
+        num_layers=recipe.dit_layers,
+        cross_attention_dim=recipe.dit_width,
+        caption_channels=recipe.text_width,
+        sample_size=recipe.image_size // 4,
+        patch_size=1,
+        interpolation_scale=1,
+        use_additional_conditions=False,
     )
 
 

@@ -35,6 +35,10 @@ class TeacherRecipe(BaseModel):
     timestep_power: float = 1.0  # t = 1000 u ** power: 1 is uniform, below 1 prefers noise
     large_sizes: tuple[int, ...] = (96, 128)  # px; every tenth batch has one of them
     large_from: int = 40_000  # step; the decay always has them
+    dit_width: int = 128
+    dit_heads: int = 4
+    dit_layers: int = 10
+    dit_large_from: int = 40_000  # as `large_from`
     judge_width: int = 96
     judge_layers: int = 3
     vae: FitConfig = FitConfig(
@@ -47,6 +51,19 @@ class TeacherRecipe(BaseModel):
         steps=1_000_000,
         batch_size=16,
         learning_rate=1.2e-3,
+        optimizer="muon",
+        weight_decay=0.01,
+        ema=0.9995,
+        warmup=600,
+        schedule="inverse_sqrt",
+        mixed_precision="bf16",
+        checkpoint_every=200,
+    )
+    dit: FitConfig = FitConfig(
+        steps=1_000_000,
+        batch_size=16,
+        learning_rate=1.2e-3,
+        optimizer="muon",
         weight_decay=0.01,
         ema=0.9995,
         warmup=600,
@@ -60,7 +77,7 @@ class TeacherRecipe(BaseModel):
 
     def scaled(self, share: float) -> TeacherRecipe:
         """The same recipe with every stage's steps times `share` (at least one step), for trials and tests."""
-        stages = {name: getattr(self, name) for name in ("vae", "decoder", "unet", "judge")}
+        stages = {name: getattr(self, name) for name in ("vae", "decoder", "unet", "dit", "judge")}
         changed = {n: s.model_copy(update={"steps": max(1, round(s.steps * share))}) for n, s in stages.items()}
         return self.model_copy(update={**changed, "decay": max(1, round(self.decay * share))})
 

@@ -1,7 +1,7 @@
 """fit: the only training loop.
 
     batch(step)  ->  this process's part, in micro-batches  ->  model(part) -> {"loss": …, terms…}  ->  backward
-    ->  guard  ->  clip  ->  AdamW  ->  EMA  ->  log, checkpoint, callback
+    ->  guard  ->  clip  ->  optimizer  ->  EMA  ->  log, checkpoint, callback
 
 Everything random in a step is a function of (seed, step, process). A run that is killed and started again therefore
 ends with the same weights as an undisturbed one, bit-identical on one CPU; two processes give the weights of one, up to
@@ -27,6 +27,7 @@ from experiments.core.signals import Interrupted
 from experiments.training.checkpoints import resume, save
 from experiments.training.guard import check_gradients, check_losses
 from experiments.training.log import MetricsLog
+from experiments.training.optimizers import create_optimizer
 from experiments.training.processes import agree_on_start, open_accelerator, split_batch
 from experiments.training.schedule import learning_rate_factor
 from experiments.training.state import TrainingState, trainable_parameters
@@ -104,14 +105,8 @@ def fit(
 
 def _initial_state(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> TrainingState:
     parameters = trainable_parameters(model)
-    on_cpu = all(p.device.type == "cpu" for p in parameters.values())
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=on_cpu or None,  # On CPUs the default is one operation after another for every parameter.
-    )
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
+    optimizer = create_optimizer(model, config)
     return TrainingState(model, optimizer, ema, accelerator.scaler, writes=accelerator.is_main_process)
 
 

@@ -23,7 +23,7 @@ class TrainingState:
 
     Attributes:
         model: its parameters that require gradients.
-        optimizer: AdamW, not wrapped.
+        optimizer: as `create_optimizer` returns it, not wrapped.
         ema: name -> averaged parameter; empty if there is no average.
         scaler: of float16 gradients, or None.
         writes: whether this process writes the checkpoints.

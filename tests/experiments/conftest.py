@@ -18,11 +18,15 @@ TINY = TeacherRecipe(
     unet_channels=(8, 16),
     unet_heads=(2, 2),
     unet_transformers=1,
+    dit_width=16,
+    dit_heads=2,
+    dit_layers=2,
     shard=8,
     shards=1,
     vae=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
     decoder=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
     unet=FitConfig(steps=2, batch_size=4, learning_rate=1e-3, ema=0.9),
+    dit=FitConfig(steps=2, batch_size=4, learning_rate=1e-3, ema=0.9, optimizer="muon", schedule="constant"),
     judge=FitConfig(steps=2, batch_size=4, learning_rate=1e-3),
 )
 

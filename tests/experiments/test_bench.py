@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from experiments.bench.scaling import scaling_exponent, scaling_exponents
 from experiments.bench.suites import run_suite
 from experiments.bench.tables import BenchmarkConditions, plot_path, write_results
 from experiments.cli import app
-from experiments.core.memory import measure_peak_bytes
+from experiments.core.memory import existing_objects_uncollected, measure_peak_bytes
 from experiments.core.timing import Quartiles
 from mixers import operators
 from mixers.operators.backend_table import TABLE_VARIABLE, preferred_backends
@@ -156,6 +157,47 @@ def test_a_budget_is_exceeded_by_one_call_at_most(costs: list[tuple[float, float
         assert rows[-1].error == OUT_OF_BUDGET or rows[-1].size == 1024
 
 
+def test_the_budget_of_a_suite_bounds_all_of_its_benchmarks(tmp_path: Path) -> None:
+    """Where even trying every implementation once takes too long, the rest are rows, listed in one line."""
+    clock = FakeClock()
+    names = [f"benchmark {i}" for i in range(30)]
+    benchmarks = [Benchmark(name, {k: clock.build(1 / 64, 1) for k in "abc"}, (64, 128)) for name in names]
+    output = io.StringIO()
+    console = Console(file=output, width=120)
+    limits = BenchmarkLimits(repeats=1, budget_seconds=6.0)
+    run_suite("trial", benchmarks, BenchmarkConfig(), limits, tmp_path, console, draw_plots=False, clock=clock)
+    assert clock.now <= 6.0 + clock.longest_call
+    rows = json.loads((tmp_path / "trial.json").read_text())["measurements"]
+    assert {(row["benchmark"], row["implementation"]) for row in rows} == {(n, k) for n in names for k in "abc"}
+    assert {row["error"] for row in rows if row["time"] is None} == {OUT_OF_BUDGET}
+    (listed,) = [line for line in output.getvalue().splitlines() if line.startswith(OUT_OF_BUDGET)]
+    assert all(name in listed for name in names if not any(r["benchmark"] == name and r["time"] for r in rows))
+
+
+def test_nothing_is_called_if_building_it_takes_the_time() -> None:
+    clock = FakeClock()
+
+    def build_slowly(size: int) -> Callable[[], None]:
+        clock.now += 100.0
+        return lambda: pytest.fail("called after the deadline")
+
+    limits = BenchmarkLimits(repeats=1, budget_seconds=6.0, deadline=6.0)
+    (row,) = run_benchmark(Benchmark("c", {"slow": build_slowly}, (64, 128)), None, limits, clock=clock)
+    assert row.error == OUT_OF_BUDGET
+
+
+class Existing:
+    """Something that the garbage collector tracks."""
+
+
+def test_collections_inside_a_suite_leave_out_what_exists() -> None:
+    existing = Existing()
+    with existing_objects_uncollected():
+        created = Existing()
+        tracked = gc.get_objects()
+        assert any(item is created for item in tracked) and not any(item is existing for item in tracked)
+
+
 def test_tables_are_written_after_every_size(tmp_path: Path) -> None:
     """A run that is killed in its second benchmark keeps the first and the sizes that the second reached."""
 
@@ -265,6 +307,20 @@ def test_the_table_follows_the_fastest_backend(times: list[tuple[float, float]])
         first = next(name for name, bound in order if bound is None or length <= bound)
         assert by_name[first] <= min(by_name.values()) / REQUIRED_SHARE
         assert first == "chunked" or by_name[first] <= REQUIRED_SHARE * by_name["chunked"]
+
+
+def test_calibration_ends_with_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of call that was not measured at every length gets no row."""
+    clock = FakeClock()
+
+    def take_two_seconds(config: BenchmarkConfig, kind: object, length: int, *_: object) -> dict[str, float]:
+        clock.now += 2.0
+        return {"chunked": 1.0}
+
+    monkeypatch.setattr(calibrate, "time_backends", take_two_seconds)
+    config = BenchmarkConfig(heads=((2, 4),))
+    _, rows = calibrate.calibrate_backends(config, tmp_path / "table.json", (16, 64, 256), 9.0, clock=clock)
+    assert len(rows) == 1 and clock.now == 10.0
 
 
 def test_the_dense_form_is_not_used_beyond_what_was_measured() -> None:

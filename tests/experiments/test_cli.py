@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,18 @@ def test_errors_go_to_stderr(arguments: list[str]) -> None:
     assert "error" not in result.stdout and "Traceback" not in result.output
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, as in a terminal; a shell lets what it starts in the background ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_and_gives_the_exit_code_of_shells(
-    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, code: int, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = [number]
 
@@ -54,7 +64,8 @@ def test_a_signal_saves_the_step_and_gives_the_exit_code_of_shells(
             os.kill(os.getpid(), kills.pop())
         return "a step"
 
-    command = ["distill", "embedded", "--out", str(tmp_path / "run"), *SETTINGS]
+    teacher = ["--set", f"teacher={tiny_teacher}"]
+    command = ["distill", "embedded", "--out", str(tmp_path / "run"), *teacher, *SETTINGS]
     monkeypatch.setattr("experiments.cli.distill.describe_losses", describe_and_kill)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == code

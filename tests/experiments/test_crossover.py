@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from experiments.bench import attention_layer
 from experiments.bench.attention_layer import (
     STOCK,
     AttentionLayerTimer,
     MixerCannotRun,
     SiteShape,
+    TimeIsUp,
     choose_site_shapes,
     site_shapes,
 )
@@ -126,6 +128,26 @@ def test_the_budget_ends_the_measurement_with_a_note() -> None:
     assert [p.tokens for p in narrow.points] == [64, 128, 256] and not wide.points
     assert narrow.note == "not measured from 512 tokens on: the time budget is spent"
     assert wide.note == "not measured from 64 tokens on: the time budget is spent"
+
+
+@pytest.mark.parametrize(("seconds", "turns"), [(6.0, 0), (11.0, 1), (13.0, 2), (100.0, 5)])
+def test_a_site_is_timed_in_the_time_left(seconds: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes a second; stock attention and two mixers are tried, warmed up, and timed in turns."""
+    now = [0.0]
+
+    def call(*_: object) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(attention_layer, "call_layer", call)
+    timer = AttentionLayerTimer(torch.float32, "cpu", 5, deadline=seconds, clock=lambda: now[0])
+    names = ["linear_attention", "identity"]
+    if turns:
+        times = timer(NARROW, 64, names)
+        assert {name: len(values) for name, values in times.items()} == dict.fromkeys((STOCK, *names), turns)
+    else:
+        with pytest.raises(TimeIsUp):
+            timer(NARROW, 64, names)
+    assert now[0] <= seconds
 
 
 def test_a_mixer_that_cannot_run_leaves_the_others_alone() -> None:

@@ -35,10 +35,12 @@ def mixlab(*words: str) -> Any:
     return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
 
 
-def test_a_killed_run_resumes_after_its_last_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_after_its_last_stage(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uninterrupted = tmp_path / "uninterrupted.png"
     resumed = tmp_path / "resumed.png"
-    words = ("generate", "red apple", "--size", "256x192", "--seed", "3", *SHORT)
+    words = ("generate", "red apple", "--model", str(tiny_teacher), "--size", "256x192", "--seed", "3", *SHORT)
     assert mixlab(*words, "--out", str(uninterrupted)).exit_code == 0
     update = ProgressLines.update
 
@@ -59,7 +61,7 @@ def test_a_killed_run_resumes_after_its_last_stage(tmp_path: Path, monkeypatch: 
         assert one.size == (256, 192) and ImageChops.difference(one, other).getbbox() is None
         metadata = json.loads(one.text["mixers"])
     assert metadata["prompt"] == "red apple" and metadata["mode"] == "progressive" and metadata["seed"] == 3
-    assert metadata["mixer"] == "linfusion" and metadata["model"] == "embedded"
+    assert metadata["mixer"] == "linfusion" and metadata["model"] == str(tiny_teacher)
     assert [stage["size"] for stage in metadata["stages"]] == [[48, 64], [96, 128], [192, 256]]
 
 
@@ -68,14 +70,16 @@ def test_the_metadata_names_the_mode(tmp_path: Path) -> None:
     process = mixlab("generate", "sun", "--size", "96x96", "--mode", "direct", *SHORT, "--out", str(out))
     assert process.exit_code == 0
     with Image.open(out) as image:
-        assert json.loads(image.text["mixers"])["mode"] == "direct"
+        metadata = json.loads(image.text["mixers"])
+    assert metadata["mode"] == "direct" and metadata["model"] == "embedded"
 
 
-def test_an_image_is_enlarged(tmp_path: Path) -> None:
+def test_an_image_is_enlarged(tiny_teacher: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.png"
     out = tmp_path / "image.png"
     Image.new("RGB", (64, 64), "red").save(small)
-    process = mixlab("generate", "", "--size", "128x128", "--image", str(small), *SHORT, "--out", str(out))
+    model = ("--model", str(tiny_teacher))
+    process = mixlab("generate", "", *model, "--size", "128x128", "--image", str(small), *SHORT, "--out", str(out))
     assert process.exit_code == 0, process.output
     with Image.open(out) as image:
         assert image.size == (128, 128) and len(json.loads(image.text["mixers"])["stages"]) == 2
@@ -89,10 +93,11 @@ def test_an_image_is_read_as_upright_8_bit_rgb(tmp_path: Path, monkeypatch: pyte
     assert ramp.shape == (32, 64, 3) and abs(ramp.mean() - 127.5) < 1
 
 
-def test_a_plan_is_a_table_and_refuses_too_small_a_budget() -> None:
-    process = mixlab("plan", "--size", "128x128", *SHORT)
+def test_a_plan_is_a_table_and_refuses_too_small_a_budget(tiny_teacher: Path) -> None:
+    words = ("plan", "--model", str(tiny_teacher), "--size", "128x128", *SHORT)
+    process = mixlab(*words)
     assert process.exit_code == 0 and "128 × 128" in process.output and "Denoising takes about" in process.output
-    process = mixlab("plan", "--size", "128x128", *SHORT, "--memory", "1MB")
+    process = mixlab(*words, "--memory", "1MB")
     assert process.exit_code == 2 and "does not fit in 1.00 MiB: with every saving it needs" in process.output
 
 
@@ -217,13 +222,14 @@ def test_a_controlnet_that_does_not_fit_is_one_sentence(
     assert process.output.count("error:") == 1 and "Traceback" not in process.output
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(tensors: Any, path: Path, **_: Any) -> None:
         raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
 
     monkeypatch.setattr("unet_adapters.files.save_file", fail)
     out = tmp_path / "image.png"
-    process = mixlab("generate", "sun", "--size", "64x64", "--steps", "1", "--out", str(out))
+    model = ("--model", str(tiny_teacher))
+    process = mixlab("generate", "sun", *model, "--size", "64x64", "--steps", "1", "--out", str(out))
     assert process.exit_code == 2 and "No space left on device" in process.output and not out.exists()
     assert process.output.count("error: Cannot write") == 1 and "Traceback" not in process.output
 

@@ -1,8 +1,6 @@
 """The embedded teacher: plain diffusers files, small, and with a card; and the recipe that makes one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from transformers import CLIPModel
 
 from experiments.data import SceneSet, batch
 from experiments.data.emoji import BACKGROUNDS
-from experiments.teacher import gates
+from experiments.teacher import gates, train
 from experiments.teacher.card import write_card
 from experiments.teacher.inspect_images import background_accuracy, count_objects, find_backgrounds, label_components
 from experiments.teacher.judge import attention_mask, top1_accuracy
@@ -178,13 +176,11 @@ def test_the_decoder_is_trained_while_latents_stay(tiny_teacher: Path) -> None:
     assert coder.config.scaling_factor != 1
 
 
-def test_a_training_keeps_one_tokenizer(tmp_path: Path) -> None:
+def test_a_training_keeps_one_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached tokens and trained embeddings rely on it; a newly trained one differs between processes."""
-    code = (
-        "import sys; from pathlib import Path; from experiments.teacher import recipe, train\n"
-        "words = train.open_tokenizer(Path(sys.argv[1]), recipe.TeacherRecipe())\n"
-        "print(sorted(words.get_vocab().items()), words('a box, two cats').input_ids, words.model_max_length)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
-    assert first == second and "volcano" in first
+    trained = train.open_tokenizer(tmp_path, TeacherRecipe())
+    monkeypatch.setattr(train.networks, "tokenizer", lambda *_: pytest.fail("trained again"))
+    kept = train.open_tokenizer(tmp_path, TeacherRecipe())
+    assert kept.get_vocab() == trained.get_vocab() and any("volcano" in word for word in kept.get_vocab())
+    assert kept("a box, two cats").input_ids == trained("a box, two cats").input_ids
+    assert kept.model_max_length == trained.model_max_length == TeacherRecipe().max_tokens

@@ -1,5 +1,6 @@
 """The loop: resuming is exact, the state is never half written, a broken loss stops it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from experiments.config import FitConfig
 from experiments.training import fit
+from experiments.training.optimizers import Muon, create_optimizer, orthogonalize
 from experiments.training.schedule import learning_rate_factor
 
 CONFIG = FitConfig(steps=9, batch_size=4, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=3, log_every=1)
@@ -38,12 +40,15 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@settings(max_examples=8)
-@given(stop=st.integers(1, 8))
-def test_a_run_killed_anywhere_ends_bit_identical(stop: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+@settings(max_examples=12)
+@given(stop=st.integers(1, 8), optimizer=st.sampled_from(["adamw", "muon"]))
+def test_a_run_killed_anywhere_ends_bit_identical(
+    stop: int, optimizer: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    config = CONFIG.model_copy(update={"optimizer": optimizer})
     undisturbed = Noisy()
     resumed = Noisy()
-    whole = fit(undisturbed, batch, CONFIG, tmp_path_factory.mktemp("whole"))
+    whole = fit(undisturbed, batch, config, tmp_path_factory.mktemp("whole"))
     directory = tmp_path_factory.mktemp("killed")
 
     def kill(step: int, _: dict[str, float]) -> None:
@@ -51,11 +56,68 @@ def test_a_run_killed_anywhere_ends_bit_identical(stop: int, tmp_path_factory: p
             raise Killed
 
     with pytest.raises(Killed):
-        fit(Noisy(), batch, CONFIG, directory, kill)
-    again = fit(resumed, batch, CONFIG, directory)
+        fit(Noisy(), batch, config, directory, kill)
+    again = fit(resumed, batch, config, directory)
     assert again == whole
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_muon_is_torchs_own_on_matrices_and_adamw_elsewhere() -> None:
+    """Two optimizers of torch, each with its parameters, do the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(20, 16), nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 16), nn.Linear(16, 2)
+    )
+    theirs = copy.deepcopy(model)
+    config = CONFIG.model_copy(update={"optimizer": "muon", "weight_decay": 0.1})
+    ours = create_optimizer(model, config)
+    options = {"lr": config.learning_rate, "weight_decay": 0.1}
+    matrices = [theirs[1].weight, theirs[3].weight]
+    others = [p for p in theirs.parameters() if all(p is not matrix for matrix in matrices)]
+    parts = (
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW(others, **options),
+    )
+    for step in range(3):
+        for network, optimizers in ((model, (ours,)), (theirs, parts)):
+            network(torch.arange(20)).square().sum().backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate / (step + 1)
+                optimizer.step()
+                optimizer.zero_grad()
+    for ours_value, theirs_value in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours_value, theirs_value, rtol=1e-2, atol=1e-4)  # iterations are in bfloat16
+
+
+@settings(max_examples=20)
+@given(shape=st.tuples(st.integers(16, 40), st.integers(16, 40)), scale=st.sampled_from([1e-6, 1.0, 1e4]))
+def test_orthogonalized_matrices_keep_their_directions(shape: tuple[int, int], scale: float) -> None:
+    """Singular vectors stay and singular values come close to 1, whatever the scale."""
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(0.5, 1.5, len(v))
+    result = u.T @ orthogonalize(scale * u * values @ v) @ v.T
+    assert ((result.diag() - 1).abs() < 0.4).all()
+    assert (result - result.diag().diag()).abs().max() < 0.05
+
+
+def test_muon_treats_a_convolution_as_a_matrix() -> None:
+    """In any memory format."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 20, 3)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    linear = nn.Linear(144, 20)
+    with torch.no_grad():
+        linear.weight.copy_(plain.weight.flatten(1))
+    gradient = torch.randn(20, 16, 3, 3)
+    for layer in (plain, last, linear):
+        layer.weight.grad = gradient.reshape(layer.weight.shape)
+        Muon([layer.weight], lr=0.1, weight_decay=0.1).step()
+        torch.testing.assert_close(
+            layer.weight.flatten(1), linear.weight if layer is linear else plain.weight.flatten(1)
+        )
+    torch.testing.assert_close(linear.weight, plain.weight.flatten(1))
 
 
 def test_frozen_parameters_do_not_change(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.experiments.conftest import tiny_teacher
 from tests.howto.pages import create_reader_folder
+
+__all__ = ["folder", "tiny_teacher"]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from experiments.cli import app
 from experiments.core.registries import REGISTRIES
@@ -121,15 +121,20 @@ def registrations_restored() -> Iterator[None]:
             table.update(items)
 
 
-def assert_runs_here(command: str) -> str:
-    """Run one `mixlab` command in this process, which saves a start of Python, and return what it printed to stdout.
+def run_here(command: str) -> Result:
+    """Run one `mixlab` command in this process, which saves a start of Python.
 
     Its plug-ins are forgotten afterwards. The working directory is the reader's folder.
     """
     program, *words = shlex.split(command.replace("\\\n", ""), comments=True)
     assert program == "mixlab", command
     with registrations_restored():
-        result = CliRunner().invoke(app, words)
+        return CliRunner().invoke(app, words, env={"COLUMNS": "80"})
+
+
+def assert_runs_here(command: str) -> str:
+    """Run one `mixlab` command as `run_here` does, and return what it printed to stdout."""
+    result = run_here(command)
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -26,11 +26,11 @@ def test_a_metric_is_listed(folder: Path) -> None:
     assert_printed(assert_runs_here(blocks(METRIC, "bash")[0]), blocks(METRIC, "text")[0])
 
 
-@pytest.mark.slow  # cells on the embedded teacher
-def test_a_metric_is_measured_and_reported(folder: Path) -> None:
+@pytest.mark.slow  # cells of an ablation
+def test_a_metric_is_measured_and_reported(folder: Path, tiny_teacher: Path) -> None:
     """The metric is settable, measured, and in the report, without a change of the library."""
     (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
-    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in SMALL_RUN)
+    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in (f"teacher={tiny_teacher}", *SMALL_RUN))
     assert_runs_here(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}")
     report = folder / "runs" / "detail" / "report"
     assert "## Error of detail" in (report / "report.md").read_text(encoding="utf-8")
@@ -53,11 +53,11 @@ def test_an_objective_is_checked_and_listed(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow  # a start of mixlab and a short distillation
-def test_an_objective_is_trained_with(folder: Path) -> None:
+def test_an_objective_is_trained_with(folder: Path, tiny_teacher: Path) -> None:
     (folder / "huber.py").write_text(blocks(OBJECTIVE, "python")[0], encoding="utf-8")
-    settings = " ".join(f"--set {shlex.quote(f'distillation.{setting}')}" for setting in SMALL_DISTILLATION)
+    settings = [f"teacher={tiny_teacher}", *(f"distillation.{setting}" for setting in SMALL_DISTILLATION)]
     command = blocks(OBJECTIVE, "bash")[1].replace("\\\n", "").strip()
-    assert_runs_here(f"{command} {settings}")
+    assert_runs_here(" ".join([command, *(f"--set {shlex.quote(setting)}" for setting in settings)]))
     assert "huber" in (folder / "runs" / "huber" / "card.md").read_text(encoding="utf-8")
 
 

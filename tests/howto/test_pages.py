@@ -103,11 +103,12 @@ def test_the_page_of_published_weights_runs(folder: Path) -> None:
 
 
 @pytest.mark.slow  # a short distillation
-def test_the_page_of_distillation_runs(folder: Path) -> None:
+def test_the_page_of_distillation_runs(folder: Path, tiny_teacher: Path) -> None:
     recipe = folder / "my_recipe.yaml"
     recipe.write_text(*blocks(DISTILL, "yaml"), encoding="utf-8")
     tiny = ("before.0.fit.steps=1", "before.0.fit.batch_size=2", "fit.steps=2", "fit.batch_size=2", "images=4")
-    settings = [word for setting in tiny for word in ("--set", f"distillation.{setting}")]
+    changes = [f"teacher={tiny_teacher}", *(f"distillation.{setting}" for setting in tiny)]
+    settings = [word for change in changes for word in ("--set", change)]
     result = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(folder / "mine"), *settings])
     assert result.exit_code == 0, result.output
     assert (folder / "mine" / "card.md").is_file() and (folder / "mine" / "adapter").is_dir()
@@ -151,7 +152,7 @@ def test_the_table_of_grids_is_true() -> None:
 
 
 @pytest.mark.slow  # two runs of a few steps
-def test_the_page_of_ablations_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_of_ablations_runs(folder: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     list_mixers()
     monkeypatch.setattr(entries, "ENTRIES", dict(entries.ENTRIES))
     files = {"my_mixer.py": blocks(HOWTO / "add_a_mixer.md", "python")[0]}
@@ -163,7 +164,8 @@ def test_the_page_of_ablations_runs(folder: Path, monkeypatch: pytest.MonkeyPatc
     rows = ("linear attention, non-causal, normalized", "power attention, non-causal, normalized")
     for line, row, more in zip(lines, rows, ((), ("distillation.before.0.fit.steps=2",)), strict=True):
         command = shlex.split(line.replace(" --budget 5m", ""))[1:]  # which would take five minutes
-        shorter = [part for setting in (*SMALL_RUN, *more) for part in ("--set", setting)]
+        changes = (f"teacher={tiny_teacher}", *SMALL_RUN, *more)
+        shorter = [part for change in changes for part in ("--set", change)]
         result = CliRunner().invoke(app, [*command, *shorter])
         assert result.exit_code == 0, result.output
         assert row in Path(command[-1], "report", "index.html").read_text(encoding="utf-8")

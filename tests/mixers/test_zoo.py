@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import pytest
@@ -45,12 +46,48 @@ COMPILED = {
 """One mixer or more of every operator; compiling takes about ten seconds, so `make test-deep` has the others."""
 
 
-@parametrize_with_checks(list_mixers(), deep=DEEP)
-def test_conformance(mixer: TokenMixer, check: MixerCheck, request: pytest.FixtureRequest) -> None:
-    name = request.node.callspec.id.split("-")[0]
-    if check.name == "check_compiles_once" and not DEEP and name not in COMPILED:
-        pytest.skip("compiled by `make test-deep`; a mixer of the same operator is compiled here")
-    check(mixer)
+def covering_cases(names: Iterable[str]) -> list[ConformanceCase]:
+    """Every causality × normalization of every mixer in one of its forms, which alternate, and every default.
+
+    So all pairs of a causality, a normalization and a form occur for each mixer, with half of the configurations.
+    """
+    cases = []
+    for case in conformance_cases(names):
+        entry = registry.get_mixer_entry(case.name)
+        is_alone = len(entry.causalities) == 1 or not entry.mixer.drop_in_options
+        turn = entry.causalities.index(case.causality) + case.normalize + entry.default_normalize
+        if is_alone or case.is_default or case.form == ("published", "drop-in")[turn % 2]:
+            cases.append(case)
+    return cases
+
+
+FEW_LENGTHS = CheckInputs((1, 3, 65))
+"""One token, few, and one more than a block: what other configurations than the defaults are checked with."""
+
+
+def conformance_parameters(cases: Sequence[ConformanceCase]) -> pytest.MarkDecorator:
+    """The checks of these cases; unless deep, compilation, which takes seconds, of a mixer of every operator."""
+    defaults = tuple(f"{case}-" for case in cases if case.is_default)
+    parameters = []
+    for parameter in parametrize_with_checks(cases, deep=DEEP).args[1]:
+        mixer, check = parameter.values
+        if DEEP or check.name != "check_compiles_once" or parameter.id.split("-")[0] in COMPILED:
+            inputs = CheckInputs() if DEEP or parameter.id.startswith(defaults) else FEW_LENGTHS
+            parameters.append(pytest.param(mixer, check, inputs, id=parameter.id, marks=parameter.marks))
+    return pytest.mark.parametrize(("mixer", "check", "inputs"), parameters)
+
+
+@conformance_parameters(conformance_cases(list_mixers()) if DEEP else covering_cases(list_mixers()))
+def test_conformance(mixer: TokenMixer, check: MixerCheck, inputs: CheckInputs) -> None:
+    check(mixer, inputs)
+
+
+def test_the_covering_cases_have_every_pair_of_switches() -> None:
+    for name in list_mixers():
+        for switches in itertools.combinations(("causality", "normalize", "form"), 2):
+            pairs = {tuple(getattr(case, s) for s in switches) for case in covering_cases([name])}
+            assert pairs == {tuple(getattr(case, s) for s in switches) for case in conformance_cases([name])}, name
+        assert any(case.is_default for case in covering_cases([name])), name
 
 
 SCANNED = [

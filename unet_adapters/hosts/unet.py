@@ -75,8 +75,14 @@ class UNetHost(Host):
 
     def grid_source(self, site_name: str) -> GridSource | None:
         """The innermost `Transformer2DModel` around the site."""
-        names = [name for name, _ in self._transformers() if site_name.startswith(f"{name}.")]
-        return GridSource(max(names, key=len), measure_image) if names else None
+        innermost = None
+        module: Any = self.model
+        parts = site_name.split(".")
+        for depth, part in enumerate(parts[:-1], start=1):
+            module = getattr(module, part, None)
+            if isinstance(module, Transformer2DModel):
+                innermost = GridSource(".".join(parts[:depth]), measure_image)
+        return innermost
 
     def tokens_at(self, site: Site, size: tuple[int, int]) -> int | None:
         """Every level halves height and width, rounding up; None if the group is not a level of a UNet."""

@@ -85,7 +85,7 @@ class DenoiserCalls(ABC):
         return {}
 
     def timestep_options(self, scheduler: Any, size: tuple[int, int], steps: int) -> dict[str, Any]:
-        """Arguments of the scheduler's `set_timesteps` besides the number of steps, as the model's pipeline passes them.
+        """Arguments of the scheduler's `set_timesteps` besides the number of steps, as in the model's pipeline.
 
         Flows may shift their noise levels by the number of image tokens (`use_dynamic_shifting`).
 

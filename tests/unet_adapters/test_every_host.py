@@ -13,7 +13,6 @@ from diffusers import (
     Flux2Transformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
-    SD3Transformer2DModel,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from tests.unet_adapters.comparisons import close
 from tests.unet_adapters.host_models import MODELS, SIZES, make_inputs, make_model, run
 from unet_adapters import MixerAdapter, find_host, find_sites
 from unet_adapters.capture import capture_sites, replay
+from unet_adapters.mounted_layer import image_output
 
 # Mixers that can be softmax attention on so small an image: one block of keys, and a window that covers it.
 SOFTMAX_HERE = {"softmax_window", "sparse_linear"}
@@ -178,15 +178,18 @@ def test_two_sizes_before_one_backward_under_gradient_checkpointing(model) -> No
         assert plain is again is None or torch.equal(plain, again)
 
 
+NOT_FUSED = {"SD3.5 medium"}  # diffusers' fused joint processor does not run attn2, mounted or not
+
+
 @torch.no_grad()
-def test_min_tokens_and_fused_projections(model) -> None:
+def test_min_tokens_and_fused_projections(model, kind) -> None:
     base = run(model)
     adapter = disturb(MixerAdapter.build(model, "linfusion", min_tokens=1000))
     with adapter.mounted():
         assert torch.equal(run(model), base)
         model.fuse_qkv_projections()
-        if not isinstance(model, SD3Transformer2DModel) or not any("attn2" in site.name for site in adapter.sites):
-            assert close(run(model), base, 1e-5)  # diffusers' fused joint processor does not run attn2
+        if kind not in NOT_FUSED:
+            assert close(run(model), base, 1e-5)
         with pytest.raises(RuntimeError, match="unfuse_qkv_projections"):
             adapter.unmount()
         model.unfuse_qkv_projections()
@@ -235,6 +238,26 @@ def test_a_mask_hides_the_padding_of_the_text(model) -> None:
     for text in ("softmax", "shared", "linear"):
         with MixerAdapter.build(model, "linear_attention", text=text).mounted():
             assert close(model(**inputs).sample[1:], model(**short).sample, 1e-5)
+
+
+# Kinds whose layers take a mask and do nothing with it, mounted or not.
+MASKS_IGNORED = {"SD3", "SD3.5 medium", "SD3.5 large"}
+
+
+@torch.no_grad()
+def test_a_layer_treats_a_mask_as_the_stock_layer_does(model, kind) -> None:
+    if kind.startswith("Flux"):
+        pytest.skip("the text is in the mask: see test_a_mask_hides_the_padding_of_the_text")
+    site = find_sites(model)[0]
+    layer = model.get_submodule(site.name)
+    tokens = torch.randn(2, 6, site.dim)
+    arguments = {"encoder_hidden_states": torch.randn(2, 3, site.dim)} if site.text else {}
+    mask = torch.zeros(2, 1, 6)
+    mask[..., 4:] = -1e4
+    stock = image_output(layer(tokens, attention_mask=mask, **arguments))
+    assert torch.equal(stock, image_output(layer(tokens, **arguments))) == (kind in MASKS_IGNORED)
+    with MixerAdapter.build(model, "softmax", site.name).mounted():
+        assert close(image_output(layer(tokens, attention_mask=mask, **arguments)), stock, 1e-5)
 
 
 OFFLOADING = {

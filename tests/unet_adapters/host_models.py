@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from unet_adapters import find_host
+from unet_adapters import MixerAdapter, find_host
 
 SIZES = ((8, 12), (12, 8))  # latents; transformers have patches of 2 × 2
 TEXT_TOKENS = 5
@@ -148,3 +148,10 @@ def make_inputs(model: Any, size: tuple[int, int] = SIZES[0], seed: int = 2) -> 
     if "txt_ids" in inputs:
         inputs["txt_ids"] = inputs["txt_ids"][:TEXT_TOKENS]
     return inputs
+
+
+def disturb(adapter: MixerAdapter) -> MixerAdapter:
+    """The adapter with weights that are all off their start."""
+    for parameter in adapter.student.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return adapter

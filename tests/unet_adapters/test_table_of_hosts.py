@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.unet_adapters import test_every_host as every_host
+from tests.unet_adapters import test_order_on_every_host as order
 from tests.unet_adapters import test_transformer_generation as generation
 from tests.unet_adapters.host_models import MODELS, make_model
 from tests.unet_adapters.transformer_pipelines import PIPELINES
@@ -52,7 +53,7 @@ ROWS: dict[str, tuple[Callable[..., Any] | None, Callable[[str], bool]]] = {
     "`softmax` mixer equals": (every_host.test_softmax_is_the_stock_model_in_both_streams, always),
     "every mixer:": (every_host.test_every_mixer_mounts_trains_and_leaves_or_is_refused, always),
     '`text="softmax"`': (every_host.test_every_text_mode_runs_where_there_is_text, attends_to_text),
-    "LoRA before and after": (every_host.test_lora_before_and_after_mounting_is_the_same, always),
+    "LoRA before and after": (order.test_lora_before_and_after_mounting_is_the_same, always),
     "size of the image": (every_host.test_two_sizes_before_one_backward_under_gradient_checkpointing, always),
     "masks that hide": (
         every_host.test_a_layer_treats_a_mask_as_the_stock_layer_does,
@@ -66,7 +67,7 @@ ROWS: dict[str, tuple[Callable[..., Any] | None, Callable[[str], bool]]] = {
     "model, sequential and group": (every_host.test_offloading_changes_nothing, can_be_offloaded),
     "`torch.compile` of": (every_host.test_a_compiled_block_computes_the_same, always),
     "adapters and mounted models:": (every_host.test_adapters_and_mounted_models_are_saved, always),
-    "any order of": (every_host.test_the_order_of_operations_does_not_matter, always),
+    "any order of": (order.test_the_order_of_operations_does_not_matter, always),
     "as a teacher:": (None, lambda kind: kind == "UNet" or kind in PIPELINES),
     "`mixlab plan`": (None, lambda kind: kind == "UNet" or kind in generation.BASE_SIZES),
 }

@@ -25,7 +25,7 @@ from experiments.ablation.cell import open_cell_context, run_cell, training_key
 from experiments.ablation.result import CellResult, is_settled, write_result
 from experiments.config import CellConfig
 from experiments.core.devices import threads_per_process
-from experiments.core.files import write_json
+from experiments.core.files import read_json, write_json
 from experiments.core.locks import try_lock
 from experiments.core.plugins import load_plugin
 from experiments.core.progress import ProgressCallback
@@ -91,6 +91,13 @@ def record_failure(cell: CellConfig, folder: Path, error: BaseException) -> Cell
     result = CellResult.failure(cell, error)
     write_result(folder, result)
     return result
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Return what `record_progress` wrote last in a cell's folder; empty if there is nothing or it is damaged."""
+    state = read_json(folder / PROGRESS)
+    has_numbers = all(isinstance(state.get(name), int | float) for name in ("done", "total", "time", "start"))
+    return state if has_numbers and isinstance(state.get("phase"), str) else {}
 
 
 @contextmanager

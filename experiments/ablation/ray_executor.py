@@ -10,16 +10,15 @@ from typing import Any
 
 from experiments.ablation.executors import (
     ATTEMPTS,
-    PROGRESS,
     CellProgressCallback,
     RunSettings,
     WorkerDied,
     attempt_cell,
+    read_progress,
     record_failure,
 )
 from experiments.ablation.result import CellResult
 from experiments.config import CellConfig
-from experiments.core.files import read_json
 from experiments.core.plugins import load_plugin
 from experiments.core.progress import ignore_progress
 
@@ -63,7 +62,7 @@ def run_on_ray(
                 cell = running.pop(reference)
                 yield _result(ray, reference, cell, settings)
             for cell in running.values():
-                state = read_json(settings.cell_folder(cell) / PROGRESS)
+                state = read_progress(settings.cell_folder(cell))
                 if state:
                     progress(cell, state["phase"], state["done"], state["total"])
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from experiments.ablation.description import FILE, CellDescription, RunDescription
-from experiments.ablation.executors import PROGRESS
+from experiments.ablation.executors import read_progress
 from experiments.ablation.result import read_result
 from experiments.core.files import read_json
 from experiments.core.locks import is_locked
@@ -100,7 +100,7 @@ def read_status(directory: Path) -> RunStatus:
 def _inspect(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the state of a cell's folder, and its progress or what its result says."""
     if is_locked(folder):
-        return "running", read_json(folder / PROGRESS)
+        return "running", read_progress(folder)
     result = read_result(folder)
     if result is None:
         return "waiting", {}

@@ -21,7 +21,14 @@ from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.core.timing import Clock, time_interleaved
 from mixers import operators
 from mixers.operators.backend import FORMULATIONS, LAST_RESORT
-from mixers.operators.backend_table import TABLE_VARIABLE, BackendPreference, default_path, device_name, save_table
+from mixers.operators.backend_table import (
+    TABLE_VARIABLE,
+    BackendPreference,
+    default_path,
+    device_name,
+    load_table,
+    save_table,
+)
 
 RECURRENT = "recurrent"  # never the fastest
 DENSE = "dense"
@@ -72,10 +79,18 @@ def calibrate_backends(
     Returns:
         The path of the table and its rows.
 
+    Raises:
+        ValueError: the file is no table of backends.
+        OSError: it cannot be written.
+
     Cost: a minute or two on a CPU.
     """
     heads, width = config.heads[0]
     kinds = list(call_kinds())
+    target = path or Path(os.environ.get(TABLE_VARIABLE) or default_path())
+    name = device_name(torch.device(config.device))
+    existing = load_table(target if target.is_file() else None)
+    save_table(target, name, existing.get(name, ()))  # fails before the work if the file cannot be written
     deadline = clock() + budget_seconds
     rows = []
     for number, kind in enumerate(kinds):
@@ -88,8 +103,7 @@ def calibrate_backends(
             break
         rows.append(BackendPreference(kind.operator, kind.causality, kind.decay, tuple(order_backends(times))))
     progress("measured", len(rows), len(kinds))
-    target = path or Path(os.environ.get(TABLE_VARIABLE) or default_path())
-    save_table(target, device_name(torch.device(config.device)), rows)
+    save_table(target, name, rows)
     return target, rows
 
 

@@ -90,7 +90,8 @@ def check_device(device: str) -> None:
     Raises:
         ValueError: the device is neither a CPU nor a GPU, or torch finds no GPU.
     """
-    if device.split(":")[0] not in DEVICES:
+    kind, _, index = device.partition(":")
+    if kind not in DEVICES or (index and kind == "cpu") or device.endswith(":"):
         raise ValueError(unknown_name("device", device, DEVICES))
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"Cannot use device {device!r}: torch finds no GPU here. Use cpu.")
@@ -99,6 +100,9 @@ def check_device(device: str) -> None:
 def _parse_heads(text: str) -> tuple[tuple[int, int], ...]:
     pairs = [pair.split("x") for pair in text.split(",")]
     try:
-        return tuple((int(number), int(width)) for number, width in pairs)
+        heads = tuple((int(number), int(width)) for number, width in pairs)
     except ValueError:
-        raise ValueError(f"Cannot read --heads {text!r}: expected number x width, as in 8x40,8x80.") from None
+        heads = ()
+    if not heads or min(map(min, heads)) < 1:
+        raise ValueError(f"Cannot read --heads {text!r}: expected number x width, as in 8x40,8x80.")
+    return heads

@@ -19,7 +19,11 @@ ON_GPU = ("--device", "cuda", "--dtype", "bfloat16", "--repeats", "5", "--budget
 QUICK = ("--quick", "--budget", "6")
 FAST = ("--against", "[!r]*")  # without the recurrent formulation, a loop over tokens
 ONE_OPERATOR = ("--only", "non-causal, normalized*", *FAST)  # of a dry run whose first step measures all of them
-KERNEL_TESTS = ("tests/mixers/test_triton_noncausal.py", "tests/mixers/test_triton_bidirectional.py")
+KERNEL_TESTS = tuple(
+    f"tests/mixers/test_{name}.py" for name in ("triton_noncausal", "triton_bidirectional", "operators", "bridges")
+)
+"""The files with tests that need a GPU: the others need time to collect, and packages that such a machine may lack."""
+
 DEFAULT_BUDGET = 600.0
 
 
@@ -48,7 +52,7 @@ STEPS = (
     SessionStep(
         "tests of the kernels",
         120,
-        ("-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", "-p", "no:cacheprovider", "tests/mixers"),
+        ("-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", "-p", "no:cacheprovider", *KERNEL_TESTS),
         ("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *KERNEL_TESTS),
         is_required=True,
     ),

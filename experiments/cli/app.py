@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.cli.option_checks import check_folder
+from experiments.core.errors import first_line, is_out_of_memory
 from experiments.core.progress import ProgressDisplay, show_progress
 from experiments.core.signals import Interrupted, raise_on_sigterm
 from mixers.allocator import keep_freed_tensors
@@ -73,6 +74,11 @@ def clean_errors() -> Iterator[None]:
         yield
     except (ValueError, FloatingPointError, OSError, ModuleNotFoundError, RecursionError) as error:
         print_error(str(error))
+        raise typer.Exit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print_error(f"Out of memory: {first_line(error)} Use smaller sizes or batches, or another device.")
         raise typer.Exit(2) from None
     except Interrupted as interruption:
         error_console.print(str(interruption), soft_wrap=True, highlight=False)

@@ -65,7 +65,7 @@ def bench(
     out: Out = Path("runs/bench"),
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="number of torch's threads on a CPU")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096, help="number of torch's threads on a CPU")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="turns that medians are taken over")] = 7,
     budget: Annotated[float, typer.Option(min=1, help="seconds for all of it", callback=check_finite)] = 1800,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="largest number of tokens")] = None,

@@ -37,10 +37,41 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; returns an empty one if the file is missing, damaged or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: it is not JSON, nested too deeply, or something else than an object.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """Read the JSON object that says what a folder was made from; returns an empty one if there is no such file.
+
+    Raises:
+        ValueError: it is damaged, so that nothing in the folder can be continued.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return parse_json_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Cannot continue in {path.parent}: {path.name}, which says what it was made from, is damaged ({error}). "
+            "Give another --out."
+        ) from error
 
 
 def folder_state(source: str) -> str:

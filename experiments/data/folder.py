@@ -44,7 +44,7 @@ class ImageFolder(RandomAccess):
 
     Args:
         path: the folder.
-        split: `"train"` or `"held_out"`, by file name; None: everything.
+        split: `"train"` or `"held_out"`, by the file's path inside the folder; None: everything.
 
     Raises:
         DataError: not a folder, or no usable image in it.
@@ -81,7 +81,7 @@ class ImageFolder(RandomAccess):
             self._keep_split(split)
 
     def _keep_split(self, split: str) -> None:
-        items = [item for item in self.items if in_split(item[0].name, split)]
+        items = [item for item in self.items if in_split(self._name(item[0]), split)]
         if not items:  # with a handful of images the hash may leave a split empty
             _log.warning("%s: too few images for the split %r, using all %d", self.path, split, len(self.items))
         self.items = items or self.items
@@ -97,9 +97,9 @@ class ImageFolder(RandomAccess):
         for path in sorted(self.path.rglob("*")):
             suffix = path.suffix.lower()
             if suffix in SUFFIXES:
-                yield path.name, partial(_with_caption_file, path)
+                yield self._name(path), partial(_with_caption_file, path)
             elif suffix in OTHER_SUFFIXES | TABLE_SUFFIXES:
-                yield path.name, partial(_refuse, f"{suffix} files are not read from a folder of images")
+                yield self._name(path), partial(_refuse, f"{suffix} files are not read from a folder of images")
 
     def _parse_line(self, line: bytes) -> tuple[Path, Any]:
         try:
@@ -112,18 +112,21 @@ class ImageFolder(RandomAccess):
         return len(self.items)
 
     def key(self, index: int) -> str:
-        """Return its file's name."""
-        return self.items[index][0].name
+        """Return its file's path inside the folder: sub-folders may hold files of the same name."""
+        return self._name(self.items[index][0])
+
+    def _name(self, path: Path) -> str:
+        return (path.relative_to(self.path) if path.is_relative_to(self.path) else path).as_posix()
 
     def digest(self, index: int) -> str:
         """Return a hash of the file and its caption."""
         path, caption = self.items[index]
-        return content_digest(path.name, caption, path.read_bytes())
+        return content_digest(self._name(path), caption, path.read_bytes())
 
     def example(self, index: int, size: Size, variation: int = 0) -> Example:
         """Return item `index` at a size; odd variations are mirrored."""
         path, caption = self.items[index]
-        return Example(crop_and_resize(read_image(path), size, variation), caption, path.name)
+        return Example(crop_and_resize(read_image(path), size, variation), caption, self._name(path))
 
 
 def _with_caption_file(image: Path) -> tuple[Path, str | None]:

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from experiments.config import FitConfig
-from experiments.core.files import read_json, write_json
+from experiments.core.files import read_identity, read_json, write_json
 from experiments.core.locks import lock_folder
 from experiments.data import open_records
 from experiments.data.example import digest_records
@@ -111,7 +111,13 @@ def _open_latents(recipe: DistillationRecipe, teacher: Teacher, process: Partial
 
 def _require_same_run(directory: Path, inputs: dict[str, Any]) -> None:
     """Refuse to continue a run that was started from other inputs: its checkpoints are of another training."""
-    existing = read_json(directory / RUN)
+    existing = read_identity(directory / RUN)
+    checkpoints = next(directory.rglob("checkpoints/*.safetensors"), None)
+    if checkpoints is not None and not existing:
+        raise ValueError(
+            f"Cannot continue in {directory}: it has checkpoints ({checkpoints.relative_to(directory)}), but no {RUN} "
+            "that says what was trained. Give another --out."
+        )
     changed = [name.replace("_", " ") for name, value in inputs.items() if existing and existing.get(name) != value]
     if changed:
         raise ValueError(
@@ -122,7 +128,7 @@ def _require_same_run(directory: Path, inputs: dict[str, Any]) -> None:
 @contextmanager
 def _stage_clock(file: Path, process: PartialState) -> Iterator[Callable[[str], None]]:
     """Yield a function that adds the seconds since its last call to a stage; `file` has the sums of all runs."""
-    seconds: dict[str, float] = read_json(file)
+    seconds = {stage: value for stage, value in read_json(file).items() if isinstance(value, int | float)}
     last = time.perf_counter()
 
     def count(stage: str) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from experiments.config import EvaluationConfig
-from experiments.core.files import read_json, write_json, write_text
+from experiments.core.files import read_identity, write_json, write_text
 from experiments.core.progress import ProgressCallback
 from experiments.metrics.inputs.generated_images import generate_images
 from mixers.files import atomic_path
@@ -110,7 +110,7 @@ def _describe_export(
 
 def _require_same_export(directory: Path, description: dict[str, Any]) -> None:
     """Record what the images of a folder are made from, or check that it is the same as before."""
-    existing = read_json(directory / FILE)
+    existing = read_identity(directory / FILE)
     changed = [name for name, value in description.items() if existing and existing.get(name) != value]
     if changed:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from experiments.config import EvaluationConfig, FrozenModel
-from experiments.core.files import write_json
+from experiments.core.files import parse_json_object, write_json
 from experiments.core.fingerprints import TensorVersions, weights_digest, weights_version
 from experiments.core.registries import METRICS
 from experiments.distill.context import DistillationContext
@@ -110,8 +110,8 @@ def freeze_protocol(protocol: Protocol, directory: Path, measured: Collection[st
         write_json(path, new)
         return protocol.hash
     try:
-        changes = differences(json.loads(path.read_text(encoding="utf-8")), new)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        changes = differences(parse_json_object(path.read_text(encoding="utf-8")), new)
+    except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read the protocol {path}: {error}. Give another folder with --out.") from error
     if changes:
         rest = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""

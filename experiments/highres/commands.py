@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from experiments.core.errors import is_out_of_memory
 from experiments.core.memory import return_freed_memory
 from experiments.core.progress import ProgressDisplay
 from experiments.core.signals import Interrupted
@@ -168,7 +169,7 @@ def _explain_out_of_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             "Out of memory. Pass --memory with the available amount, so that savings are chosen with which the image "

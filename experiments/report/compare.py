@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import rich.markup
 import rich.table
 
 from experiments.ablation.description import VariantDescription
-from experiments.core.files import write_text
+from experiments.core.files import parse_json_object, write_text
 from experiments.core.statistics import Interval, holm, interval_over_seeds, log_ratios
 from experiments.evaluate.protocol import FILE, differences
 from experiments.report.effects import SIGNIFICANCE
@@ -218,7 +217,7 @@ def _check_protocols(first: Path, second: Path) -> None:
     for directory in (first, second):
         path = directory / FILE
         try:
-            protocols.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+            protocols.append(parse_json_object(path.read_text(encoding="utf-8")) if path.is_file() else {})
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the protocol {path}: {error}.") from error
     if all(protocols) and protocols[0].get("hash") != protocols[1].get("hash"):

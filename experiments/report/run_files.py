@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 
 from experiments.ablation.description import FILE, RunDescription, VariantDescription
 from experiments.ablation.result import RESULT, CellResult
+from experiments.core.files import parse_json_object
 from experiments.evaluate.protocol import FILE as PROTOCOL
 from experiments.metrics import MetricRow, list_metrics
 from experiments.metrics.fidelity import FidelityRow
@@ -191,7 +191,7 @@ def load_run(directory: Path) -> RunRecord:
     """
     path = directory / FILE
     try:
-        description = RunDescription.model_validate(_read_object(path))
+        description = RunDescription.model_validate(parse_json_object(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -206,7 +206,7 @@ def load_run(directory: Path) -> RunRecord:
     cells = _current_cells([load_cell(p) for p in folders], description, problems)
     frozen: dict[str, Any] = {}
     try:
-        frozen = _read_object(directory / PROTOCOL)
+        frozen = parse_json_object((directory / PROTOCOL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -223,7 +223,7 @@ def load_cell(directory: Path) -> CellRecord:
     """Read one cell's folder, whatever state it is in."""
     cell = CellRecord(directory.name, directory, directory.name.split("-s")[0], None)
     try:
-        cell.config = _read_object(directory / "config.json")
+        cell.config = parse_json_object((directory / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         cell.problems.append("config.json is missing")
     except (OSError, ValueError) as error:
@@ -233,7 +233,7 @@ def load_cell(directory: Path) -> CellRecord:
     if damaged:
         cell.problems.append(f"metrics.jsonl: {damaged} damaged line{'s' * (damaged > 1)} skipped")
     try:
-        cell.result = CellResult.model_validate(_read_object(directory / RESULT))
+        cell.result = CellResult.model_validate(parse_json_object((directory / RESULT).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return cell
     except (OSError, ValueError) as error:
@@ -304,16 +304,6 @@ def _summarize(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
 def _read_log(path: Path) -> tuple[list[dict[str, float]], int]:
     """Records of a JSON-lines file, the last of each step, and the number of damaged lines."""
     if not path.is_file():
@@ -324,8 +314,8 @@ def _read_log(path: Path) -> tuple[list[dict[str, float]], int]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json_object(line)
             records[int(row["step"])] = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             damaged += 1
     return [records[step] for step in sorted(records)], damaged

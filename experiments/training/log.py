@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from experiments.core.files import write_bytes
+from experiments.core.files import parse_json_object, write_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class MetricsLog:
     def truncate(self, step: int) -> list[dict[str, float]]:
         """Drop the records after a step, which a killed run left, and return those up to it."""
         self._last = (step, time.perf_counter())
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.exists() else []
         records = [record for record in map(_parse, lines) if record is not None and record["step"] <= step]
         if self._accelerator.is_main_process:
             write_bytes(self._file, "".join(json.dumps(record) + "\n" for record in records).encode())
@@ -69,7 +69,7 @@ class MetricsLog:
 
 def _parse(line: str) -> dict[str, float] | None:
     try:
-        record: dict[str, float] = json.loads(line)
+        record = parse_json_object(line)
     except ValueError:  # half a line, of a run that was killed or of a disk that was full
         return None
-    return record
+    return record if isinstance(record.get("step"), int) else None

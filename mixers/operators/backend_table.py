@@ -117,7 +117,7 @@ def load_table(path: Path | None) -> Mapping[str, tuple[BackendPreference, ...]]
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         return {device: tuple(parse_row(entry) for entry in rows) for device, rows in content["devices"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"The table of backends {path} cannot be read ({type(error).__name__}: {error}): delete it, or write it "
             "again with mixlab bench --calibrate."

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from accelerate import Accelerator
 from typer.testing import CliRunner
 
+from experiments.bench import calibrate
 from experiments.cli import app
 from experiments.core.files import read_json
 from experiments.report.run_files import load_run
+from experiments.training.log import MetricsLog
 from tests.experiments.runs import make_run
 
 NESTED = "[" * 100_000
@@ -71,6 +76,54 @@ def test_files_that_are_nested_too_deeply(tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text(NESTED)
     assert read_json(tmp_path / "grid.json") == {}
     assert "is not a readable grid" in fails("report", str(tmp_path))
+
+
+@pytest.mark.parametrize("line", ["null", "3", "[]", '"step"', '{"loss": 1}', '{"step": null}', NESTED])
+def test_a_log_with_lines_that_are_no_records(line: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    log = next(run.glob("cells/linear-s0-x/metrics.jsonl"))
+    log.write_text(log.read_text() + line + "\n")
+    cell = next(cell for cell in load_run(run).cells if cell.id == "linear-s0-x")
+    assert "metrics.jsonl: 1 damaged line skipped" in cell.problems
+    log.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n' + line.encode() + b'\n{"step": 2, "loss": 1.0}\n')
+    records = MetricsLog(log.parent, cast(Accelerator, SimpleNamespace(is_main_process=True))).truncate(2)
+    assert records == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("content", ["null", "3", NESTED, '{"hash": ', "\x00"])
+def test_protocols_that_are_no_objects_cannot_be_compared(content: str, tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first")
+    second = make_run(tmp_path / "second")
+    (second / "protocol.json").write_text(content)
+    assert f"Cannot read the protocol {second / 'protocol.json'}" in fails("compare", str(first), str(second))
+
+
+@pytest.mark.parametrize("content", [NESTED, "null", '{"format": 1, "devices": [3]}'])
+def test_a_damaged_table_of_backends_is_found_before_the_work(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "time_backends", lambda *_: pytest.fail("measured"))
+    table = tmp_path / "table.json"
+    table.write_text(content)
+    assert "cannot be read" in fails("bench", "--calibrate", "--quick", "--table", str(table))
+
+
+def test_a_table_of_backends_that_cannot_be_written_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "time_backends", lambda *_: pytest.fail("measured"))
+    assert "No such file" in fails("bench", "--calibrate", "--quick", "--table", "/proc/no/table.json")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("crossover", "identity", "--dim", "1000000000000", "--heads", "1", "--max-tokens", "128"),
+        ("bench", "--calibrate", "--quick", "--batch", "1000000000000", "--table", "table.json"),
+    ],
+    ids=["crossover", "calibrate"],
+)
+def test_tensors_that_fit_no_memory(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Out of memory" in fails(*words)
 
 
 def test_a_log_with_a_step_that_is_no_number_is_reported(tmp_path: Path) -> None:

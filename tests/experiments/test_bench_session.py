@@ -97,6 +97,12 @@ def test_a_dry_run_executes_every_step_of_the_gpu_session(tmp_path: Path, capfd:
     assert (tmp_path / "backends.json").is_file()
 
 
+def test_the_session_runs_every_file_with_tests_that_need_a_gpu() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = {path for path in root.glob("tests/mixers/test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")}
+    assert files == {root / name for name in gpu_session.KERNEL_TESTS}
+
+
 def test_a_session_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     if gpu_session.torch.cuda.is_available():
         pytest.skip("there is a GPU")

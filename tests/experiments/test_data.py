@@ -127,6 +127,26 @@ def test_an_svg_without_a_view_box_is_refused() -> None:
 # --- folders --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("captions", ["text files", "metadata"])
+def test_files_of_the_same_name_in_several_folders_are_several_items(captions: str, tmp_path: Path) -> None:
+    lines = []
+    for folder, color in (("cats", CAT), ("dogs", DOG)):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "0001.png", color)
+        (tmp_path / folder / "0002.gif").write_bytes(b"not read")
+        (tmp_path / folder / "0003.png").write_bytes(b"damaged")
+        if captions == "text files":
+            for number in ("0001", "0003"):
+                (tmp_path / folder / f"{number}.txt").write_text(folder)
+        lines += [json.dumps({"file_name": f"{folder}/{number}.png", "text": folder}) for number in ("0001", "0003")]
+    if captions == "metadata":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = ImageFolder(tmp_path)
+    assert [data.key(i) for i in range(len(data))] == ["cats/0001.png", "dogs/0001.png"]
+    assert data.example(1, 16).key == "dogs/0001.png" and data.digest(0) != data.digest(1)
+    assert len(data.skipped) == (4 if captions == "text files" else 2), data.skipped
+
+
 def test_a_folder_with_text_files(tmp_path: Path) -> None:
     for name, color in (("cat", CAT), ("dog", DOG)):
         save(tmp_path / f"{name}.png", color)

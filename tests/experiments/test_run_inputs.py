@@ -116,6 +116,32 @@ def test_a_run_is_not_continued_from_other_inputs(
         run_recipe(recipe, tmp_path / "run", ignore)
 
 
+@pytest.mark.parametrize("content", [None, "", "null", '{"recipe": '])
+def test_checkpoints_of_an_unknown_training_are_not_continued(
+    content: str | None, recipe: DistillationRecipe, tmp_path: Path
+) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    directory = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(longer(recipe), directory, kill)
+    assert list(directory.rglob("checkpoints/*.safetensors"))
+    if content is None:
+        (directory / "run.json").unlink()
+    else:
+        (directory / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"Cannot continue in .*run.*run\.json"):
+        run_recipe(longer(recipe), directory, ignore)
+
+
+def longer(recipe: DistillationRecipe) -> DistillationRecipe:
+    """With a checkpoint after each of two steps."""
+    plan = recipe.distillation
+    fit = plan.fit.model_copy(update={"steps": 2, "checkpoint_every": 1})
+    return recipe.model_copy(update={"distillation": plan.model_copy(update={"fit": fit})})
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_context_is_not_reused_for_other_inputs(change: str, teacher: Path, data: Path) -> None:
     arguments: Any = (str(teacher), str(data), 16, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -53,9 +55,20 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(unet) -> None:
     assert find_sites(torch.compile(unet, backend="eager")) == find_sites(unet)
 
 
+@torch.no_grad()
+def test_a_model_wrapped_more_than_once_has_the_names_of_the_plain_one(unet) -> None:
+    plain = find_sites(unet)
+    lora = LoraConfig(r=2, target_modules=["to_q"])
+    compiled = torch.compile(deepcopy(unet), backend="eager")
+    assert find_sites(get_peft_model(compiled, lora)) == plain
+    assert find_sites(torch.compile(get_peft_model(unet, lora), backend="eager")) == plain
+
+
 def test_models_wrapped_for_parallel_training_are_refused(unet) -> None:
-    with pytest.raises(TypeError, match=r"wrapped in DataParallel: .*`model\.module`"):
-        MixerAdapter.build(nn.DataParallel(unet), "linfusion")
+    parallel = nn.DataParallel(unet)
+    for wrapped in (parallel, torch.compile(parallel, backend="eager"), type("Pipe", (), {"unet": parallel})()):
+        with pytest.raises(TypeError, match=r"wrapped in DataParallel: .*`model\.module`"):
+            MixerAdapter.build(wrapped, "linfusion")
 
 
 def test_a_layer_that_was_replaced_is_noticed(unet) -> None:

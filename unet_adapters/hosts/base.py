@@ -229,9 +229,9 @@ def unwrap_model(pipe_or_model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         parts = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
         model = next((part for part in parts if part is not None), pipe_or_model)
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):  # peft's PeftModel, whose LoRA layers are inside the base model
-        model = model.get_base_model()
+    while hasattr(model, "_orig_mod") or hasattr(model, "get_base_model"):  # compiled and peft's, in any order
+        # peft's PeftModel has its LoRA layers inside the base model.
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.get_base_model()
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(
             f"expected a diffusers model, got it wrapped in {type(model).__name__}: build and mount the adapter on "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.core.environment import describe_environment
-from experiments.core.files import read_json, write_json
+from experiments.core.files import read_identity, write_json
 from experiments.core.progress import ProgressCallback
 from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.studies.compatibility.controlnet import detect_edges
@@ -200,7 +200,7 @@ def _check_config(file: Path, config: CompatibilityConfig) -> None:
     requested = config.model_dump(mode="json")
     if not file.is_file():
         write_json(file, requested)
-    elif read_json(file) != requested:
+    elif read_identity(file) != requested:
         raise ValueError(
             f"Cannot continue in {file.parent}: it holds a run with another configuration (see {file.name}). "
             "Pass another --out."

@@ -16,7 +16,7 @@ from typing import Any
 from experiments.bench.attention_layer import STOCK
 from experiments.bench.machine import describe_machine
 from experiments.config.base import short_hash
-from experiments.core.files import read_json, write_json
+from experiments.core.files import read_identity, read_json, write_json
 from experiments.core.locks import lock_folder
 from experiments.core.progress import ProgressCallback
 from experiments.core.statistics import Interval, bootstrap_interval
@@ -130,7 +130,7 @@ class HybridRun:
             "teacher": self.context.teacher.fingerprint,
             "plugin source": [training_sources(name, self.config.distillation) for name in self.config.mixers],
         }
-        existing = read_json(self.directory / RUN)
+        existing = read_identity(self.directory / RUN)
         changed = [name for name, value in inputs.items() if existing and existing.get(name) != value]
         if changed:
             raise ValueError(

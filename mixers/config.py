@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from mixers.context import ROTARY_PLACEMENTS, TEXT_ATTENTIONS, RotaryPlacement, TextAttention
+from mixers.option_types import check_option_types
 from mixers.stages.normalizers import NORMALIZER_NAMES, NormalizerName
 from mixers.stages.scan_orders import SCANS
 from mixers.suggest import unknown_name
@@ -70,6 +71,7 @@ class MixerConfig:
     rope: RotaryPlacement | None = None
 
     def __post_init__(self) -> None:
+        check_option_types(self)
         if self.local_conv_size is None:
             size = 0 if self.causality == "causal" else self.default_local_conv_size
             object.__setattr__(self, "local_conv_size", size)

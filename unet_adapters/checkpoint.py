@@ -110,7 +110,8 @@ def load_weights(student: nn.Module, saved: SavedAdapter) -> None:
     try:
         student.load_state_dict(saved.weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{WEIGHTS} does not fit the mixers of {DESCRIPTION}: {error}") from error
+        reasons = " ".join(str(error).split())
+        raise ValueError(f"{WEIGHTS} does not fit the mixers of {DESCRIPTION}: {reasons}") from error
 
 
 def _require_same_sites(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -137,7 +138,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _is_well_formed(description: dict[str, Any]) -> bool:
     kinds = {"sites": dict, "fingerprint": dict, "weights_sha256": str, "train_projections": bool, "min_tokens": int}
-    if not all(isinstance(description.get(key), kind) for key, kind in kinds.items()):
+    if not all(type(description.get(key)) is kind for key, kind in kinds.items()) or description["min_tokens"] < 0:
         return False
     entries = description["sites"].values()
     return all(

@@ -57,6 +57,8 @@ def read_mounted_model(
     class_name = config.get("_class_name")
     if not entries:
         raise ValueError(f"{folder} was saved without mixers: read it with {class_name}.from_pretrained")
+    if not isinstance(entries, dict) or not all(map(_is_well_formed, entries.values())):
+        raise ValueError(f"{path} is damaged: entries of {CONFIG_KEY} are missing or of the wrong kind")
     model_class: Any = getattr(diffusers, str(class_name), None)
     if not _is_model(model_class):
         raise ValueError(f"{folder} holds a {class_name}, which is not a diffusers model")
@@ -65,6 +67,11 @@ def read_mounted_model(
     erase_mixers(model, entries)
     site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in entries.items()}
     return model, site_mixers, max(entry["min_tokens"] for entry in entries.values())
+
+
+def _is_well_formed(entry: Any) -> bool:
+    kinds = {"mixer": str, "config": dict, "min_tokens": int}
+    return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
 
 
 def read_mixer_weights(folder: Path, variant: str | None, names: Iterable[str]) -> dict[str, Tensor]:

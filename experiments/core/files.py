@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,23 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def read_identity(path: Path) -> dict[str, Any]:
-    """Read the JSON object that says what a folder was made from; returns an empty one if there is no such file.
+def read_identity(path: Path, results: Iterable[Path] = ()) -> dict[str, Any]:
+    """Read the JSON object that says what a folder was made from; returns an empty one if there is none.
+
+    Args:
+        path: of the file.
+        results: what the folder has that a run would continue from; those that do not exist are left out.
 
     Raises:
-        ValueError: it is damaged, so that nothing in the folder can be continued.
+        ValueError: the file is damaged, or missing beside results, so that nothing in the folder can be continued.
     """
     if not path.exists():
+        result = next((result for result in results if result.exists()), None)
+        if result is not None:
+            raise ValueError(
+                f"Cannot continue in {path.parent}: it has {result.relative_to(path.parent)}, but no {path.name} that "
+                "says what that was made from. Give another --out."
+            )
         return {}
     try:
         return parse_json_object(path.read_text(encoding="utf-8"))

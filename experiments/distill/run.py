@@ -111,13 +111,7 @@ def _open_latents(recipe: DistillationRecipe, teacher: Teacher, process: Partial
 
 def _require_same_run(directory: Path, inputs: dict[str, Any]) -> None:
     """Refuse to continue a run that was started from other inputs: its checkpoints are of another training."""
-    existing = read_identity(directory / RUN)
-    checkpoints = next(directory.rglob("checkpoints/*.safetensors"), None)
-    if checkpoints is not None and not existing:
-        raise ValueError(
-            f"Cannot continue in {directory}: it has checkpoints ({checkpoints.relative_to(directory)}), but no {RUN} "
-            "that says what was trained. Give another --out."
-        )
+    existing = read_identity(directory / RUN, directory.rglob("checkpoints/*.safetensors"))
     changed = [name.replace("_", " ") for name, value in inputs.items() if existing and existing.get(name) != value]
     if changed:
         raise ValueError(

@@ -10,7 +10,7 @@ folder were made from; images of another model or other settings are never mixed
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def export_images(
         raise ValueError(unknown_name("layout", layout, _LAYOUTS))
     read, write, name_last_file = _LAYOUTS[layout]
     items = read(prompts)
-    _require_same_export(directory, _describe_export(pipe, layout, items, size, plan))
+    complete = (directory / name_last_file(prompt) for prompt in items)
+    _require_same_export(directory, _describe_export(pipe, layout, items, size, plan), complete)
     for number, prompt in enumerate(items):
         progress("export", number, len(items))
         if (directory / name_last_file(prompt)).is_file():
@@ -108,9 +109,9 @@ def _describe_export(
     }
 
 
-def _require_same_export(directory: Path, description: dict[str, Any]) -> None:
+def _require_same_export(directory: Path, description: dict[str, Any], complete: Iterable[Path]) -> None:
     """Record what the images of a folder are made from, or check that it is the same as before."""
-    existing = read_identity(directory / FILE)
+    existing = read_identity(directory / FILE, complete)
     changed = [name for name, value in description.items() if existing and existing.get(name) != value]
     if changed:
         raise ValueError(

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from experiments.bench import calibrate
 from experiments.cli import app
-from experiments.core.files import read_json
-from experiments.report.run_files import load_run
+from experiments.core.files import read_json, write_json
+from experiments.report.run_files import load_cell, load_run
 from experiments.training.log import MetricsLog
 from tests.experiments.runs import make_run
 
@@ -80,20 +80,20 @@ def test_files_that_are_nested_too_deeply(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["null", "3", "[]", '"step"', '{"loss": 1}', '{"step": null}', NESTED])
 def test_a_log_with_lines_that_are_no_records(line: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    log = next(run.glob("cells/linear-s0-x/metrics.jsonl"))
-    log.write_text(log.read_text() + line + "\n")
-    cell = next(cell for cell in load_run(run).cells if cell.id == "linear-s0-x")
-    assert "metrics.jsonl: 1 damaged line skipped" in cell.problems
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(line + "\n")
+    assert "metrics.jsonl: 1 damaged line skipped" in load_cell(tmp_path).problems
     log.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n' + line.encode() + b'\n{"step": 2, "loss": 1.0}\n')
-    records = MetricsLog(log.parent, cast(Accelerator, SimpleNamespace(is_main_process=True))).truncate(2)
+    records = MetricsLog(tmp_path, cast(Accelerator, SimpleNamespace(is_main_process=True))).truncate(2)
     assert records == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
 
 
 @pytest.mark.parametrize("content", ["null", "3", NESTED, '{"hash": ', "\x00"])
 def test_protocols_that_are_no_objects_cannot_be_compared(content: str, tmp_path: Path) -> None:
-    first = make_run(tmp_path / "first")
-    second = make_run(tmp_path / "second")
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    for run in (first, second):
+        write_json(run / "grid.json", {"name": "run", "variants": []})
     (second / "protocol.json").write_text(content)
     assert f"Cannot read the protocol {second / 'protocol.json'}" in fails("compare", str(first), str(second))
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from experiments.core.devices import available_cores, threads_per_process
 from experiments.core.environment import describe_environment
 from experiments.core.errors import first_line
-from experiments.core.files import read_json, sha256_of_file, write_bytes, write_json, write_text
+from experiments.core.files import read_identity, read_json, sha256_of_file, write_bytes, write_json, write_text
 from experiments.core.locks import is_locked, lock_folder, try_lock
 from experiments.core.registry import Registry
 from experiments.core.signals import Interrupted
@@ -61,6 +61,21 @@ def test_json_is_read_back_and_damaged_json_is_empty(tmp_path: Path) -> None:
         (tmp_path / "b.json").write_text(damaged)
         assert read_json(tmp_path / "b.json") == {}
     assert read_json(tmp_path / "missing.json") == {}
+
+
+def test_a_folder_of_unknown_origin_is_not_continued(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    result = tmp_path / "stage" / "weights.safetensors"
+    assert read_identity(file, [result]) == {}, "nothing is there yet"
+    write_json(result, {})
+    with pytest.raises(ValueError, match=r"it has stage/weights.safetensors, but no run\.json"):
+        read_identity(file, [tmp_path / "missing", result])
+    write_json(file, {"teacher": "embedded"})
+    assert read_identity(file, [result]) == {"teacher": "embedded"}
+    for content in ("", "null", "[1]", '{"teacher": ', "[" * 100_000):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json, which says what it was made from, is damaged"):
+            read_identity(file, [result])
 
 
 def test_tensors_that_cannot_be_written_are_an_oserror_that_names_the_file(tmp_path: Path) -> None:

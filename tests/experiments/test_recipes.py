@@ -117,6 +117,20 @@ def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, messag
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("mixer.options.mid_dim=four", "Expected mid_dim to be a whole number or none, got 'four'"),
+        ('mixer.options.gate="no"', "Expected gate to be true or false, got 'no'"),
+    ],
+)
+def test_options_of_another_type_are_one_sentence(recipe: Path, setting: str, message: str) -> None:
+    run = recipe.parent / "run"
+    outcome = CliRunner().invoke(app, ["distill", str(recipe), "--out", str(run), "--set", setting])
+    assert outcome.exit_code == 2 and message in outcome.stderr and "Traceback" not in outcome.output
+    assert len(outcome.stderr.strip().splitlines()) == 1 and not (run / "run.json").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["embeded"], "Did you mean 'embedded'"),

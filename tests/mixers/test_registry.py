@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mixers import TokenMixer, catalog, create_mixer, entries, list_mixers, register_mixer, registry
+from mixers.option_types import option_types
 from mixers.testing import check_mixer
 from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
 
@@ -31,6 +32,27 @@ from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
 def test_what_has_no_meaning_is_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_mixer(name, 12, 2, **options)
+
+
+WRONG: dict[type, tuple[object, ...]] = {
+    bool: ("false", 0, 1.0, [], {}),
+    int: ("3", 1.5, True, float("nan"), [3], {}),
+    float: ("0.5", True, float("nan"), float("inf"), 10**400, [0.5], {}),
+    str: (3, True, ["raster"], {}),
+}
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_options_of_another_type_are_refused(name: str) -> None:
+    """Also those of a file or a command line, where "false" would be true."""
+    config = registry.get_mixer_entry(name).config
+    types = option_types(config)
+    assert types.keys() == {field.name for field in dataclasses.fields(config)}
+    for option, kinds in types.items():
+        (kind,) = set(kinds) - {type(None)}
+        for value in WRONG[kind] if type(None) in kinds else (*WRONG[kind], None):
+            with pytest.raises(ValueError, match=f"^Expected {option} to be "):
+                config(**{option: value})
 
 
 def test_heads_must_divide_and_tokens_must_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from mixers import list_mixers
 from unet_adapters import MixerAdapter, capture_outputs
 from unet_adapters.attention import MixerAttention
+from unet_adapters.mounted_config import CONFIG_KEY
 from unet_adapters.site_mount import SiteMount
 
 every_mixer = pytest.mark.parametrize("name", list_mixers())
@@ -234,6 +236,17 @@ def test_a_mounted_unet_that_was_saved_is_read_again_as_such(unet, run, train, t
     unet.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="saved without mixers"):
         MixerAdapter.from_mounted(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("entries", [["x"], {"mid_block": 3}, {"mid_block": {"mixer": "linfusion", "config": {}}}])
+def test_a_saved_unet_with_damaged_mixers_is_one_sentence(entries, unet, tmp_path) -> None:
+    with MixerAdapter.build(unet, "linear_attention", select="mid_block").mounted():
+        unet.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, CONFIG_KEY: entries}))
+    with pytest.raises(ValueError, match="entries of .* are missing or of the wrong kind"):
+        MixerAdapter.from_mounted(tmp_path)
 
 
 @torch.no_grad()

@@ -93,6 +93,17 @@ def edit(key: str, value: object):
     return change
 
 
+def edit_config(option: str, value: object):
+    """Change an option of the first site's mixer."""
+
+    def change(path: Path) -> None:
+        description = json.loads(path.read_text())
+        next(iter(description["sites"].values()))["config"][option] = value
+        path.write_text(json.dumps(description))
+
+    return change
+
+
 DAMAGE = {
     "weights truncated": (WEIGHTS, truncate, ValueError, "truncated"),
     "weights flipped": (WEIGHTS, flip, ValueError, "damaged"),
@@ -103,6 +114,10 @@ DAMAGE = {
     "description missing": (DESCRIPTION, Path.unlink, FileNotFoundError, "not an adapter"),
     "newer format": (DESCRIPTION, edit("format", 2), ValueError, "reads format 1"),
     "sites missing": (DESCRIPTION, edit("sites", None), ValueError, "damaged"),
+    "threshold below zero": (DESCRIPTION, edit("min_tokens", -1), ValueError, "damaged"),
+    "threshold of another type": (DESCRIPTION, edit("min_tokens", True), ValueError, "damaged"),
+    "option of another type": (DESCRIPTION, edit_config("conv_size", "3"), ValueError, "conv_size to be a whole num"),
+    "an option more": (DESCRIPTION, edit_config("gate", True), ValueError, r"does not fit .*Missing key\(s\)[^\n]*$"),
     "unknown site": (DESCRIPTION, edit("sites", {"x": {"mixer": "linfusion", "config": {}}}), ValueError, "damaged"),
 }
 

@@ -198,9 +198,10 @@ def _summarize(references: ReferenceImages, scores: dict[str, list[float]]) -> d
 
 def _check_config(file: Path, config: CompatibilityConfig) -> None:
     requested = config.model_dump(mode="json")
-    if not file.is_file():
+    existing = read_identity(file, file.parent.rglob("*.safetensors"))
+    if not existing:
         write_json(file, requested)
-    elif read_identity(file) != requested:
+    elif existing != requested:
         raise ValueError(
             f"Cannot continue in {file.parent}: it holds a run with another configuration (see {file.name}). "
             "Pass another --out."

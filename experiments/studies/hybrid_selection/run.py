@@ -130,7 +130,7 @@ class HybridRun:
             "teacher": self.context.teacher.fingerprint,
             "plugin source": [training_sources(name, self.config.distillation) for name in self.config.mixers],
         }
-        existing = read_identity(self.directory / RUN)
+        existing = read_identity(self.directory / RUN, self.directory.rglob("*.safetensors"))
         changed = [name for name, value in inputs.items() if existing and existing.get(name) != value]
         if changed:
             raise ValueError(

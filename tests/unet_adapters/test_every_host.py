@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import accelerate
@@ -14,11 +13,10 @@ from diffusers import (
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
 )
-from torch.utils.checkpoint import checkpoint
 
 from mixers import list_mixers
 from tests.unet_adapters.comparisons import close
-from tests.unet_adapters.host_models import MODELS, SIZES, disturb, make_inputs, make_model, run
+from tests.unet_adapters.host_models import MODELS, SIZES, checkpoint_blocks, disturb, make_inputs, make_model, run
 from unet_adapters import MixerAdapter, find_host, find_sites
 from unet_adapters.capture import capture_sites, replay
 from unet_adapters.mounted_layer import image_output
@@ -142,15 +140,6 @@ def test_replaying_a_teachers_call_on_the_student(model) -> None:
     with adapter.mounted():
         for name in names:
             assert close(replay(model, name, calls[name]), calls[name].output, 1e-5)
-
-
-def checkpoint_blocks(model: Any) -> None:
-    if model._supports_gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-        return
-    for name in {site.group for site in find_sites(model)}:  # of HunyuanDiT, which diffusers cannot checkpoint
-        block = model.get_submodule(name)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def test_two_sizes_before_one_backward_under_gradient_checkpointing(model) -> None:

@@ -237,6 +237,22 @@ def test_a_layer_treats_a_mask_as_the_stock_layer_does(model, kind) -> None:
         assert close(image_output(layer(tokens, attention_mask=mask, **arguments)), stock, 1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["HunyuanDiT"])
+def test_one_rotation_for_all_tokens_and_none(model) -> None:
+    inputs = make_inputs(model)
+    one = tuple(part[:1] for part in inputs["image_rotary_emb"])
+    repeated = tuple(part.expand(24, -1) for part in one)
+    with MixerAdapter.build(model, "linear_attention", causality="causal", scan="column").mounted():
+        outputs = [model(**inputs | {"image_rotary_emb": rotary}).sample for rotary in (one, repeated)]
+        assert torch.equal(*outputs)
+    for rotary in (one, None):
+        inputs["image_rotary_emb"] = rotary
+        stock = model(**inputs).sample
+        with MixerAdapter.build(model, "softmax").mounted():
+            assert close(model(**inputs).sample, stock, 1e-5)
+
+
 OFFLOADING = {
     "model": lambda model: accelerate.cpu_offload_with_hook(model, execution_device="cpu"),
     "sequential": lambda model: accelerate.cpu_offload(model, execution_device="cpu"),

@@ -45,8 +45,8 @@ class MatrixObjective(Objective):
             if site.text or site.rotary:
                 reason = "attends to text too" if site.text else "rotates queries and keys"
                 raise ValueError(
-                    f"matrix compares plain attention among image tokens, and {site.name} {reason}: select other sites, "
-                    "or use the objective local."
+                    f"matrix compares plain attention among image tokens, and {site.name} {reason}: select other "
+                    "sites, or use the objective local."
                 )
         small = {n: c for n, c in step.teacher.sites.items() if c.input.shape[1] <= self.max_tokens}
         skipped = [name for name in step.teacher.sites if name not in small]

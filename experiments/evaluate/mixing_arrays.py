@@ -23,7 +23,8 @@ def mixing_arrays(student: EvaluatedStudent, size: int) -> dict[str, Tensor]:
         size: side of the image in pixels.
 
     Returns:
-        mixing_matrix: (l, l); of a mixer with a matrix for each value channel, the first channel's.
+        mixing_matrix: (l, l) among image tokens; of a mixer with a matrix for each value channel, the first channel's.
+            Text tokens and rotary embeddings that the host's layer has are left out.
         receptive_field: (2h − 1, 2w − 1) for a site of h × w tokens: the share of |weight| by offset from the query,
             which is in the middle, as a mean over queries; missing if the site has no grid.
         Costs l² memory, a few times.

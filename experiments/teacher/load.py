@@ -42,7 +42,7 @@ def open_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, v
 def load_teacher(source: str = "embedded", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
     """Load a text-to-image pipeline on the best device, frozen, without output.
 
-    Stable Diffusion 1.5, 2.1, XL, 3 and 3.5, PixArt-α and Σ, and Flux are supported.
+    Stable Diffusion 1.5, 2.1, XL, 3 and 3.5, PixArt-α and Σ, Flux and HunyuanDiT are supported.
 
     The autoencoder is float32 at least, whatever `dtype`: SDXL's overflows in float16, and its latents are stored and
     trained on. Sample from a pipeline in half precision under `torch.autocast`.

@@ -16,8 +16,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from unet_adapters import MixerAdapter, find_host
+from unet_adapters import MixerAdapter, find_host, find_sites
 
 SIZES = ((8, 12), (12, 8))  # latents; transformers have patches of 2 × 2
 TEXT_TOKENS = 5
@@ -155,3 +156,13 @@ def disturb(adapter: MixerAdapter) -> MixerAdapter:
     for parameter in adapter.student.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return adapter
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Turn gradient checkpointing on, by torch's own function for HunyuanDiT, which diffusers cannot checkpoint."""
+    if model._supports_gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        return
+    for name in {site.group for site in find_sites(model)}:
+        block = model.get_submodule(name)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -245,7 +245,7 @@ def test_a_saved_unet_with_damaged_mixers_is_one_sentence(entries, unet, tmp_pat
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, CONFIG_KEY: entries}))
-    with pytest.raises(ValueError, match="entries of .* are missing or of the wrong kind"):
+    with pytest.raises(ValueError, match=r"entries of .* are missing or of the wrong kind"):
         MixerAdapter.from_mounted(tmp_path)
 
 

@@ -2,8 +2,9 @@
 
 The installed package has no tests. In the repository they are, for models, `ModelTesterMixin`, `TrainingTesterMixin`
 and `AttentionTesterMixin` in `tests/models/transformers/test_models_pixart_transformer2d.py`,
-`test_models_transformer_sd3.py` and `test_models_transformer_flux.py`; for pipelines, `PipelineTesterMixin` in
-`tests/pipelines/pixart_sigma`, `stable_diffusion_3` and `flux`. The assertions below are ours, after theirs.
+`test_models_transformer_sd3.py`, `test_models_transformer_flux.py` and `test_models_transformer_hunyuan_dit.py`; for
+pipelines, `PipelineTesterMixin` in `tests/pipelines/pixart_sigma`, `stable_diffusion_3`, `flux` and `hunyuandit`. The
+assertions below are ours, after theirs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from diffusers import HunyuanDiTPipeline, PixArtSigmaPipeline
 from torch import Tensor
 
 from tests.unet_adapters.comparisons import close
-from tests.unet_adapters.host_models import make_inputs, make_model
+from tests.unet_adapters.host_models import checkpoint_blocks, make_inputs, make_model
 from tests.unet_adapters.transformer_pipelines import PIPELINES
 from unet_adapters import MixerAdapter
 
-MODELS = ["PixArt", "SD3", "SD3.5 medium", "Flux", "Flux guidance"]
+MODELS = ["PixArt", "SD3", "SD3.5 medium", "Flux", "Flux guidance", "HunyuanDiT"]
 
 
 @pytest.fixture(params=MODELS)
@@ -47,7 +48,7 @@ def test_gradients_are_the_same_under_gradient_checkpointing(model) -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.enable_gradient_checkpointing()
+            checkpoint_blocks(model)
         loss = model(**inputs).sample.square().mean()
         gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
     for plain, again in zip(*gradients, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import accelerate
@@ -14,11 +13,10 @@ from diffusers import (
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
 )
-from torch.utils.checkpoint import checkpoint
 
 from mixers import list_mixers
 from tests.unet_adapters.comparisons import close
-from tests.unet_adapters.host_models import MODELS, SIZES, disturb, make_inputs, make_model, run
+from tests.unet_adapters.host_models import MODELS, SIZES, checkpoint_blocks, disturb, make_inputs, make_model, run
 from unet_adapters import MixerAdapter, find_host, find_sites
 from unet_adapters.capture import capture_sites, replay
 from unet_adapters.mounted_layer import image_output
@@ -144,15 +142,6 @@ def test_replaying_a_teachers_call_on_the_student(model) -> None:
             assert close(replay(model, name, calls[name]), calls[name].output, 1e-5)
 
 
-def checkpoint_blocks(model: Any) -> None:
-    if model._supports_gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-        return
-    for name in {site.group for site in find_sites(model)}:  # of HunyuanDiT, which diffusers cannot checkpoint
-        block = model.get_submodule(name)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
 def test_two_sizes_before_one_backward_under_gradient_checkpointing(model) -> None:
     adapter = MixerAdapter.build(model, "linear_attention", causality="causal", scan="column").mount()
     gradients = {}
@@ -246,6 +235,22 @@ def test_a_layer_treats_a_mask_as_the_stock_layer_does(model, kind) -> None:
     assert torch.equal(stock, image_output(layer(tokens, **arguments))) == (kind in MASKS_IGNORED)
     with MixerAdapter.build(model, "softmax", site.name).mounted():
         assert close(image_output(layer(tokens, attention_mask=mask, **arguments)), stock, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["HunyuanDiT"])
+def test_one_rotation_for_all_tokens_and_none(model) -> None:
+    inputs = make_inputs(model)
+    one = tuple(part[:1] for part in inputs["image_rotary_emb"])
+    repeated = tuple(part.expand(24, -1) for part in one)
+    with MixerAdapter.build(model, "linear_attention", causality="causal", scan="column").mounted():
+        outputs = [model(**inputs | {"image_rotary_emb": rotary}).sample for rotary in (one, repeated)]
+        assert torch.equal(*outputs)
+    for rotary in (one, None):
+        inputs["image_rotary_emb"] = rotary
+        stock = model(**inputs).sample
+        with MixerAdapter.build(model, "softmax").mounted():
+            assert close(model(**inputs).sample, stock, 1e-5)
 
 
 OFFLOADING = {

@@ -41,12 +41,13 @@ class MatrixObjective(Objective):
     max_tokens: int = 1024
 
     def __call__(self, step: DistillationStep) -> Tensor:
-        joint = [site.name for site in step.adapter.sites if site.text]
-        if joint:
-            raise ValueError(
-                f"matrix compares attention among image tokens alone, and {joint[0]} attends to text too: select other "
-                "sites, or use the objective local."
-            )
+        for site in step.adapter.sites:
+            if site.text or site.rotary:
+                reason = "attends to text too" if site.text else "rotates queries and keys"
+                raise ValueError(
+                    f"matrix compares plain attention among image tokens, and {site.name} {reason}: select other "
+                    "sites, or use the objective local."
+                )
         small = {n: c for n, c in step.teacher.sites.items() if c.input.shape[1] <= self.max_tokens}
         skipped = [name for name in step.teacher.sites if name not in small]
         if not small:

@@ -71,7 +71,10 @@ class HunyuanDispatch:
             )
             return output
         check_grid(length, mixer_grid)
-        rotation = None if image_rotary_emb is None else Rotation(*image_rotary_emb)
+        rotation = None
+        if image_rotary_emb is not None:
+            cos, sin = image_rotary_emb
+            rotation = Rotation(cos.expand(length, -1), sin.expand(length, -1))  # one for all tokens broadcasts
         context = MixingContext(rotation=rotation, visible=find_visible(attention_mask, batch, length))
         mixed: Tensor = attn.mixer(hidden_states, grid=mixer_grid, projections=LayerProjections(attn), context=context)
         return mixed
@@ -213,7 +216,7 @@ def _shape_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     latents = args[0] if args else kwargs["hidden_states"]
     patch: Any = module.config.patch_size  # type: ignore[union-attr]
     grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-    shaped = tuple(part.unflatten(0, grid) for part in rotary)
+    shaped = tuple(part.expand(grid[0] * grid[1], -1).unflatten(0, grid) for part in rotary)
     if len(args) > ROTARY_POSITION:
         return (*args[:ROTARY_POSITION], shaped, *args[ROTARY_POSITION + 1 :]), kwargs
     return args, {**kwargs, ROTARY_ARGUMENT: shaped}

@@ -89,4 +89,6 @@ def open_records(source: str, *, split: str = "train") -> EmojiSet | SceneSet | 
 def _open(source: str, split: str, table: Callable[[str, str], TableT]) -> EmojiSet | SceneSet | ImageFolder | TableT:
     if source in EMBEDDED:
         return EMBEDDED[source](split)
+    if not source.removeprefix("hub:").strip() or "\0" in source:
+        raise DataError(f"Cannot open {source!r} as data: give 'scenes', a folder, tables or 'hub:owner/name'.")
     return table(source, split) if is_table(source) else ImageFolder(source, split=split)

@@ -169,6 +169,10 @@ def parse_caption(value: object) -> str:
     caption = value.strip().removeprefix(_BYTE_ORDER_MARK).strip()
     if not caption:
         raise BadRecord("no caption")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # a half of a pair of UTF-16, as "\ud800" in JSON
+        raise BadRecord(f"its caption is no valid Unicode ({error.reason})") from error
     return caption
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,8 @@ class ImageFolder(RandomAccess):
         return self._name(self.items[index][0])
 
     def _name(self, path: Path) -> str:
-        return (path.relative_to(self.path) if path.is_relative_to(self.path) else path).as_posix()
+        name = (path.relative_to(self.path) if path.is_relative_to(self.path) else path).as_posix()
+        return os.fsencode(name).decode(errors="backslashreplace")  # names of files need not be text
 
     def digest(self, index: int) -> str:
         """Return a hash of the file and its caption."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,30 @@ def test_files_of_the_same_name_in_several_folders_are_several_items(captions: s
     assert [data.key(i) for i in range(len(data))] == ["cats/0001.png", "dogs/0001.png"]
     assert data.example(1, 16).key == "dogs/0001.png" and data.digest(0) != data.digest(1)
     assert len(data.skipped) == (4 if captions == "text files" else 2), data.skipped
+
+
+def test_names_of_files_need_not_be_text(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    for suffix, content in ((b".png", (tmp_path / "a.png").read_bytes()), (b".txt", b"a cat")):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff" + suffix)).write_bytes(content)
+    data = ImageFolder(tmp_path, split="train")
+    assert [data.key(i) for i in range(len(data))] == ["\\xff.png"] and data.digest(0)
+    assert data.example(0, 16).caption == "a cat" and set(data.skipped) == {"a.png"}
+
+
+def test_a_caption_that_is_no_valid_text_is_left_out(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    lines = [json.dumps({"file_name": "a.png", "text": text}) for text in ("half \ud800", "whole")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = ImageFolder(tmp_path)
+    assert len(data) == 1 and data.example(0, 16).caption == "whole"
+    assert "no valid Unicode" in data.skipped["metadata.jsonl, line 1"]
+
+
+@pytest.mark.parametrize("source", ["", " ", "hub:", "hub: ", "a\0b"])
+def test_data_without_a_name_is_not_the_working_directory(source: str) -> None:
+    with pytest.raises(DataError, match=r"Cannot open .* as data: give 'scenes'"):
+        open_dataset(source)
 
 
 def test_a_folder_with_text_files(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_mistakes_are_one_sentence(recipe: Path, before: str, after: str, messag
     ("setting", "message"),
     [
         ("mixer.options.mid_dim=four", "Expected mid_dim to be a whole number or none, got 'four'"),
-        ('mixer.options.gate="no"', "Expected gate to be true or false, got 'no'"),
+        ('mixer.options={"gate": "no"}', "Expected gate to be true or false, got 'no'"),
     ],
 )
 def test_options_of_another_type_are_one_sentence(recipe: Path, setting: str, message: str) -> None:

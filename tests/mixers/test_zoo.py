@@ -113,9 +113,9 @@ SCALED = [
 ]
 
 
-@parametrize_with_checks(SCALED, deep=DEEP)
-def test_conformance_of_mean_scale(mixer: TokenMixer, check: MixerCheck) -> None:
-    check(mixer)
+@conformance_parameters(SCALED)
+def test_conformance_of_mean_scale(mixer: TokenMixer, check: MixerCheck, inputs: CheckInputs) -> None:
+    check(mixer, inputs)
 
 
 def normalizer_cases() -> list[ConformanceCase]:
@@ -134,9 +134,9 @@ def normalizer_cases() -> list[ConformanceCase]:
     return cases
 
 
-@parametrize_with_checks(normalizer_cases(), deep=DEEP)
-def test_conformance_of_normalizers(mixer: TokenMixer, check: MixerCheck) -> None:
-    check(mixer)
+@conformance_parameters(normalizer_cases())
+def test_conformance_of_normalizers(mixer: TokenMixer, check: MixerCheck, inputs: CheckInputs) -> None:
+    check(mixer, inputs)
 
 
 def test_the_suite_covers_every_mixer_and_configuration() -> None:

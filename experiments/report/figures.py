@@ -15,8 +15,9 @@ from experiments.data.emoji import LICENSE
 from experiments.metrics import HeatMap, LinePlot, Metric
 from experiments.report import effect_plots, heat_maps, image_grids, line_plots, style
 from experiments.report.effects import Effect
+from experiments.report.overview import plot_overview
 from experiments.report.run_files import RunRecord
-from experiments.report.sections import reported_metrics
+from experiments.report.sections import OVERVIEW, reported_metrics
 
 LEGEND = 'Dashed: not normalized; dash-dotted: scale="mean"; marker: causality.'
 BAND = f"{LEGEND} Band: smallest to largest over seeds, if there are several."
@@ -58,13 +59,25 @@ def draw_figures(run: RunRecord, effects: list[Effect], directory: Path) -> list
     directory.mkdir(parents=True, exist_ok=True)
     for old in (*directory.glob("*.png"), *directory.glob("*.svg")):
         old.unlink()
-    plans = [*_effect_figures(run, effects), *_metric_figures(run), *_image_figures(run)]
+    plans = [_overview(run), *_effect_figures(run, effects), *_metric_figures(run), *_image_figures(run)]
     with rc_context(RC):
         return [
             ReportFigure(plan.section, directory / f"{plan.name}.png", plan.caption, plan.alt)
             for plan in plans
             if plan.draw(directory / f"{plan.name}.png")
         ]
+
+
+def _overview(run: RunRecord) -> _Plan:
+    return _Plan(
+        OVERVIEW,
+        "overview",
+        partial(plot_overview, run),
+        "Error against size, and samples at every size, of a few rows",
+        "The reference row, the rows that differ from it in normalization alone, the row closest to the teacher at the "
+        "largest size, and the identity, which mixes nothing. Left: error to the teacher on held-out images. "
+        f"Right: the first prompt, from the same noise at each size. {LICENSE}",
+    )
 
 
 def _effect_figures(run: RunRecord, effects: list[Effect]) -> Iterator[_Plan]:

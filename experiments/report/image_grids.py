@@ -29,7 +29,7 @@ def plot_samples(run: RunRecord, size: int, path: Path) -> bool:
         rows += [(variant.label, folder) for folder in folders if folder.is_dir()][:1]
     prompts = run.description.prompts
     columns = len(prompts) or max((len(list(f.glob("*.png"))) for _, f in rows if f.is_dir()), default=0)
-    images = [[_read_image(folder / f"{k}.png") for k in range(columns)] for _, folder in rows]
+    images = [[read_image(folder / f"{k}.png") for k in range(columns)] for _, folder in rows]
     if not any(image is not None for row in images for image in row):
         return False
     names = [textwrap.fill(label, 16) for label, _ in rows]
@@ -41,7 +41,7 @@ def plot_samples(run: RunRecord, size: int, path: Path) -> bool:
     canvas = Figure(figsize=(wide * blocks, 0.55 + 1.15 * length), layout="constrained")
     for k, axes in enumerate(canvas.subplots(1, blocks, squeeze=False)[0]):
         part = slice(k * length, (k + 1) * length)
-        _draw_block(axes, names[part], headings, images[part], size)
+        draw_block(axes, names[part], headings, images[part], size)
         axes.set_ylim(length * (size + _gap(size)), 0)
     style.save_figure(canvas, path, vector=False)
     return True
@@ -71,7 +71,7 @@ def plot_receptive_fields(run: RunRecord, path: Path) -> bool:
     return _small_multiples(run, "receptive_field", draw, path)
 
 
-def _draw_block(axes: Axes, names: list[str], headings: list[str], images: list[list[Pixels]], size: int) -> None:
+def draw_block(axes: Axes, names: list[str], headings: list[str], images: list[list[Pixels]], size: int) -> None:
     """Draw images with their names and prompts as one mosaic; separate axes for each would take seconds."""
     axes.imshow(_mosaic(images, size), interpolation="nearest")
     style.remove_frame(axes)
@@ -128,7 +128,8 @@ def _small_multiples(run: RunRecord, name: str, draw: Callable[[Axes, NDArray[np
     return True
 
 
-def _read_image(path: Path) -> Pixels:
+def read_image(path: Path) -> Pixels:
+    """Read an image as RGB; None if that is not possible."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))

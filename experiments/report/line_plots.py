@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def _points(
 def _mark_training_size(axes: Axes, size: int) -> None:
     axes.axvline(size, color="#999999", linewidth=1, linestyle=":", zorder=0)
     position: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axes.annotate("trained here", (size, 1), xytext=(3, 2), fontsize=8, color="#666666", **position)
+    axes.annotate(
+        "trained here", (size, 1), xytext=(2, -3), va="top", fontsize=7, color="#888888", rotation=90, **position
+    )
 
 
 def _draw(
@@ -122,8 +125,9 @@ def _draw(
     path: Path,
     **appearance: float | str,
 ) -> bool:
-    """Draw one panel for each group of variants; False if there is no line at all."""
+    """Draw one panel for each group of variants, with the controls behind; False if there is no line at all."""
     groups = style.group_variants(run)
+    background = [(v, line) for v in style.background_rows(run) for line in lines(v)]
     panels = [(title, [(v, line) for v in variants for line in lines(v)]) for title, variants in groups]
     panels = [(title, plotted) for title, plotted in panels if plotted]
     if not panels:
@@ -134,7 +138,11 @@ def _draw(
     width, height = (6.8, 5.2) if single else (3.6, 3.0 if shared else 3.8)
     canvas, axes_list = style.make_panels(len(panels), width, height)
     handles = {}
+    controls = {}
     for axes, (title, plotted) in zip(axes_list, panels, strict=True):
+        for variant, line in background:
+            look = appearance | style.line_style(run, variant)
+            controls[line.label] = axes.plot(line.x, line.y, **look)[0]
         for variant, line in plotted:
             look = style.line_style(run, variant) | appearance
             label = line.label and line.label.removeprefix(f"{title}, ")
@@ -147,11 +155,11 @@ def _draw(
             style.add_legend(axes, 2 if single else 1)
         elif not axes.xaxis.get_tick_params()["labelbottom"]:
             axes.set_xlabel("")
-    if shared:
-        labeled = {label: handle for label, handle in handles.items() if label}
-        canvas.legend(labeled.values(), labeled.keys(), loc="outside lower center", ncols=3, handlelength=3)
+    common = {label: handle for label, handle in ((handles if shared else {}) | controls).items() if label}
+    if common:
+        canvas.legend(common.values(), common.keys(), loc="outside lower center", ncols=3, handlelength=3)
     style.use_plain_log_labels(axes_list[0])  # all panels share its axis
-    canvas.supylabel(y_label, fontsize=9)
+    canvas.supylabel(textwrap.fill(y_label, round(12 * canvas.get_figheight())), fontsize=9)
     style.save_figure(canvas, path)
     return True
 

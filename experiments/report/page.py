@@ -13,7 +13,7 @@ from experiments.report.html import render
 from experiments.report.metric_tables import metric_table
 from experiments.report.run_files import CellRecord, RunRecord
 from experiments.report.sample_viewer import collect_samples
-from experiments.report.sections import report_sections, reported_metrics
+from experiments.report.sections import OVERVIEW, report_sections, reported_metrics
 from experiments.report.tables import (
     SPREAD,
     ReportTable,
@@ -53,6 +53,7 @@ def as_html(run: RunRecord, conclusions: Conclusions, table: ReportTable, figure
         title=run.name,
         run=run,
         conclusions=conclusions,
+        overview=[figure for figure in figures if figure.section == OVERVIEW],
         table=table,
         table_note=TABLE_NOTE,
         reference_note=_reference_note(run),
@@ -83,6 +84,7 @@ def as_markdown(run: RunRecord, conclusions: Conclusions, table: ReportTable, fi
     if conclusions.verdicts:
         parts.append("## Claims")
         parts += [f"- **{v.statement}**: {v.state}. {v.evidence}" for v in conclusions.verdicts]
+    parts += [_markdown_figure(figure) for figure in figures if figure.section == OVERVIEW]
     parts += ["## Results", markdown(table), f"{TABLE_NOTE}bold. {_reference_note(run)}"]
     for title, extra, note in extra_tables(run):
         parts += [f"## {title}", markdown(extra), note]
@@ -124,6 +126,10 @@ def section_tables(run: RunRecord, title: str) -> list[tuple[ReportTable, str]]:
     return [(table, caption) for table, caption in tables if table.rows]
 
 
+def _markdown_figure(figure: ReportFigure) -> str:
+    return f"![{figure.alt}](figures/{figure.path.name})\n\n*{figure.caption}*"
+
+
 def _markdown_section(
     run: RunRecord, conclusions: Conclusions, title: str, introduction: str, figures: list[ReportFigure]
 ) -> list[str]:
@@ -132,7 +138,7 @@ def _markdown_section(
     if not own and not tables:
         return []
     parts = [f"## {title}", introduction]
-    parts += [f"![{figure.alt}](figures/{figure.path.name})\n\n*{figure.caption}*" for figure in own]
+    parts += [_markdown_figure(figure) for figure in own]
     if title == "Factors":
         parts += [markdown(effects_table(run, conclusions.effects)), EFFECTS_NOTE]
     for table, caption in tables:

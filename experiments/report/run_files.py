@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from experiments.ablation.description import FILE, RunDescription, VariantDescription
 from experiments.ablation.result import RESULT, CellResult
+from experiments.config import DistillationConfig
 from experiments.evaluate.protocol import FILE as PROTOCOL
 from experiments.metrics import MetricRow, list_metrics
 from experiments.metrics.fidelity import FidelityRow
@@ -278,8 +279,17 @@ def _changed_parts(config: dict[str, Any], grid: RunDescription, variant: Varian
     }
     if variant.distillation is not None:
         now["distillation"] = variant.distillation.model_dump(mode="json")
+        config = {**config, "distillation": _complete_distillation(config.get("distillation"))}
     parts = ("teacher", "teacher_variant", "data", "distillation", "evaluation")
     return [part for part in parts if part in config and part in now and config[part] != now[part]]
+
+
+def _complete_distillation(value: Any) -> Any:
+    """A recorded distillation with the defaults of settings that are newer than it; as it is if it is not valid."""
+    try:
+        return DistillationConfig.model_validate(value).model_dump(mode="json")
+    except ValidationError:
+        return value
 
 
 def _age(cell: CellRecord) -> tuple[float, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from experiments.metrics import Metric, list_metrics, metric_class
 
+OVERVIEW = "Overview"
+"""The section of the figure between the conclusions and the main table."""
 BEFORE = (("Factors", "Rows that differ in one thing alone, compared seed by seed and image by image."),)
 SAMPLES = ("Samples", "Select an image below; the slider lays it over the teacher's.")
 AFTER = (

@@ -16,23 +16,42 @@ from experiments.report.run_files import RunRecord
 
 MANY_COLORS = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
 DPI = 150
+BACKGROUND_DASHES = ("-", "--", ":", "-.")
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
 
 
 def group_variants(run: RunRecord) -> list[tuple[str, list[VariantDescription]]]:
-    """Return (title, rows) for the panels of a figure of lines: one panel, or one per mixer if there are many lines."""
+    """Return (title, rows) for the panels of a figure of lines: one panel, or one per mixer if there are many lines.
+
+    Controls have no panel of their own if there are several: they are `background_rows` of all.
+    """
     by_mixer: dict[str, list[VariantDescription]] = {}
     for variant in run.trained:
-        by_mixer.setdefault(variant.mixer, []).append(variant)
-    if len(run.trained) <= len(PALETTE) or len(by_mixer) in (1, len(run.trained)):
+        if variant.control is None:
+            by_mixer.setdefault(variant.mixer, []).append(variant)
+    if len(run.trained) <= len(PALETTE) or len(by_mixer) <= 1 or all(len(rows) == 1 for rows in by_mixer.values()):
         return [("", list(run.variants))]
     return [(run.mixer_labels[mixer], rows) for mixer, rows in by_mixer.items()]
 
 
+def background_rows(run: RunRecord) -> list[VariantDescription]:
+    """Return the controls if every panel shows them behind its rows; none if there is one panel."""
+    if len(group_variants(run)) == 1:
+        return []
+    return [variant for variant in run.trained if variant.control is not None]
+
+
 def line_style(run: RunRecord, variant: VariantDescription) -> dict[str, Any]:
-    """Color by variant, or by causality in a panel of one mixer; dashed unless normalized; marker by causality."""
+    """Color by variant, or by causality in a panel of one mixer; dashed unless normalized; marker by causality.
+
+    Background rows are gray and thin, and differ in their dashes.
+    """
     if variant.untouched:
         return {"color": GRAY, "linestyle": "-", "marker": "s"}
+    background = background_rows(run)
+    if variant in background:
+        dashes = BACKGROUND_DASHES[background.index(variant) % len(BACKGROUND_DASHES)]
+        return {"color": "#888888", "linestyle": dashes, "marker": "", "linewidth": 1.1, "zorder": 1}
     title, rows = next((title, rows) for title, rows in group_variants(run) if variant in rows)
     trained = [row for row in rows if not row.untouched]
     marker = MARKERS.get(variant.causality, "o")

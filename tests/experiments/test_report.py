@@ -1,14 +1,17 @@
 """The report, on a made-up run: it is complete, its numbers are right, and it says what is broken."""
 
+import copy
 import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
+from experiments.config import DistillationConfig, FitConfig
 from experiments.metrics import HeatMap, LinePlot, metric_class
 from experiments.report import build_report
 from experiments.report.collect import append_cells
@@ -16,8 +19,10 @@ from experiments.report.conclusions import draw_conclusions
 from experiments.report.effect_plots import plot_pareto
 from experiments.report.heat_maps import plot_heat_map
 from experiments.report.line_plots import growth_exponent, plot_metric
+from experiments.report.overview import overview_rows
 from experiments.report.page import as_html, as_markdown
 from experiments.report.run_files import load_run
+from experiments.report.style import background_rows, group_variants
 from experiments.report.tables import main_table
 from tests.experiments.runs import SIZES, UNFINISHED, VARIANTS, edit, error, make_run
 
@@ -55,7 +60,7 @@ def test_figures_and_markdown(run: Path) -> None:
     lines = {"effects", "pareto", "training", "sites_relative_error", "timesteps_relative_error_to_teacher"}
     lines |= {"fidelity_relative_error_to_teacher", "fidelity_error_ratio"}
     lines |= {f"cost_{quantity}" for quantity in ("seconds", "peak_bytes", "flops")}
-    images = {"mixing_matrices", "receptive_fields", *(f"samples_{s}" for s in SIZES)}
+    images = {"overview", "mixing_matrices", "receptive_fields", *(f"samples_{s}" for s in SIZES)}
     assert figures == {f"{name}.png" for name in lines | images}
     assert {p.stem for p in (run / "report" / "figures").glob("*.svg")} == lines
     text = (run / "report" / "report.md").read_text()
@@ -64,6 +69,42 @@ def test_figures_and_markdown(run: Path) -> None:
     distances = text.split("## Fréchet distance")[1]
     assert "| teacher | 20.0 |" in distances and "| other true images | 3.00 |" in distances
     assert "| identity: no mixing | 1.00 [1.00, 1.00] |" in text.split("## Controls")[1]
+
+
+def test_the_overview_shows_what_normalization_does(run: Path) -> None:
+    """The reference, its rows without normalization, the best mixer, and the row that mixes nothing; best first."""
+    names = [row.name for row in overview_rows(load_run(run))]
+    assert names == ["linfusion", "linear", "identity", "linear_raw"]
+
+
+def test_controls_are_behind_every_panel(run: Path) -> None:
+    record = load_run(run)
+    panels = group_variants(record)
+    assert len(panels) == 1 and background_rows(record) == [], "few rows are in one panel"
+    rows = list(record.variants)
+    more = [v.model_copy(update={"name": f"{v.name}{k}", "label": f"{v.label} {k}"}) for k in range(3) for v in rows]
+    many = replace(record, description=record.description.model_copy(update={"variants": tuple(more)}))
+    controls = [variant.name for variant in many.trained if variant.control is not None]
+    assert len(group_variants(many)) > 1 and controls
+    assert [variant.name for variant in background_rows(many)] == controls
+    assert not {variant.name for _, variants in group_variants(many) for variant in variants} & set(controls)
+
+
+def test_cells_from_before_a_setting_existed_count(tmp_path: Path) -> None:
+    """They were trained with what is its default now; another value is another distillation."""
+    folder = make_run(tmp_path)
+    recorded = DistillationConfig(fit=FitConfig(steps=3, batch_size=2, learning_rate=1e-3)).model_dump(mode="json")
+
+    def name_distillation(grid: dict) -> None:
+        for variant in grid["variants"]:
+            variant["distillation"] = recorded if variant["name"] == "linear" else variant.get("distillation")
+
+    edit(folder / "grid.json", name_distillation)
+    older = copy.deepcopy(recorded)
+    del older["fit"]["optimizer"]
+    for distillation, count in ((older, 1), ({**older, "images": 7}, 0)):
+        edit(folder / "cells/linear-s0-x/config.json", lambda c, d=distillation: c.update(distillation=d))
+        assert sum(cell.id == "linear-s0-x" for cell in load_run(folder).cells) == count
 
 
 def page_of(folder: Path) -> str:

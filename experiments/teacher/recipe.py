@@ -49,7 +49,7 @@ class TeacherRecipe(BaseModel):
     )
     unet: FitConfig = FitConfig(
         steps=1_000_000,
-        batch_size=16,
+        batch_size=48,
         learning_rate=1.2e-3,
         optimizer="muon",
         weight_decay=0.01,

@@ -64,11 +64,31 @@ def decay(
         decay_learning_rate(state / "state", open_encoder(state / "state", recipe), recipe, show, device=device)
 
 
+@teacher_app.command("imitate")
+def imitate(
+    state: State = STATE,
+    stage: Annotated[str, typer.Option(help="of the UNet that is imitated: unet, or decay")] = "decay",
+) -> None:
+    """Train the tiny PixArt on the UNet's predictions, or resume. SIGTERM saves the state; the same command resumes."""
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.transformer import train_transformer
+
+    with clean_errors(), progress() as bars:
+        recipe = TeacherRecipe()
+
+        def show(step: int, losses: dict[str, float]) -> None:
+            bars.update("transformer", step, recipe.dit.steps, f"transformer: loss {losses['loss']:.4f}")
+
+        train_transformer(state / "state", recipe, show, stage=stage)
+
+
 @teacher_app.command("sheet")
 def sheet(
     path: Annotated[Path, typer.Argument(help="the PNG to write", callback=check_file)],
     state: State = STATE,
-    stage: Annotated[str, typer.Option(help="unet, or decay: the copy whose learning rate has decayed")] = "unet",
+    stage: Annotated[
+        str, typer.Option(help="unet, decay: the copy whose learning rate has decayed, or transformer")
+    ] = "unet",
     size: Annotated[int, typer.Option(min=32, help="pixels")] = 64,
     count: Annotated[int, typer.Option(min=1, help="samples")] = 40,
 ) -> None:
@@ -76,9 +96,14 @@ def sheet(
     from experiments.teacher.export import load_trained
     from experiments.teacher.recipe import TeacherRecipe
     from experiments.teacher.samples import write_sheet
+    from experiments.teacher.transformer import FOLDER, load_trained_transformer
 
     with clean_errors():
-        pipe, step = load_trained(state / "state", TeacherRecipe(), stage)
+        recipe = TeacherRecipe()
+        directory = state / "state"
+        pipe, step = (
+            load_trained_transformer(directory, recipe) if stage == FOLDER else load_trained(directory, recipe, stage)
+        )
         captions = write_sheet(pipe, path, count, size)
     console.print(f"Step {step}: {path.resolve()}", soft_wrap=True)
     for number, caption in enumerate(captions):

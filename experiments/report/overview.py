@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from experiments.report.errors import mean_error
 from experiments.report.image_grids import Pixels, draw_block, read_image
 from experiments.report.run_files import DESIGN_FIELDS, RunRecord
 
-SHOWN = 128  # pixels per sample
+PIXELS = 128  # pixels per sample
 TILE = 0.9  # inches per sample
 
 
@@ -58,12 +59,13 @@ def overview_rows(run: RunRecord) -> list[VariantDescription]:
     if run.reference not in rows or not run.sizes:
         return []
     largest = run.sizes[-1]
-    errors = {row.name: mean_error(run, row, largest) or math.inf for row in rows}
+    measured = {row.name: mean_error(run, row, largest) for row in rows}
+    errors = {name: math.inf if error is None else error for name, error in measured.items()}
     mixers = [row for row in rows if row.control is None]
     closest = min(mixers, key=lambda row: errors[row.name])
     identity = control_rows(run).identity
-    shown = [row for row in rows if row in (closest, identity) or _agree_but_for_normalization(row, run.reference)]
-    return sorted(shown, key=lambda row: errors[row.name])
+    selected = [row for row in rows if row in (closest, identity) or _agree_but_for_normalization(row, run.reference)]
+    return sorted(selected, key=lambda row: errors[row.name])
 
 
 def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], sizes: list[int]) -> None:
@@ -71,6 +73,7 @@ def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], siz
     colors = iter(PALETTE)
     for row in rows:
         points = [(size, error) for size in sizes if (error := mean_error(run, row, size)) is not None]
+        look: dict[str, Any]
         if row.control is None:
             look = {"color": next(colors), "linestyle": dashes[row.normalization], "marker": "o"}
         else:
@@ -85,8 +88,8 @@ def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], siz
 
 def _draw_samples(axes: Axes, samples: list[tuple[str, list[Pixels]]], sizes: list[int]) -> None:
     names = [textwrap.fill(label, 20, break_on_hyphens=False) for label, _ in samples]
-    images = [[None if image is None else _shown(image) for image in row] for _, row in samples]
-    draw_block(axes, names, [f"{size} px" for size in sizes], images, SHOWN)
+    images = [[None if image is None else _enlarged_or_averaged(image) for image in row] for _, row in samples]
+    draw_block(axes, names, [f"{size} px" for size in sizes], images, PIXELS)
 
 
 def _agree_but_for_normalization(row: VariantDescription, reference: VariantDescription | None) -> bool:
@@ -95,10 +98,10 @@ def _agree_but_for_normalization(row: VariantDescription, reference: VariantDesc
     return reference is not None and all(getattr(row, field) == getattr(reference, field) for field in fields)
 
 
-def _shown(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _enlarged_or_averaged(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image at the side that all are shown at: small ones with larger pixels, large ones averaged."""
-    method = Image.Resampling.NEAREST if image.shape[0] < SHOWN else Image.Resampling.BOX
-    return np.asarray(Image.fromarray(image).resize((SHOWN, SHOWN), method))
+    method = Image.Resampling.NEAREST if image.shape[0] < PIXELS else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(image).resize((PIXELS, PIXELS), method))
 
 
 def _sample(run: RunRecord, row: VariantDescription, size: int) -> Pixels:

@@ -50,8 +50,8 @@ def line_style(run: RunRecord, variant: VariantDescription) -> dict[str, Any]:
         return {"color": GRAY, "linestyle": "-", "marker": "s"}
     background = background_rows(run)
     if variant in background:
-        dashes = BACKGROUND_DASHES[background.index(variant) % len(BACKGROUND_DASHES)]
-        return {"color": "#888888", "linestyle": dashes, "marker": "", "linewidth": 1.1, "zorder": 1}
+        dash = BACKGROUND_DASHES[background.index(variant) % len(BACKGROUND_DASHES)]
+        return {"color": "#888888", "linestyle": dash, "marker": "", "linewidth": 1.1, "zorder": 1}
     title, rows = next((title, rows) for title, rows in group_variants(run) if variant in rows)
     trained = [row for row in rows if not row.untouched]
     marker = MARKERS.get(variant.causality, "o")

@@ -55,7 +55,7 @@ def export_state(folder: Path, directory: Path, recipe: TeacherRecipe, stage: st
     load_averaged(directory / "judge", torch.nn.ModuleDict({"clip": judge}))
     export_pipeline(folder, pipe, judge)
     seconds = training_seconds(directory / stage)
-    history = {"step": step, "images": step * recipe.unet.batch_size, "hours": round(seconds / 3600, 2)}
+    history = {"step": step, "hours": round(seconds / 3600, 2)}
     (folder / "training.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
     return folder
 

@@ -34,11 +34,11 @@ class TeacherRecipe(BaseModel):
     caption_dropout: float = 0.1
     timestep_power: float = 1.0  # t = 1000 u ** power: 1 is uniform, below 1 prefers noise
     large_sizes: tuple[int, ...] = (96, 128)  # px; every tenth batch has one of them
-    large_from: int = 40_000  # step; the decay always has them
+    large_from: int = 20_000  # step; the decay always has them
     dit_width: int = 128
     dit_heads: int = 4
     dit_layers: int = 10
-    dit_large_from: int = 40_000  # as `large_from`
+    dit_large_from: int = 20_000  # as `large_from`
     judge_width: int = 96
     judge_layers: int = 3
     vae: FitConfig = FitConfig(
@@ -49,7 +49,7 @@ class TeacherRecipe(BaseModel):
     )
     unet: FitConfig = FitConfig(
         steps=1_000_000,
-        batch_size=16,
+        batch_size=48,
         learning_rate=1.2e-3,
         optimizer="muon",
         weight_decay=0.01,

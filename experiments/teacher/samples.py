@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from experiments.data import SceneSet
 from experiments.data.scenes import Scene
+from unet_adapters.hosts import find_host
 
 GUIDANCE = 2.0
 STEPS = 25
@@ -26,14 +27,15 @@ def unpicked_scenes(count: int, split: str = "train", kinds: tuple[str, ...] | N
 
 @torch.no_grad()
 def draw_samples(
-    pipe: StableDiffusionPipeline, captions: list[str], size: int = 64, guidance: float = GUIDANCE, steps: int = STEPS
+    pipe: DiffusionPipeline, captions: list[str], size: int = 64, guidance: float = GUIDANCE, steps: int = STEPS
 ) -> Tensor:
     """Return one image per caption, seed k for caption k: (n, 3, size, size) in [-1, 1]."""
+    exact = find_host(pipe).sampling_options(pipe)
     parts = []
     for start in range(0, len(captions), 20):
         chunk = captions[start : start + 20]
         seeds = [torch.Generator().manual_seed(start + k) for k in range(len(chunk))]
-        options = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": guidance}
+        options = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": guidance, **exact}
         parts.append(pipe(chunk, generator=seeds, output_type="pt", **options).images * 2 - 1)
     return torch.cat(parts).float()
 
@@ -53,7 +55,7 @@ def make_sheet(images: Tensor, columns: int = 10, scale: int = 2) -> Image.Image
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def write_sheet(pipe: StableDiffusionPipeline, path: Path, count: int = 40, size: int = 64) -> list[str]:
+def write_sheet(pipe: DiffusionPipeline, path: Path, count: int = 40, size: int = 64) -> list[str]:
     """Draw `count` unpicked training captions, write the sheet, and return the captions."""
     captions = [scene.caption for scene in unpicked_scenes(count)]
     make_sheet(draw_samples(pipe, captions, size)).save(path)

@@ -10,10 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import PixArtSigmaPipeline
+from PIL import Image
 
 from experiments.teacher import networks
 from experiments.teacher.judge import attention_mask
 from experiments.teacher.load import load_teacher, open_teacher
+from experiments.teacher.samples import write_sheet
 from experiments.teacher.shards import encode_captions
 from experiments.teacher.train import train_teacher
 from experiments.teacher.transformer import Imitation, load_trained_transformer, train_transformer, with_positions
@@ -70,6 +72,12 @@ def test_its_pipeline_is_stock_and_an_ordinary_teacher(folder: Path) -> None:
     assert batch["text"].shape == (2, TINY.max_tokens, TINY.text_width)
     steps = torch.tensor([999, 500])
     assert teacher.predict(batch["latents"], steps, batch).shape == batch["latents"].shape
+
+
+def test_its_samples_are_drawn_like_the_unets(folder: Path, tmp_path: Path) -> None:
+    captions = write_sheet(load_teacher(str(folder)), tmp_path / "sheet.png", count=2)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert len(captions) == 2 and sheet.height == 2 * (64 + 4) and sheet.width > 2 * 64
 
 
 def test_its_training_resumes(state: Path, tmp_path: Path) -> None:

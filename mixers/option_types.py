@@ -23,7 +23,8 @@ def check_option_types(config: Any) -> None:
     Raises:
         ValueError: an option has another type, or is a number that is not finite.
     """
-    for name, types in option_types(type(config)).items():
+    config_class: Any = type(config)
+    for name, types in option_types(config_class).items():
         value = getattr(config, name)
         if not any(_is_of(value, kind) for kind in types):
             expected = " or ".join(DESCRIPTIONS.get(kind, "none") for kind in types)
@@ -31,7 +32,7 @@ def check_option_types(config: Any) -> None:
 
 
 @cache
-def option_types(config_class: type) -> dict[str, tuple[type, ...]]:
+def option_types(config_class: Any) -> dict[str, tuple[type, ...]]:
     """The simple types that each field may have; fields of any other type are left out."""
     try:
         hints = get_type_hints(config_class)

@@ -105,9 +105,13 @@ def test_the_largest_image_study_appends_a_line_per_image(
     assert capsys.readouterr().out.count("128x64") == 2
 
 
-def test_a_dry_run_of_the_gpu_session_executes_every_step(tmp_path: Path) -> None:
+def test_a_dry_run_of_the_gpu_session_executes_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every different command: on the CPU, steps that differ in the model or the size are the same small image."""
+    first = {step.dry_arguments: step for step in reversed(gpu_session.STEPS)}
+    steps = tuple(step for step in gpu_session.STEPS if first[step.dry_arguments] is step)
+    monkeypatch.setattr(gpu_session, "STEPS", steps)
     assert gpu_session.main([str(tmp_path), "--dry-run", "--budget", "600"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == len(gpu_session.STEPS) - 1 and not [row for row in rows if "error" in row]
+    assert len(rows) == len(steps) - 1 >= 3 and not [row for row in rows if "error" in row]
     outcomes = json.loads((tmp_path / "steps.json").read_text())
     assert {outcome["status"] for outcome in outcomes} == {"succeeded"}

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from experiments.config import DistillationConfig, FitConfig, MixerSpec
 from experiments.studies.crash_test.study import WEIGHTS
 from experiments.training import fit
-from unet_adapters.files import save_tensors
+from mixers.files import atomic_path
 
 
 class NoisyRegression(nn.Module):
@@ -45,7 +46,8 @@ def train(folder: Path, steps: int, pause: float, distill: bool) -> None:
     )
     model, batch = _distillation(config) if distill else _regression()
     fit(model, batch, config, folder, lambda step, losses: time.sleep(pause))
-    save_tensors(folder / WEIGHTS, {name: p.detach() for name, p in model.named_parameters()})
+    with atomic_path(folder / WEIGHTS) as partial:
+        save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, partial)
 
 
 def _regression() -> tuple[nn.Module, Callable[[int], Any]]:

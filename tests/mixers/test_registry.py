@@ -51,8 +51,9 @@ def test_options_of_another_type_are_refused(name: str) -> None:
     for option, kinds in types.items():
         (kind,) = set(kinds) - {type(None)}
         for value in WRONG[kind] if type(None) in kinds else (*WRONG[kind], None):
+            options = {option: value}
             with pytest.raises(ValueError, match=f"^Expected {option} to be "):
-                config(**{option: value})
+                config(**options)
 
 
 def test_heads_must_divide_and_tokens_must_fit() -> None:

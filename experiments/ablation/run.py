@@ -30,7 +30,7 @@ def run_grid(
     directory: Path,
     progress: RunProgressCallback,
     *,
-    only: str = "*",
+    only: str | Sequence[str] = "*",
     executor: CellExecutor = run_serially,
     plugins: Sequence[Path] = (),
     budget: Budget | None = None,
@@ -45,7 +45,7 @@ def run_grid(
         grid: what to run.
         directory: receives grid.json, protocol.json, teacher/, cells/<id>/.
         progress: called as (cells done, cells, label, phase, done, total).
-        only: run the variants whose name matches this wildcard pattern.
+        only: run the variants whose name matches this wildcard pattern, or one of these.
         executor: how cells are executed; `run_in_processes` and `run_on_ray` are others.
         plugins: files that register mixers, objectives or metrics, for other processes; here they are loaded already.
         budget: what scaled the grid, from `fit_budget`; recorded in grid.json.
@@ -83,17 +83,19 @@ def run_grid(
     return results
 
 
-def select_cells(grid: Grid, only: str = "*") -> list[CellConfig]:
-    """Return the cells of the variants whose name matches a wildcard pattern.
+def select_cells(grid: Grid, only: str | Sequence[str] = "*") -> list[CellConfig]:
+    """Return the cells of the variants whose name matches a wildcard pattern, or one of several.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none for one of the patterns.
     """
-    cells = [cell for cell in grid.cells() if fnmatchcase(cell.variant.name, only)]
-    if not cells:
-        names = [variant.name for variant in grid.variants]
-        raise ValueError(f"No variant of {grid.name} matches {only!r}: it has {', '.join(names)}.{hint(only, names)}")
-    return cells
+    patterns = (only,) if isinstance(only, str) else only
+    names = [variant.name for variant in grid.variants]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            expected = ", ".join(names)
+            raise ValueError(f"No variant of {grid.name} matches {pattern!r}: it has {expected}.{hint(pattern, names)}")
+    return [cell for cell in grid.cells() if any(fnmatchcase(cell.variant.name, pattern) for pattern in patterns)]
 
 
 def measured_protocols(grid: Grid, settings: RunSettings) -> set[str]:

@@ -34,7 +34,9 @@ def ablate(
     ] = None,
     settings: Settings = [],  # noqa: B006 - typer reads the default and never changes it
     plugins: Plugins = [],  # noqa: B006
-    only: Annotated[str, typer.Option(help="wildcard pattern: run the variants whose name matches")] = "*",
+    only: Annotated[
+        list[str], typer.Option(help="wildcard pattern: run the variants whose name matches; repeat as needed")
+    ] = ["*"],  # noqa: B006
     seeds: Annotated[int | None, typer.Option(min=1, help="run seeds 0 … N−1 instead of the grid's")] = None,
     teacher: Annotated[str | None, typer.Option(help="'embedded', a folder in diffusers format, or a Hub id")] = None,
     variant: WeightVariant = None,

@@ -1,11 +1,20 @@
 """Which features of a linear mixer matter for images? Normalization × causality, within ten minutes on two cores."""
 
 from experiments.ablation.variants import combine_variants
-from experiments.config import DistillationConfig, EvaluationConfig, FitConfig, GeneratedImagesConfig, Grid, Variant
-from experiments.grids.shared import PAPER_CLAIMS, controls
+from experiments.config import (
+    DistillationConfig,
+    EvaluationConfig,
+    GeneratedImagesConfig,
+    Grid,
+    TrainingStage,
+    Variant,
+)
+from experiments.grids.shared import PAPER_CLAIMS, controls, fit_config, loss_terms
 
 PLAN = DistillationConfig(
-    fit=FitConfig(steps=60, batch_size=8, learning_rate=1e-3, warmup=10, checkpoint_every=20),
+    before=(TrainingStage(name="local", objectives=loss_terms(local=1.0), fit=fit_config(80, 3e-3, batch_size=8)),),
+    objectives=loss_terms(output=1.0, features=0.5),
+    fit=fit_config(40, 1e-3, batch_size=8),
     images=512,
     calibrate_outputs=True,
 )

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from experiments.ablation import read_status, run_grid, run_in_processes, run_serially
+from experiments.ablation import read_status, run_grid, run_in_processes, run_serially, select_cells
 from experiments.ablation.cell import open_cell_context, training_key
 from experiments.ablation.executors import PROGRESS, RunSettings, attempt_cell
 from experiments.ablation.ray_executor import run_on_ray
@@ -41,6 +41,14 @@ def test_a_cell_that_another_run_works_on_or_settled_is_left_alone(grid: Grid, t
     assert attempt_cell(cell, RunSettings(tmp_path, since=float("inf")), ignore_progress) is None
     assert read_result(folder) == done
     assert not is_locked(folder)
+
+
+def test_several_patterns_select_their_union_and_each_must_match(grid: Grid) -> None:
+    """Whatever the order of the patterns; a repeated `--only` is one more."""
+    names = [cell.variant.name for cell in select_cells(grid, ("soft*", "linear"))]
+    assert names == ["softmax", "linear"] == [cell.variant.name for cell in select_cells(grid, ("linear", "soft*"))]
+    with pytest.raises(ValueError, match=r"matches 'liner'"):
+        select_cells(grid, ("linear", "liner"))
 
 
 def test_only_some_variants_run_and_status_reports_all(grid: Grid, tmp_path: Path) -> None:

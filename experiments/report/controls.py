@@ -70,9 +70,13 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
             continue
         log_control = _mean_log_ratio(run, control, worse, effect.size)
         if log_control is not None and log_control <= -0.5 * abs(log_effect):
+            rest = abs(log_effect) + log_control
+            share = "this is no effect of mixing"
+            if rest > 0:
+                share = f"at most {format_number(math.exp(rest))}× of this is an effect of mixing"
             return (
                 f"the control “{control.label}”, which does not mix tokens by their content, also improves on the "
-                f"worse rows, {format_number(math.exp(-log_control))}×, so this is no effect of mixing"
+                f"worse rows, {format_number(math.exp(-log_control))}×, so {share}"
             )
     return ""
 

@@ -211,10 +211,22 @@ def test_a_finding_that_a_control_also_shows_is_called_that() -> None:
     run.description = run.description.model_copy(update={"claims": (claim,)})
     add_row(run, identity_row(), 0.001)
     effect = by_name(run)["not normalized ÷ normalized"]
-    assert "“identity”" in control_note(run, effect, control_rows(run))
+    note = control_note(run, effect, control_rows(run))
+    assert "“identity”" in note and "this is no effect of mixing" in note
     conclusions = draw_conclusions(run)
     assert conclusions.verdicts[0].state == "holds, and a control shows it too"
     assert any("“identity”, which mixes nothing: 8 of 8 mixers at 64 px" in w for w in conclusions.warnings)
+
+
+def test_what_a_control_leaves_of_a_finding_is_said() -> None:
+    """The better the control, the less: nothing is said, then that the rest is mixing, then that there is none."""
+    states = []
+    for error in np.geomspace(10, 1e-3, 40):
+        run = made_up()
+        add_row(run, identity_row(), float(error))
+        note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
+        states.append(next((n for n, words in enumerate(("at most", "no effect of mixing"), 1) if words in note), 0))
+    assert states == sorted(states) and set(states) == {0, 1, 2}
 
 
 def test_a_control_that_is_worse_explains_nothing() -> None:

@@ -39,7 +39,7 @@ check: lint ## Formatting, lint, types and the fast tests
 	$(RUN_PYTEST) -m "not slow and not gpu"
 
 docs: .venv/.installed ## Build the documentation site into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open site/index.html, or run: make docs-serve"
 
 docs-serve: .venv/.installed ## Serve the documentation at http://127.0.0.1:8000 and rebuild it on every change

@@ -130,6 +130,9 @@ def _draw(
     background = [(v, line) for v in style.background_rows(run) for line in lines(v)]
     panels = [(title, [(v, line) for v in variants for line in lines(v)]) for title, variants in groups]
     panels = [(title, plotted) for title, plotted in panels if plotted]
+    if not panels and background:  # no row but controls is finished
+        panels = [("", background)]
+        background = []
     if not panels:
         return False
     single = len(panels) == 1

@@ -6,13 +6,12 @@ from experiments.config import (
     EvaluationConfig,
     GeneratedImagesConfig,
     Grid,
-    TrainingStage,
     Variant,
 )
-from experiments.grids.shared import PAPER_CLAIMS, controls, fit_config, loss_terms
+from experiments.grids.shared import PAPER_CLAIMS, controls, fit_config, local_stage, loss_terms
 
 PLAN = DistillationConfig(
-    before=(TrainingStage(name="local", objectives=loss_terms(local=1.0), fit=fit_config(80, 3e-3, batch_size=8)),),
+    before=(local_stage(80, batch_size=8),),
     objectives=loss_terms(output=1.0, features=0.5),
     fit=fit_config(40, 1e-3, batch_size=8),
     images=512,

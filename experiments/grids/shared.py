@@ -33,9 +33,9 @@ def loss_terms(**weights: float) -> dict[str, LossTerm]:
     return {name: LossTerm(weight=weight) for name, weight in weights.items()}
 
 
-def local_stage(steps: int) -> TrainingStage:
+def local_stage(steps: int, batch_size: int = 16) -> TrainingStage:
     """Return a stage that trains every site by itself, on the teacher's own tokens."""
-    return TrainingStage(name="local", objectives=loss_terms(local=1.0), fit=fit_config(steps, 3e-3))
+    return TrainingStage(name="local", objectives=loss_terms(local=1.0), fit=fit_config(steps, 3e-3, batch_size))
 
 
 def recommended_distillation(
@@ -129,4 +129,4 @@ EVALUATION = EvaluationConfig(
     },
 )
 """64 held-out and 64 held-in images, 9 timesteps; no generated images, which take minutes for each cell, and no shapes
-but squares, but for the grid that asks about the order of tokens."""
+but squares."""

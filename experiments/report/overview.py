@@ -69,13 +69,12 @@ def overview_rows(run: RunRecord) -> list[VariantDescription]:
 
 
 def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], sizes: list[int]) -> None:
-    dashes = {"normalized": "-", "not normalized": "--", "mean scale": "-."}
     colors = iter(PALETTE)
     for row in rows:
         points = [(size, error) for size in sizes if (error := mean_error(run, row, size)) is not None]
         look: dict[str, Any]
         if row.control is None:
-            look = {"color": next(colors), "linestyle": dashes[row.normalization], "marker": "o"}
+            look = {"color": next(colors), "linestyle": style.DASHES[row.normalization], "marker": "o"}
         else:
             look = {"color": style.GRAY, "linestyle": ":", "marker": "s"}
         axes.plot([x for x, _ in points], [y for _, y in points], label=row.label, **look)

@@ -17,6 +17,7 @@ from experiments.report.run_files import RunRecord
 MANY_COLORS = tuple(colormaps["tab20"].colors)  # type: ignore[attr-defined]
 DPI = 150
 BACKGROUND_DASHES = ("-", "--", ":", "-.")
+DASHES = {"normalized": "-", "not normalized": "--", "mean scale": "-."}
 MARKERS = {"noncausal": "o", "causal": ">", "bidirectional": "D"}
 
 
@@ -60,8 +61,7 @@ def line_style(run: RunRecord, variant: VariantDescription) -> dict[str, Any]:
     else:
         palette = PALETTE if len(trained) <= len(PALETTE) else MANY_COLORS
         color = palette[trained.index(variant) % len(palette)]
-    dashes = {"normalized": "-", "not normalized": "--", "mean scale": "-."}
-    return {"color": color, "linestyle": dashes[variant.normalization], "marker": marker}
+    return {"color": color, "linestyle": DASHES[variant.normalization], "marker": marker}
 
 
 def differ_in_switches(rows: list[VariantDescription]) -> bool:

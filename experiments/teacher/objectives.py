@@ -64,6 +64,14 @@ def roughness(maps: Tensor) -> Tensor:
     return (maps - coarse).square().mean() / maps.var().clamp_min(1e-6)
 
 
+def add_random_noise(latents: Tensor, scheduler: DDIMScheduler, power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents (b, c, h, w), their timesteps (b,) and the velocities; `power` as `Denoising` takes it."""
+    noise = torch.randn_like(latents)
+    count = scheduler.config.num_train_timesteps
+    steps = (torch.rand(len(latents), device=latents.device) ** power * count).long()
+    return scheduler.add_noise(latents, noise, steps), steps, scheduler.get_velocity(latents, noise, steps)
+
+
 class Denoising(nn.Module):
     """Velocity prediction with uniform weights; batch: latents (b, c, s, s), scaled; text states (b, t, d).
 
@@ -81,11 +89,8 @@ class Denoising(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, states = batch
-        noise = torch.randn_like(latents)
-        count = self.scheduler.config.num_train_timesteps
-        steps = (torch.rand(len(latents), device=latents.device) ** self.power * count).long()
-        noisy = self.scheduler.add_noise(latents, noise, steps).contiguous(memory_format=torch.channels_last)
-        target = self.scheduler.get_velocity(latents, noise, steps)
+        noisy, steps, target = add_random_noise(latents, self.scheduler, self.power)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
         return {"loss": (self.unet(noisy, steps, states).sample.float() - target).square().mean()}
 
 

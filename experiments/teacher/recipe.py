@@ -6,6 +6,20 @@ from pydantic import BaseModel, ConfigDict
 
 from experiments.config import FitConfig
 
+OPEN_ENDED = FitConfig(
+    steps=1_000_000,
+    batch_size=48,
+    learning_rate=1.2e-3,
+    optimizer="muon",
+    weight_decay=0.01,
+    ema=0.9995,
+    warmup=600,
+    schedule="inverse_sqrt",
+    mixed_precision="bf16",
+    checkpoint_every=200,
+)
+"""The settings of a training that goes on until it is stopped."""
+
 
 class TeacherRecipe(BaseModel):
     """A tiny Stable Diffusion on scenes: an autoencoder, then a UNet and its text encoder, trained jointly.
@@ -47,30 +61,8 @@ class TeacherRecipe(BaseModel):
     decoder: FitConfig = FitConfig(
         steps=2500, batch_size=8, learning_rate=1e-3, ema=0.998, warmup=100, mixed_precision="bf16"
     )
-    unet: FitConfig = FitConfig(
-        steps=1_000_000,
-        batch_size=48,
-        learning_rate=1.2e-3,
-        optimizer="muon",
-        weight_decay=0.01,
-        ema=0.9995,
-        warmup=600,
-        schedule="inverse_sqrt",
-        mixed_precision="bf16",
-        checkpoint_every=200,
-    )
-    dit: FitConfig = FitConfig(
-        steps=1_000_000,
-        batch_size=16,
-        learning_rate=1.2e-3,
-        optimizer="muon",
-        weight_decay=0.01,
-        ema=0.9995,
-        warmup=600,
-        schedule="inverse_sqrt",
-        mixed_precision="bf16",
-        checkpoint_every=200,
-    )
+    unet: FitConfig = OPEN_ENDED
+    dit: FitConfig = OPEN_ENDED.model_copy(update={"batch_size": 16})
     decay: int = 500  # steps from the learning rate reached to a tenth of it
     decay_ema: float = 0.99
     judge: FitConfig = FitConfig(steps=1500, batch_size=96, learning_rate=1e-3, weight_decay=0.05, warmup=100, seed=7)

@@ -12,14 +12,14 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from experiments.teacher import networks
 from experiments.teacher.export import load_averaged, load_trained
 from experiments.teacher.judge import attention_mask
-from experiments.teacher.objectives import JointDenoising
+from experiments.teacher.objectives import JointDenoising, add_random_noise
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.train import unet_batches
 from experiments.training import LossCallback, fit
@@ -51,11 +51,7 @@ class Imitation(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, tokens = batch
-        scheduler: DDIMScheduler = self.teacher.scheduler
-        noise = torch.randn_like(latents)
-        count = scheduler.config.num_train_timesteps
-        steps = (torch.rand(len(latents), device=latents.device) ** self.power * count).long()
-        noisy = scheduler.add_noise(latents, noise, steps)
+        noisy, steps, truth = add_random_noise(latents, self.teacher.scheduler, self.power)
         with torch.no_grad():
             states = self.teacher.text(input_ids=tokens).last_hidden_state
             target = self.teacher.unet(noisy, steps, states).sample.float()
@@ -66,7 +62,6 @@ class Imitation(nn.Module):
             timestep=steps,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample.float()
-        truth = scheduler.get_velocity(latents, noise, steps)
         return {
             "loss": (predicted - target).square().mean(),
             "to_truth": (predicted.detach() - truth).square().mean(),

@@ -91,10 +91,11 @@ class NoisyImages:
 
     def batches(self, timestep: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
         """Iterate over noisy latents (b, c, h, w), timesteps (b,) and conditions of the images at a timestep."""
+        all_noise = self._noise(timestep)
         for images in self.at(timestep).split(self._batch_size):
             inputs = {name: value[images.to(value.device)] for name, value in self._encoded.items()}
             steps = self._steps(timestep, len(images))
-            noise = self._noise(timestep)[images].to(inputs["latents"])
+            noise = all_noise[images].to(inputs["latents"])
             yield self._teacher.scheduler.add_noise(inputs["latents"], noise, steps), steps, inputs
 
     def target(self, timestep: int) -> Tensor:

@@ -22,7 +22,7 @@ from experiments.data.scenes.catalogue import (
 )
 from experiments.data.scenes.words import count_phrase, pluralize
 
-SOME = range(0, 4000, 97)
+SOME = range(0, len(SceneSet()), 61)
 
 
 def background_of(scene: Scene) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from experiments.data import DataError, SceneSet, open_dataset
 from experiments.data.emoji import BACKGROUNDS
+from experiments.data.example import Size
 from experiments.data.scenes import KINDS, Scene
 from experiments.data.scenes.backgrounds import held_out_background
 from experiments.data.scenes.catalogue import (
@@ -70,6 +71,18 @@ def test_more_has_more_objects_at_the_training_scale(factor: int) -> None:
         sides = [p.side for p in large.placements]
         assert max(sides) < 1 and min(sides) > 0.15
         assert large.canvas == (factor, factor)
+
+
+@pytest.mark.parametrize("size", [8, 24, 40, (64, 80), (40, 200), (16, 64)])
+def test_objects_have_a_size_and_stay_inside_at_any_size(size: Size) -> None:
+    for data in (SceneSet(growth="more"), SceneSet("held_out", growth="more")):
+        for index in range(0, len(data), 53):
+            scene = data.scene(index, 1, size)
+            width, height = scene.canvas
+            for placement in scene.placements:
+                assert placement.side > 0
+                assert 0 <= placement.x <= placement.x + placement.side <= width
+                assert 0 <= placement.y <= placement.y + placement.side <= height
 
 
 def test_a_wide_image_has_the_scene_in_its_middle() -> None:

@@ -95,7 +95,8 @@ class SceneSet(RandomAccess):
         if self.growth == "larger":
             return 1.0, 1.0
         height, width = extent(size)
-        return width / TRAINING_SIZE, height / TRAINING_SIZE
+        scale = min(TRAINING_SIZE, 2 * min(height, width))  # half a unit or more, also in a tiny image
+        return width / scale, height / scale
 
 
 @cache

@@ -1,8 +1,8 @@
 """Where objects go: boxes at random places, on two sides, in mirrored pairs or on a lattice; lengths are in units.
 
-Boxes have few sizes and lie on a grid of 1/16 unit, 4 px at the training scale. An autoencoder that makes one latent
-pixel of 4 × 4 pixels then gives copies of a drawing equal latents, and a denoiser sees each drawing in a handful of
-forms again and again, where free positions and sizes would hardly ever repeat one.
+Boxes have two sizes and lie on a grid of 1/8 unit, 8 px at the training scale. An autoencoder that makes one latent
+pixel of 4 × 4 pixels then gives copies of a drawing equal latents, also after a UNet has halved them once, and a
+denoiser sees each drawing in a few forms again and again, where free positions and sizes would hardly ever repeat one.
 """
 
 from __future__ import annotations
@@ -14,33 +14,40 @@ Box = tuple[float, float, float]
 Canvas = tuple[float, float]
 """Width and height."""
 
-CELLS = 16
+CELLS = 8
 """Grid cells along one unit."""
 GAP = 1
 """Least distance between boxes, in cells."""
-SIDES = {1: (10, 12, 14), 2: (6, 7), 3: (6,), 4: (5, 6)}
-"""Sides of boxes in cells, by the number of boxes on one unit."""
-HALF_SIDES = (6, 7)
-"""Sides of a box that has half a unit for itself, in cells."""
+SIDE = 3
+"""Side of a box, in cells."""
+LONE_SIDE = 6
+"""Side of a box that has one unit for itself, in cells."""
+LATTICE_CELLS = 16
+"""Cells along one unit of the grid that lattices lie on."""
 LATTICE_SHARE = 0.9
 """Side of a lattice's boxes over its pitch."""
-_ATTEMPTS = 12
+_ATTEMPTS = 8
 
 
 def scatter(rng: Generator, count: int, canvas: Canvas) -> list[Box]:
-    """Return `count` boxes of one random side that do not touch.
+    """Return `count` boxes of one side that do not touch, at random places.
 
     The side is that of `count / area` objects on one unit, so a larger canvas shows more objects of the same size. It
-    shrinks, cell by cell, if they do not fit.
+    shrinks, cell by cell, if they do not fit. Where random places leave too little room, boxes stand in rows.
     """
-    width, height = canvas
-    density = min(4, max(1, round(count / (width * height))))
-    side = min(int(rng.choice(SIDES[density])), *_cells(canvas))
+    width, height = _cells(canvas)
+    is_lone = count / (canvas[0] * canvas[1]) < 1.5
+    side = min(LONE_SIDE if is_lone else SIDE, width, height)
     while True:
         for _ in range(_ATTEMPTS):
-            boxes = _try_scatter(rng, count, side, canvas)
-            if boxes is not None:
-                return boxes
+            corners = _try_scatter(rng, count, side, (width, height))
+            if corners is not None:
+                return _boxes(corners, side)
+        slots = [
+            (x, y) for y in range(0, height - side + 1, side + GAP) for x in range(0, width - side + 1, side + GAP)
+        ]
+        if len(slots) >= count:
+            return _boxes([slots[index] for index in rng.permutation(len(slots))[:count]], side)
         side = max(1, side - 1)
 
 
@@ -74,7 +81,7 @@ def mirror_pairs(rng: Generator, pairs: int, canvas: Canvas, axis: str) -> list[
 def lattice(rng: Generator, per_unit: int, canvas: Canvas) -> list[tuple[int, int, Box]]:
     """Return (row, column, box) of a regular lattice with `per_unit` boxes per unit that fills the canvas."""
     columns, rows = (max(1, round(per_unit * length)) for length in canvas)
-    width, height = _cells(canvas)
+    width, height = (int(length * LATTICE_CELLS) for length in canvas)
     pitch = min(width // columns, height // rows)
     side = LATTICE_SHARE * pitch
     margin = (pitch - side) / 2
@@ -82,10 +89,11 @@ def lattice(rng: Generator, per_unit: int, canvas: Canvas) -> list[tuple[int, in
         int(rng.integers(0, length - number * pitch + 1)) + margin
         for length, number in ((width, columns), (height, rows))
     )
+    corners = [
+        (row, column, left + column * pitch, top + row * pitch) for row in range(rows) for column in range(columns)
+    ]
     return [
-        (row, column, ((left + column * pitch) / CELLS, (top + row * pitch) / CELLS, side / CELLS))
-        for row in range(rows)
-        for column in range(columns)
+        (row, column, (x / LATTICE_CELLS, y / LATTICE_CELLS, side / LATTICE_CELLS)) for row, column, x, y in corners
     ]
 
 
@@ -94,24 +102,28 @@ def _fill_half(rng: Generator, count: int, half: Canvas) -> list[Box]:
     if count > 1:
         return scatter(rng, count, half)
     width, height = _cells(half)
-    side = min(int(rng.choice(HALF_SIDES)), width - GAP, height - GAP)
-    x, y = (int(rng.integers(0, length - side)) for length in (width, height))
-    return [(x / CELLS, y / CELLS, side / CELLS)]
+    side = min(SIDE, width - GAP, height - GAP)
+    return _boxes([(int(rng.integers(0, width - side)), int(rng.integers(0, height - side)))], side)
 
 
-def _try_scatter(rng: Generator, count: int, side: int, canvas: Canvas) -> list[Box] | None:
-    boxes: list[tuple[int, int]] = []
-    width, height = _cells(canvas)
+def _try_scatter(rng: Generator, count: int, side: int, cells: tuple[int, int]) -> list[tuple[int, int]] | None:
+    """Left upper corners in cells, or None if one box found no place."""
+    width, height = cells
+    corners: list[tuple[int, int]] = []
     for _ in range(count):
         for _ in range(_ATTEMPTS):
             x = int(rng.integers(0, width - side + 1))
             y = int(rng.integers(0, height - side + 1))
-            if all(max(abs(x - left), abs(y - top)) >= side + GAP for left, top in boxes):
-                boxes.append((x, y))
+            if all(max(abs(x - left), abs(y - top)) >= side + GAP for left, top in corners):
+                corners.append((x, y))
                 break
         else:
             return None
-    return [(x / CELLS, y / CELLS, side / CELLS) for x, y in boxes]
+    return corners
+
+
+def _boxes(corners: list[tuple[int, int]], side: int) -> list[Box]:
+    return [(x / CELLS, y / CELLS, side / CELLS) for x, y in corners]
 
 
 def _cells(canvas: Canvas) -> tuple[int, int]:

@@ -41,6 +41,8 @@ SMALL_RUN = (
     "evaluation.metrics.sites.images=1",
 )
 """Settings that make an ablation take seconds."""
+SMALL_LOCAL_STAGE = ("distillation.before.0.fit.steps=2", "distillation.before.0.fit.batch_size=2")
+"""What a grid needs besides if it first distills site by site."""
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

@@ -13,6 +13,7 @@ from experiments.cli import app
 from mixers import entries, list_mixers, registry
 from tests.howto.pages import (
     HOWTO,
+    SMALL_LOCAL_STAGE,
     SMALL_RUN,
     assert_printed,
     assert_runs_here,
@@ -69,7 +70,8 @@ def test_step_3_a_wrong_trait_is_caught_with_the_smallest_failing_case(files: Pa
 
 @pytest.mark.slow  # four cells
 def test_step_4_the_mixer_in_an_ablation(files: Path, tiny_teacher: Path) -> None:
-    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in (f"teacher={tiny_teacher}", *SMALL_RUN))
+    changes = (f"teacher={tiny_teacher}", *SMALL_RUN, *SMALL_LOCAL_STAGE)
+    settings = " ".join(f"--set {shlex.quote(change)}" for change in changes)
     assert_printed(assert_runs_here(f"{commands()[3].strip()} {settings}"), blocks(PAGE, "text")[2])
     report = files / "runs" / "mine" / "report"
     html = (report / "index.html").read_text(encoding="utf-8")

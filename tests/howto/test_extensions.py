@@ -11,7 +11,15 @@ import pytest
 from experiments.core.plugins import load_plugin
 from experiments.core.registries import OBJECTIVES
 from mixers.operators import backend
-from tests.howto.pages import HOWTO, SMALL_RUN, assert_printed, assert_runs_here, blocks, run_python_blocks
+from tests.howto.pages import (
+    HOWTO,
+    SMALL_LOCAL_STAGE,
+    SMALL_RUN,
+    assert_printed,
+    assert_runs_here,
+    blocks,
+    run_python_blocks,
+)
 from unet_adapters.hosts import base as hosts
 
 BACKEND = HOWTO / "add_a_backend.md"
@@ -30,7 +38,8 @@ def test_a_metric_is_listed(folder: Path) -> None:
 def test_a_metric_is_measured_and_reported(folder: Path, tiny_teacher: Path) -> None:
     """The metric is settable, measured, and in the report, without a change of the library."""
     (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
-    settings = " ".join(f"--set {shlex.quote(setting)}" for setting in (f"teacher={tiny_teacher}", *SMALL_RUN))
+    changes = (f"teacher={tiny_teacher}", *SMALL_RUN, *SMALL_LOCAL_STAGE)
+    settings = " ".join(f"--set {shlex.quote(change)}" for change in changes)
     assert_runs_here(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}")
     report = folder / "runs" / "detail" / "report"
     assert "## Error of detail" in (report / "report.md").read_text(encoding="utf-8")

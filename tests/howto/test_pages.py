@@ -20,7 +20,7 @@ from experiments.distill.recipe import list_recipes, load_recipe
 from experiments.teacher.load import load_teacher
 from mixers import entries, list_mixers
 from mixers.testing import MIXER_CHECKS, OPERATOR_CHECKS
-from tests.howto.pages import HOWTO, ROOT, SMALL_RUN, blocks, run_python_blocks
+from tests.howto.pages import HOWTO, ROOT, SMALL_LOCAL_STAGE, SMALL_RUN, blocks, run_python_blocks
 from tests.unet_adapters.linfusion_files import publish
 from unet_adapters import MixerAdapter, find_sites
 
@@ -162,7 +162,7 @@ def test_the_page_of_ablations_runs(folder: Path, tiny_teacher: Path, monkeypatc
     lines = [line for line in "".join(blocks(ABLATE, "bash")).splitlines() if ".py" in line]
     assert len(lines) == 2
     rows = ("linear attention, non-causal, normalized", "power attention, non-causal, normalized")
-    for line, row, more in zip(lines, rows, ((), ("distillation.before.0.fit.steps=2",)), strict=True):
+    for line, row, more in zip(lines, rows, ((), SMALL_LOCAL_STAGE), strict=True):
         command = shlex.split(line.replace(" --budget 5m", ""))[1:]  # which would take five minutes
         changes = (f"teacher={tiny_teacher}", *SMALL_RUN, *more)
         shorter = [part for change in changes for part in ("--set", change)]

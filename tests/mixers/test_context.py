@@ -18,6 +18,7 @@ from mixers.linear_mixer import LinearMixer
 from mixers.mixer import TokenMixer
 from mixers.testing.tolerances import assert_close
 from mixers.zoo.softmax import Softmax
+from tests.mixers.builders import disturbed, float64
 
 DIM = 16
 HEADS = 2
@@ -31,19 +32,15 @@ WITH_SUMS = [name for name, mixer in CLASSES.items() if issubclass(mixer, Linear
 OPTIONS: dict[str, dict[str, Any]] = {"mila": {"rotary": False}, "rala": {"rotary": False}}
 
 
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def rotation(tokens: int) -> Rotation:
-    angles = draw(tokens, K // 2).repeat_interleave(2, dim=1)
+    angles = float64(tokens, K // 2).repeat_interleave(2, dim=1)
     return Rotation(angles.cos(), angles.sin())
 
 
 def text(padded: bool = False) -> TextTokens:
     visible = torch.tensor([[True] * TEXT, [True] * 3 + [False] * 2]) if padded else None
     return TextTokens(
-        draw(2, LENGTH, HEADS, K), draw(2, TEXT, HEADS, K), draw(2, TEXT, HEADS, K), rotation(TEXT), visible
+        float64(2, LENGTH, HEADS, K), float64(2, TEXT, HEADS, K), float64(2, TEXT, HEADS, K), rotation(TEXT), visible
     )
 
 
@@ -53,11 +50,7 @@ def build(name: str, **options: Any) -> TokenMixer:
     settings = {**entry.mixer.tiny_options, **entry.mixer.drop_in_options, **OPTIONS.get(name, {}), **options}
     if "d_state" in settings:
         settings["d_state"] = None
-    mixer = create_mixer(name, DIM, HEADS, **settings).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, DIM, HEADS, **settings))
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:
@@ -153,7 +146,7 @@ def test_every_sum_is_what_its_definition_says(name, causality, normalize, mode,
         return
     if not mixer.has_sums:
         return  # normalized by subtraction
-    x = draw(2, LENGTH, DIM)
+    x = float64(2, LENGTH, DIM)
     turn = None if rope is None else rotation(LENGTH)
     words = None if mode is None else text(padded=True)
     y = mixer.mix_in_context(streams_of(mixer, x), MixingContext(text=words, rotation=turn))
@@ -178,7 +171,7 @@ def test_what_a_mode_needs_is_refused_with_the_reason(mode) -> None:
 def test_softmax_attends_to_image_and_text_at_once(causality, padded) -> None:
     mixer = build("softmax", causality=causality, text="softmax", rope="after_map")
     assert mixer.text_bias is None
-    x = draw(2, LENGTH, DIM)
+    x = float64(2, LENGTH, DIM)
     turn = rotation(LENGTH)
     streams = streams_of(mixer, x)
     words = replace(text(padded), q=turn(streams.q))
@@ -195,7 +188,7 @@ def test_softmax_attends_to_image_and_text_at_once(causality, padded) -> None:
 
 @pytest.mark.parametrize("name", list_mixers())
 def test_padding_is_as_if_the_tokens_did_not_exist(name) -> None:
-    x = draw(1, LENGTH, DIM)
+    x = float64(1, LENGTH, DIM)
     indices = [0, 1, 3, 4, 7, 8, 9, 11]
     visible = torch.zeros(1, LENGTH, dtype=torch.bool)
     visible[:, indices] = True
@@ -216,7 +209,7 @@ def test_padding_is_as_if_the_tokens_did_not_exist(name) -> None:
 @pytest.mark.parametrize("scan", ["column", "cross"])
 def test_the_context_follows_the_scan(scan) -> None:
     mixer = build("retnet", normalize=True, scan=scan, text="shared", rope="after_map")
-    x = draw(2, LENGTH, DIM)
+    x = float64(2, LENGTH, DIM)
     turn = rotation(LENGTH)
     words = text()
     context = MixingContext(text=words, rotation=turn)
@@ -246,7 +239,7 @@ def test_a_temperature_is_learned_where_it_changes_the_map(name) -> None:
         with pytest.raises(ValueError, match="temperature=True has no effect"):
             build(name, temperature=True)
         return
-    x = draw(2, LENGTH, DIM)
+    x = float64(2, LENGTH, DIM)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         mixer = create_mixer(name, DIM, HEADS, own_projections=True, temperature=True, **entry.mixer.tiny_options)

@@ -17,22 +17,15 @@ from mixers.stages.rotary import rotary
 from mixers.stages.token_shift import TokenShift
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
+from tests.mixers.builders import disturbed, float64
 
 LENGTH = 19
 FAMILY = ("gla", "retnet", "rwkv6", "gated_deltanet", "kda")
 
 
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **(dict(_class(name).tiny_options) | options)).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, 12, 2, **(dict(_class(name).tiny_options) | options)))
 
 
 def drop_in(name: str, **options: Any) -> TokenMixer:
@@ -311,11 +304,8 @@ def test_gated_deltanet_recalls_what_it_wrote_under_a_key() -> None:
 
 
 def test_token_shift_sees_itself_and_the_token_before() -> None:
-    shift = TokenShift(torch.rand(12), torch.rand(2, 12), rank=3).double()
+    shift = disturbed(TokenShift(torch.rand(12), torch.rand(2, 12), rank=3), 0.3)
     x = float64(2, LENGTH, 12)
-    with torch.no_grad():
-        for parameter in shift.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
     whole = shift(x)
     assert_close(shift(x[:, 4:7])[1][:, 1:], whole[1][:, 5:7])
     with torch.no_grad():  # amounts of 0 leave x as it is, of 1 give the token before

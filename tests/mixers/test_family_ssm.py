@@ -16,6 +16,7 @@ from mixers.operators import linear_attention
 from mixers.operators.scan import selective_scan
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
+from tests.mixers.builders import disturbed, float64
 
 LENGTH = 20
 GRID = (4, 5)
@@ -23,17 +24,9 @@ FAMILY = ("mamba", "mamba2", "vssd", "hydra")
 OFF = {"expand": 1, "conv_size": 0, "skip": False, "norm": False, "gate": False}
 
 
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **({"d_state": 4} | options)).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, 12, 2, **({"d_state": 4} | options)))
 
 
 def drop_in(name: str, **options: Any) -> TokenMixer:

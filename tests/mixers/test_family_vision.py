@@ -15,6 +15,7 @@ from mixers.operators import linear_attention
 from mixers.stages.rotary import rotary_2d
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
+from tests.mixers.builders import disturbed, float64
 
 GRID = (4, 5)
 LENGTH = GRID[0] * GRID[1]
@@ -26,17 +27,9 @@ every_switch = pytest.mark.parametrize(
 )
 
 
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def built(name: str, **options: Any) -> TokenMixer:
     """Small, in float64, away from its start."""
-    mixer = create_mixer(name, 12, 2, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, 12, 2, **options), 0.3)
 
 
 def drop_in(name: str, **options: Any) -> TokenMixer:

@@ -8,10 +8,7 @@ from mixers import create_mixer, list_mixers, registry, structure
 from mixers.feature_maps import FEATURE_MAPS
 from mixers.operators import linear_attention
 from mixers.testing.tolerances import assert_close
-
-
-def float64(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+from tests.mixers.builders import float64
 
 
 def test_linfusion_starts_as_normalized_linear_attention() -> None:

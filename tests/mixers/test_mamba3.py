@@ -17,6 +17,7 @@ from mixers.stages.trapezoid import heavy_tail, rotate_cumulatively
 from mixers.testing.inputs import flip_tokens
 from mixers.testing.tolerances import assert_close
 from mixers.zoo.mamba3 import Mamba3Streams
+from tests.mixers.builders import disturbed, float64
 
 LENGTH = 11
 DIM = 12
@@ -25,10 +26,6 @@ STATE = 6
 PAIRS = 1
 INNER = 24
 WIDTH = INNER // HEADS
-
-
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def published_state(norm: bool = False) -> dict[str, Tensor]:
@@ -100,11 +97,7 @@ def drop_in(**options: Any) -> TokenMixer:
     torch.manual_seed(0)
     form = {"expand": 1, "skip": False, "gate": False, "d_state": None, "n_groups": None, "bc_norm": False}
     options = form | {"bc_bias": False} | options
-    mixer = create_mixer("mamba3", DIM, HEADS, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer("mamba3", DIM, HEADS, **options))
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Mamba3Streams:

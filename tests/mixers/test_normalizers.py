@@ -12,24 +12,17 @@ from mixers import TokenMixer, create_mixer, structure
 from mixers.stages.rotary import rotary_2d
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
+from tests.mixers.builders import disturbed, float64
 
 LENGTH = 12
 GRID = (3, 4)
-
-
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def drop_in(name: str, **options: Any) -> TokenMixer:
     """The drop-in form in float64, with projections of its own, away from its start."""
     torch.manual_seed(0)
     options = dict(type(create_mixer(name, 12, 2)).drop_in_options) | options
-    mixer = create_mixer(name, 12, 2, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, 12, 2, **options))
 
 
 def streams_of(mixer: TokenMixer, x: Tensor) -> Any:

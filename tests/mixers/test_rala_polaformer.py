@@ -13,6 +13,7 @@ from torch import Tensor
 from mixers import TokenMixer, create_mixer, registry, structure
 from mixers.operators import linear_attention
 from mixers.testing.tolerances import assert_close
+from tests.mixers.builders import disturbed, float64
 
 GRID = (4, 5)
 LENGTH = GRID[0] * GRID[1]
@@ -21,18 +22,10 @@ HEADS = 2
 WIDTH = DIM // HEADS
 
 
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def built(name: str, **options: Any) -> TokenMixer:
     """A small mixer in float64, with noise added to every parameter."""
     torch.manual_seed(0)
-    mixer = create_mixer(name, DIM, HEADS, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, DIM, HEADS, **options), 0.3)
 
 
 def drop_in(name: str, **options: Any) -> TokenMixer:

@@ -15,6 +15,7 @@ from mixers.operators import sparse
 from mixers.operators.sparse import blocks, window
 from mixers.testing import ConformanceCase, MixerCheck, parametrize_with_checks
 from mixers.testing.tolerances import assert_close
+from tests.mixers.builders import disturbed, float64
 
 DIM = 12
 HEADS = 2
@@ -39,18 +40,10 @@ def test_conformance_of_variants(mixer: TokenMixer, check: MixerCheck) -> None:
     check(mixer)
 
 
-def float64(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def built(name: str, **options: Any) -> TokenMixer:
     """A small mixer in float64, with noise added to every parameter."""
     torch.manual_seed(0)
-    mixer = create_mixer(name, DIM, HEADS, **options).double()
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return mixer
+    return disturbed(create_mixer(name, DIM, HEADS, **options), 0.3)
 
 
 def projected(mixer: TokenMixer, x: Tensor) -> tuple[Tensor, ...]:

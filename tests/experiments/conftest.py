@@ -72,7 +72,7 @@ def grid(tiny_teacher: Path) -> Grid:
                 "fidelity": {},
                 "timesteps": {},
                 "sites": {"sizes": (64,)},
-                "cost": {"sizes": (64,), "repeats": 1},
+                "cost": {"sizes": (64, 128), "repeats": 1},
             },
         ),
     )

@@ -69,6 +69,7 @@ def draw_figures(run: RunRecord, effects: list[Effect], directory: Path) -> list
 
 
 def _overview(run: RunRecord) -> _Plan:
+    prompt = f", “{run.description.prompts[-1]}”" if run.description.prompts else ""
     return _Plan(
         OVERVIEW,
         "overview",
@@ -76,7 +77,7 @@ def _overview(run: RunRecord) -> _Plan:
         "Error against size, and samples at every size, of a few rows",
         "The reference row, the rows that differ from it in normalization alone, the row closest to the teacher at the "
         "largest size, and the identity, which mixes nothing. Left: error to the teacher on held-out images. "
-        f"Right: the first prompt, from the same noise at each size. {LICENSE}",
+        f"Right: samples of the last prompt{prompt}, from the same noise at each size. {LICENSE}",
     )
 
 

@@ -35,7 +35,7 @@ def plot_overview(run: RunRecord, path: Path) -> bool:
     sizes = [size for size in run.sizes if any(mean_error(run, row, size) is not None for row in rows)]
     if len(rows) < 2 or len(sizes) < 2:
         return False
-    samples = [("teacher", [_read_sample(run.directory / "teacher", size) for size in sizes])]
+    samples = [("teacher", [read_sample(run, run.directory / "teacher", size) for size in sizes])]
     samples += [(row.label, [_sample(run, row, size) for size in sizes]) for row in rows]
     has_samples = any(image is not None for _, images in samples for image in images)
     widths = [4.8, 1.6 + TILE * len(sizes)] if has_samples else [4.8]
@@ -66,6 +66,11 @@ def overview_rows(run: RunRecord) -> list[VariantDescription]:
     identity = control_rows(run).identity
     selected = [row for row in rows if row in (closest, identity) or _agree_but_for_normalization(row, run.reference)]
     return sorted(selected, key=lambda row: errors[row.name])
+
+
+def read_sample(run: RunRecord, folder: Path, size: int) -> Pixels:
+    """The sample of the last prompt: grids list those last whose objects share what the prompt does not name."""
+    return read_image(folder / "samples" / str(size) / f"{max(0, len(run.description.prompts) - 1)}.png")
 
 
 def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], sizes: list[int]) -> None:
@@ -105,10 +110,5 @@ def _enlarged_or_averaged(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _sample(run: RunRecord, row: VariantDescription, size: int) -> Pixels:
     return next(
-        (image for cell in run.done(row.name) if (image := _read_sample(cell.directory, size)) is not None), None
+        (image for cell in run.done(row.name) if (image := read_sample(run, cell.directory, size)) is not None), None
     )
-
-
-def _read_sample(folder: Path, size: int) -> Pixels:
-    """The sample of the first prompt."""
-    return read_image(folder / "samples" / str(size) / "0.png")

@@ -8,8 +8,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from experiments.config import DistillationConfig, FitConfig
 from experiments.metrics import HeatMap, LinePlot, metric_class
@@ -19,7 +21,7 @@ from experiments.report.conclusions import draw_conclusions
 from experiments.report.effect_plots import plot_pareto
 from experiments.report.heat_maps import plot_heat_map
 from experiments.report.line_plots import growth_exponent, plot_metric
-from experiments.report.overview import overview_rows
+from experiments.report.overview import overview_rows, read_sample
 from experiments.report.page import as_html, as_markdown
 from experiments.report.run_files import load_run
 from experiments.report.style import background_rows, group_variants
@@ -75,6 +77,16 @@ def test_the_overview_shows_what_normalization_does(run: Path) -> None:
     """The reference, its rows without normalization, the best mixer, and the row that mixes nothing; best first."""
     names = [row.name for row in overview_rows(load_run(run))]
     assert names == ["linfusion", "linear", "identity", "linear_raw"]
+
+
+def test_the_overview_shows_the_last_prompt(run: Path) -> None:
+    record = load_run(run)
+    folder = run / "teacher"
+    numbers = range(len(record.description.prompts))
+    images = [np.asarray(Image.open(folder / "samples" / str(SIZES[0]) / f"{k}.png").convert("RGB")) for k in numbers]
+    drawn = read_sample(record, folder, SIZES[0])
+    assert len(images) > 1 and [bool((drawn == image).all()) for image in images] == [k == numbers[-1] for k in numbers]
+    assert f"“{record.description.prompts[-1]}”" in (run / "report" / "report.md").read_text()
 
 
 def test_controls_are_behind_every_panel(run: Path) -> None:

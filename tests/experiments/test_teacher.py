@@ -181,6 +181,6 @@ def test_a_training_keeps_one_tokenizer(tmp_path: Path, monkeypatch: pytest.Monk
     trained = train.open_tokenizer(tmp_path, TeacherRecipe())
     monkeypatch.setattr(train.networks, "tokenizer", lambda *_: pytest.fail("trained again"))
     reopened = train.open_tokenizer(tmp_path, TeacherRecipe())
-    assert reopened.get_vocab() == trained.get_vocab() and any("volcano" in word for word in reopened.get_vocab())
+    assert reopened.get_vocab() == trained.get_vocab() and any("rainbow" in word for word in reopened.get_vocab())
     assert reopened("a box, two cats").input_ids == trained("a box, two cats").input_ids
     assert reopened.model_max_length == trained.model_max_length == TeacherRecipe().max_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,11 +100,12 @@ def make_batches(
         dropout: share of the captions that are replaced by the empty one.
         large: step -> the size of its images in pixels.
     """
+    part = math.gcd(batch_size, 4)  # so that two or four processes can divide batches of every size
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         size = large(step)
         shard = shards.load((step * batch_size // shards.scenes) % count, size)
-        items = max(1, round(batch_size * (64 / size) ** 2))
+        items = part * max(1, round(batch_size * (64 / size) ** 2 / part))
         indices = torch.randint(0, len(shard["latents"]), (items,))
         tokens = shard["tokens"][indices].long()
         dropped = torch.rand(items) < dropout

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -20,7 +21,7 @@ from experiments.teacher.mixing import CONTROLS, fixed_mixing
 from experiments.teacher.need import encode_scenes, train_from_scratch, velocity_errors
 from experiments.teacher.objectives import roughness
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.teacher.shards import LatentShards, encode_captions
+from experiments.teacher.shards import LatentShards, encode_captions, make_batches
 from experiments.teacher.train import train_teacher
 from tests.experiments.conftest import TINY
 
@@ -184,3 +185,13 @@ def test_a_training_keeps_one_tokenizer(tmp_path: Path, monkeypatch: pytest.Monk
     assert reopened.get_vocab() == trained.get_vocab() and any("rainbow" in word for word in reopened.get_vocab())
     assert reopened("a box, two cats").input_ids == trained("a box, two cats").input_ids
     assert reopened.model_max_length == trained.model_max_length == TeacherRecipe().max_tokens
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+@pytest.mark.parametrize(("batch_size", "processes"), [(48, 2), (48, 4), (16, 4), (6, 2), (3, 1)])
+def test_batches_of_every_size_can_be_divided_among_processes(size: int, batch_size: int, processes: int) -> None:
+    shard = {"latents": torch.zeros(8, 1, 2, 2), "tokens": torch.zeros(8, 3, dtype=torch.int32)}
+    shards = SimpleNamespace(scenes=8, load=lambda number, size: shard)
+    batch = make_batches(shards, torch.zeros(3), batch_size=batch_size, count=1, dropout=0.0, large=lambda step: size)
+    assert len(batch(0)[0]) % processes == 0
+    assert size > 64 or len(batch(0)[0]) == batch_size

@@ -95,7 +95,7 @@ def make_batches(
     Args:
         shards: the cache.
         blank: token ids (t,) of the empty caption.
-        batch_size: of images of 64 px; larger images come in smaller batches, of the same number of tokens.
+        batch_size: of images of 64 px; larger images come in smaller batches, of about as many tokens.
         count: shards in a cycle.
         dropout: share of the captions that are replaced by the empty one.
         large: step -> the size of its images in pixels.

@@ -19,7 +19,7 @@ from mixers.testing.tolerances import assert_close
 WIDE = 48  # channels for which memory is measured
 MAX_INTERPRETED = 33  # tokens up to which kernels are checked on a CPU, where an interpreter runs them
 SHORT = 40  # tokens up to which second derivatives and function transforms are checked: more than one chunk
-LONG = 509
+LONG = (257, 1021)
 OperatorCheck = Callable[[OperatorCase, CheckInputs], None]
 
 
@@ -36,13 +36,13 @@ def check_formulations_agree(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_long_sequences(case: OperatorCase, inputs: CheckInputs) -> None:
-    """509 tokens in many blocks give the result and gradients of the recurrence."""
+    """257 and 1,021 tokens in many blocks give the result and gradients of the recurrence."""
     single = replace(inputs, batch=1)
-    for switches in case.switches():
+    for length, switches in itertools.product(LONG, case.switches()):
         with small_blocks(1 << 9):
-            outcome = _outcome(case, single, LONG, backend="chunked", **switches)
-        for name, expected in _outcome(case, single, LONG, backend="recurrent", **switches).items():
-            what = f"chunked in blocks against recurrent, {name}, l = {LONG}, {_describe(switches)}"
+            outcome = _outcome(case, single, length, backend="chunked", **switches)
+        for name, expected in _outcome(case, single, length, backend="recurrent", **switches).items():
+            what = f"chunked in blocks against recurrent, {name}, l = {length}, {_describe(switches)}"
             assert_close(outcome[name], expected, what=what)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from experiments.data import DataError, SceneSet, open_dataset
 from experiments.data.emoji import BACKGROUNDS
 from experiments.data.example import Size
-from experiments.data.scenes import KINDS, Scene
+from experiments.data.scenes import KINDS, Scene, layout
 from experiments.data.scenes.backgrounds import held_out_background
 from experiments.data.scenes.catalogue import (
     SHAPE_COLORS,
@@ -238,3 +238,8 @@ def test_rendering_is_antialiased() -> None:
     """An edge has pixels between the two colors."""
     scene = SceneSet(kinds=("one_color",)).example(3, 64, 1).image
     assert len(np.unique(scene.numpy().reshape(3, -1), axis=1).T) > 4
+
+
+def test_too_many_objects_are_refused() -> None:
+    with pytest.raises(ValueError, match="Cannot place 17 objects on 8 × 8 cells"):
+        layout.scatter(np.random.default_rng(0), 17, (1.0, 1.0))

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -43,6 +43,11 @@ SMALL_RUN = (
 """Settings that make an ablation take seconds."""
 SMALL_LOCAL_STAGE = ("distillation.before.0.fit.steps=2", "distillation.before.0.fit.batch_size=2")
 """What a grid needs besides if it first distills site by site."""
+
+
+def as_options(changes: Iterable[str]) -> str:
+    """Return changes of settings as options of a command: `--set a=1 --set b=2`, quoted for a shell."""
+    return " ".join(f"--set {shlex.quote(change)}" for change in changes)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

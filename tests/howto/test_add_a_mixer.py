@@ -15,6 +15,7 @@ from tests.howto.pages import (
     HOWTO,
     SMALL_LOCAL_STAGE,
     SMALL_RUN,
+    as_options,
     assert_printed,
     assert_runs_here,
     assert_succeeds,
@@ -70,8 +71,7 @@ def test_step_3_a_wrong_trait_is_caught_with_the_smallest_failing_case(files: Pa
 
 @pytest.mark.slow  # four cells
 def test_step_4_the_mixer_in_an_ablation(files: Path, tiny_teacher: Path) -> None:
-    changes = (f"teacher={tiny_teacher}", *SMALL_RUN, *SMALL_LOCAL_STAGE)
-    settings = " ".join(f"--set {shlex.quote(change)}" for change in changes)
+    settings = as_options((f"teacher={tiny_teacher}", *SMALL_RUN, *SMALL_LOCAL_STAGE))
     assert_printed(assert_runs_here(f"{commands()[3].strip()} {settings}"), blocks(PAGE, "text")[2])
     report = files / "runs" / "mine" / "report"
     html = (report / "index.html").read_text(encoding="utf-8")

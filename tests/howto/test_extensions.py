@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from tests.howto.pages import (
     HOWTO,
     SMALL_LOCAL_STAGE,
     SMALL_RUN,
+    as_options,
     assert_printed,
     assert_runs_here,
     blocks,
@@ -38,8 +38,7 @@ def test_a_metric_is_listed(folder: Path) -> None:
 def test_a_metric_is_measured_and_reported(folder: Path, tiny_teacher: Path) -> None:
     """The metric is settable, measured, and in the report, without a change of the library."""
     (folder / "detail.py").write_text(blocks(METRIC, "python")[0], encoding="utf-8")
-    changes = (f"teacher={tiny_teacher}", *SMALL_RUN, *SMALL_LOCAL_STAGE)
-    settings = " ".join(f"--set {shlex.quote(change)}" for change in changes)
+    settings = as_options((f"teacher={tiny_teacher}", *SMALL_RUN, *SMALL_LOCAL_STAGE))
     assert_runs_here(f"{blocks(METRIC, 'bash')[1].strip()} --only 'softmax*' {settings}")
     report = folder / "runs" / "detail" / "report"
     assert "## Error of detail" in (report / "report.md").read_text(encoding="utf-8")
@@ -66,7 +65,7 @@ def test_an_objective_is_trained_with(folder: Path, tiny_teacher: Path) -> None:
     (folder / "huber.py").write_text(blocks(OBJECTIVE, "python")[0], encoding="utf-8")
     settings = [f"teacher={tiny_teacher}", *(f"distillation.{setting}" for setting in SMALL_DISTILLATION)]
     command = blocks(OBJECTIVE, "bash")[1].replace("\\\n", "").strip()
-    assert_runs_here(" ".join([command, *(f"--set {shlex.quote(setting)}" for setting in settings)]))
+    assert_runs_here(f"{command} {as_options(settings)}")
     assert "huber" in (folder / "runs" / "huber" / "card.md").read_text(encoding="utf-8")
 
 

@@ -31,7 +31,7 @@ from mixers.zoo.linear_attention import LinearAttention
 DEEP = settings().max_examples >= 1000
 
 
-ONE_OF_EVERY_OPERATOR = {
+COMPILED = {
     "linfusion",
     "gla",
     "mamba",
@@ -43,9 +43,7 @@ ONE_OF_EVERY_OPERATOR = {
     "softmax_window",
     "ttt",
 }
-"""The mixers with which checks are made that take seconds; `make test-deep` has the others."""
-
-SLOW_CHECKS = ("check_compiles_once", "check_a_million_tokens")
+"""One mixer or more of every operator; compiling takes about ten seconds, so `make test-deep` has the others."""
 
 
 def covering_cases(names: Iterable[str]) -> list[ConformanceCase]:
@@ -68,12 +66,12 @@ FEW_LENGTHS = CheckInputs((1, 3, 65))
 
 
 def conformance_parameters(cases: Sequence[ConformanceCase]) -> pytest.MarkDecorator:
-    """The checks of these cases; unless deep, those that take seconds are made with a mixer of every operator."""
+    """The checks of these cases; unless deep, compilation, which takes seconds, of a mixer of every operator."""
     defaults = tuple(f"{case}-" for case in cases if case.is_default)
     parameters = []
     for parameter in parametrize_with_checks(cases, deep=DEEP).args[1]:
         mixer, check = parameter.values
-        if DEEP or check.name not in SLOW_CHECKS or parameter.id.split("-")[0] in ONE_OF_EVERY_OPERATOR:
+        if DEEP or check.name != "check_compiles_once" or parameter.id.split("-")[0] in COMPILED:
             inputs = CheckInputs() if DEEP or parameter.id.startswith(defaults) else FEW_LENGTHS
             parameters.append(pytest.param(mixer, check, inputs, id=parameter.id, marks=parameter.marks))
     return pytest.mark.parametrize(("mixer", "check", "inputs"), parameters)

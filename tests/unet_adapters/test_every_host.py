@@ -281,9 +281,9 @@ def test_offloading_changes_nothing(model, kind, offloading) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["PixArt", "SD3.5 medium", "Flux", "HunyuanDiT"])
-def test_a_compiled_block_computes_the_same(model) -> None:
-    """One host of every family of transformers; `test_pipelines.py` compiles one transformer of a UNet."""
+def test_a_compiled_block_computes_the_same(model, kind) -> None:
+    if kind == "UNet":
+        pytest.skip("a whole tiny UNet compiles for a minute; test_pipelines.py compiles one transformer of it")
     base = run(model)
     adapter = disturb(MixerAdapter.build(model, "linfusion", causality="causal", scan="column"))
     with adapter.mounted():

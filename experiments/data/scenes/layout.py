@@ -34,21 +34,22 @@ def scatter(rng: Generator, count: int, canvas: Canvas) -> list[Box]:
 
     The side is that of `count / area` objects on one unit, so a larger canvas shows more objects of the same size. It
     shrinks, cell by cell, if they do not fit. Where random places leave too little room, boxes stand in rows.
+
+    Raises:
+        ValueError: not even boxes of one cell fit.
     """
-    width, height = _cells(canvas)
+    width, height = _cells(canvas, CELLS)
     is_lone = count / (canvas[0] * canvas[1]) < 1.5
-    side = min(LONE_SIDE if is_lone else SIDE, width, height)
-    while True:
+    for side in range(min(LONE_SIDE if is_lone else SIDE, width, height), 0, -1):
         for _ in range(_ATTEMPTS):
             corners = _try_scatter(rng, count, side, (width, height))
             if corners is not None:
                 return _boxes(corners, side)
-        slots = [
-            (x, y) for y in range(0, height - side + 1, side + GAP) for x in range(0, width - side + 1, side + GAP)
-        ]
+        pitch = side + GAP
+        slots = [(x, y) for y in range(0, height - side + 1, pitch) for x in range(0, width - side + 1, pitch)]
         if len(slots) >= count:
             return _boxes([slots[index] for index in rng.permutation(len(slots))[:count]], side)
-        side = max(1, side - 1)
+    raise ValueError(f"Cannot place {count} objects on {width} × {height} cells of 1/{CELLS} unit: draw fewer objects.")
 
 
 def split_sides(rng: Generator, count: int, canvas: Canvas, side_of_first: str) -> tuple[list[Box], list[Box]]:
@@ -81,7 +82,7 @@ def mirror_pairs(rng: Generator, pairs: int, canvas: Canvas, axis: str) -> list[
 def lattice(rng: Generator, per_unit: int, canvas: Canvas) -> list[tuple[int, int, Box]]:
     """Return (row, column, box) of a regular lattice with `per_unit` boxes per unit that fills the canvas."""
     columns, rows = (max(1, round(per_unit * length)) for length in canvas)
-    width, height = (int(length * LATTICE_CELLS) for length in canvas)
+    width, height = _cells(canvas, LATTICE_CELLS)
     pitch = min(width // columns, height // rows)
     side = LATTICE_SHARE * pitch
     margin = (pitch - side) / 2
@@ -101,7 +102,7 @@ def _fill_half(rng: Generator, count: int, half: Canvas) -> list[Box]:
     """Boxes on one half of a canvas; single ones leave a gap to the middle."""
     if count > 1:
         return scatter(rng, count, half)
-    width, height = _cells(half)
+    width, height = _cells(half, CELLS)
     side = min(SIDE, width - GAP, height - GAP)
     return _boxes([(int(rng.integers(0, width - side)), int(rng.integers(0, height - side)))], side)
 
@@ -126,7 +127,7 @@ def _boxes(corners: list[tuple[int, int]], side: int) -> list[Box]:
     return [(x / CELLS, y / CELLS, side / CELLS) for x, y in corners]
 
 
-def _cells(canvas: Canvas) -> tuple[int, int]:
+def _cells(canvas: Canvas, per_unit: int) -> tuple[int, int]:
     """Width and height of a canvas in cells."""
     width, height = canvas
-    return int(width * CELLS), int(height * CELLS)
+    return int(width * per_unit), int(height * per_unit)

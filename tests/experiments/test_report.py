@@ -85,7 +85,9 @@ def test_the_overview_shows_the_last_prompt(run: Path) -> None:
     numbers = range(len(record.description.prompts))
     images = [np.asarray(Image.open(folder / "samples" / str(SIZES[0]) / f"{k}.png").convert("RGB")) for k in numbers]
     sample = read_sample(record, folder, SIZES[0])
-    assert len(images) > 1 and [bool((sample == image).all()) for image in images] == [k == numbers[-1] for k in numbers]
+    assert len(images) > 1 and [bool((sample == image).all()) for image in images] == [
+        k == numbers[-1] for k in numbers
+    ]
     assert f"“{record.description.prompts[-1]}”" in (run / "report" / "report.md").read_text()
 
 

@@ -52,7 +52,9 @@ def ablate(
     ] = None,
 ) -> None:
     """Run an ablation and build its report. After an interruption, start it again: it resumes and repeats nothing."""
-    from experiments.ablation import fit_budget, parse_duration, read_status, run_grid, select_cells
+    from experiments.ablation.budget import fit_budget, parse_duration
+    from experiments.ablation.run import run_grid, select_cells
+    from experiments.ablation.status import read_status
     from experiments.report import build_report
 
     load_plugins(plugins)
@@ -84,7 +86,7 @@ def ablate(
 @app.command()
 def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Show which cells of a run are done, running, failed and waiting, and the time left."""
-    from experiments.ablation import read_status
+    from experiments.ablation.status import read_status
 
     with clean_errors():
         run = read_status(directory)
@@ -124,7 +126,7 @@ def _load_grid(
 
 
 def _executor(workers: int | None, ray: str | None, budget: str | None) -> CellExecutor:
-    from experiments.ablation import run_in_processes, run_serially
+    from experiments.ablation.executors import run_in_processes, run_serially
     from experiments.ablation.ray_executor import run_on_ray
 
     if ray and budget and not workers:

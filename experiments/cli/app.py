@@ -50,6 +50,8 @@ def main() -> None:
 
 def load_plugins(paths: list[Path]) -> None:
     """Run the plug-ins, which register their mixers and so on; a broken one is reported in one sentence."""
+    if not paths:
+        return  # importing everything that plug-ins can register takes seconds
     from experiments.core.plugins import load_plugin
 
     with clean_errors():

@@ -13,6 +13,8 @@ from transformers import CLIPModel
 from experiments.data import SceneSet, batch
 from experiments.data.example import to_tensor
 from experiments.data.scenes import Scene, render_scene
+from experiments.data.scenes.catalogue import drawings_of_split
+from experiments.data.scenes.words import count_phrase
 from experiments.teacher.inspect_images import background_accuracy, count_objects
 from experiments.teacher.judge import top1_accuracy
 from experiments.teacher.need import control_errors, encode_scenes
@@ -35,19 +37,21 @@ def measure_need(pipe: StableDiffusionPipeline, images: int = 64) -> dict[str, A
 
 
 def measure_drawing(
-    pipe: StableDiffusionPipeline, judge: CLIPModel, *, size: int = 64, candidates: int = 100, counted: int = 100
+    pipe: StableDiffusionPipeline, judge: CLIPModel, *, size: int = 64, named: int = 100, counted: int = 100
 ) -> dict[str, float]:
-    """Return the share of samples with the right background and count, and the judge's top-1 among the candidates.
+    """Return the share of samples with the right background and count, and the judge's top-1 among 100 names.
 
-    The same numbers of true renders are beside them ("…_true"): no sample can be expected to score higher.
+    The same numbers of true renders are beside them ("…_true"): no sample can be expected to score higher. All names
+    are offered on the background of the caption, so that only the drawing decides.
     """
-    singles = distinct_singles(candidates)
+    singles = unpicked_scenes(named, kinds=("single",))
     scenes = unpicked_scenes(counted, kinds=COUNTED_KINDS)
     result: dict[str, float] = {}
     captions = [scene.caption for scene in singles]
+    candidates = [name_candidates(scene) for scene in singles]
     for name, images in (("", draw_samples(pipe, captions, size)), ("_true", render_all(singles, size))):
         small = torch.nn.functional.interpolate(images, (64, 64), mode="area") if size != 64 else images
-        result[f"top1{name}"] = top1_accuracy(judge, pipe.tokenizer, small, captions)
+        result[f"top1{name}"] = top1_accuracy(judge, pipe.tokenizer, small, candidates)
         result[f"single_background{name}"] = background_accuracy(images, captions)
     captions = [scene.caption for scene in scenes]
     for name, images in (("", draw_samples(pipe, captions, size)), ("_true", render_all(scenes, size))):
@@ -78,12 +82,15 @@ def measure_gates(pipe: StableDiffusionPipeline, judge: CLIPModel) -> dict[str, 
     }
 
 
-def distinct_singles(count: int) -> list[Scene]:
-    """Return scenes of one named drawing each, all of them different, in a fixed random order."""
-    scenes: dict[str, Scene] = {}
-    for scene in unpicked_scenes(len(SceneSet("train", kinds=("single",))), kinds=("single",)):
-        scenes.setdefault(scene.drawings[0].key, scene)
-    return list(scenes.values())[:count]
+def name_candidates(scene: Scene, count: int = 100) -> list[str]:
+    """Return `count` captions of single training drawings on a scene's background; the scene's own comes first.
+
+    Other drawings that the judge knows, but the teacher does not, are among them.
+    """
+    background = scene.caption.rsplit(", ", 1)[1]
+    drawings = [d for file in ("drawings.txt", "other_drawings.txt") for d in drawings_of_split("train", file)]
+    captions = (f"{count_phrase(1, drawing.name)}, {background}" for drawing in drawings)
+    return list(dict.fromkeys((scene.caption, *captions)))[:count]
 
 
 def render_all(scenes: list[Scene], size: int) -> Tensor:

@@ -21,10 +21,10 @@ NAMED_KINDS = ("single", "counted", "shapes")
 def train_judge(
     directory: Path, words: CLIPTokenizer, recipe: TeacherRecipe, report: StageCallback | None = None
 ) -> CLIPModel:
-    """Train the judge on renders of named training scenes and on their captions, or resume its training."""
+    """Train the judge, or resume its training, on named scenes, also of drawings that the teacher never sees."""
     torch.manual_seed(recipe.judge.seed)
     model = networks.judge(words, recipe)
-    data = SceneSet("train", kinds=NAMED_KINDS)
+    data = SceneSet("train", kinds=NAMED_KINDS, others=True)
     count = 12_000 if recipe.judge.steps > 100 else 64
     draw = torch.Generator().manual_seed(recipe.judge.seed)
     indices = torch.randint(0, len(data), (count,), generator=draw).tolist()
@@ -51,9 +51,12 @@ def attention_mask(tokens: Tensor, words: CLIPTokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def top1_accuracy(judge: CLIPModel, words: CLIPTokenizer, images: Tensor, captions: list[str]) -> float:
-    """Return the share of images (n, 3, 64, 64) whose own caption the judge ranks first among all `captions`."""
-    tokens = encode_captions(words, captions)
-    mask = attention_mask(tokens, words)
-    logits = judge(input_ids=tokens, attention_mask=mask, pixel_values=images).logits_per_image
-    return float((logits.argmax(1) == torch.arange(len(images))).float().mean())
+def top1_accuracy(judge: CLIPModel, words: CLIPTokenizer, images: Tensor, candidates: list[list[str]]) -> float:
+    """Return the share of images (n, 3, 64, 64) for which the judge ranks the first of their own candidates first."""
+    hits = 0
+    for image, captions in zip(images, candidates, strict=True):
+        tokens = encode_captions(words, captions)
+        mask = attention_mask(tokens, words)
+        logits = judge(input_ids=tokens, attention_mask=mask, pixel_values=image[None]).logits_per_image
+        hits += int(logits.argmax()) == 0
+    return hits / len(images)

@@ -64,11 +64,33 @@ def roughness(maps: Tensor) -> Tensor:
     return (maps - coarse).square().mean() / maps.var().clamp_min(1e-6)
 
 
-def add_random_noise(latents: Tensor, scheduler: DDIMScheduler, power: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return noisy latents (b, c, h, w), their timesteps (b,) and the velocities; `power` as `Denoising` takes it."""
+FOCUS_CENTER = 0.6
+"""Mean of the logit of t / 1000 of the timesteps in focus."""
+FOCUS_WIDTH = 0.8
+"""Its standard deviation: two thirds of these timesteps lie from 450 to 800."""
+
+
+def draw_timesteps(count: int, steps: int, focus: float, device: torch.device) -> Tensor:
+    """Return `count` timesteps (count,) in 0 … steps - 1: uniform ones and, a share `focus`, logit-normal ones.
+
+    Where the outline of an object is decided, around t = 650, most is to be learned; near t = 999 almost nothing can
+    be. Uniform ones are at least a share 1 - `focus`, so that no timestep is left out. Each distribution is stratified
+    over the batch, which lowers the variance of the loss.
+    """
+    uniform, focused, choice = (_stratified(count, device) for _ in range(3))
+    logits = FOCUS_CENTER + FOCUS_WIDTH * torch.special.ndtri(focused)
+    return (torch.where(choice < focus, logits.sigmoid(), uniform) * steps).long().clamp(max=steps - 1)
+
+
+def _stratified(count: int, device: torch.device) -> Tensor:
+    """One uniform number (count,) from each of `count` equal parts of 0 … 1, in random order."""
+    return (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+
+
+def add_random_noise(latents: Tensor, scheduler: DDIMScheduler, focus: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents (b, c, h, w), their timesteps (b,) and the velocities; `focus` as of `draw_timesteps`."""
     noise = torch.randn_like(latents)
-    count = scheduler.config.num_train_timesteps
-    steps = (torch.rand(len(latents), device=latents.device) ** power * count).long()
+    steps = draw_timesteps(len(latents), scheduler.config.num_train_timesteps, focus, latents.device)
     return scheduler.add_noise(latents, noise, steps), steps, scheduler.get_velocity(latents, noise, steps)
 
 
@@ -78,18 +100,18 @@ class Denoising(nn.Module):
     Args:
         unet: the network.
         scheduler: its noise schedule.
-        power: timesteps are drawn as count · u ** power, with u uniform: 1 is uniform, below 1 prefers more noise.
+        focus: share of the timesteps that `draw_timesteps` concentrates; 0 draws all of them uniformly.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, power: float = 1.0) -> None:
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, focus: float = 0.0) -> None:
         super().__init__()
-        self.power = power
+        self.focus = focus
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.scheduler = scheduler
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, states = batch
-        noisy, steps, target = add_random_noise(latents, self.scheduler, self.power)
+        noisy, steps, target = add_random_noise(latents, self.scheduler, self.focus)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return {"loss": (self.unet(noisy, steps, states).sample.float() - target).square().mean()}
 
@@ -101,9 +123,9 @@ class JointDenoising(Denoising):
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, text: CLIPTextModel, scheduler: DDIMScheduler, power: float = 1.0
+        self, unet: UNet2DConditionModel, text: CLIPTextModel, scheduler: DDIMScheduler, focus: float = 0.0
     ) -> None:
-        super().__init__(unet, scheduler, power)
+        super().__init__(unet, scheduler, focus)
         self.text = text
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ class TeacherRecipe(BaseModel):
     shard: int = 4096  # scenes per file of cached latents
     shards: int = 44
     caption_dropout: float = 0.1
-    timestep_power: float = 1.0  # t = 1000 u ** power: 1 is uniform, below 1 prefers noise
-    large_sizes: tuple[int, ...] = (96, 128)  # px; every tenth batch has one of them
+    timestep_focus: float = 0.5  # share of the timesteps that are drawn around t = 650
+    large_sizes: tuple[int, ...] = (128,)  # px; every tenth batch has one of them
     large_from: int = 20_000  # step; the decay always has them
     dit_width: int = 128
     dit_heads: int = 4

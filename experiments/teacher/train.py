@@ -89,7 +89,7 @@ def open_tokenizer(directory: Path, recipe: TeacherRecipe) -> CLIPTokenizer:
 
 def caption_words() -> list[str]:
     """Return texts that hold every word of a caption, from which the tokenizer learns its vocabulary."""
-    names = [drawing.name for drawing in load_drawings()]
+    names = [drawing.name for file in ("drawings.txt", "other_drawings.txt") for drawing in load_drawings(file)]
     shapes = [f"{color} {shape}" for color in SHAPE_COLORS for shape in SHAPES]
     phrases = [
         "of the same, of one color, a repeated pattern, alternating rows, alternating columns, a checkerboard of two",
@@ -245,7 +245,7 @@ def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -
     """Return an untrained UNet with its text encoder, in the form that trains fastest on a CPU."""
     torch.manual_seed(seed)
     text = networks.text_encoder(words, recipe)
-    model = JointDenoising(networks.unet(recipe), text, networks.scheduler(), recipe.timestep_power)
+    model = JointDenoising(networks.unet(recipe), text, networks.scheduler(), recipe.timestep_focus)
     if not torch.cuda.is_available():
         model.unet.set_attn_processor(AttnProcessor())  # Fused attention's backward pass is twice as slow on CPUs.
     return model

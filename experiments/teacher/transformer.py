@@ -37,21 +37,21 @@ class Imitation(nn.Module):
         transformer: the network that is trained.
         teacher: UNet and text encoder; frozen.
         words: the tokenizer, for the padding mask.
-        power: of the timesteps, as `Denoising` takes it.
+        focus: of the timesteps, as `Denoising` takes it.
     """
 
     def __init__(
-        self, transformer: PixArtTransformer2DModel, teacher: JointDenoising, words: CLIPTokenizer, power: float = 1.0
+        self, transformer: PixArtTransformer2DModel, teacher: JointDenoising, words: CLIPTokenizer, focus: float = 0.0
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self.teacher = teacher.requires_grad_(False).eval()
         self.words = words
-        self.power = power
+        self.focus = focus
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, tokens = batch
-        noisy, steps, truth = add_random_noise(latents, self.teacher.scheduler, self.power)
+        noisy, steps, truth = add_random_noise(latents, self.teacher.scheduler, self.focus)
         with torch.no_grad():
             states = self.teacher.text(input_ids=tokens).last_hidden_state
             target = self.teacher.unet(noisy, steps, states).sample.float()
@@ -87,7 +87,7 @@ def train_transformer(
     pipe, _ = load_trained(directory, recipe, stage)
     torch.manual_seed(0)
     teacher = JointDenoising(pipe.unet, pipe.text_encoder, pipe.scheduler)
-    model = Imitation(networks.transformer(recipe), teacher, pipe.tokenizer, recipe.timestep_power)
+    model = Imitation(networks.transformer(recipe), teacher, pipe.tokenizer, recipe.timestep_focus)
     settings = recipe.model_copy(update={"unet": recipe.dit, "large_from": recipe.dit_large_from})
     fit(model, unet_batches(directory, pipe.vae, pipe.tokenizer, settings), recipe.dit, directory / FOLDER, callback)
     return model

@@ -158,6 +158,14 @@ def test_importing_mixers_imports_nothing_optional() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_listing_mixers_imports_no_diffusers() -> None:
+    """`mixlab list` answers in two seconds; diffusers, transformers and peft would add five."""
+    code = "import sys; from experiments.cli import app; app(['list', 'softmax'], standalone_mode=False); "
+    code += "print(sorted({'diffusers', 'transformers', 'peft'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
 def test_mixer_names_are_written_in_the_zoo_and_in_grids_only() -> None:
     from mixers import list_mixers
 

@@ -7,9 +7,10 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from experiments.ablation import list_grids, load_grid, run_grid
+from experiments.ablation import list_grids, load_grid
 from experiments.ablation.cell import open_cell_context, training_key
 from experiments.ablation.result import CellResult, read_result
+from experiments.ablation.run import run_grid
 from experiments.cli import app
 from experiments.config import Grid, apply_overrides
 from experiments.metrics.cost import CostRow

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.ablation import budget, fit_budget, load_grid, parse_duration, select_cells
-from experiments.ablation.budget import scale_grid
+from experiments.ablation import budget, load_grid
+from experiments.ablation.budget import fit_budget, parse_duration, scale_grid
+from experiments.ablation.run import select_cells
 from experiments.cli import app
 from experiments.config import Grid, LossTerm, Variant
 from experiments.core.progress import ignore_progress

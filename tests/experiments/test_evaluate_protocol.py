@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.ablation import run_grid
 from experiments.ablation.cell import open_cell_context
+from experiments.ablation.run import run_grid
 from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid, apply_overrides
 from experiments.distill import DistillationContext, open_context
 from experiments.evaluate.protocol import FILE, differences, freeze_protocol, protocol_of

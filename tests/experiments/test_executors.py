@@ -11,11 +11,12 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from experiments.ablation import read_status, run_grid, run_in_processes, run_serially, select_cells
 from experiments.ablation.cell import open_cell_context, training_key
-from experiments.ablation.executors import PROGRESS, RunSettings, attempt_cell
+from experiments.ablation.executors import PROGRESS, RunSettings, attempt_cell, run_in_processes, run_serially
 from experiments.ablation.ray_executor import run_on_ray
 from experiments.ablation.result import CellResult, read_result, write_result
+from experiments.ablation.run import run_grid, select_cells
+from experiments.ablation.status import read_status
 from experiments.cli import app
 from experiments.config import Grid, Variant
 from experiments.core.files import write_json

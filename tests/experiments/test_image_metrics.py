@@ -34,7 +34,7 @@ from experiments.teacher.load import EMBEDDED
 from tests.experiments.students import student
 from unet_adapters import MixerAdapter
 
-CAPTIONS = ["a tomato, teal background", "a cat face, purple background", "a whale, white background"]
+CAPTIONS = ["a red apple, teal background", "a cat face, purple background", "a sailboat, white background"]
 
 
 def gaussian(count: int, dim: int, seed: int) -> Tensor:

@@ -14,13 +14,15 @@ from experiments.data import SceneSet, batch
 from experiments.data.emoji import BACKGROUNDS
 from experiments.teacher import gates, train
 from experiments.teacher.card import write_card
+from experiments.teacher.gates import name_candidates, render_all
 from experiments.teacher.inspect_images import background_accuracy, count_objects, find_backgrounds, label_components
 from experiments.teacher.judge import attention_mask, top1_accuracy
 from experiments.teacher.load import EMBEDDED, load_teacher
 from experiments.teacher.mixing import CONTROLS, fixed_mixing
 from experiments.teacher.need import encode_scenes, train_from_scratch, velocity_errors
-from experiments.teacher.objectives import roughness
+from experiments.teacher.objectives import draw_timesteps, roughness
 from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.samples import unpicked_scenes
 from experiments.teacher.shards import LatentShards, encode_captions, make_batches
 from experiments.teacher.train import train_teacher
 from tests.experiments.conftest import TINY
@@ -42,9 +44,9 @@ def test_the_embedded_teacher_draws_the_backgrounds_of_captions() -> None:
     pipe = load_teacher()
     captions = [
         "a red apple, teal background",
-        "two pizzas, blue background",
+        "two doughnuts, blue background",
         "a sunflower, purple background",
-        "three flames, black background",
+        "three strawberries, black background",
     ]
     seeds = [torch.Generator().manual_seed(k) for k in range(4)]
     images = pipe(
@@ -63,7 +65,7 @@ def test_a_card_is_written_for_any_pipeline(tiny_teacher: Path, monkeypatch: pyt
     measured = {
         "psnr": gates.measure_autoencoder(pipe, 2),
         "need": gates.measure_need(pipe, 2),
-        "drawing": {str(s): gates.measure_drawing(pipe, judge, size=s, candidates=2, counted=2) for s in (64, 128)},
+        "drawing": {str(s): gates.measure_drawing(pipe, judge, size=s, named=2, counted=2) for s in (64, 128)},
     }
     card = write_card(tiny_teacher, TINY, json.loads(json.dumps(measured))).read_text()
     assert "**not met**" in card and "CC-BY 4.0" in card and "identity" in card
@@ -160,14 +162,39 @@ def test_components_touch_at_corners_too() -> None:
     assert labels[0, 0] == labels[1, 1] and not labels[~mask].any()
 
 
+@pytest.mark.parametrize("focus", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("count", [1, 3, 48])
+def test_timesteps_have_their_distribution_at_any_batch_size(count: int, focus: float) -> None:
+    """Of many batches: the share of each tenth is that of the mixture, and within a batch uniform ones are spread."""
+    torch.manual_seed(0)
+    steps = torch.cat([draw_timesteps(count, 1000, focus, torch.device("cpu")) for _ in range(48_000 // count)])
+    assert steps.min() >= 0 and steps.max() <= 999
+    edges = torch.linspace(0, 1, 11).double()
+    logits = (torch.logit(edges) - 0.6) / 0.8
+    expected = (1 - focus) / 10 + focus * torch.special.ndtr(logits).diff()
+    shares = torch.histc(steps.float(), 10, 0, 1000) / len(steps)
+    torch.testing.assert_close(shares.double(), expected, atol=0.01, rtol=0)
+    if not focus:
+        tenths = draw_timesteps(40, 1000, focus, torch.device("cpu")) // 100
+        assert tenths.bincount().tolist() == [4] * 10
+
+
 def test_the_judge_scores_by_the_caption(tiny_teacher: Path) -> None:
     """The masks end after the first end-of-text token, and the share is one of the number of images."""
     pipe = load_teacher(str(tiny_teacher))
     judge = CLIPModel.from_pretrained(tiny_teacher / "evaluator", dtype=torch.float32).eval()
     tokens = encode_captions(pipe.tokenizer, ["a key, teal background", ""])
     assert attention_mask(tokens, pipe.tokenizer).sum(dim=1).tolist() == [7, 2]
-    images, captions = batch(SceneSet(kinds=("single",)), range(4), 64, [0] * 4)
-    assert top1_accuracy(judge, pipe.tokenizer, images, captions) in (0, 0.25, 0.5, 0.75, 1)
+    scenes = unpicked_scenes(4, kinds=("single",))
+    candidates = [name_candidates(scene, 5) for scene in scenes]
+    assert top1_accuracy(judge, pipe.tokenizer, render_all(scenes, 64), candidates) in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_names_to_choose_among_differ_in_the_drawing_only() -> None:
+    scene = unpicked_scenes(1, kinds=("single",))[0]
+    candidates = name_candidates(scene)
+    assert candidates[0] == scene.caption and len(set(candidates)) == 100
+    assert len({caption.rsplit(", ", 1)[1] for caption in candidates}) == 1
 
 
 def test_the_decoder_is_trained_while_latents_stay(tiny_teacher: Path) -> None:

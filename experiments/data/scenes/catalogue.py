@@ -13,7 +13,7 @@ import numpy as np
 from experiments.data.emoji import catalogue
 from experiments.data.example import in_split
 
-NAMES_FILE = Path(__file__).parent / "drawings.txt"
+FOLDER = Path(__file__).parent
 
 SHAPE_COLORS: dict[str, str] = {
     "white": "#ffffff",
@@ -52,13 +52,16 @@ class Drawing:
 
 
 @cache
-def load_drawings() -> tuple[Drawing, ...]:
-    """Return the curated drawings in the order of `drawings.txt`.
+def load_drawings(file: str = "drawings.txt") -> tuple[Drawing, ...]:
+    """Return the curated drawings in the order of a file of this folder.
+
+    Args:
+        file: `"drawings.txt"`, which scenes show; or `"other_drawings.txt"`, which only the judge knows.
 
     Raises:
         ValueError: the installed Twemoji package lacks one of the names.
     """
-    lines = [line.strip() for line in NAMES_FILE.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in (FOLDER / file).read_text(encoding="utf-8").splitlines()]
     entries = [line.partition(" = ") for line in lines if line and not line.startswith("#")]
     available = {item.name: item for item in catalogue()}
     missing = [name for name, _, _ in entries if name not in available]
@@ -72,9 +75,9 @@ def load_drawings() -> tuple[Drawing, ...]:
 
 
 @cache
-def drawings_of_split(split: str) -> tuple[Drawing, ...]:
+def drawings_of_split(split: str, file: str = "drawings.txt") -> tuple[Drawing, ...]:
     """Return the drawings of `"train"` or `"held_out"`: about one in ten is held out, by a hash of its code points."""
-    return tuple(drawing for drawing in load_drawings() if in_split(drawing.key, split))
+    return tuple(drawing for drawing in load_drawings(file) if in_split(drawing.key, split))
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.data.example import DataError, Example, RandomAccess, Size, extent, to_tensor
+from experiments.data.example import DataError, Example, RandomAccess, Size, extent, in_split, to_tensor
 from experiments.data.scenes.catalogue import Drawing, drawings_of_split
 from experiments.data.scenes.kinds import KINDS, SceneContext, SceneKind
 from experiments.data.scenes.scene import Scene, render_scene
@@ -35,25 +35,33 @@ class SceneSet(RandomAccess):
             (with a background, with each other; shapes with colors) that training never shows.
         growth: what a larger image has more of, pixels or objects.
         kinds: names of scene kinds to restrict the set to; None for all.
+        others: whether other drawings, which the teacher never sees, lead scenes as well; for its judge.
 
     Raises:
         DataError: the split or a kind is unknown.
     """
 
-    def __init__(self, split: str = "train", growth: Growth = "larger", kinds: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        split: str = "train",
+        growth: Growth = "larger",
+        kinds: tuple[str, ...] | None = None,
+        *,
+        others: bool = False,
+    ) -> None:
         unknown = sorted(set(kinds or ()) - set(KINDS))
         if unknown or growth not in ("larger", "more"):
             raise DataError(
                 f"SceneSet: expected kinds from {', '.join(KINDS)} and growth 'larger' or 'more', "
                 f"got kinds={kinds!r}, growth={growth!r}."
             )
-        details = [split, *([growth] if growth != "larger" else []), *(kinds or ())]
+        details = [split, *([growth] if growth != "larger" else []), *(kinds or ()), *(["others"] if others else [])]
         self.name = ", ".join(["scenes", *details])
         self.split = split
         self.growth = growth
         self._kinds = [kind for kind in KINDS.values() if kinds is None or kind.name in kinds]
         self._shares = [(kind, copy) for kind in self._kinds for copy in range(kind.share)]
-        self._drawings = _leading_drawings(split)
+        self._drawings = _leading_drawings(split) + (drawings_of_split(split, "other_drawings.txt") if others else ())
 
     def __len__(self) -> int:
         return len(self._drawings) * len(self._shares)
@@ -70,7 +78,7 @@ class SceneSet(RandomAccess):
     def scene(self, index: int, variation: int = 0, size: Size = TRAINING_SIZE) -> Scene:
         """The scene of an item as data; its canvas depends on `size` only if `growth` is "more"."""
         kind, copy, drawing = self._item(index)
-        held_out_drawing = drawing.key in {item.key for item in drawings_of_split("held_out")}
+        held_out_drawing = not in_split(drawing.key, "train")
         name = f"{kind.name}-{copy}-{drawing.key}".encode()
         context = SceneContext(
             rng=np.random.default_rng([int.from_bytes(name, "big"), variation]),

@@ -203,7 +203,7 @@ def mirrored(context: SceneContext) -> Scene:
 @register_kind(hidden=True, share=2)
 def pattern(context: SceneContext) -> Scene:
     """One unnamed drawing on a lattice: "a repeated pattern, teal background"."""
-    boxes = [box for _, _, box in layout.lattice(context.rng, 3, context.canvas)]
+    boxes = [box for _, _, box in layout.lattice(context.rng, context.canvas)]
     return context.scene("a repeated pattern", context.background(), _copies(context.drawing, boxes))
 
 
@@ -214,7 +214,7 @@ def alternating(context: SceneContext) -> Scene:
     by_row, by_column, words = context.choose((1, 0, "rows"), (0, 1, "columns"), (1, 1, "checkerboard"))
     placements = [
         Placement(pair[(by_row * row + by_column * column) % 2], *box)
-        for row, column, box in layout.lattice(context.rng, 3, context.canvas)
+        for row, column, box in layout.lattice(context.rng, context.canvas)
     ]
     what = "a checkerboard of two" if words == "checkerboard" else f"alternating {words}"
     return context.scene(what, context.background(pair[1]), placements)

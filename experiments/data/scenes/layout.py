@@ -1,8 +1,8 @@
 """Where objects go: boxes at random places, on two sides, in mirrored pairs or on a lattice; lengths are in units.
 
 Boxes have two sizes and lie on a grid of 1/8 unit, 8 px at the training scale. An autoencoder that makes one latent
-pixel of 4 × 4 pixels then gives copies of a drawing equal latents, also after a UNet has halved them once, and a
-denoiser sees each drawing in a few forms again and again, where free positions and sizes would hardly ever repeat one.
+pixel of 4 × 4 pixels then gives copies of a drawing equal latents, also after a UNet has halved them once. A denoiser
+sees each drawing in two forms again and again, where free positions and sizes would hardly ever repeat one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ SIDE = 3
 """Side of a box, in cells."""
 LONE_SIDE = 6
 """Side of a box that has one unit for itself, in cells."""
-LATTICE_CELLS = 16
-"""Cells along one unit of the grid that lattices lie on."""
-LATTICE_SHARE = 0.9
-"""Side of a lattice's boxes over its pitch."""
 _ATTEMPTS = 8
 
 
@@ -38,7 +34,7 @@ def scatter(rng: Generator, count: int, canvas: Canvas) -> list[Box]:
     Raises:
         ValueError: not even boxes of one cell fit.
     """
-    width, height = _cells(canvas, CELLS)
+    width, height = _cells(canvas)
     is_lone = count / (canvas[0] * canvas[1]) < 1.5
     for side in range(min(LONE_SIDE if is_lone else SIDE, width, height), 0, -1):
         for _ in range(_ATTEMPTS):
@@ -79,30 +75,27 @@ def mirror_pairs(rng: Generator, pairs: int, canvas: Canvas, axis: str) -> list[
     return [((x, y, side), (x, height - y - side, side)) for x, y, side in boxes]
 
 
-def lattice(rng: Generator, per_unit: int, canvas: Canvas) -> list[tuple[int, int, Box]]:
-    """Return (row, column, box) of a regular lattice with `per_unit` boxes per unit that fills the canvas."""
-    columns, rows = (max(1, round(per_unit * length)) for length in canvas)
-    width, height = _cells(canvas, LATTICE_CELLS)
-    pitch = min(width // columns, height // rows)
-    side = LATTICE_SHARE * pitch
-    margin = (pitch - side) / 2
-    left, top = (
-        int(rng.integers(0, length - number * pitch + 1)) + margin
-        for length, number in ((width, columns), (height, rows))
-    )
-    corners = [
-        (row, column, left + column * pitch, top + row * pitch) for row in range(rows) for column in range(columns)
-    ]
-    return [
-        (row, column, (x / LATTICE_CELLS, y / LATTICE_CELLS, side / LATTICE_CELLS)) for row, column, x, y in corners
-    ]
+def lattice(rng: Generator, canvas: Canvas) -> list[tuple[int, int, Box]]:
+    """Return (row, column, box) of a regular lattice that fills the canvas: 2 × 2 boxes on one unit.
+
+    Its boxes are those of scattered objects, so that a drawing has the same latents in both.
+    """
+    width, height = _cells(canvas)
+    side = min(SIDE, width, height)
+    pitch = side + GAP
+    columns, rows = ((length + GAP) // pitch for length in (width, height))
+    left = int(rng.integers(0, width - columns * pitch + GAP + 1))
+    top = int(rng.integers(0, height - rows * pitch + GAP + 1))
+    places = [(row, column) for row in range(rows) for column in range(columns)]
+    boxes = _boxes([(left + column * pitch, top + row * pitch) for row, column in places], side)
+    return [(row, column, box) for (row, column), box in zip(places, boxes, strict=True)]
 
 
 def _fill_half(rng: Generator, count: int, half: Canvas) -> list[Box]:
     """Boxes on one half of a canvas; single ones leave a gap to the middle."""
     if count > 1:
         return scatter(rng, count, half)
-    width, height = _cells(half, CELLS)
+    width, height = _cells(half)
     side = min(SIDE, width - GAP, height - GAP)
     return _boxes([(int(rng.integers(0, width - side)), int(rng.integers(0, height - side)))], side)
 
@@ -127,7 +120,7 @@ def _boxes(corners: list[tuple[int, int]], side: int) -> list[Box]:
     return [(x / CELLS, y / CELLS, side / CELLS) for x, y in corners]
 
 
-def _cells(canvas: Canvas, per_unit: int) -> tuple[int, int]:
+def _cells(canvas: Canvas) -> tuple[int, int]:
     """Width and height of a canvas in cells."""
     width, height = canvas
-    return int(width * per_unit), int(height * per_unit)
+    return int(width * CELLS), int(height * CELLS)

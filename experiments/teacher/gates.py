@@ -88,7 +88,7 @@ def name_candidates(scene: Scene, count: int = 100) -> list[str]:
     Other drawings that the judge knows, but the teacher does not, are among them.
     """
     background = scene.caption.rsplit(", ", 1)[1]
-    drawings = [d for file in ("drawings.txt", "other_drawings.txt") for d in drawings_of_split("train", file)]
+    drawings = drawings_of_split("train", others=True)
     captions = (f"{count_phrase(1, drawing.name)}, {background}" for drawing in drawings)
     return list(dict.fromkeys((scene.caption, *captions)))[:count]
 

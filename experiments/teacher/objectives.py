@@ -71,7 +71,7 @@ FOCUS_WIDTH = 0.8
 
 
 def draw_timesteps(count: int, steps: int, focus: float, device: torch.device) -> Tensor:
-    """Return `count` timesteps (count,) in 0 … steps - 1: uniform ones and, a share `focus`, logit-normal ones.
+    """Draw timesteps (count,) from 0 … steps - 1: a share `focus` logit-normal around t = 650, the others uniform.
 
     Where the outline of an object is decided, around t = 650, most is to be learned; near t = 999 almost nothing can
     be. Uniform ones are at least a share 1 - `focus`, so that no timestep is left out. Each distribution is stratified

@@ -89,7 +89,7 @@ def open_tokenizer(directory: Path, recipe: TeacherRecipe) -> CLIPTokenizer:
 
 def caption_words() -> list[str]:
     """Return texts that hold every word of a caption, from which the tokenizer learns its vocabulary."""
-    names = [drawing.name for file in ("drawings.txt", "other_drawings.txt") for drawing in load_drawings(file)]
+    names = [drawing.name for drawing in load_drawings(others=True)]
     shapes = [f"{color} {shape}" for color in SHAPE_COLORS for shape in SHAPES]
     phrases = [
         "of the same, of one color, a repeated pattern, alternating rows, alternating columns, a checkerboard of two",

@@ -52,16 +52,17 @@ class Drawing:
 
 
 @cache
-def load_drawings(file: str = "drawings.txt") -> tuple[Drawing, ...]:
-    """Return the curated drawings in the order of a file of this folder.
+def load_drawings(others: bool = False) -> tuple[Drawing, ...]:
+    """Return the curated drawings that scenes show, in the order of `drawings.txt`.
 
     Args:
-        file: `"drawings.txt"`, which scenes show; or `"other_drawings.txt"`, which only the judge knows.
+        others: whether those of `other_drawings.txt`, which only the judge knows, follow.
 
     Raises:
         ValueError: the installed Twemoji package lacks one of the names.
     """
-    lines = [line.strip() for line in (FOLDER / file).read_text(encoding="utf-8").splitlines()]
+    files = [FOLDER / name for name in ("drawings.txt", *(["other_drawings.txt"] if others else []))]
+    lines = [line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     entries = [line.partition(" = ") for line in lines if line and not line.startswith("#")]
     available = {item.name: item for item in catalogue()}
     missing = [name for name, _, _ in entries if name not in available]
@@ -75,9 +76,9 @@ def load_drawings(file: str = "drawings.txt") -> tuple[Drawing, ...]:
 
 
 @cache
-def drawings_of_split(split: str, file: str = "drawings.txt") -> tuple[Drawing, ...]:
+def drawings_of_split(split: str, others: bool = False) -> tuple[Drawing, ...]:
     """Return the drawings of `"train"` or `"held_out"`: about one in ten is held out, by a hash of its code points."""
-    return tuple(drawing for drawing in load_drawings(file) if in_split(drawing.key, split))
+    return tuple(drawing for drawing in load_drawings(others) if in_split(drawing.key, split))
 
 
 @cache

@@ -61,7 +61,7 @@ class SceneSet(RandomAccess):
         self.growth = growth
         self._kinds = [kind for kind in KINDS.values() if kinds is None or kind.name in kinds]
         self._shares = [(kind, copy) for kind in self._kinds for copy in range(kind.share)]
-        self._drawings = _leading_drawings(split) + (drawings_of_split(split, "other_drawings.txt") if others else ())
+        self._drawings = _leading_drawings(split, others)
 
     def __len__(self) -> int:
         return len(self._drawings) * len(self._shares)
@@ -108,9 +108,9 @@ class SceneSet(RandomAccess):
 
 
 @cache
-def _leading_drawings(split: str) -> tuple[Drawing, ...]:
+def _leading_drawings(split: str, others: bool) -> tuple[Drawing, ...]:
     """Of training, the training drawings; of the other split, held-out drawings and as many training drawings."""
-    drawings = drawings_of_split(split)
+    drawings = drawings_of_split(split, others)
     if split == "train":
         return drawings
     training = drawings_of_split("train")

@@ -41,8 +41,7 @@ def scatter(rng: Generator, count: int, canvas: Canvas) -> list[Box]:
             corners = _try_scatter(rng, count, side, (width, height))
             if corners is not None:
                 return _boxes(corners, side)
-        pitch = side + GAP
-        slots = [(x, y) for y in range(0, height - side + 1, pitch) for x in range(0, width - side + 1, pitch)]
+        slots = _rows_of_corners(side, (width, height))
         if len(slots) >= count:
             return _boxes([slots[index] for index in rng.permutation(len(slots))[:count]], side)
     raise ValueError(f"Cannot place {count} objects on {width} × {height} cells of 1/{CELLS} unit: draw fewer objects.")
@@ -82,13 +81,12 @@ def lattice(rng: Generator, canvas: Canvas) -> list[tuple[int, int, Box]]:
     """
     width, height = _cells(canvas)
     side = min(SIDE, width, height)
-    pitch = side + GAP
-    columns, rows = ((length + GAP) // pitch for length in (width, height))
-    left = int(rng.integers(0, width - columns * pitch + GAP + 1))
-    top = int(rng.integers(0, height - rows * pitch + GAP + 1))
-    places = [(row, column) for row in range(rows) for column in range(columns)]
-    boxes = _boxes([(left + column * pitch, top + row * pitch) for row, column in places], side)
-    return [(row, column, box) for (row, column), box in zip(places, boxes, strict=True)]
+    corners = _rows_of_corners(side, (width, height))
+    last_x, last_y = corners[-1]
+    left = int(rng.integers(0, width - side - last_x + 1))
+    top = int(rng.integers(0, height - side - last_y + 1))
+    boxes = _boxes([(left + x, top + y) for x, y in corners], side)
+    return [(y // (side + GAP), x // (side + GAP), box) for (x, y), box in zip(corners, boxes, strict=True)]
 
 
 def _fill_half(rng: Generator, count: int, half: Canvas) -> list[Box]:
@@ -98,6 +96,13 @@ def _fill_half(rng: Generator, count: int, half: Canvas) -> list[Box]:
     width, height = _cells(half)
     side = min(SIDE, width - GAP, height - GAP)
     return _boxes([(int(rng.integers(0, width - side)), int(rng.integers(0, height - side)))], side)
+
+
+def _rows_of_corners(side: int, cells: tuple[int, int]) -> list[tuple[int, int]]:
+    """Left upper corners of as many boxes as fit in rows, a gap apart, from the upper left on."""
+    width, height = cells
+    pitch = side + GAP
+    return [(x, y) for y in range(0, height - side + 1, pitch) for x in range(0, width - side + 1, pitch)]
 
 
 def _try_scatter(rng: Generator, count: int, side: int, cells: tuple[int, int]) -> list[tuple[int, int]] | None:

@@ -68,7 +68,7 @@ def assemble(words: CLIPTokenizer, coder: AutoencoderKL, model: JointDenoising) 
         text_encoder=model.text,
         tokenizer=words,
         unet=model.unet,
-        scheduler=networks.scheduler(),
+        scheduler=networks.sampler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

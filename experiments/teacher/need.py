@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 from experiments.data import SceneSet
 from experiments.data.scenes.dataset import Growth
 from experiments.teacher.mixing import CONTROLS, fix_mixing, fixed_mixing
+from experiments.teacher.noise_schedules import create_noise_schedule
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import encode_captions, encode_images
 from experiments.teacher.train import build_denoiser, unet_batches
@@ -39,6 +40,7 @@ def velocity_errors(
     pipe: StableDiffusionPipeline, latents: Tensor, tokens: Tensor, timesteps: tuple[int, ...] = TIMESTEPS
 ) -> Errors:
     """Return the mean squared velocity error at each timestep, with the same noise at all of them."""
+    schedule = create_noise_schedule(pipe.scheduler)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
     states = pipe.text_encoder(tokens).last_hidden_state
     errors: Errors = {}
@@ -46,8 +48,8 @@ def velocity_errors(
         total = 0.0
         for rows in torch.arange(len(latents)).split(16):
             steps = torch.full((len(rows),), timestep)
-            noisy = pipe.scheduler.add_noise(latents[rows], noise[rows], steps)
-            target = pipe.scheduler.get_velocity(latents[rows], noise[rows], steps)
+            noisy = schedule.add_noise(latents[rows], noise[rows], steps)
+            target = schedule.target(latents[rows], noise[rows], steps)
             total += float((pipe.unet(noisy, steps, states[rows]).sample - target).square().mean()) * len(rows)
         errors[timestep] = total / len(latents)
     return errors

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
+
+from experiments.teacher.noise_schedules import NoiseSchedule
 
 
 class Contrastive(nn.Module):
@@ -87,45 +89,45 @@ def _stratified(count: int, device: torch.device) -> Tensor:
     return (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
 
 
-def add_random_noise(latents: Tensor, scheduler: DDIMScheduler, focus: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return noisy latents (b, c, h, w), their timesteps (b,) and the velocities; `focus` as of `draw_timesteps`."""
+def add_random_noise(latents: Tensor, schedule: NoiseSchedule, focus: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents (b, c, h, w), their timesteps (b,) and the targets; `focus` as of `draw_timesteps`."""
     noise = torch.randn_like(latents)
-    steps = draw_timesteps(len(latents), scheduler.config.num_train_timesteps, focus, latents.device)
-    return scheduler.add_noise(latents, noise, steps), steps, scheduler.get_velocity(latents, noise, steps)
+    steps = draw_timesteps(len(latents), schedule.train_timesteps, focus, latents.device)
+    return schedule.add_noise(latents, noise, steps), steps, schedule.target(latents, noise, steps)
 
 
 class Denoising(nn.Module):
-    """Velocity prediction with uniform weights; batch: latents (b, c, s, s), scaled; text states (b, t, d).
+    """Prediction of the schedule's target with uniform weights; batch: latents (b, c, s, s), scaled; states (b, t, d).
 
     Args:
         unet: the network.
-        scheduler: its noise schedule.
+        schedule: the noise levels, and what is predicted.
         focus: share of the timesteps that `draw_timesteps` concentrates; 0 draws all of them uniformly.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, focus: float = 0.0) -> None:
+    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, focus: float = 0.0) -> None:
         super().__init__()
         self.focus = focus
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.scheduler = scheduler
+        self.schedule = schedule
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, states = batch
-        noisy, steps, target = add_random_noise(latents, self.scheduler, self.focus)
+        noisy, steps, target = add_random_noise(latents, self.schedule, self.focus)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return {"loss": (self.unet(noisy, steps, states).sample.float() - target).square().mean()}
 
 
 class JointDenoising(Denoising):
-    """Velocity prediction of a UNet and its text encoder, trained together.
+    """Denoising by a UNet and its text encoder, trained together.
 
     Batch: latents (b, c, s, s), scaled; token ids (b, t).
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, text: CLIPTextModel, scheduler: DDIMScheduler, focus: float = 0.0
+        self, unet: UNet2DConditionModel, text: CLIPTextModel, schedule: NoiseSchedule, focus: float = 0.0
     ) -> None:
-        super().__init__(unet, scheduler, focus)
+        super().__init__(unet, schedule, focus)
         self.text = text
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:

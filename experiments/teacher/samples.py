@@ -14,8 +14,8 @@ from experiments.data import SceneSet
 from experiments.data.scenes import Scene
 from unet_adapters.hosts import find_host
 
-GUIDANCE = 2.0
-STEPS = 25
+GUIDANCE = 3.0
+STEPS = 50
 
 
 def unpicked_scenes(count: int, split: str = "train", kinds: tuple[str, ...] | None = None) -> list[Scene]:

@@ -245,7 +245,7 @@ def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -
     """Return an untrained UNet with its text encoder, in the form that trains fastest on a CPU."""
     torch.manual_seed(seed)
     text = networks.text_encoder(words, recipe)
-    model = JointDenoising(networks.unet(recipe), text, networks.scheduler(), recipe.timestep_focus)
+    model = JointDenoising(networks.unet(recipe), text, networks.noise_schedule(), recipe.timestep_focus)
     if not torch.cuda.is_available():
         model.unet.set_attn_processor(AttnProcessor())  # Fused attention's backward pass is twice as slow on CPUs.
     return model

@@ -51,7 +51,7 @@ class Imitation(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, tokens = batch
-        noisy, steps, truth = add_random_noise(latents, self.teacher.scheduler, self.focus)
+        noisy, steps, truth = add_random_noise(latents, self.teacher.schedule, self.focus)
         with torch.no_grad():
             states = self.teacher.text(input_ids=tokens).last_hidden_state
             target = self.teacher.unet(noisy, steps, states).sample.float()
@@ -86,7 +86,7 @@ def train_transformer(
     """
     pipe, _ = load_trained(directory, recipe, stage)
     torch.manual_seed(0)
-    teacher = JointDenoising(pipe.unet, pipe.text_encoder, pipe.scheduler)
+    teacher = JointDenoising(pipe.unet, pipe.text_encoder, networks.noise_schedule())
     model = Imitation(networks.transformer(recipe), teacher, pipe.tokenizer, recipe.timestep_focus)
     settings = recipe.model_copy(update={"unet": recipe.dit, "large_from": recipe.dit_large_from})
     fit(model, unet_batches(directory, pipe.vae, pipe.tokenizer, settings), recipe.dit, directory / FOLDER, callback)
@@ -110,7 +110,7 @@ def assemble_transformer(
         text_encoder=with_positions(text, PIPELINE_TOKENS),
         vae=coder,
         transformer=transformer,
-        scheduler=networks.scheduler(),
+        scheduler=networks.sampler(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -22,6 +22,7 @@ from experiments.studies import compatibility
 from experiments.studies.compatibility import CompatibilityConfig, controlnet, ip_adapter, measure, run, training
 from experiments.studies.compatibility.config import SamplingConfig
 from experiments.studies.compatibility.sampling import image_prompt_arguments
+from experiments.teacher.noise_schedules import create_noise_schedule
 from experiments.training import fit
 
 ONE = FitConfig(steps=2, batch_size=2, learning_rate=1e-2, warmup=0)
@@ -106,7 +107,7 @@ def test_training_a_controlnet_changes_nothing_else(context: DistillationContext
     start = {n: v.clone() for n, v in model.state_dict().items()}
     maps = torch.ones(len(context.latents), 1, 64, 64, dtype=torch.bool)
     batch = controlnet.controlnet_batches(context, maps, context.text_states[0], ONE, 0.5)
-    objective = controlnet.controlnet_loss(pipe.unet, model, pipe.scheduler)
+    objective = controlnet.controlnet_loss(pipe.unet, model, create_noise_schedule(pipe.scheduler))
     assert {n.split(".")[1] for n, _ in objective.named_parameters()} == {"controlnet"}
     fit(objective, batch, ONE, tmp_path)
     assert same(before, snapshot(pipe))
@@ -125,7 +126,7 @@ def test_the_published_format_and_the_public_loader(context: DistillationContext
     assert set(weights["ip_adapter"]) == names and set(weights) == {"image_proj", "ip_adapter"}
     with ip_adapter.ip_adapter_loaded(pipe, weights):
         assert same(ip_adapter.flatten_weights(weights), ip_adapter.flatten_weights(ip_adapter.read_weights(pipe.unet)))
-        objective = ip_adapter.ip_adapter_loss(pipe.unet, pipe.scheduler)
+        objective = ip_adapter.ip_adapter_loss(pipe.unet, create_noise_schedule(pipe.scheduler))
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         assert trained == sum(v.numel() for v in ip_adapter.flatten_weights(weights).values())
         fit(

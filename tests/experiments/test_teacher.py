@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from experiments.data import SceneSet, batch
 from experiments.data.emoji import BACKGROUNDS
-from experiments.teacher import gates, train
+from experiments.teacher import gates, networks, train
 from experiments.teacher.card import write_card
 from experiments.teacher.gates import name_candidates, render_all
 from experiments.teacher.inspect_images import background_accuracy, count_objects, find_backgrounds, label_components
@@ -20,12 +20,14 @@ from experiments.teacher.judge import attention_mask, top1_accuracy
 from experiments.teacher.load import EMBEDDED, load_teacher
 from experiments.teacher.mixing import CONTROLS, fixed_mixing
 from experiments.teacher.need import encode_scenes, train_from_scratch, velocity_errors
+from experiments.teacher.noise_schedules import create_noise_schedule
 from experiments.teacher.objectives import draw_timesteps, roughness
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.samples import unpicked_scenes
 from experiments.teacher.shards import LatentShards, encode_captions, make_batches
 from experiments.teacher.train import train_teacher
 from tests.experiments.conftest import TINY
+from unet_adapters.highres.schedule import oracle_error
 
 
 def test_the_weights_are_small_and_need_no_code_of_ours() -> None:
@@ -55,6 +57,19 @@ def test_the_embedded_teacher_draws_the_backgrounds_of_captions() -> None:
     assert images.shape == (4, 3, 64, 64)
     assert images.isfinite().all()
     assert background_accuracy(images * 2 - 1, captions) >= 0.5
+
+
+@pytest.mark.parametrize("steps", [2, 20, 50])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.3])
+def test_the_sampler_ends_at_the_image_of_a_perfect_model(steps: int, strength: float) -> None:
+    assert oracle_error(networks.sampler(), steps, strength) < 1e-3
+
+
+def test_the_sampler_has_the_noise_levels_of_training(tiny_teacher: Path) -> None:
+    trained, shipped = networks.noise_schedule(), create_noise_schedule(load_teacher(str(tiny_teacher)).scheduler)
+    latents, noise, timesteps = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4), torch.tensor([0, 500, 999])
+    assert torch.equal(trained.add_noise(latents, noise, timesteps), shipped.add_noise(latents, noise, timesteps))
+    assert torch.equal(trained.target(latents, noise, timesteps), shipped.target(latents, noise, timesteps))
 
 
 def test_a_card_is_written_for_any_pipeline(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from experiments.config import FitConfig
 from experiments.data import CaptionedImages, batch
 from experiments.distill import DistillationContext
+from experiments.teacher.noise_schedules import NoiseSchedule
 from experiments.teacher.objectives import Denoising
 from experiments.training import batch_indices
 
@@ -69,9 +70,9 @@ class ControlledUNet(nn.Module):
         )
 
 
-def controlnet_loss(unet: UNet2DConditionModel, controlnet: ControlNetModel, scheduler: DDIMScheduler) -> nn.Module:
+def controlnet_loss(unet: UNet2DConditionModel, controlnet: ControlNetModel, schedule: NoiseSchedule) -> nn.Module:
     """Return the teacher's training objective for the ControlNet alone; its batches are `controlnet_batches`."""
-    return Denoising(ControlledUNet(unet, controlnet), scheduler)
+    return Denoising(ControlledUNet(unet, controlnet), schedule)
 
 
 def controlnet_batches(

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 from experiments.config import FitConfig
 from experiments.distill import DistillationContext
+from experiments.teacher.noise_schedules import NoiseSchedule
 from experiments.teacher.objectives import Denoising
 from experiments.training import batch_indices
 
@@ -145,9 +146,9 @@ class ImagePromptedUNet(nn.Module):
         return self._unet[0](noisy, timesteps, text, added_cond_kwargs={"image_embeds": [images[:, None]]})
 
 
-def ip_adapter_loss(unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> nn.Module:
+def ip_adapter_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule) -> nn.Module:
     """Return the teacher's training objective for the loaded IP-Adapter alone; its batches are `ip_adapter_batches`."""
-    return Denoising(ImagePromptedUNet(unet), scheduler)
+    return Denoising(ImagePromptedUNet(unet), schedule)
 
 
 def ip_adapter_batches(

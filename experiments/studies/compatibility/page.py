@@ -128,7 +128,7 @@ def _format_method(result: dict[str, Any], config: CompatibilityConfig) -> list[
         "## How it was measured",
         "",
         f"{sampling.images} images of each split, spread evenly, with backgrounds, positions and scales that no "
-        f"training used. Held-in drawings were in the training set, held-out ones were not. {sampling.steps} DDIM "
+        f"training used. Held-in drawings were in the training set, held-out ones were not. {sampling.steps} sampling "
         f"steps, guidance {sampling.guidance:g}, the same noise for image k in every row. Intervals: 95 % bootstrap "
         "over images; "
         "differences are paired, image by image. Each part was trained once: the intervals do not cover the variation "

@@ -107,7 +107,7 @@ def train_controlnet(
         model = control.create_controlnet(pipe.unet, pipe.vae_scale_factor)
         edges = torch.cat([control.detect_edges(chunk).bool() for chunk in _training_images(config)])
         fit(
-            control.controlnet_loss(pipe.unet, model, pipe.scheduler),
+            control.controlnet_loss(pipe.unet, model, context.teacher.scheduler),
             control.controlnet_batches(
                 context, edges, _empty_caption(context), config.controlnet, config.controlnet_caption_dropout
             ),
@@ -134,7 +134,7 @@ def train_ip_adapter(
         embeddings = torch.cat([ip.embed_images(clip, chunk) for chunk in _training_images(config)])
         with ip.ip_adapter_loaded(pipe, ip.initial_weights(pipe, embeddings, context.text_states)):
             fit(
-                ip.ip_adapter_loss(pipe.unet, pipe.scheduler),
+                ip.ip_adapter_loss(pipe.unet, context.teacher.scheduler),
                 ip.ip_adapter_batches(
                     context,
                     embeddings,

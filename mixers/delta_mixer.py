@@ -110,7 +110,8 @@ class DeltaMixer(NormalizedMixer):
         log_decay = streams.log_decay
         if log_decay is not None:
             log_decay = log_decay.masked_fill(~visible.view(*visible.shape, *(1 for _ in log_decay.shape[2:])), 0)
-        return replace(streams, beta=streams.beta.masked_fill(~visible[..., None], 0), log_decay=log_decay)
+        beta = streams.beta.masked_fill(~visible[..., None], 0)
+        return replace(streams, beta=beta, log_decay=log_decay, visible=visible)
 
     @property
     def rotary_placements(self) -> dict[RotaryPlacement, str | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixers import operators
 from mixers.context import RotaryPlacement, Rotation, TextAttention, TextTokens, count_tokens
 from mixers.feature_maps import FeatureMap
-from mixers.normalization import count_visible_tokens
+from mixers.normalization import count_unmasked_tokens
 from mixers.normalized_mixer import NormalizedMixer
 from mixers.precision import no_autocast
 from mixers.streams import Streams
@@ -158,19 +158,17 @@ class LinearContext(NormalizedMixer):
         return cast(Tensor, sums)
 
     def _count(self, streams: Streams, text: TextTokens | None) -> Any:
-        return count_tokens(streams.v, streams.visible) + (0 if text is None else text.count)
+        counts = count_tokens(streams.v, streams.visible) + (0 if text is None else text.count)
+        return counts.clamp_min(1) if isinstance(counts, Tensor) else counts
 
     def _row_eps(self, streams: Streams, text: TextTokens | None) -> Tensor:
         """Return what is added to the row sums: eps times the number of visible tokens, or eps where sums decay."""
         v = streams.values
         if self._sums_decay:
             return v.new_tensor(self.config.eps)
-        counts = count_visible_tokens(v, self.config.causality)[:, None, None]
-        if streams.visible is not None:
-            visible = streams.visible.to(v.dtype)
-            numbers = visible.cumsum(1) if self.config.causality == "causal" else visible.sum(1, keepdim=True)
-            counts = numbers[..., None, None]
-        return self.config.eps * (counts + (0 if text is None else text.count))
+        counts = count_unmasked_tokens(v, self.config.causality, streams.visible)
+        counts = counts + (0 if text is None else text.count)
+        return self.config.eps * counts.clamp_min(1)  # a token that sees nothing gets 0 / eps
 
     def _text_eps(self, text: TextTokens, streams: Streams) -> Any:
         """Return the share of the text in `_row_eps`."""

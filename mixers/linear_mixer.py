@@ -124,8 +124,6 @@ class LinearMixer(LinearContext):
         if streams.rotation is not None or streams.visible is not None:
             return divide(*self.sums(streams))
         q, k, v, feature_map = self.operands(streams)
-        if self.heads_per_group == self.heads:  # the operator computes the products of one head for all
-            q, k = q[:, :, :1], k[:, :, :1]
         options = self._operator_options(streams) | {"feature_map": feature_map, "backend": self.config.backend}
         return cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **options))
 
@@ -169,7 +167,8 @@ class LinearMixer(LinearContext):
         """Return q, k and v, and the feature map that the operator applies to q and k.
 
         An operator that applies the map while it reads q and k never writes the features to memory. The map is
-        `identity` if `features` has to be computed beforehand, because it does more than apply a map.
+        `identity` if `features` has to be computed beforehand, because it does more than apply a map. Otherwise q and k
+        that all heads share have one head, so that the operator computes their products once.
         """
         dt = streams.dt
         normalize = self.config.normalize
@@ -181,7 +180,12 @@ class LinearMixer(LinearContext):
             return q, k, v, "identity"
         # Unnormalized, scaling keys or scaling values by dt is equivalent.
         v = v if dt is None else v * dt[..., None]
-        return self.scaled_q(streams), self.scaled_k(streams.k), v, self.feature_map_name(self.config)
+        q = self.scaled_q(streams)
+        k = self.scaled_k(streams.k)
+        if self.heads_per_group == self.heads:
+            q = q[:, :, :1]
+            k = k[:, :, :1]
+        return q, k, v, self.feature_map_name(self.config)
 
     def scaled_q(self, streams: Streams) -> Tensor:
         """Return q times its temperature, (b, l, h, k)."""

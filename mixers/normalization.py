@@ -31,3 +31,18 @@ def count_visible_tokens(like: Tensor, causality: Causality, past: int = 0) -> T
     if causality != "causal":
         return torch.full((length,), float(length), device=like.device, dtype=like.dtype)
     return torch.arange(past + 1, past + length + 1, device=like.device, dtype=like.dtype)
+
+
+def count_unmasked_tokens(like: Tensor, causality: Causality, visible: Tensor | None) -> Tensor:
+    """Return how many tokens each token sees, of those that no mask hides: (1 or b, 1 or l, 1, 1), 0 if there are none.
+
+    Args:
+        like: (b, l, h, …); gives the dtype and the device.
+        causality: which tokens each token sees.
+        visible: (b, l), False for hidden tokens; None: all tokens are visible.
+    """
+    if visible is None:
+        return count_visible_tokens(like, causality)[None, :, None, None]
+    numbers = visible.to(like.dtype)
+    numbers = numbers.cumsum(1) if causality == "causal" else numbers.sum(1, keepdim=True)
+    return numbers[..., None, None]

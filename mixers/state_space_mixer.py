@@ -85,8 +85,13 @@ class StateSpaceMixer(LinearMixer):
 
     @property
     def heads_per_group(self) -> int:
-        """All heads if there is one group; if normalized, one, because Δ scales the keys of each head differently."""
-        return self.heads if self.n_groups == 1 and not self.config.normalize else 1
+        """All heads if there is one group, and one if normalized or with temperatures.
+
+        Normalized, Δ scales the keys of each head differently; otherwise it scales the values. A temperature is a factor
+        per head.
+        """
+        shares = self.n_groups == 1 and not self.config.normalize and self.log_temperature is None
+        return self.heads if shares else 1
 
     def create_projections(self) -> Projections:
         """Create the mixer's own projections, with biases if `bias` is set."""
@@ -115,10 +120,12 @@ class MultiPassMixer(StateSpaceMixer):
     def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least."""
         if not self.config.normalize:
-            return self.weigh(streams, streams.values)
+            return self.weigh(streams, streams.values) * self.scale_at(streams.x.shape[1])
         return divide_by_last(self.weigh(streams, append_ones(streams.values)), self.config.eps)
 
     def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
         total = self.weights(streams)
-        return total / (total.sum(-1, keepdim=True) + self.config.eps) if self.config.normalize else total
+        if not self.config.normalize:
+            return total * self.scale_at(streams.x.shape[1])
+        return total / (total.sum(-1, keepdim=True) + self.config.eps)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixers.operators.backend import OperatorCall
 
@@ -41,6 +42,48 @@ def refuses_size(call: OperatorCall) -> str | None:
     if largest <= MOST_ELEMENTS:
         return None
     return f"a batch item of {largest:,} elements exceeds its 32-bit offsets"
+
+
+def call_once_differentiable(kernel: Callable[..., tuple[Tensor, ...]], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Call kernel(*inputs) so that differentiating its gradients raises RuntimeError.
+
+    The backward passes of kernels return tensors without a graph. Under `create_graph=True` these would count as
+    constants, and second derivatives would be wrong without an error.
+    """
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        return kernel(*inputs)
+    results: tuple[Tensor, ...] = _OnceDifferentiable.apply(kernel, *inputs)
+    return results
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Runs a kernel with its own graph inside, which the backward pass reads."""
+
+    @staticmethod
+    def forward(ctx, kernel, *inputs):  # type: ignore[no-untyped-def]
+        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+        with torch.enable_grad():
+            outputs = kernel(*leaves)
+        ctx.leaves = leaves
+        ctx.outputs = outputs
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        needed = [t for t in ctx.leaves if t is not None and t.requires_grad]
+        pairs = [(o, g) for o, g in zip(ctx.outputs, gradients, strict=True) if o.requires_grad]
+        with torch.enable_grad():
+            computed = iter(
+                torch.autograd.grad(
+                    [output for output, _ in pairs],
+                    needed,
+                    [gradient for _, gradient in pairs],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            )
+        return None, *(None if t is None or not t.requires_grad else next(computed) for t in ctx.leaves)
 
 
 def split_batch(kernel: CausalKernel, streams: tuple[Tensor | None, ...], memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from mixers.normalization import count_visible_tokens
+from mixers.normalization import count_unmasked_tokens
 from mixers.streams import Streams
 from mixers.traits import Causality
 
@@ -74,14 +74,15 @@ class Subtraction(Normalizer):
         v = streams.values
         mixed, sums = mixer.weigh_with_row_sums(streams, v)
         scale = mixer.score_scale
-        return scale * mixed + (1 - scale * sums) * _visible_mean(v, mixer.causality)
+        return scale * mixed + (1 - scale * sums) * _visible_mean(v, mixer.causality, streams.visible)
 
     def matrix(self, mixer: WeightedMixer, streams: Streams) -> Tensor:
         """Compute W from its formula."""
         scores = mixer.score_scale * mixer.weights(streams)
-        counts = count_visible_tokens(streams.values, mixer.causality).to(scores.dtype)[:, None]
         visible = torch.ones_like(scores)
+        visible = visible if streams.visible is None else visible * streams.visible[:, None, None]
         visible = visible.tril() if mixer.causality == "causal" else visible
+        counts = visible.sum(-1, keepdim=True).clamp_min(1)
         return scores + visible * (1 - scores.sum(-1, keepdim=True)) / counts
 
 
@@ -102,8 +103,11 @@ NORMALIZERS: Mapping[str, Normalizer] = {"subtract": Subtraction(), "decoupled":
 """The normalizers that combine unnormalized weights; those of `row_sum` are computed by the operators."""
 
 
-def _visible_mean(v: Tensor, causality: Causality) -> Tensor:
-    """Average the values that each token sees: (b, l, h, v), or (b, 1, h, v) if all tokens see the same."""
-    if causality != "causal":
+def _visible_mean(v: Tensor, causality: Causality, visible: Tensor | None) -> Tensor:
+    """Average the values that each token sees: (b, l, h, v), or (b, 1, h, v) if all tokens see the same; 0 of none."""
+    if visible is not None:
+        v = v.masked_fill(~visible[..., None, None], 0)
+    elif causality != "causal":
         return v.mean(1, keepdim=True)
-    return v.cumsum(1) / count_visible_tokens(v, causality)[:, None, None]
+    sums = v.cumsum(1) if causality == "causal" else v.sum(1, keepdim=True)
+    return sums / count_unmasked_tokens(v, causality, visible).clamp_min(1)

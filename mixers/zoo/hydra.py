@@ -40,11 +40,6 @@ class HydraConfig(StateSpaceConfig):
     shared_keys: bool = False
     own_query: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scale != "constant":
-            raise ValueError("scale='mean' has no meaning for hydra, whose sums decay: use scale='constant'.")
-
 
 @dataclass(frozen=True)
 class HydraStreams(Streams):
@@ -163,7 +158,7 @@ class Hydra(MultiPassMixer):
     def _past_matrix(self, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
         """Compute the matrix of `_sum_past`, (b, h, l, l)."""
         matrix = operators.linear_attention_matrix(
-            self._shift_query(q), k, log_decay, causality="causal", normalize=False, eps=0.0, scale=self.scale
+            self._shift_query(q), k, log_decay, causality="causal", normalize=False, eps=0.0, scale=1.0
         )
         return F.pad(matrix, (0, 0, 1, -1))
 

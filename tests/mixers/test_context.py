@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from mixers.context import MixingContext, Rotation, TextTokens
 from mixers.delta_mixer import DeltaMixer
 from mixers.linear_mixer import LinearMixer
 from mixers.mixer import TokenMixer
+from mixers.stages.normalizers import NORMALIZER_NAMES
 from mixers.testing.tolerances import assert_close
 from mixers.zoo.softmax import Softmax
 from tests.mixers.builders import disturbed, float64
@@ -186,24 +188,50 @@ def test_softmax_attends_to_image_and_text_at_once(causality, padded) -> None:
     assert_close(mixer.mix_in_context(streams, MixingContext(text=words, rotation=turn)), expected)
 
 
-@pytest.mark.parametrize("name", list_mixers())
-def test_padding_is_as_if_the_tokens_did_not_exist(name) -> None:
-    x = float64(1, LENGTH, DIM)
-    indices = [0, 1, 3, 4, 7, 8, 9, 11]
-    visible = torch.zeros(1, LENGTH, dtype=torch.bool)
-    visible[:, indices] = True
+def configurations(name: str, **options: Any) -> list[TokenMixer]:
+    """The mixer with every causality, unnormalized, with every normalizer, and with the mean scale, where allowed."""
     entry = registry.get_mixer_entry(name)
+    mixers = []
     for causality in entry.causalities:
-        for normalize in entry.normalizations:
-            mixer = build(name, causality=causality, normalize=normalize)
-            context = MixingContext(visible=visible)
-            one_step = isinstance(mixer, DeltaMixer) and causality == "noncausal"
-            exact = isinstance(mixer, DeltaMixer | Softmax | ConstantMixer) or getattr(mixer, "has_sums", False)
-            if one_step or not exact:
-                with pytest.raises(ValueError, match="attention_mask hides tokens"):
-                    mixer(x, context=context)
-                continue
-            assert_close(mixer(x, context=context)[:, indices], mixer(x[:, indices]))
+        settings: list[dict[str, Any]] = [{"normalize": normalize} for normalize in entry.normalizations]
+        settings += [{"normalize": True, "normalizer": normalizer} for normalizer in NORMALIZER_NAMES]
+        settings += [{"normalize": False, "scale": "mean"}]
+        for setting in settings:
+            with contextlib.suppress(ValueError):
+                mixers.append(build(name, causality=causality, **setting, **options))
+    assert mixers
+    return mixers
+
+
+HIDDEN = ([2, 5, 6, 10], [0, 1, 7], list(range(LENGTH)))  # of each sample: some, the first ones, all
+
+
+@pytest.mark.parametrize("name", list_mixers())
+@pytest.mark.parametrize("mode", [None, "softmax"])
+def test_padding_is_as_if_the_tokens_did_not_exist(name, mode) -> None:
+    x = float64(len(HIDDEN), LENGTH, DIM)
+    visible = torch.ones(len(HIDDEN), LENGTH, dtype=torch.bool)
+    for row, hidden in zip(visible, HIDDEN, strict=True):
+        row[hidden] = False
+    words = None
+    if mode is not None:
+        words = TextTokens(*(float64(len(HIDDEN), tokens, HEADS, K) for tokens in (LENGTH, TEXT, TEXT)))
+    context = MixingContext(visible=visible, text=words)
+    for mixer in configurations(name, text=mode):
+        one_step = isinstance(mixer, DeltaMixer) and mixer.config.causality == "noncausal"
+        exact = isinstance(mixer, DeltaMixer | Softmax | ConstantMixer) or getattr(mixer, "has_sums", False)
+        if one_step or not exact:
+            with pytest.raises(ValueError, match="attention_mask hides tokens"):
+                mixer(x, context=context)
+            continue
+        y = mixer(x, context=context)
+        for i in (0, 1):
+            rest = visible[i].nonzero().flatten()
+            text_of_rest = words and TextTokens(words.q[i : i + 1, rest], words.k[i : i + 1], words.v[i : i + 1])
+            alone = mixer(x[i : i + 1, rest], context=MixingContext(text=text_of_rest))
+            assert_close(y[i : i + 1, rest], alone, what=f"{mixer.config}")
+        gradients = torch.autograd.grad(y.sum(), list(mixer.parameters()), allow_unused=True, materialize_grads=True)
+        assert all(t.isfinite().all() for t in (y, *gradients)), mixer.config
 
 
 @pytest.mark.parametrize("scan", ["column", "cross"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from mixers.testing.inputs import (
     as_causal,
     flip_tokens,
     grid_of,
+    has_option,
     run_mixer,
     slice_tokens,
     with_option,
@@ -76,6 +80,49 @@ def _output_and_gradients(mixer: TokenMixer, inputs: CheckInputs, length: int) -
     loss = (y * inputs.tokens(mixer, length, stream=1)).sum()
     gradients = torch.autograd.grad(loss, list(mixer.parameters()), allow_unused=True, materialize_grads=True)
     return [y, *gradients]
+
+
+def check_every_head_has_its_temperature(mixer: TokenMixer, inputs: CheckInputs) -> None:
+    """Learned temperatures that differ between heads act on the output as they do on the matrix."""
+    config = dataclasses.replace(mixer.config, temperature=True)  # type: ignore[call-arg]
+    warm = type(mixer)(config, mixer.dim, mixer.heads).double()
+    warm.load_state_dict(mixer.state_dict(), strict=False)
+    temperature = warm.get_parameter("log_temperature")
+    torch.nn.init.uniform_(temperature, -0.5, 0.5, generator=torch.Generator().manual_seed(inputs.seed))
+    for length in inputs.lengths:
+        x = inputs.tokens(warm, length)
+        assert_close(run_mixer(warm, x), apply_through_matrix(warm, x), what=f"output at l = {length}")
+
+
+def supports_temperature(mixer: TokenMixer) -> bool:
+    """Return whether the mixer has the option `temperature`, and a matrix to compare with."""
+    return _accepts(mixer, temperature=True) and mixer.traits.linear_in_values
+
+
+def check_mean_scale_is_a_factor(mixer: TokenMixer, inputs: CheckInputs) -> None:
+    """Unnormalized: scale="mean" multiplies the weights by reference_length / l."""
+    mean = with_option(mixer, scale="mean")
+    for length in inputs.lengths:
+        streams = inputs.streams(mixer, length)
+        factor = mean.config.reference_length / length  # type: ignore[attr-defined]
+        assert_close(mean.mix(streams), mixer.mix(streams) * factor, what=f"output at l = {length}")
+        matrix = mixer.mixing_matrix(streams) * factor
+        assert_close(mean.mixing_matrix(streams), matrix, what=f"matrix at l = {length}")
+
+
+def supports_mean_scale(mixer: TokenMixer) -> bool:
+    """Return whether weights are scaled by a constant, and can be scaled by the number of tokens instead."""
+    return getattr(mixer.config, "scale", None) == "constant" and _accepts(mixer, scale="mean")
+
+
+def _accepts(mixer: TokenMixer, **options: Any) -> bool:
+    if not all(has_option(mixer, name) for name in options):
+        return False
+    try:
+        dataclasses.replace(mixer.config, **options)
+    except ValueError:
+        return False
+    return True
 
 
 def check_rows_sum_to_one(mixer: TokenMixer, inputs: CheckInputs) -> None:

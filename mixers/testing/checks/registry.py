@@ -50,6 +50,8 @@ MIXER_CHECKS: tuple[MixerCheck, ...] = (
     MixerCheck(matrix.check_matrix_by_probing, lambda m: m.traits.linear_in_values),
     MixerCheck(matrix.check_matrix_by_differentiating, lambda m: not m.traits.linear_in_values),
     MixerCheck(matrix.check_formulations_agree, lambda m: has_option(m, "backend")),
+    MixerCheck(matrix.check_every_head_has_its_temperature, matrix.supports_temperature),
+    MixerCheck(matrix.check_mean_scale_is_a_factor, matrix.supports_mean_scale),
     MixerCheck(matrix.check_rows_sum_to_one, lambda m: m.traits.normalized),
     MixerCheck(matrix.check_constant_values_are_kept, lambda m: m.traits.normalized),
     MixerCheck(matrix.check_matrix_is_nonnegative, lambda m: m.traits.positive),

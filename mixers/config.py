@@ -86,6 +86,10 @@ class MixerConfig:
         ):
             if value not in names:
                 raise ValueError(unknown_name(option, str(value), [name for name in names if name]))
+        if self.conv_2d and not self.conv_size:
+            raise ValueError(
+                "conv_2d=True needs a convolution: pass conv_size, the side of its window, or leave conv_2d out."
+            )
         if self.normalizer is not None and not self.normalize:
             raise ValueError(f"normalizer={self.normalizer!r} needs normalize=True.")
         if self.expand <= 0 or self.conv_size < 0 or (self.local_conv_size or 0) < 0:

@@ -144,7 +144,7 @@ class DeltaMixer(NormalizedMixer):
         q, k = self.features(streams)
         return operators.delta_rule_matrix(q, k, streams.beta, streams.log_decay, **self._operator_options())
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Apply the rule before any normalization to values v (b, l, h, ·): (b, l, h, ·)."""
         assert streams.beta is not None
         q, k = self._unit_features(streams, FEATURE_MAPS["relu"] if positive else self.feature_map)
@@ -154,8 +154,8 @@ class DeltaMixer(NormalizedMixer):
         )
         return cast(Tensor, mixed)
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula."""
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `apply_unnormalized` applies, (b, h, l, l), from its formula."""
         assert streams.beta is not None
         q, k = self._unit_features(streams, FEATURE_MAPS["relu"] if positive else self.feature_map)
         causality = self.config.causality
@@ -201,7 +201,7 @@ class DeltaMixer(NormalizedMixer):
         pairwise = self.config.causality != "noncausal"
         return replace(super().traits, repetition_invariant=self.permutation_equivariant, pairwise=pairwise)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return h·k·v, or h·k·(v + 1) if normalized; `subtract` adds h·v."""
         return self.heads * self.key_dim * sum(self.value_widths) + self.value_sum_size
 

@@ -13,6 +13,9 @@ from mixers.traits import CAUSALITIES, Causality, Traits
 
 MixerClass = TypeVar("MixerClass", bound=type[TokenMixer])
 
+UNBOUNDED_SUMS = "exp(q·k) is unbounded, so its sums overflow without the division"
+"""Why a mixer with softmax cannot be unnormalized."""
+
 
 @dataclass(frozen=True)
 class MixerEntry:

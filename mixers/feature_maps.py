@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixers.suggest import hint
+from mixers.suggest import unknown_name
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def feature_map(name: str, normalize: bool) -> FeatureMap:
         ValueError: The name is unknown, or the map is signed and `normalize` is set.
     """
     if name not in FEATURE_MAPS:
-        raise ValueError(
-            f"Unknown feature map {name!r}: expected one of {', '.join(FEATURE_MAPS)}.{hint(name, FEATURE_MAPS)}"
-        )
+        raise ValueError(unknown_name("feature map", name, FEATURE_MAPS))
     if normalize and not FEATURE_MAPS[name].positive:
         positive = ", ".join(name for name, candidate in FEATURE_MAPS.items() if candidate.positive)
         raise ValueError(

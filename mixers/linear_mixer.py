@@ -132,15 +132,15 @@ class LinearMixer(LinearContext):
         q, k = self.features(streams)
         return operators.linear_attention_matrix(q, k, streams.log_decay, **self._operator_options(streams))
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Apply the weights before any normalization to values v (b, l, h, ·): (b, l, h, ·)."""
         q, k = self.signed_or_positive_features(streams, positive)
         options = self._unscaled_options() | {"backend": self.config.backend}
         sums = cast(Tensor, operators.linear_attention(q, k, v, streams.log_decay, **options))
         return sums / count_visible_tokens(v, self.causality)[:, None, None] if self.averages_weights else sums
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula."""
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `apply_unnormalized` applies, (b, h, l, l), from its formula."""
         q, k = self.signed_or_positive_features(streams, positive)
         matrix = operators.linear_attention_matrix(q, k, streams.log_decay, eps=0.0, **self._unscaled_options())
         return matrix / count_visible_tokens(q, self.causality)[:, None] if self.averages_weights else matrix
@@ -268,7 +268,7 @@ class LinearMixer(LinearContext):
         """Number of heads that share one q and one k."""
         return 1
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return h·k·v, or h·k·(v + 1) if normalized, whatever the number of tokens; `subtract` adds h·v."""
         return self.heads * self.features_dim * sum(self.value_widths) + self.value_sum_size
 

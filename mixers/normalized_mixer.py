@@ -50,7 +50,7 @@ class NormalizedMixer(TokenMixer):
         """Compute W, (b, h, l, l) or (b, h, v, l, l), unnormalized and scaled, or divided by row sums."""
         raise NotImplementedError
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Apply the weights before any normalization to values v (b, l, h, ·): (b, l, h, ·).
 
         They are means over the visible tokens, except where decay with an order bounds their sums.
@@ -63,19 +63,19 @@ class NormalizedMixer(TokenMixer):
         """
         raise NotImplementedError
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, l, l) or (b, h, v, l, l), from its formula."""
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `apply_unnormalized` applies, (b, h, l, l) or (b, h, v, l, l), from its formula."""
         raise NotImplementedError
 
-    def weigh_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the weights to v, and compute their row sums (b, l, h, 1), in one pass."""
-        mixed = self.weigh(streams, append_ones(v))
+        mixed = self.apply_unnormalized(streams, append_ones(v))
         return mixed[..., :-1], mixed[..., -1:]
 
     def row_sums(self, streams: Streams, positive: bool) -> Tensor:
         """Compute the row sums of the weights, (b, l, h, 1)."""
         v = streams.values
-        return self.weigh(streams, v.new_ones(*v.shape[:3], 1), positive)
+        return self.apply_unnormalized(streams, v.new_ones(*v.shape[:3], 1), positive)
 
     @property
     def score_scale(self) -> float:

@@ -17,6 +17,11 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on devices that have no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast on the device of a tensor, because it would compute sums over tokens in half precision."""
     device = like.device.type

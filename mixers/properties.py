@@ -24,8 +24,8 @@ class MixerProperties(nn.Module):
 
     @property
     def value_width(self) -> int:
-        """Value channels of all heads together."""
-        return round(self.dim * self.config.expand)
+        """Value channels of all heads together: expand · d, rounded to whole channels per head."""
+        return self.heads * max(1, round(self.dim * self.config.expand / self.heads))
 
     @property
     def key_width(self) -> int:
@@ -80,7 +80,16 @@ class MixerProperties(nn.Module):
         )
 
     def state_size(self, length: int) -> int:
-        """Return how many numbers a causal pass carries to the next token after `length` tokens."""
+        """Return how many numbers a causal pass carries to the next token after `length` tokens.
+
+        Besides the state of the operator, these are the tokens in the window of a causal convolution.
+        """
+        config = self.config
+        window = max(0, config.conv_size - 1) if config.causality == "causal" else 0
+        return self.operator_state_size(length) + window * self.convolved_width
+
+    def operator_state_size(self, length: int) -> int:
+        """Return the share of `state_size` of the operator."""
         raise NotImplementedError
 
     def flops(self, length: int) -> int:

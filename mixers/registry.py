@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixers import entries, zoo
@@ -222,5 +223,7 @@ def mixer_from_state_dict(name: str, state: Mapping[str, Tensor], **options: Any
     ]
     if faults:
         raise ValueError(f"Cannot build {entry.name} from this state dict: {'; '.join(faults)}.")
-    mixer.to(next(iter(converted.tensors.values())).dtype).load_state_dict(converted.tensors)
+    # Assigned, not copied into float32 parameters: blocks in half precision keep the decay's parameters in float32.
+    copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in converted.tensors.items()}
+    mixer.load_state_dict(copies, assign=True)
     return mixer

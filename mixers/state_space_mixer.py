@@ -87,8 +87,8 @@ class StateSpaceMixer(LinearMixer):
     def heads_per_group(self) -> int:
         """All heads if there is one group, and one if normalized or with temperatures.
 
-        Normalized, Δ scales the keys of each head differently; otherwise it scales the values. A temperature is a factor
-        per head.
+        Normalized, Δ scales the keys of each head differently; otherwise it scales the values. A temperature is one
+        factor per head.
         """
         shares = self.n_groups == 1 and not self.config.normalize and self.log_temperature is None
         return self.heads if shares else 1
@@ -114,18 +114,18 @@ class StateSpaceMixer(LinearMixer):
 class MultiPassMixer(StateSpaceMixer):
     """A state-space mixer whose weights are a sum of parts, such as the past, the future and the own token.
 
-    A subclass provides the sum: `weigh` and `weights`, unnormalized.
+    A subclass provides the sum: `apply_unnormalized` and `unnormalized_matrix`, unnormalized.
     """
 
     def mix_directly(self, streams: Streams) -> Tensor:
         """Compute W v, (b, l, h, v), in float32 at least."""
         if not self.config.normalize:
-            return self.weigh(streams, streams.values) * self.scale_at(streams.x.shape[1])
-        return divide_by_last(self.weigh(streams, append_ones(streams.values)), self.config.eps)
+            return self.apply_unnormalized(streams, streams.values) * self.scale_at(streams.x.shape[1])
+        return divide_by_last(self.apply_unnormalized(streams, append_ones(streams.values)), self.config.eps)
 
     def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula."""
-        total = self.weights(streams)
+        total = self.unnormalized_matrix(streams)
         if not self.config.normalize:
             return total * self.scale_at(streams.x.shape[1])
         return total / (total.sum(-1, keepdim=True) + self.config.eps)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ class OperatorCall:
         return next(t.shape[1] for t in self.tensors.values() if t is not None)
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether gradients of a tensor are wanted."""
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors.values())
+
+    @property
     def past(self) -> int:
         """The number of tokens before the first one."""
         return self.initial_state.tokens if self.initial_state else 0
@@ -102,8 +108,8 @@ class Backend(ABC, Generic[CallT]):
         """Compute a call that it does not refuse.
 
         Returns:
-            The result (b, l, h, v) in the dtype of the values, and the memory after the last token, or None if the
-            call is not causal.
+            The result (b, l, h, v) in the dtype of the values, of a `SelectiveScanBackend` in that of the sums; and the
+            memory after the last token, or None if the call is not causal.
         """
 
     def refuses(self, call: CallT) -> str | None:
@@ -199,4 +205,11 @@ def kernel_names() -> tuple[str, ...]:
 @cache
 def _load_plugins() -> None:
     for plugin in entry_points(group="mixers.backends"):
-        plugin.load()
+        try:
+            plugin.load()
+        except Exception as error:  # one broken package must not hide the others
+            warnings.warn(
+                f"Cannot load the installed plug-in {plugin.name!r} ({plugin.value}), so its backends are missing: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )

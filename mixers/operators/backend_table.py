@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mixers.files import atomic_path
 from mixers.operators.compilation import constant_in_graphs
 
 FORMAT = 1
@@ -132,10 +133,8 @@ def save_table(path: Path, device: str, rows: Sequence[BackendPreference]) -> No
     """
     devices = dict(load_table(path if path.is_file() else None)) | {device: tuple(rows)}
     content = {"format": FORMAT, "devices": {name: [asdict(row) for row in table] for name, table in devices.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     load_table.cache_clear()
 
 

@@ -30,6 +30,14 @@ def delay_one_token(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
+def advance_one_token(x: Tensor) -> Tensor:
+    """Move every token's stream (b, l, …) to the token before it; the last token gets zeros.
+
+    Advanced queries read the memory after token i − 1 for token i; `delay_one_token` moves the results back.
+    """
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
 def segment_sums(log_decay: Tensor) -> Tensor:
     """Return Σ_{t=j+1..i} g_t for j ≤ i, and 0 for j > i: (…, c, 1) -> (…, c, c).
 

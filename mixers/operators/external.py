@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mixers.operators.backend import OperatorCall
 
 MOST_ELEMENTS = 2**31 - 1
 """The largest tensor that a kernel with 32-bit offsets can address."""
 
+OptionalTensorT = TypeVar("OptionalTensorT", bound="Tensor | None")
 CausalKernel = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -44,46 +45,43 @@ def refuses_size(call: OperatorCall) -> str | None:
     return f"a batch item of {largest:,} elements exceeds its 32-bit offsets"
 
 
-def call_once_differentiable(kernel: Callable[..., tuple[Tensor, ...]], *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Call kernel(*inputs) so that differentiating its gradients raises RuntimeError.
+def first_derivatives_only(*tensors: OptionalTensorT) -> list[OptionalTensorT]:
+    """Return a kernel's inputs such that differentiating their gradients raises RuntimeError instead of giving zero.
 
-    The backward passes of kernels return tensors without a graph. Under `create_graph=True` these would count as
-    constants, and second derivatives would be wrong without an error.
+    The backward pass of a kernel returns tensors without a graph, which `create_graph=True` would take for constants.
     """
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
-        return kernel(*inputs)
-    results: tuple[Tensor, ...] = _OnceDifferentiable.apply(kernel, *inputs)
-    return results
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return list(tensors)
+    return [t if t is None or not t.requires_grad else _FirstDerivative.apply(t) for t in tensors]
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Runs a kernel with its own graph inside, which the backward pass reads."""
-
-    @staticmethod
-    def forward(ctx, kernel, *inputs):  # type: ignore[no-untyped-def]
-        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
-        with torch.enable_grad():
-            outputs = kernel(*leaves)
-        ctx.leaves = leaves
-        ctx.outputs = outputs
-        return tuple(output.detach() for output in outputs)
+class _FirstDerivative(torch.autograd.Function):
+    """The identity; a gradient that has lost its graph cannot be differentiated."""
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        needed = [t for t in ctx.leaves if t is not None and t.requires_grad]
-        pairs = [(o, g) for o, g in zip(ctx.outputs, gradients, strict=True) if o.requires_grad]
-        with torch.enable_grad():
-            computed = iter(
-                torch.autograd.grad(
-                    [output for output, _ in pairs],
-                    needed,
-                    [gradient for _, gradient in pairs],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            )
-        return None, *(None if t is None or not t.requires_grad else next(computed) for t in ctx.leaves)
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        if not torch.is_grad_enabled() or gradient.requires_grad:
+            return gradient
+        return _NoDerivative.apply(gradient.detach().requires_grad_())
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The identity, which refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "The kernels of fla and mamba_ssm have first derivatives only, and their gradients were differentiated: "
+            "pass backend='chunked' for second derivatives."
+        )
 
 
 def split_batch(kernel: CausalKernel, streams: tuple[Tensor | None, ...], memory: Tensor) -> tuple[Tensor, Tensor]:

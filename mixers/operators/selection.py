@@ -82,7 +82,8 @@ def observe_backends() -> Iterator[list[BackendChoice]]:
     try:
         yield choices
     finally:
-        _observers.remove(choices)
+        # By identity: lists with the same choices are equal.
+        del _observers[next(i for i, observer in enumerate(_observers) if observer is choices)]
 
 
 def select_backend(name: str, call: OperatorCall) -> Backend[Any]:

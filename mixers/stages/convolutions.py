@@ -114,7 +114,6 @@ class LocalConvolution(nn.Conv2d):
         channels: c; if x has a multiple of c channels, consecutive blocks of c share the weights.
         size: side of the window, odd.
         bias: whether there is a bias.
-        zero_init: start at zero, so that adding a new one changes nothing.
         option: the option that removes it, named by the error about a missing grid.
 
     Raises:
@@ -126,16 +125,12 @@ class LocalConvolution(nn.Conv2d):
         channels: int,
         size: int,
         bias: bool = True,
-        zero_init: bool = False,
         option: str = "local_conv_size=0",
     ) -> None:
         if size < 1 or size % 2 == 0:
             raise ValueError(f"LocalConvolution: expected an odd size ≥ 1, got {size}.")
         super().__init__(channels, channels, size, padding=size // 2, groups=channels, bias=bias)
         self.option = option
-        if zero_init:
-            for parameter in self.parameters():
-                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, grid: ImageGrid | None) -> Tensor:  # type: ignore[override]
         """Convolve (b, l, c) over the image.

@@ -27,8 +27,6 @@ class FocusedMap(nn.Module):
         ValueError: power < 1.
     """
 
-    positive = True
-
     def __init__(self, heads: int, key_dim: int, power: float = 3.0) -> None:
         super().__init__()
         if power < 1:

@@ -41,16 +41,16 @@ class WeightedMixer(Protocol):
     def score_scale(self) -> float:
         """c, the factor of weights from which their mean is subtracted."""
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Return S v or P v."""
 
-    def weigh_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return S v and the row sums of S."""
 
     def row_sums(self, streams: Streams, positive: bool) -> Tensor:
         """Return the row sums of S or P."""
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
         """Return S or P."""
 
 
@@ -72,13 +72,13 @@ class Subtraction(Normalizer):
     def mix(self, mixer: WeightedMixer, streams: Streams) -> Tensor:
         """Compute W v = c S v + (1 − c S 1) · mean of the visible values."""
         v = streams.values
-        mixed, sums = mixer.weigh_with_row_sums(streams, v)
+        mixed, sums = mixer.apply_with_row_sums(streams, v)
         scale = mixer.score_scale
         return scale * mixed + (1 - scale * sums) * _visible_mean(v, mixer.causality, streams.visible)
 
     def matrix(self, mixer: WeightedMixer, streams: Streams) -> Tensor:
         """Compute W from its formula."""
-        scores = mixer.score_scale * mixer.weights(streams)
+        scores = mixer.score_scale * mixer.unnormalized_matrix(streams)
         visible = torch.ones_like(scores)
         visible = visible if streams.visible is None else visible * streams.visible[:, None, None]
         visible = visible.tril() if mixer.causality == "causal" else visible
@@ -91,12 +91,12 @@ class Decoupling(Normalizer):
 
     def mix(self, mixer: WeightedMixer, streams: Streams) -> Tensor:
         """Compute W v = S v / (P 1 + eps)."""
-        return mixer.weigh(streams, streams.values) / (mixer.row_sums(streams, positive=True) + mixer.eps)
+        return mixer.apply_unnormalized(streams, streams.values) / (mixer.row_sums(streams, positive=True) + mixer.eps)
 
     def matrix(self, mixer: WeightedMixer, streams: Streams) -> Tensor:
         """Compute W from its formula."""
-        sums = mixer.weights(streams, positive=True).sum(-1, keepdim=True)
-        return mixer.weights(streams) / (sums + mixer.eps)
+        sums = mixer.unnormalized_matrix(streams, positive=True).sum(-1, keepdim=True)
+        return mixer.unnormalized_matrix(streams) / (sums + mixer.eps)
 
 
 NORMALIZERS: Mapping[str, Normalizer] = {"subtract": Subtraction(), "decoupled": Decoupling()}

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (…, channels)."""
         parts = x.to(accumulation_dtype(x)).unflatten(-1, (self.groups, -1))
-        mean_square = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square() / parts.shape[-1]
+        mean_square = parts.square().mean(-1, keepdim=True)
         y = (parts * torch.rsqrt(mean_square + self.eps)).flatten(-2)
         return (y if self.weight is None else multiply_reusing(y, self.weight.to(y.dtype))).to(x.dtype)
 
@@ -126,7 +126,6 @@ class Output(nn.Module):
         eps: of the norm.
         skip_per_channel: one D per channel, as in Mamba (2312.00752), instead of one per head.
         gate_bias: whether to_gate has a bias.
-        zero_init: initialize the local convolution to zero.
 
     Raises:
         ValueError: norm_kind or gate_activation is unknown, or groups is set for a norm without groups.
@@ -151,7 +150,6 @@ class Output(nn.Module):
         eps: float = 1e-5,
         skip_per_channel: bool = False,
         gate_bias: bool = False,
-        zero_init: bool = False,
     ) -> None:
         super().__init__()
         width = heads * head_dim
@@ -162,7 +160,7 @@ class Output(nn.Module):
         self.norm_per_head = norm_kind == "head_rms"
         self.D = nn.Parameter(torch.ones((heads, head_dim) if skip_per_channel else (heads,))) if skip else None
         channels = head_dim if local_conv_shared else width
-        self.local_conv = LocalConvolution(channels, local_conv_size, zero_init=zero_init) if local_conv_size else None
+        self.local_conv = LocalConvolution(channels, local_conv_size) if local_conv_size else None
         norm_layer = _create_norm(norm_kind, heads, head_dim, groups, affine, eps)
         self.norm = norm_layer if norm else None
         self.to_gate = nn.Linear(dim, width, bias=gate_bias) if gate else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixers.image_grid import ImageGrid, require_grid
-from mixers.precision import accumulation_dtype
+from mixers.precision import accumulation_dtype, widest_dtype
 
 
 def rotary(
@@ -72,9 +72,8 @@ def _rotate(x: Tensor, axes: list[Tensor], base: float, adjacent: bool, inclusiv
 
 
 def _exponents(n: int, inclusive: bool, device: torch.device) -> Tensor:
-    # float32 angles are off by 0.14 at 4 million tokens; devices without float64 (MPS) have to do with them.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.arange(n, device=device, dtype=dtype) / (max(n - 1, 1) if inclusive else n)
+    # float32 angles are off by 0.14 at 4 million tokens.
+    return torch.arange(n, device=device, dtype=widest_dtype(device)) / (max(n - 1, 1) if inclusive else n)
 
 
 def _cos_sin(axes: list[Tensor], frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.precision import accumulation_dtype
+from mixers.precision import accumulation_dtype, widest_dtype
 from mixers.stages.decays import inverse_softplus_of_log_uniform
 from mixers.stages.projections import FullPrecisionLinear
 from mixers.suggest import unknown_name
@@ -96,7 +96,7 @@ def rotate_cumulatively(x: Tensor, angles: Tensor) -> Tensor:
         (b, l, h, k) in the dtype of x.
     """
     # Sums of many angles lose their last digits; in float64 those of a million tokens keep what float32 resolves.
-    total = angles.double().cumsum(1).remainder(2 * math.pi).to(accumulation_dtype(x))
+    total = angles.to(widest_dtype(angles.device)).cumsum(1).remainder(2 * math.pi).to(accumulation_dtype(x))
     rotated, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], dim=-1)
     first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = (first * total.cos() - second * total.sin(), first * total.sin() + second * total.cos())

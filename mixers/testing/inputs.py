@@ -125,6 +125,16 @@ def with_option(mixer: TokenMixer, **options: Any) -> TokenMixer:
     return rebuild(mixer, dataclasses.replace(mixer.config, **options))
 
 
+def with_norm(mixer: TokenMixer) -> TokenMixer:
+    """Return the mixer with a norm in its output stage, or itself if it has one."""
+    if mixer.config.norm:
+        return mixer
+    config = dataclasses.replace(mixer.config, norm=True)
+    normed = type(mixer)(config, mixer.dim, mixer.heads, own_projections=mixer.projections is not None).double()
+    normed.load_state_dict(mixer.state_dict(), strict=False)
+    return normed.train(mixer.training)
+
+
 def without_eps(mixer: TokenMixer) -> TokenMixer:
     """Return the mixer with a negligible eps, or itself if its configuration has none."""
     return with_option(mixer, eps=1e-200) if has_option(mixer, "eps") else mixer

@@ -15,6 +15,7 @@ from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
 from mixers.feature_maps import FEATURE_MAPS
+from mixers.operators.directions import advance_one_token, delay_one_token
 from mixers.precision import accumulation_dtype
 from mixers.stages.decays import ScalarDecay
 from mixers.stages.projections import FullPrecisionLinear
@@ -110,7 +111,7 @@ class Hydra(MultiPassMixer):
             diagonal=diagonal,
         )
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Add the shifted sums of each direction, and the diagonal: (b, l, h, ·), float32 at least."""
         y = self._diagonal(streams, positive)[..., None] * v
         for direction, (q, k, log_decay) in enumerate(self._directions(streams, positive)):
@@ -120,8 +121,8 @@ class Hydra(MultiPassMixer):
                 y = y + self._sum_past(q.flip(1), k.flip(1), v.flip(1), log_decay.flip(1)).flip(1)
         return y
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula."""
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `apply_unnormalized` applies, (b, h, l, l), from its formula."""
         total = torch.diag_embed(self._diagonal(streams, positive).transpose(1, 2))
         for direction, (q, k, log_decay) in enumerate(self._directions(streams, positive)):
             if direction == 0:
@@ -153,7 +154,7 @@ class Hydra(MultiPassMixer):
             self._shift_query(q), k, v, log_decay, causality="causal", normalize=False, backend=self.config.backend
         )
         assert isinstance(sums, Tensor)
-        return F.pad(sums, (0, 0, 0, 0, 1, -1))
+        return delay_one_token(sums)
 
     def _past_matrix(self, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
         """Compute the matrix of `_sum_past`, (b, h, l, l)."""
@@ -164,7 +165,7 @@ class Hydra(MultiPassMixer):
 
     def _shift_query(self, q: Tensor) -> Tensor:
         """Return the queries that read the state after each token, before the result is shifted by one."""
-        return F.pad(q, (0, 0, 0, 0, -1, 1)) if self.config.own_query else q
+        return advance_one_token(q) if self.config.own_query else q
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of causal linear attention with decay in each direction."""

@@ -43,6 +43,6 @@ class Identity(ConstantMixer):
         identity = torch.eye(length, device=streams.v.device, dtype=streams.values.dtype)
         return identity.expand(batch, heads, -1, -1)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return 0."""
         return 0

@@ -136,11 +136,12 @@ class Mamba(StateSpaceMixer):
         return super().map_features(replace(streams, dt=None), feature_map)
 
     def mix_directly(self, streams: Streams) -> Tensor:
-        """Compute W u, (b, l, h, v)."""
+        """Compute W u, (b, l, h, v), in float32 at least if unnormalized."""
         assert streams.dt is not None
         C, B = self.features(streams)
+        u = streams.v if self.config.normalize else streams.values
         options = self._operator_options(streams) | {"backend": self.config.backend}
-        return cast(Tensor, selective_scan(streams.v, streams.dt, self.A, B, C, **options))
+        return cast(Tensor, selective_scan(u, streams.dt, self.A, B, C, **options))
 
     def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, v, l, l), from its formula."""
@@ -148,7 +149,7 @@ class Mamba(StateSpaceMixer):
         C, B = self.features(streams)
         return selective_scan_matrix(streams.dt, self.A, B, C, **self._operator_options(streams))
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Apply the weights before any normalization to values v (b, l, h, v): (b, l, h, v)."""
         assert streams.dt is not None
         C, B = self.signed_or_positive_features(streams, positive)
@@ -156,22 +157,22 @@ class Mamba(StateSpaceMixer):
         sums = cast(Tensor, selective_scan(v, streams.dt, self.A, B, C, **options))
         return sums / v.shape[1] if self.averages_weights else sums
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, v, l, l), from its formula."""
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `apply_unnormalized` applies, (b, h, v, l, l), from its formula."""
         assert streams.dt is not None
         C, B = self.signed_or_positive_features(streams, positive)
         matrix = selective_scan_matrix(streams.dt, self.A, B, C, eps=0.0, **self._unscaled_options())
         return matrix / C.shape[1] if self.averages_weights else matrix
 
-    def weigh_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_with_row_sums(self, streams: Streams, v: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the weights to v, and compute their row sums (b, l, h, v), of which every channel has its own."""
-        return self.weigh(streams, v), self.row_sums(streams, positive=False)
+        return self.apply_unnormalized(streams, v), self.row_sums(streams, positive=False)
 
     def row_sums(self, streams: Streams, positive: bool) -> Tensor:
         """Compute the row sums of the weights, (b, l, h, v)."""
-        return self.weigh(streams, torch.ones_like(streams.values), positive)
+        return self.apply_unnormalized(streams, torch.ones_like(streams.values), positive)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return channels·n, twice that if normalized, because every channel has its own row sums."""
         return self.value_width * self.key_dim * (1 + int(self.config.normalize)) + self.value_sum_size
 
@@ -185,7 +186,7 @@ class Mamba(StateSpaceMixer):
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of reading the states; everything else is elementwise."""
-        size = self.state_size(length) - self.value_sum_size
+        size = self.operator_state_size(length) - self.value_sum_size
         return 2 * length * size * (2 if self.config.causality == "bidirectional" else 1)
 
     @classmethod

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixers import operators
 from mixers.config import MixerConfig
 from mixers.entries import register_mixer
+from mixers.operators.directions import advance_one_token, delay_one_token
 from mixers.stages.outputs import RMSNorm
 from mixers.stages.trapezoid import TrapezoidalDiscretization, rotate_cumulatively
 from mixers.state_dicts import ConvertedStateDict, require_tensors, split_rows
@@ -146,9 +147,9 @@ class Mamba3(MultiPassMixer):
             angles=steps.angles,
         )
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Add the own token and the sums over the tokens on each side: (b, l, h, ·), float32 at least."""
-        own, sides = self._weights_in_parts(streams, positive)
+        own, sides = self._matrix_parts(streams, positive)
         y = own[..., None] * v
         for direction, (q, k, log_decay) in enumerate(sides):
             values = v.flip(1) if direction else v
@@ -156,13 +157,13 @@ class Mamba3(MultiPassMixer):
                 q, k, values, log_decay, causality="causal", normalize=False, backend=self.config.backend
             )
             assert isinstance(sums, Tensor)
-            past = F.pad(sums, (0, 0, 0, 0, 1, -1))
+            past = delay_one_token(sums)
             y = y + (past.flip(1) if direction else past)
         return y
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula."""
-        own, sides = self._weights_in_parts(streams, positive)
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix that `apply_unnormalized` applies, (b, h, l, l), from its formula."""
+        own, sides = self._matrix_parts(streams, positive)
         total = torch.diag_embed(own.transpose(1, 2))
         for direction, (q, k, log_decay) in enumerate(sides):
             matrix = operators.linear_attention_matrix(
@@ -172,7 +173,7 @@ class Mamba3(MultiPassMixer):
             total = total + (past.flip(-1, -2) if direction else past)
         return total
 
-    def _weights_in_parts(self, streams: Streams, positive: bool) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    def _matrix_parts(self, streams: Streams, positive: bool) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         """Return W_ii, (b, l, h), and queries, keys and log decays of the sums over the past and over the future.
 
         The query of token i stands at token i − 1, whose state it reads: it contains its own decay and rotation. The
@@ -198,9 +199,9 @@ class Mamba3(MultiPassMixer):
         """Whether no entry of the mixing matrix is negative: not with rotation, which makes features signed."""
         return super().positive and not self.config.rotates
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Add the last token's B and x, which the next step weighs, and the sums of angles."""
-        return super().state_size(length) + self.heads * (self.key_dim + self.rotated_pairs) + self.value_width
+        return super().operator_state_size(length) + self.heads * (self.key_dim + self.rotated_pairs) + self.value_width
 
     def mixing_flops(self, length: int) -> int:
         """Add the operations of Δ, A, λ and the angles."""
@@ -267,6 +268,6 @@ def _past_operands(
     if angles is not None:
         q = rotate_cumulatively(q, angles)
         k = rotate_cumulatively(k, angles)
-    shares = own + F.pad(carried[:, 1:], (0, 0, 0, 1))
-    queries = F.pad(q * log_decay.exp()[..., None], (0, 0, 0, 0, -1, 1))
+    shares = own + advance_one_token(carried)
+    queries = advance_one_token(q * log_decay.exp()[..., None])
     return queries, k * shares[..., None], log_decay

@@ -160,7 +160,7 @@ class PolaFormer(LinearAttention):
         traits = super().traits
         return replace(traits, needs_grid=traits.needs_grid or bool(self.config.position_table_size))
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return h·2k·v, and if normalized h·2k for the sums, which both halves share."""
         return self.heads * self.features_dim * (self.head_dim + int(self.config.normalize))
 

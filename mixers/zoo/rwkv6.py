@@ -16,6 +16,7 @@ from mixers.entries import register_mixer
 from mixers.image_grid import ImageGrid
 from mixers.linear_mixer import LinearConfig, LinearMixer
 from mixers.normalization import append_ones, divide_by_last
+from mixers.operators.directions import advance_one_token, delay_one_token
 from mixers.stages.decays import DoubleExponentialDecay
 from mixers.stages.projections import ProjectionLayers, Projections
 from mixers.stages.token_shift import TokenShift
@@ -99,26 +100,26 @@ class RWKV6(LinearMixer):
         """Compute W v, (b, l, h, v), in float32 at least."""
         v = streams.values
         if not self.config.normalize:
-            return self._weigh_scaled(streams, v, self.scale_at(v.shape[1]))
-        return divide_by_last(self._weigh_scaled(streams, append_ones(v)), self._eps(v.shape[1]))
+            return self._apply_scaled(streams, v, self.scale_at(v.shape[1]))
+        return divide_by_last(self._apply_scaled(streams, append_ones(v)), self._eps(v.shape[1]))
 
     def direct_matrix(self, streams: Streams) -> Tensor:
         """Compute W, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
         length = streams.v.shape[1]
         if not self.config.normalize:
-            return self._scaled_weights(streams, self.scale_at(length))
-        total = self._scaled_weights(streams)
+            return self._scaled_matrix(streams, self.scale_at(length))
+        total = self._scaled_matrix(streams)
         return total / (total.sum(-1, keepdim=True) + self._eps(length))
 
-    def weigh(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
+    def apply_unnormalized(self, streams: Streams, v: Tensor, positive: bool = False) -> Tensor:
         """Apply the weights before any normalization to values v (b, l, h, ·): (b, l, h, ·)."""
-        return self._weigh_scaled(streams, v, 1 / v.shape[1] if self.averages_weights else 1.0, positive)
+        return self._apply_scaled(streams, v, 1 / v.shape[1] if self.averages_weights else 1.0, positive)
 
-    def weights(self, streams: Streams, positive: bool = False) -> Tensor:
-        """Compute the matrix that `weigh` applies, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
-        return self._scaled_weights(streams, 1 / streams.v.shape[1] if self.averages_weights else 1.0, positive)
+    def unnormalized_matrix(self, streams: Streams, positive: bool = False) -> Tensor:
+        """Compute the matrix of `apply_unnormalized`, (b, h, l, l), from its formula. Costs O(l²·k) memory."""
+        return self._scaled_matrix(streams, 1 / streams.v.shape[1] if self.averages_weights else 1.0, positive)
 
-    def _weigh_scaled(self, streams: Streams, v: Tensor, scale: float = 1.0, positive: bool = False) -> Tensor:
+    def _apply_scaled(self, streams: Streams, v: Tensor, scale: float = 1.0, positive: bool = False) -> Tensor:
         assert streams.log_decay is not None
         q, k = self.signed_or_positive_features(streams, positive)
         q = q * scale
@@ -131,7 +132,7 @@ class RWKV6(LinearMixer):
             y = y + self._sum_past(q.flip(1), k.flip(1), v.flip(1), log_decay.flip(1)).flip(1)
         return y
 
-    def _scaled_weights(self, streams: Streams, scale: float = 1.0, positive: bool = False) -> Tensor:
+    def _scaled_matrix(self, streams: Streams, scale: float = 1.0, positive: bool = False) -> Tensor:
         assert streams.log_decay is not None
         q, k = self.signed_or_positive_features(streams, positive)
         q = q * scale
@@ -155,7 +156,7 @@ class RWKV6(LinearMixer):
 
     def _sum_past(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         """Sum over the tokens before each: the state after token i − 1 is read by the query of token i."""
-        return F.pad(self._sum(F.pad(q, (0, 0, 0, 0, -1, 1)), k, v, log_decay), (0, 0, 0, 0, 1, -1))
+        return delay_one_token(self._sum(advance_one_token(q), k, v, log_decay))
 
     def _sum(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
         causality: Causality = "noncausal" if self.config.causality == "noncausal" else "causal"
@@ -192,9 +193,9 @@ class RWKV6(LinearMixer):
         traits = super().traits
         return replace(traits, repetition_invariant=traits.repetition_invariant and not self.config.bonus)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Add the last token, with which the token shift interpolates the next one."""
-        return super().state_size(length) + (self.dim if self.config.token_shift else 0)
+        return super().operator_state_size(length) + (self.dim if self.config.token_shift else 0)
 
     def mixing_flops(self, length: int) -> int:
         """Add the operations of the decay and of the token shift."""

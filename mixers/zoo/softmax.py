@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixers.context import TextAttention, TextTokens, join_visible
-from mixers.entries import register_mixer
+from mixers.entries import UNBOUNDED_SUMS, register_mixer
 from mixers.mixer import TokenMixer
 from mixers.precision import accumulation_dtype
 from mixers.streams import Streams
@@ -25,14 +24,13 @@ from mixers.traits import Traits
     normalizations=(True,),
     unsupported={
         "bidirectional": "a kernel without an order makes two passes the non-causal form",
-        "False": "exp(q·k) is unbounded, so its sums overflow without the division",
+        "False": UNBOUNDED_SUMS,
     },
 )
 class Softmax(TokenMixer):
     """Softmax attention (1706.03762): W = exp(q·k/√k), rows normalized; the quadratic baseline."""
 
     weighs_text: ClassVar[bool] = False
-    exceptions: ClassVar[Mapping[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}
 
     @classmethod
     def refuses_normalizer(cls, name: str) -> str | None:
@@ -91,10 +89,10 @@ class Softmax(TokenMixer):
         """The properties of this mixer as configured."""
         return replace(super().traits, linear=False)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return the numbers in the keys and values of all tokens so far."""
-        return 2 * length * self.dim
+        return length * (self.key_width + self.value_width)
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of two l × l products per head."""
-        return 4 * length**2 * self.dim
+        return 2 * length**2 * (self.key_width + self.value_width)

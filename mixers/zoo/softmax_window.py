@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mixers.config import MixerConfig
-from mixers.entries import register_mixer
+from mixers.entries import UNBOUNDED_SUMS, register_mixer
 from mixers.image_grid import ImageGrid, require_grid
 from mixers.mixer import TokenMixer
 from mixers.operators.sparse import window_attention, window_attention_matrix
@@ -41,7 +41,7 @@ class SoftmaxWindowConfig(MixerConfig):
     normalizations=(True,),
     unsupported={
         "bidirectional": "a kernel without an order makes two passes the non-causal form",
-        "False": "exp(q·k) is unbounded, so its sums overflow without the division",
+        "False": UNBOUNDED_SUMS,
     },
 )
 class SoftmaxWindow(TokenMixer):
@@ -57,7 +57,6 @@ class SoftmaxWindow(TokenMixer):
 
     Config: ClassVar[type[MixerConfig]] = SoftmaxWindowConfig
     tiny_options: ClassVar[Mapping[str, Any]] = {"radius": 2}
-    exceptions: ClassVar[Mapping[str, str]] = {"check_flops": "torch does not count its fused attention on a CPU"}
 
     config: SoftmaxWindowConfig
 
@@ -90,14 +89,14 @@ class SoftmaxWindow(TokenMixer):
         """The properties of this mixer as configured."""
         return replace(super().traits, needs_grid=True)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return the numbers in the keys and values of one window, which is all that a token reads."""
         reach = self.config.radius - 1
         span = range(-reach, reach + 1)
         tokens = sum(y**2 + x**2 < self.config.radius**2 for y in span for x in span)
-        return 2 * tokens * self.dim
+        return tokens * (self.key_width + self.value_width)
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of two products per head of every token with the keys of its tile and its margin."""
         side = max(4, self.config.radius) + 2 * (self.config.radius - 1)
-        return 4 * length * side**2 * self.dim
+        return 2 * length * side**2 * (self.key_width + self.value_width)

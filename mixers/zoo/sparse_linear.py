@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixers.config import MixerConfig
 from mixers.context import RotaryPlacement, TextTokens
-from mixers.entries import register_mixer
+from mixers.entries import UNBOUNDED_SUMS, register_mixer
 from mixers.feature_maps import FEATURE_MAPS
 from mixers.image_grid import ImageGrid
 from mixers.mixer import TokenMixer
@@ -118,7 +118,7 @@ class ProjectedSum(nn.Module):
     unsupported={
         "causal": "blocks are selected by means over their tokens, of which some come later than the query",
         "bidirectional": "a kernel without an order makes two passes the non-causal form",
-        "False": "exp(q·k) is unbounded, so its sums overflow without the division",
+        "False": UNBOUNDED_SUMS,
     },
 )
 class SparseLinear(TokenMixer):
@@ -251,25 +251,26 @@ class SparseLinear(TokenMixer):
         selects_all = self.config.kept_blocks is None and self.config.topk == 1
         return replace(super().traits, linear=False, pairwise=False, continuous=selects_all)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return the numbers in the keys and values of all tokens, which any block may select."""
-        return 2 * length * self.dim
+        return length * (self.key_width + self.value_width)
 
     def mixing_flops(self, length: int) -> int:
         """Add the operations of the layer that adds the linear part."""
-        layer = 2 * length * self.head_dim * self.dim if self.config.combine == "project" else 0
+        layer = 2 * length * self.head_dim * self.value_width if self.config.combine == "project" else 0
         return super().mixing_flops(length) + layer
 
     def selection_flops(self, length: int) -> int:
         """Return the share of `operator_flops` of the selection, the one that is quadratic in the number of blocks."""
-        return 2 * self._count_blocks(length) ** 2 * self.dim
+        return 2 * self._count_blocks(length) ** 2 * self.key_width
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of the selection, the exact part and the linear part, in whole blocks."""
         padded = self._count_blocks(length) * self.config.block_size
         keys = self.count_kept_blocks(length) * self.config.block_size
-        linear = 4 * padded * self.key_dim * self.dim if self._has_linear_part(length) else 0
-        return self.selection_flops(length) + 4 * padded * keys * self.dim + linear
+        linear = 4 * padded * self.key_dim * self.value_width if self._has_linear_part(length) else 0
+        exact = 2 * padded * keys * (self.key_width + self.value_width)
+        return self.selection_flops(length) + exact + linear
 
 
 def _normalize_each(exact: AttentionSums, linear: AttentionSums | None, eps: float) -> Tensor:

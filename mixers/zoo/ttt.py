@@ -261,7 +261,7 @@ class TTT(TokenMixer):
             linear_in_values=self._is_linear,
         )
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return the number of fast weights."""
         models = [self.inner] if self.conv_inner is None else [self.inner, self.conv_inner]
         return sum(weight.numel() for model in models for weight in model.parameters())

@@ -50,6 +50,6 @@ class Uniform(ConstantMixer):
             matrix = matrix.tril()
         return (matrix / matrix.sum(-1, keepdim=True)).expand(batch, heads, -1, -1)
 
-    def state_size(self, length: int) -> int:
+    def operator_state_size(self, length: int) -> int:
         """Return the numbers in the sum of the values, h·v."""
         return self.value_width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,32 @@ def used(**settings: Any) -> operators.BackendChoice:
         operators.linear_attention(*STREAMS, **settings)
     (choice,) = choices
     return choice
+
+
+def test_observers_may_be_nested() -> None:
+    with operators.observe_backends() as outer:
+        with operators.observe_backends() as inner:
+            pass  # both lists are empty, so they are equal
+        operators.linear_attention(*STREAMS)
+    assert len(outer) == 1 and not inner
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_broken_plug_in_hides_no_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such symbol")
+
+    def register() -> None:
+        register_backend("sound")(type("Sound", (LinearAttentionBackend,), {}))
+
+    plugins = [SimpleNamespace(name=load.__name__, value="package", load=load) for load in (fail, register)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: plugins)
+    registry._load_plugins.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="'fail'.*its backends are missing: RuntimeError: no such symbol"):
+            assert operators.backends()["sound"] == "available"
+    finally:
+        registry._load_plugins.cache_clear()
 
 
 def test_without_a_table_a_cpu_runs_the_chunked_form() -> None:

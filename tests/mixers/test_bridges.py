@@ -150,6 +150,86 @@ def test_the_selective_scan(length: int, normalize: bool, causality: str) -> Non
     assert_same(operators.selective_scan, u, dt, A, b, c, torch.randn(H, V), **settings)
 
 
+class FirstDerivativeKernel(torch.autograd.Function):
+    """As the real kernels: its backward pass returns tensors without a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.function = function
+        ctx.tensors = tensors
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.tensors]
+            inputs = [t for t in leaves if t is not None]
+            computed = iter(torch.autograd.grad(ctx.function(*leaves), inputs, gradients, allow_unused=True))
+        return None, *(None if t is None else next(computed) for t in leaves)
+
+
+def linear_call(backend: str) -> tuple[Tensor, list[Tensor]]:
+    leaves = [torch.rand(B, 5, H, 8, requires_grad=True) for _ in range(3)]
+    return operators.linear_attention(*leaves, causality="causal", backend=backend), leaves
+
+
+def delta_call(backend: str) -> tuple[Tensor, list[Tensor]]:
+    leaves = [torch.rand(B, 5, H, 8, requires_grad=True) for _ in range(3)]
+    leaves.append(torch.rand(B, 5, H, requires_grad=True))
+    return operators.delta_rule(*leaves, causality="causal", backend=backend), leaves
+
+
+def scan_call(backend: str) -> tuple[Tensor, list[Tensor]]:
+    shapes = ((B, 5, H, V), (B, 5, H, V), (H, V, K), (B, 5, H, K), (B, 5, H, K))
+    leaves = [torch.rand(shape, requires_grad=True) for shape in shapes]
+    u, dt, A, *states = leaves
+    return operators.selective_scan(u, dt, -A, *states, backend=backend), leaves
+
+
+@pytest.mark.parametrize(("call", "backend"), [(linear_call, "fla"), (delta_call, "fla"), (scan_call, "mamba_ssm")])
+def test_second_derivatives_are_refused_instead_of_zero(call, backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = FirstDerivativeKernel.apply
+    monkeypatch.setattr(
+        sys.modules["fla.ops.simple_gla"],
+        "chunk_simple_gla",
+        lambda q, k, v, g, **s: apply(lambda *t: gated(*t, s), q, k, v, g),
+    )
+    monkeypatch.setattr(
+        sys.modules["fla.ops.gated_delta_rule"],
+        "chunk_gated_delta_rule",
+        lambda q, k, v, g, beta, **s: apply(lambda *t: delta(*t, **s), q, k, v, g, beta),
+    )
+    monkeypatch.setattr(
+        sys.modules["mamba_ssm.ops.selective_scan_interface"],
+        "selective_scan_fn",
+        lambda *t, return_last_state: apply(lambda *t: selective_scan(*t, return_last_state=True), *t),
+    )
+    y, leaves = call(backend)
+    first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(torch.stack([gradient.square().sum() for gradient in first]).sum(), leaves)
+
+
+def test_the_scan_refuses_the_gradient_of_its_state() -> None:
+    tensors = [torch.rand(1, 4, H, V), torch.rand(1, 4, H, V), -torch.rand(H, V, K), *torch.rand(2, 1, 4, H, K)]
+    settings: dict[str, Any] = {"backend": "mamba_ssm", "output_final_state": True}
+    operators.selective_scan(*tensors, **settings)
+    tensors[1].requires_grad_()
+    with pytest.raises(ValueError, match="no gradient of the final state"):
+        operators.selective_scan(*tensors, **settings)
+    with torch.no_grad():
+        operators.selective_scan(*tensors, **settings)
+
+
+def test_rates_of_decay_are_not_rounded_to_half_precision() -> None:
+    """exp(dt A) over many tokens: an error of A in bfloat16 would change what is left of the first by percents."""
+    half = [torch.rand(1, 200, H, n).bfloat16() for n in (V, K, K)]
+    dt = torch.full((1, 200, H, V), 0.5).bfloat16()
+    A = -torch.full((H, V, K), 0.0501)
+    run = [operators.selective_scan(half[0], dt, A, *half[1:], backend=name) for name in ("mamba_ssm", "recurrent")]
+    torch.testing.assert_close(run[0].float(), run[1].float(), rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("first", ["fla", "chunked"])
 @pytest.mark.parametrize("second", ["fla", "recurrent"])
 def test_a_stream_goes_from_one_backend_to_another(first: str, second: str) -> None:

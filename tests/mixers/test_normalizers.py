@@ -86,7 +86,7 @@ def test_the_delta_rule_is_divided_by_the_same_rule_on_relu(name: str, causality
     signed = drop_in(name, causality=causality, normalize=False).mixing_matrix(streams) * 6**0.5
     positive = drop_in(name, causality=causality, feature_map="relu", eps=1e-200, normalize=True)
     ones = torch.ones_like(streams.v[..., :1])
-    sums = positive.weigh(streams, ones).transpose(1, 2)
+    sums = positive.apply_unnormalized(streams, ones).transpose(1, 2)
     assert_close(mixer.mixing_matrix(streams), signed / (sums + 1e-6))
 
 

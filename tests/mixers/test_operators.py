@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mixers import operators
 from mixers.operators.backend import FORMULATIONS, kernel_names
-from mixers.operators.linear.chunks import CHUNK
+from mixers.operators.linear.chunks import CHUNK, WIDE, block_length, chunk_size
+from mixers.operators.recurrent_state import RecurrentState
 from mixers.testing import OPERATORS, CheckInputs, check_operator, strategies
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
@@ -203,3 +204,30 @@ def test_backends_say_what_can_run_here() -> None:
     assert all(actual[name] == "available" for name in FORMULATIONS)
     for name in kernel_names():
         assert actual[name] == "available" or "not installed" in actual[name] or "needs a CUDA device" in actual[name]
+
+
+@pytest.mark.parametrize("backend", FORMULATIONS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_state_of_another_dtype_continues_in_that_of_the_call(name: str, backend: str) -> None:
+    case = OPERATORS[name]
+    tensors = case.inputs(CheckInputs(batch=1), 4)
+    for switches in case.switches("causal"):
+        single = {n: t.float() for n, t in tensors.items()}
+        _, state = case.run(**single, **switches, backend=backend, output_final_state=True)
+        wide_state = RecurrentState(state.memory.double(), state.tokens)
+        results = [
+            case.run(**tensors, **switches, backend=backend, initial_state=start, output_final_state=True)
+            for start in (state, wide_state)
+        ]
+        (y, end), (expected, expected_end) = results
+        assert y.dtype == end.memory.dtype == torch.float64
+        assert torch.equal(y, expected) and torch.equal(end.memory, expected_end.memory)
+        half = {n: t.bfloat16() for n, t in tensors.items()}
+        y, end = case.run(**half, **switches, backend=backend, initial_state=state, output_final_state=True)
+        assert y.dtype == torch.bfloat16 and end.memory.dtype == torch.float32
+
+
+def test_blocks_are_whole_chunks_and_hold_all_heads() -> None:
+    q, v = torch.empty(2, 5, 8, 16), torch.empty(2, 5, 8, WIDE)
+    assert block_length(q[:, :, :1], v) == block_length(q, v)
+    assert block_length(q, v, more_channels=1) % chunk_size(16, WIDE + 1) == 0

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixers import TokenMixer, catalog, create_mixer, entries, list_mixers, register_mixer, registry
+from mixers import (
+    TokenMixer,
+    catalog,
+    create_mixer,
+    entries,
+    list_mixers,
+    mixer_from_state_dict,
+    register_mixer,
+    registry,
+)
 from mixers.option_types import option_types
+from mixers.registry import get_mixer_entry
 from mixers.testing import check_mixer
 from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
 
@@ -27,6 +37,7 @@ from mixers.zoo.linear_attention import LinearAttention, LinearAttentionConfig
         ("linear_attention", {"feature_map": "elu"}, "Did you mean"),
         ("linear_attention", {"eps": -1.0}, "eps > 0"),
         ("linear_attention", {"reference_length": 0}, "reference_length > 0"),
+        ("linear_attention", {"conv_2d": True}, "conv_2d=True needs a convolution: pass conv_size"),
     ],
 )
 def test_what_has_no_meaning_is_refused(name: str, options: dict, message: str) -> None:
@@ -132,3 +143,46 @@ def test_the_tables_of_the_page_of_mixers_are_current() -> None:
     assert catalog.render(page) == page, "run python -m mixers.catalog docs/mixers.md"
     with pytest.raises(ValueError, match="Unknown table"):
         catalog.render("<!-- table: nothing --> <!-- end -->")
+
+
+def test_a_state_dict_keeps_the_dtype_of_every_tensor() -> None:
+    """Checkpoints in half precision keep the parameters of the decay in float32."""
+    dim, inner, n, rank = 8, 16, 4, 3
+    state = {
+        "in_proj.weight": torch.randn(2 * inner, dim).bfloat16(),
+        "conv1d.weight": torch.randn(inner, 1, 4).bfloat16(),
+        "x_proj.weight": torch.randn(rank + 2 * n, inner).bfloat16(),
+        "dt_proj.weight": torch.randn(inner, rank).bfloat16(),
+        "dt_proj.bias": torch.randn(inner),
+        "A_log": torch.randn(inner, n),
+        "D": torch.randn(inner),
+        "out_proj.weight": torch.randn(dim, inner).bfloat16(),
+    }
+    mixer = mixer_from_state_dict("mamba", state)
+    dtypes = {name: parameter.dtype for name, parameter in mixer.named_parameters()}
+    wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert wide == {"A_log", "output.D", "step.up.bias"}
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in mixer.parameters())
+    assert mixer(torch.randn(1, 5, dim).bfloat16()).dtype == torch.bfloat16
+    mixer.A_log.data.zero_()
+    assert state["A_log"].any(), "the mixer shares memory with the state dict"
+
+
+@pytest.mark.parametrize("name", list_mixers())
+def test_widths_are_whole_channels_per_head(name: str) -> None:
+    entry = get_mixer_entry(name)
+    mixer = create_mixer(name, 40, 8, **(entry.mixer.tiny_options | {"expand": 1.5}))
+    assert mixer.value_width % mixer.mixed_heads == 0
+    grid = (2, 3) if mixer.traits.needs_grid else None
+    assert mixer(torch.randn(1, 6, 40), grid=grid).shape == (1, 6, 40)
+
+
+@pytest.mark.parametrize("name", [name for name in list_mixers() if "causal" in get_mixer_entry(name).causalities])
+def test_the_state_includes_the_window_of_a_causal_convolution(name: str) -> None:
+    without, with_window = (
+        create_mixer(
+            name, 16, 2, causality="causal", **(get_mixer_entry(name).mixer.tiny_options | {"conv_size": size})
+        )
+        for size in (0, 4)
+    )
+    assert with_window.state_size(9) - without.state_size(9) == 3 * with_window.convolved_width

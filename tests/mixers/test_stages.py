@@ -151,10 +151,9 @@ def test_the_local_convolution_is_the_sum_written_out(height: int, width: int, s
         assert_close(y[:, i * width + j], expected, what=f"place {(i, j)}")
 
 
-def test_a_zero_local_convolution_adds_nothing_and_grids_are_checked() -> None:
+def test_a_local_convolution_checks_its_grid() -> None:
     x = torch.randn(1, 6, 4)
-    layer = LocalConvolution(4, 3, zero_init=True, option="local=0")
-    assert not layer(x, (2, 3)).any()
+    layer = LocalConvolution(4, 3, option="local=0")
     with pytest.raises(ValueError, match=r"pass grid=\(height, width\), or use local=0"):
         layer(x, None)
     with pytest.raises(ValueError, match="8 positions, but there are 6 tokens"):
@@ -344,3 +343,11 @@ def test_the_focused_map_stays_finite(dtype: torch.dtype, size: float) -> None:
     y.float().sum().backward()
     for gradient in (x.grad, layer.scale.grad):
         assert gradient is not None and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(8), RMSNorm(8, groups=2), HeadGroupNorm(2, 4), HeadGroupNorm(1, 8)], ids=repr)
+def test_norms_have_second_derivatives_at_zero(norm: nn.Module) -> None:
+    x = torch.zeros(3, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(norm(x).sin().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert first.isfinite().all() and second.isfinite().all()

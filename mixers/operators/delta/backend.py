@@ -89,8 +89,8 @@ class DeltaRuleBackend(Backend[DeltaRuleCall]):
         v = append_ones(v) if call.normalize else v
         memory = None
         if call.causality == "causal":
-            start = call.initial_state.memory.to(dtype) if call.initial_state else empty_memory(k, v)
-            y, memory = self.causal(q, k, beta, log_decay, v, start)
+            start = call.initial_state.memory if call.initial_state else empty_memory(k, v)
+            y, memory = self.causal(q, k, beta, log_decay, v, start.to(call.dtype))
         elif call.causality == "bidirectional":
             y = self.bidirectional(q, k, beta, log_decay, v)
         else:

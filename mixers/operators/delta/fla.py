@@ -12,7 +12,7 @@ from torch import Tensor
 from mixers.operators.backend import register_backend
 from mixers.operators.delta.backend import DeltaRuleBackend, DeltaRuleCall, empty_memory
 from mixers.operators.directions import delay_one_token, sum_both_directions
-from mixers.operators.external import refuses_tensors, split_batch
+from mixers.operators.external import first_derivatives_only, refuses_tensors, split_batch
 
 WIDEST_HEAD = 256
 
@@ -37,7 +37,9 @@ class FlaDeltaRule(DeltaRuleBackend):
         width = v.shape[-1]
         padding = -width % 8  # so that rows start where a vector load may
         v = F.pad(v, (0, padding))
-        y, memory = split_batch(_run_kernel, (q, k, beta, log_decay, v), F.pad(memory.float(), (0, padding)))
+        streams = first_derivatives_only(q, k, beta, log_decay, v)
+        (memory,) = first_derivatives_only(F.pad(memory.float(), (0, padding)))
+        y, memory = split_batch(_run_kernel, tuple(streams), memory)
         return y[..., :width], memory[..., :width]
 
     def bidirectional(self, q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, v: Tensor) -> Tensor:

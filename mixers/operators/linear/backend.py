@@ -113,7 +113,7 @@ class LinearAttentionBackend(Backend[LinearAttentionCall]):
         memory = None
         if call.causality == "causal":
             start = call.initial_state.memory if call.initial_state else empty_memory(k, v)
-            mixed, memory = self.causal(q, k, call.log_decay, v, start)
+            mixed, memory = self.causal(q, k, call.log_decay, v, start.to(call.dtype))
         elif call.causality == "bidirectional":
             mixed = self.bidirectional(q, k, call.log_decay, v)
         else:

@@ -31,10 +31,17 @@ def chunk_size(k: int, v: int) -> int:
     return CHUNK if max(k, v) <= WIDE else 2 * CHUNK
 
 
-def block_length(q: Tensor, v: Tensor) -> int:
-    """Return the tokens per block, whole chunks: on a CPU as many as stay in the cache, elsewhere all."""
-    chunk = chunk_size(q.shape[3], v.shape[3])
-    tokens = blockwise.BLOCK_ELEMENTS // max(1, q.shape[0] * q.shape[2] * max(q.shape[3], v.shape[3]))
+def block_length(q: Tensor, v: Tensor, more_channels: int = 0) -> int:
+    """Return the tokens per block, whole chunks: on a CPU as many as stay in the cache, elsewhere all.
+
+    Args:
+        q: (b, l, h, k), or (b, l, 1, k) if all heads share it.
+        v: (b, l, h, v).
+        more_channels: of the values in the sums, such as one for the row sums.
+    """
+    width = v.shape[3] + more_channels
+    chunk = chunk_size(q.shape[3], width)
+    tokens = blockwise.BLOCK_ELEMENTS // max(1, v.shape[0] * v.shape[2] * max(q.shape[3], width))
     return max(chunk, tokens // chunk * chunk) if q.device.type == "cpu" else q.shape[1]
 
 

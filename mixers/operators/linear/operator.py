@@ -15,7 +15,7 @@ from mixers.operators.recurrent_state import RecurrentState
 from mixers.operators.selection import select_backend
 from mixers.operators.validation import check_causality, check_eps, check_initial_state
 from mixers.precision import accumulation_dtype, no_autocast
-from mixers.suggest import hint
+from mixers.suggest import unknown_name
 from mixers.traits import Causality
 
 import_backends(__package__)
@@ -210,7 +210,4 @@ def _format_shapes(tensors: dict[str, Tensor]) -> str:
 
 def _check_feature_map(feature_map: str) -> None:
     if feature_map not in FEATURE_MAPS:
-        raise ValueError(
-            f"Unknown feature map {feature_map!r}: expected one of {', '.join(FEATURE_MAPS)}."
-            f"{hint(feature_map, FEATURE_MAPS)}"
-        )
+        raise ValueError(unknown_name("feature map", feature_map, FEATURE_MAPS))

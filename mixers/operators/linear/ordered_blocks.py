@@ -21,8 +21,9 @@ from mixers.operators.linear.chunks import block_length, mix_chunks
 
 def attend_causally(call: LinearAttentionCall) -> tuple[Tensor, Tensor]:
     """Return the result (b, l, h, v) in v's dtype, and the memory after the last token. O(l·(c + k)·v) time."""
-    start = call.initial_state.memory if call.initial_state else _empty_memory(call)
-    return scan_blocks(_BlockSteps.of(call).forward, block_length(call.q, call.v), _streams(call), start)
+    start = call.initial_state.memory.to(call.dtype) if call.initial_state else _empty_memory(call)
+    tokens = block_length(call.q, call.v, int(call.normalize))
+    return scan_blocks(_BlockSteps.of(call).forward, tokens, _streams(call), start)
 
 
 def attend_in_both_directions(call: LinearAttentionCall) -> Tensor:
@@ -32,7 +33,7 @@ def attend_in_both_directions(call: LinearAttentionCall) -> Tensor:
     """
     steps = _BlockSteps.of(call)
     start = _empty_memory(call)
-    tokens = block_length(call.q, call.v)
+    tokens = block_length(call.q, call.v, int(call.normalize))
     q, k, per_token, v = _streams(call)
     sums, _ = scan_blocks(steps.sums, tokens, (q, k, per_token, v), start, width=start.shape[-1], dtype=call.dtype)
     y, _ = scan_blocks(steps.reverse, tokens, (q, k, per_token, sums, v), start, backwards=True)

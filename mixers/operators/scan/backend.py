@@ -55,8 +55,8 @@ class SelectiveScanBackend(Backend[SelectiveScanCall]):
     normalization exist once.
 
     Attributes:
-        takes_half_precision: whether the sums get half-precision tensors as they are, because the kernel accumulates in
-            float32; otherwise they get float32 or float64.
+        takes_half_precision: whether the sums get half-precision B, C and u as they are, because the kernel accumulates
+            in float32; otherwise they get float32 or float64, as they always do of dt, A and the memory.
     """
 
     operator = "scan"
@@ -75,9 +75,13 @@ class SelectiveScanBackend(Backend[SelectiveScanCall]):
         raise NotImplementedError
 
     def run(self, call: SelectiveScanCall) -> tuple[Tensor, Tensor | None]:
-        """Return the result (b, l, h, v) in the dtype of the sums, and the final memory of a causal call."""
+        """Return the result (b, l, h, v) in `call.dtype`, and the final memory of a causal call.
+
+        The other operators return the dtype of the values; here the skip D is still to be added.
+        """
         dtype = call.u.dtype if self.takes_half_precision else call.dtype
-        dt, A, B, C, u = (t.to(dtype) for t in (call.dt, call.A, call.B, call.C, call.u))
+        B, C, u = (t.to(dtype) for t in (call.B, call.C, call.u))
+        dt, A = (t.to(call.dtype) for t in (call.dt, call.A))  # half precision would round the rates of decay
         if call.normalize:  # a channel of ones for every value channel, which decays as the value does
             dt = torch.cat([dt, dt], dim=-1)
             A = torch.cat([A, A], dim=1)
@@ -85,12 +89,13 @@ class SelectiveScanBackend(Backend[SelectiveScanCall]):
         check_initial_state(call.initial_state, (u.shape[0], *A.shape), "(b, h, v or normalized 2·v, n)")
         memory = None
         if call.causality == "causal":
-            start = call.initial_state.memory.to(dtype) if call.initial_state else u.new_zeros(u.shape[0], *A.shape)
-            y, memory = self.causal(dt, A, B, C, u, start)
+            start = call.initial_state.memory if call.initial_state else A.new_zeros(u.shape[0], *A.shape)
+            y, memory = self.causal(dt, A, B, C, u, start.to(call.dtype))
         elif call.causality == "bidirectional":
             y = self.bidirectional(dt, A, B, C, u)
         else:
             y = self.noncausal(dt, A, B, C, u)
+        y = y.to(call.dtype)
         if call.normalize:
             return _divide_by_ones(y, call.eps), memory
         return y * (u.shape[1] if call.causality == "noncausal" else 1) * call.scale, memory

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mixers.operators.backend import register_backend
-from mixers.operators.external import refuses_size
+from mixers.operators.external import first_derivatives_only, refuses_size
 from mixers.operators.scan.backend import SelectiveScanBackend, SelectiveScanCall
 
 LARGEST_STATE = 256
@@ -25,6 +25,8 @@ class MambaSsmSelectiveScan(SelectiveScanBackend):
             return "there is no order to scan over; use chunked"
         if call.initial_state is not None:
             return "it starts from an empty state only"
+        if call.output_final_state and call.requires_grad:
+            return "it has no gradient of the final state"
         if call.A.shape[-1] > LARGEST_STATE:
             return f"states of {call.A.shape[-1]} are larger than its {LARGEST_STATE}"
         if call.u.dtype == torch.float64:
@@ -35,6 +37,7 @@ class MambaSsmSelectiveScan(SelectiveScanBackend):
         """Return decayed sums over tokens 0 … i, (b, l, h, v), and the final memory; `memory` is that of no tokens."""
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
+        dt, A, B, C, u = first_derivatives_only(dt, A, B, C, u)
         channels = [t.permute(0, 2, 3, 1).flatten(1, 2).contiguous() for t in (u, dt)]  # (b, h·v, l)
         states = [t.permute(0, 2, 3, 1).contiguous() for t in (B, C)]  # (b, h, n, l): one group per head
         rates = A.flatten(0, 1).float().contiguous()
@@ -46,7 +49,8 @@ class MambaSsmSelectiveScan(SelectiveScanBackend):
 
         Both passes include the token itself; one of its two contributions is subtracted, in float32.
         """
-        memory = u.new_zeros(u.shape[0], *A.shape)
+        dt = dt.to(u.dtype)  # as the kernel takes it
+        memory = A.new_zeros(u.shape[0], *A.shape)
         forward, _ = self.causal(dt, A, B, C, u, memory)
         reverse, _ = self.causal(dt.flip(1), A, B.flip(1), C.flip(1), u.flip(1), memory)
         own = (C.float() * B.float()).sum(-1, keepdim=True) * dt.float() * u.float()

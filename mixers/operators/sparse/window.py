@@ -47,7 +47,7 @@ def window_attention(
     margin = radius - 1
     tile = max(SMALLEST_TILE, radius)
     if (tile + 2 * margin) ** 2 >= height * width:
-        offsets = _offsets(height, width, height, width, 0, q.device)
+        offsets = _offsets((height, width), (height, width), 0, q.device)
         visible = _is_visible(*offsets, radius, causality)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible)
         return y.transpose(1, 2)
@@ -85,9 +85,9 @@ def _attend_in_tiles(
     keys = _image(k, grid, margin, pad)
     values = _image(v, grid, margin, pad)
     exists = F.pad(q.new_ones(grid, dtype=torch.bool), (margin, margin + pad[1], margin, margin + pad[0]))
-    dy, dx = _offsets(tile, tile, side, side, margin, q.device)
+    dy, dx = _offsets((tile, tile), (side, side), margin, q.device)
     visible = _is_visible(dy, dx, radius, causality)
-    itself = (dy == 0) & (dx == 0)  # keeps queries that only pad the image from having no key at all
+    itself = _as_matrix((dy == 0) & (dx == 0))  # keeps queries that only pad the image from having no key at all
 
     def attend(first: int, last: int) -> Tensor:
         """Compute the rows of tiles from `first` to before `last`: (b, rows, columns, h, v)."""
@@ -111,21 +111,29 @@ def _attend_in_tiles(
     return image[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
-def _offsets(
-    height: int, width: int, window_height: int, window_width: int, margin: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return rows and columns from every position of a tile to every position of its window, (tile, window) each."""
-    rows, columns = (torch.arange(n, device=device) for n in (height, width))
-    window_rows, window_columns = (torch.arange(n, device=device) - margin for n in (window_height, window_width))
-    dy = window_rows[None, None, :, None] - rows[:, None, None, None]
-    dx = window_columns[None, None, None, :] - columns[None, :, None, None]
-    shape = (height, width, window_height, window_width)
-    return dy.expand(shape).reshape(height * width, -1), dx.expand(shape).reshape(height * width, -1)
+def _offsets(tile: ImageGrid, window: ImageGrid, margin: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return rows and columns from every position of a tile to every position of its window.
+
+    Returns:
+        (tile height, 1, window height, 1) and (1, tile width, 1, window width), so that only the mask has an entry for
+        every pair.
+    """
+    rows, columns = (torch.arange(n, device=device) for n in tile)
+    window_rows, window_columns = (torch.arange(n, device=device) - margin for n in window)
+    return (window_rows - rows[:, None])[:, None, :, None], (window_columns - columns[:, None])[None, :, None, :]
 
 
 def _is_visible(dy: Tensor, dx: Tensor, radius: int, causality: Causality) -> Tensor:
-    visible = dy**2 + dx**2 < radius**2
-    return visible & ((dy < 0) | ((dy == 0) & (dx <= 0))) if causality == "causal" else visible
+    """Return which positions of the window are visible, (tile, window)."""
+    visible = dx**2 < radius**2 - dy**2  # dy² + dx² would be an integer for every pair
+    if causality == "causal":
+        visible = visible & ((dy < 0) | ((dy == 0) & (dx <= 0)))
+    return _as_matrix(visible)
+
+
+def _as_matrix(pairs: Tensor) -> Tensor:
+    """(tile height, tile width, window height, window width) -> (tile, window)."""
+    return pairs.flatten(2).flatten(0, 1)
 
 
 def _image(x: Tensor, grid: ImageGrid, margin: int, pad: tuple[int, int]) -> Tensor:

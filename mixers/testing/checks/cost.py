@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixers.mixer import TokenMixer
@@ -16,13 +18,18 @@ MANY = 2**20
 
 
 def check_flops(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """`flops` equals torch's count of the matrix products and convolutions of a forward pass."""
-    x = inputs.tokens(mixer, 128, batch=1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run_mixer(mixer, x)
-    counted = counter.get_total_flops()
-    promised = mixer.flops(128)
-    assert abs(counted - promised) <= 0.01 * counted, f"torch counts {counted:,} at 128 tokens, `flops` is {promised:,}"
+    """`flops` equals torch's count of the matrix products and convolutions of a forward pass, with wider values too."""
+    for expand in (mixer.config.expand, 2 * mixer.config.expand):
+        config = dataclasses.replace(mixer.config, expand=expand)
+        subject = type(mixer)(config, mixer.dim, mixer.heads).double()
+        x = inputs.tokens(subject, 128, batch=1)
+        # torch does not count the fused attention of a CPU.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            run_mixer(subject, x)
+        counted = counter.get_total_flops()
+        promised = subject.flops(128)
+        what = f"torch counts {counted:,} at 128 tokens with expand={expand}"
+        assert abs(counted - promised) <= 0.01 * counted, f"{what}, `flops` is {promised:,}"
 
 
 def check_costs_grow_as_promised(mixer: TokenMixer, inputs: CheckInputs) -> None:

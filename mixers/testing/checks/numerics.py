@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mixers.mixer import TokenMixer
-from mixers.testing.inputs import CheckInputs, run_mixer
+from mixers.testing.inputs import CheckInputs, run_mixer, with_norm
 from mixers.testing.tolerances import TOLERANCES, assert_close
 
 
@@ -39,13 +39,13 @@ def _is_stable(mixer: TokenMixer, x: Tensor, truth: Tensor, dtype: torch.dtype) 
 def check_extreme_inputs(mixer: TokenMixer, inputs: CheckInputs) -> None:
     """Outputs are finite in half precision for large, tiny, zero and constant tokens, and no gradient is NaN.
 
-    float16 only if the result is normalized or normed: unnormalized products of large tokens may exceed float16.
+    float16 only if the result is normalized, or with a norm: other products of large tokens may exceed float16.
     """
     x = inputs.tokens(mixer, max(inputs.lengths))
     cases = {"30 times as large": 30 * x, "tiny": 1e-6 * x, "zero": 0 * x, "all the same": x[:, :1].expand_as(x)}
-    bounded = mixer.traits.normalized or mixer.config.norm
-    for dtype in (torch.bfloat16, torch.float16) if bounded else (torch.bfloat16,):
-        half = copy.deepcopy(mixer).to(dtype)
+    bounded = mixer if mixer.traits.normalized else with_norm(mixer)
+    for dtype, subject in ((torch.bfloat16, mixer), (torch.float16, bounded)):
+        half = copy.deepcopy(subject).to(dtype)
         for what, tokens in cases.items():
             tokens = tokens.to(dtype).detach().requires_grad_()
             y = run_mixer(half, tokens)

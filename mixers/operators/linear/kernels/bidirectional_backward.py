@@ -66,10 +66,10 @@ def _gradients(
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0).to(tl.int64)
     tile_k = program % tiles_k
-    place = program // tiles_k
-    chunk = place % chunks
-    head = place // chunks % heads
-    batch = place // chunks // heads
+    chunk_index = program // tiles_k
+    chunk = chunk_index % chunks
+    head = chunk_index // chunks % heads
+    batch = chunk_index // chunks // heads
     dtype: tl.constexpr = key_states.dtype.element_ty
     C: tl.constexpr = 1 << LEVELS
     tokens = chunk * C + tl.arange(0, C)
@@ -93,7 +93,7 @@ def _gradients(
         errors = load_tokens(y, tokens, values, length, y_l, y_c, V, ALIGN, dtype) * factor
         v = load_tokens(w, tokens, values, length, w_l, w_c, V, ALIGN, dtype)
         d_weights += product(errors, tl.trans(v), PRECISION)
-        at = place * 2 * K * V + keys[:, None] * V + values[None, :]
+        at = chunk_index * 2 * K * V + keys[:, None] * V + values[None, :]
         inner = valid[:, None] & (values < V)[None, :]
         key_left = tl.load(key_states + at, mask=inner, other=0.0)
         query_right = tl.load(query_states + at + K * V, mask=inner, other=0.0)
@@ -107,7 +107,7 @@ def _gradients(
         through += tl.sum(key_right * query_left, 1)
     if key_sums is not None:
         share = tl.load(shares + row, mask=inside, other=0.0)[:, None]
-        at = place * 2 * K + keys
+        at = chunk_index * 2 * K + keys
         key_left = tl.load(key_sums + at, mask=valid, other=0.0)
         key_right = tl.load(key_sums + at + K, mask=valid, other=0.0)
         query_left = tl.load(query_sums + at, mask=valid, other=0.0)
@@ -132,7 +132,7 @@ def _gradients(
     since, until = decays(own, before, after, C, False)
     dk_left *= since
     dk_right *= until
-    decay = tl.load(chunk_gate + place * gates + channels, mask=channels < gates, other=0.0)
+    decay = tl.load(chunk_gate + chunk_index * gates + channels, mask=channels < gates, other=0.0)
     left = q * dq_left + k * dk_left
     right = q * dq_right + k * dk_right
     columns = k * (dk_left + dk_right)

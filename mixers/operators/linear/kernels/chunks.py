@@ -79,9 +79,9 @@ def decays(own, before, after, SIZE: tl.constexpr, OWN: tl.constexpr):
         since = running_sums(own, SIZE, False)
         until = running_sums(own, SIZE, True)
     else:
-        place = tl.arange(0, own.shape[0])[:, None] % SIZE
-        since = running_sums(tl.where(place == 0, 0.0, before), SIZE, False)
-        until = running_sums(tl.where(place == SIZE - 1, 0.0, after), SIZE, True)
+        position = tl.arange(0, own.shape[0])[:, None] % SIZE
+        since = running_sums(tl.where(position == 0, 0.0, before), SIZE, False)
+        until = running_sums(tl.where(position == SIZE - 1, 0.0, after), SIZE, True)
     return tl.exp(since), tl.exp(until)
 
 
@@ -140,10 +140,10 @@ def _chunk_states(
     program = tl.program_id(0).to(tl.int64)
     tile_v = program % tiles_v
     tile_k = program // tiles_v % tiles_k
-    place = program // (tiles_v * tiles_k)  # of the chunk, in (b, h, n)
-    chunk = place % chunks
-    head = place // chunks % heads
-    batch = place // chunks // heads
+    chunk_index = program // (tiles_v * tiles_k)  # of the chunk, in (b, h, n)
+    chunk = chunk_index % chunks
+    head = chunk_index // chunks % heads
+    batch = chunk_index // chunks // heads
     dtype: tl.constexpr = states.dtype.element_ty
     C: tl.constexpr = 1 << LEVELS
     tokens = chunk * C + tl.arange(0, C)
@@ -163,16 +163,16 @@ def _chunk_states(
         w *= tl.load(factors + at, mask=tokens < length, other=0.0)[:, None]
 
     inner = (keys < K)[:, None] & (values < V)[None, :]
-    out = states + place * 2 * K * V + keys[:, None] * V + values[None, :]
+    out = states + chunk_index * 2 * K * V + keys[:, None] * V + values[None, :]
     tl.store(out, product(tl.trans(x * until), w, PRECISION), mask=inner)
     tl.store(out + K * V, product(tl.trans(x * since), w, PRECISION), mask=inner)
     # Every tile of v writes the same values, and with one gate every tile of k the same decay.
     if sums is not None:
         if TRANSPOSED:
             x *= tl.load(shares + at, mask=tokens < length, other=0.0)[:, None]
-        tl.store(sums + place * 2 * K + keys, tl.sum(x * until, 0), mask=keys < K)
-        tl.store(sums + (place * 2 + 1) * K + keys, tl.sum(x * since, 0), mask=keys < K)
-    tl.store(chunk_gate + place * gates + channels, tl.exp(tl.sum(own, 0)), mask=channels < gates)
+        tl.store(sums + chunk_index * 2 * K + keys, tl.sum(x * until, 0), mask=keys < K)
+        tl.store(sums + (chunk_index * 2 + 1) * K + keys, tl.sum(x * since, 0), mask=keys < K)
+    tl.store(chunk_gate + chunk_index * gates + channels, tl.exp(tl.sum(own, 0)), mask=channels < gates)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -183,17 +183,17 @@ def _carry(
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     gates: tl.constexpr = 1 if SCALAR else SIZE // INNER
     program = tl.program_id(0).to(tl.int64)
-    place = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    entry = program % tiles * BLOCK + tl.arange(0, BLOCK)
     backward = program // tiles % 2
     sequence = program // tiles // 2
-    channel = place * 0 if SCALAR else place // INNER
+    channel = entry * 0 if SCALAR else entry // INNER
     memory = tl.zeros((BLOCK,), states.dtype.element_ty)
     for step in tl.range(0, chunks, num_stages=3):
         chunk = sequence * chunks + step + backward * (chunks - 1 - 2 * step)
-        at = states + (chunk * 2 + backward) * SIZE + place
-        addition = tl.load(at, mask=place < SIZE, other=0.0)
-        decay = tl.load(chunk_gate + chunk * gates + channel, mask=place < SIZE, other=0.0)
-        tl.store(at, memory, mask=place < SIZE)
+        at = states + (chunk * 2 + backward) * SIZE + entry
+        addition = tl.load(at, mask=entry < SIZE, other=0.0)
+        decay = tl.load(chunk_gate + chunk * gates + channel, mask=entry < SIZE, other=0.0)
+        tl.store(at, memory, mask=entry < SIZE)
         memory = memory * decay + addition
 
 
@@ -215,10 +215,10 @@ def _mix(
     tiles_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0).to(tl.int64)
     values = program % tiles_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    place = program // tiles_v
-    chunk = place % chunks
-    head = place // chunks % heads
-    batch = place // chunks // heads
+    chunk_index = program // tiles_v
+    chunk = chunk_index % chunks
+    head = chunk_index // chunks % heads
+    batch = chunk_index // chunks // heads
     dtype: tl.constexpr = states.dtype.element_ty
     C: tl.constexpr = 1 << LEVELS
     tokens = chunk * C + tl.arange(0, C)
@@ -229,7 +229,7 @@ def _mix(
     g = head_of(g, batch, head, g_b, g_h, gates_align)
     r = head_of(r, batch, head, r_b, r_h, ALIGN)
     x = head_of(x, batch, head, x_b, x_h, ALIGN)
-    states += place * 2 * K * V
+    states += chunk_index * 2 * K * V
     mixed = tl.zeros((C, BLOCK_V), dtype)
     weights = tl.zeros((C, C), dtype)
     total = tl.zeros((C,), dtype)
@@ -245,8 +245,8 @@ def _mix(
         mixed += product(rows * since, tl.load(states + at, mask=inner, other=0.0), PRECISION)
         mixed += product(rows * until, tl.load(states + K * V + at, mask=inner, other=0.0), PRECISION)
         if sums is not None:
-            left = tl.load(sums + place * 2 * K + keys, mask=keys < K, other=0.0)
-            right = tl.load(sums + (place * 2 + 1) * K + keys, mask=keys < K, other=0.0)
+            left = tl.load(sums + chunk_index * 2 * K + keys, mask=keys < K, other=0.0)
+            right = tl.load(sums + (chunk_index * 2 + 1) * K + keys, mask=keys < K, other=0.0)
             total += tl.sum(rows * (since * left[None, :] + until * right[None, :]), 1)
         if SCALAR:
             weights += product(rows, tl.trans(columns), PRECISION)

@@ -122,11 +122,11 @@ def split(length: int, block: int, others: int, device: torch.device) -> tuple[i
     Args:
         length: tokens.
         block: tokens that are read at once; splits are multiples of it.
-        others: programs per split (batch, heads and tiles).
+        others: programs per split (batch, heads and tiles); 0 for an empty batch.
         device: its number of processors determines how many programs occupy it.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    splits = max(1, PROGRAMS_PER_PROCESSOR * processors // others)
+    splits = max(1, PROGRAMS_PER_PROCESSOR * processors // max(1, others))
     tokens = min(triton.cdiv(length, splits), LONGEST_SPLIT)
     tokens = triton.cdiv(tokens, block) * block
     return triton.cdiv(length, tokens), tokens

@@ -97,14 +97,14 @@ def _mean(
     keys = program // tiles_v % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     group = program // (tiles_v * tiles_k)
     head = group % heads
-    place = group // heads % splits
+    split_index = group // heads % splits
     batch = (group // heads // splits).to(tl.int64)
 
     dtype: tl.constexpr = partial.dtype.element_ty
     memory = tl.zeros((BLOCK_K, BLOCK_V), dtype)
     sums = tl.zeros((BLOCK_K,), dtype)
     share = 1.0 / length.to(dtype)
-    for first in range(place * part, tl.minimum((place + 1) * part, length), BLOCK_L):
+    for first in range(split_index * part, tl.minimum((split_index + 1) * part, length), BLOCK_L):
         tokens = first + tl.arange(0, BLOCK_L)
         features = FEATURE(_load(x, batch, head, tokens, length, keys, K, x_b, x_l, x_h, ALIGN).to(dtype))
         if NORMALIZE:
@@ -119,7 +119,7 @@ def _mean(
         memory += product(tl.trans(features), block, PRECISION) * share
 
     groups = tl.num_programs(0) // (tiles_v * tiles_k * splits)
-    out = partial + (place.to(tl.int64) * groups + batch * heads + head) * WIDTH
+    out = partial + (split_index.to(tl.int64) * groups + batch * heads + head) * WIDTH
     inside = (keys < K)[:, None] & (values < V)[None, :]
     tl.store(out + keys[:, None] * V + values[None, :], memory, mask=inside)
     if NORMALIZE:  # every tile of v writes the same values

@@ -14,8 +14,13 @@ from torch import Tensor
 from mixers import TokenMixer, create_mixer, structure
 from mixers.operators import linear_attention
 from mixers.operators.scan import selective_scan
+from mixers.state_space_mixer import StateSpaceConfig
+from mixers.streams import Streams
+from mixers.testing import CheckInputs
+from mixers.testing.checks.matrix import check_forward_equals_its_matrix
 from mixers.testing.tolerances import assert_close
 from mixers.traits import CAUSALITIES
+from mixers.zoo.mamba2 import Mamba2
 from tests.mixers.builders import disturbed, float64
 
 LENGTH = 20
@@ -279,3 +284,16 @@ def test_refusals_give_the_reason() -> None:
         create_mixer("mamba", 12, 2, dt_rank=0)
     with pytest.raises(ValueError, match="d_state and n_groups > 0"):
         create_mixer("vssd", 12, 2, d_state=0)
+
+
+class OwnFeatures(Mamba2):
+    """Keys times a factor that differs between heads, although all heads share B."""
+
+    def features(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        q, k = super().features(streams)
+        return q, k * torch.arange(1, 1 + self.heads, dtype=k.dtype)[:, None]
+
+
+def test_features_of_a_subclass_are_those_of_every_head() -> None:
+    mixer = disturbed(OwnFeatures(StateSpaceConfig(d_state=4), 12, 2))
+    check_forward_equals_its_matrix(mixer, CheckInputs((1, 9)))

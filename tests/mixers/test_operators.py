@@ -228,6 +228,7 @@ def test_a_state_of_another_dtype_continues_in_that_of_the_call(name: str, backe
 
 
 def test_blocks_are_whole_chunks_and_hold_all_heads() -> None:
-    q, v = torch.empty(2, 5, 8, 16), torch.empty(2, 5, 8, WIDE)
+    q = torch.empty(2, 5, 8, 16)
+    v = torch.empty(2, 5, 8, WIDE)
     assert block_length(q[:, :, :1], v) == block_length(q, v)
     assert block_length(q, v, more_channels=1) % chunk_size(16, WIDE + 1) == 0

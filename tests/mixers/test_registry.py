@@ -147,7 +147,10 @@ def test_the_tables_of_the_page_of_mixers_are_current() -> None:
 
 def test_a_state_dict_keeps_the_dtype_of_every_tensor() -> None:
     """Checkpoints in half precision keep the parameters of the decay in float32."""
-    dim, inner, n, rank = 8, 16, 4, 3
+    dim = 8
+    inner = 16
+    n = 4
+    rank = 3
     state = {
         "in_proj.weight": torch.randn(2 * inner, dim).bfloat16(),
         "conv1d.weight": torch.randn(inner, 1, 4).bfloat16(),

@@ -52,28 +52,33 @@ def first_derivatives_only(*tensors: OptionalTensorT) -> list[OptionalTensorT]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return list(tensors)
-    return [t if t is None or not t.requires_grad else _FirstDerivative.apply(t) for t in tensors]
+    differentiated = [t for t in tensors if t is not None and t.requires_grad]
+    views = iter(_FirstDerivatives.apply(*differentiated) if differentiated else ())
+    return [t if t is None or not t.requires_grad else next(views) for t in tensors]
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """The identity; a gradient that has lost its graph cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        return x.view_as(x)
+class _FirstDerivatives(torch.autograd.Function):
+    """The identity on several tensors; gradients that have lost their graph cannot be differentiated."""
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        if not torch.is_grad_enabled() or gradient.requires_grad:
-            return gradient
-        return _NoDerivative.apply(gradient.detach().requires_grad_())
+    def forward(ctx, *tensors):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        if not torch.is_grad_enabled():
+            return gradients
+        tensors = ctx.saved_tensors  # what the gradients depend on
+        return tuple(g if g is None or g.requires_grad else _NoDerivative.apply(g, *tensors) for g in gradients)
 
 
 class _NoDerivative(torch.autograd.Function):
-    """The identity, which refuses to be differentiated."""
+    """The identity on the first tensor, which refuses to be differentiated by any."""
 
     @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, *tensors):  # type: ignore[no-untyped-def]
         return x.view_as(x)
 
     @staticmethod

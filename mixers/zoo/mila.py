@@ -86,10 +86,16 @@ class MILA(LinearAttention):
         """Channels of the short convolution: those of the values."""
         return self.value_width
 
+    @property
+    def selection_width(self) -> int:
+        """Channels from which q and k are computed."""
+        return self.value_width if self.config.selection == "inner" else self.dim
+
     def create_projections(self) -> Projections:
         """Create the mixer's own projections; to_q and to_k see what `selection` names."""
-        key_input = self.value_width if self.config.selection == "inner" else self.dim
-        return Projections(self.dim, self.key_width, self.value_width, key_input, qkv_bias=self.config.qkv_bias)
+        return Projections(
+            self.dim, self.key_width, self.value_width, self.selection_width, qkv_bias=self.config.qkv_bias
+        )
 
     def compute_streams(self, x: Tensor, projections: ProjectionLayers, grid: ImageGrid | None = None) -> Streams:
         """Compute the inner activation, then q and k from it or from the tokens."""
@@ -161,6 +167,10 @@ class MILA(LinearAttention):
         rotary = self.config.rotary
         normalized = traits.normalized and not self._has_separate_denominator
         return replace(traits, normalized=normalized, needs_grid=traits.needs_grid or rotary)
+
+    def projection_flops(self, length: int) -> int:
+        """Return the share of `flops` of the four projections."""
+        return 4 * length * (self.selection_width * self.key_width + self.dim * self.value_width)
 
     def operator_flops(self, length: int) -> int:
         """Return the operations of linear attention, and of a second pass for a separate denominator."""

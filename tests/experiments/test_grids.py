@@ -117,6 +117,32 @@ def test_settings_of_the_distillation_hold_for_every_row(name: str) -> None:
         apply_grid_overrides(changed, ["distillation.fit.step=7"])
 
 
+@pytest.mark.parametrize("setting", ["train=new", "calibrate_outputs=true", "calibrate_outputs=false", "start=random"])
+@pytest.mark.parametrize("name", WITH_CONTROLS)
+def test_a_row_keeps_the_start_that_it_is_about(name: str, setting: str) -> None:
+    """The controls' distilled softmax starts from random projections, for which other values are refused."""
+    grid = load_grid(name)
+    settings = [f"distillation.{setting}"]
+    if setting == "start=random":
+        settings.append("distillation.calibrate_outputs=false")
+    changed = apply_grid_overrides(grid, settings)
+    for before, after in zip(grid.cells(), changed.cells(), strict=True):
+        fields = ("start", "train", "calibrate_outputs")
+        is_own = any(getattr(before.distillation, field) != getattr(grid.distillation, field) for field in fields)
+        source = before.distillation if is_own else changed.distillation
+        assert all(getattr(after.distillation, field) == getattr(source, field) for field in fields)
+
+
+def test_a_row_keeps_the_objectives_that_it_is_about() -> None:
+    grid = load_grid("objectives")
+    changed = apply_grid_overrides(grid, ['distillation.objectives={"output": 1}'])
+    for before, after in zip(grid.variants, changed.variants, strict=True):
+        if before.distillation is None or before.distillation.objectives == grid.distillation.objectives:
+            assert after.distillation is None or set(after.distillation.objectives) == {"output"}
+        else:
+            assert after == before
+
+
 @pytest.mark.parametrize("name", list_grids())
 def test_a_grid_scales_to_another_teachers_size(name: str) -> None:
     grid = load_grid(name)

@@ -7,7 +7,7 @@ repeated, which color, which axis of symmetry), so a denoiser must compare token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -113,7 +113,7 @@ KINDS: dict[str, SceneKind] = {}
 
 
 def register_kind(
-    *, hidden: bool, share: int, held_out: Collection[Novelty] = ("drawing", "combination")
+    *, hidden: bool, share: int, held_out: tuple[Novelty, ...] = ("drawing", "combination")
 ) -> Callable[[SceneFunction], SceneFunction]:
     """Add a function to the registry of scene kinds, under its own name, with the attributes of `SceneKind`."""
 

@@ -4,6 +4,8 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from experiments.ablation import combine_variants, is_distinct, list_grids, load_grid
+from experiments.ablation.description import VariantDescription, describe_run
+from experiments.ablation.variants import effective_feature_map, has_own_feature_map
 from experiments.config import Grid, Variant, apply_grid_overrides, resize_grid
 from experiments.grids.shared import controls
 from experiments.teacher.load import EMBEDDED
@@ -57,9 +59,42 @@ def test_every_grid_carries_its_controls(name: str) -> None:
     assert grid.reference not in {control.name for control in controls(grid.distillation)}
 
 
-@pytest.mark.parametrize("name", ["demo", "family", "design"])
-def test_grids_about_normalization_have_a_row_of_bounded_sums(name: str) -> None:
-    assert any(variant.options.get("scale") == "mean" for variant in load_grid(name).variants)
+def compared_rows(name: str) -> dict[str, list[VariantDescription]]:
+    """The rows of a grid by what they share if normalization or their feature map differs; no controls."""
+    groups: dict[str, list[VariantDescription]] = {}
+    for row in describe_run(load_grid(name)).variants:
+        if row.control is None:
+            groups.setdefault(repr((row.mixer, row.causality, row.other_options, row.distillation)), []).append(row)
+    return groups
+
+
+@pytest.mark.parametrize("name", list_grids())
+def test_normalization_is_all_that_differs_in_a_pair(name: str) -> None:
+    """Normalized rows need a positive feature map, and a row that is compared with them has the same one."""
+    for design, rows in compared_rows(name).items():
+        maps = [{r.feature_map for r in rows if r.normalize == normalize} for normalize in (True, False)]
+        if all(maps):
+            assert maps[0] & maps[1], design
+
+
+@pytest.mark.parametrize("name", list_grids())
+def test_sums_that_grow_are_compared_with_bounded_ones(name: str) -> None:
+    """Normalization has two parts: bounded sums, and rows that sum to 1. Erasing bounds the delta rule's sums."""
+    for design, rows in compared_rows(name).items():
+        levels = {row.normalization for row in rows}
+        if {"normalized", "not normalized"} <= levels and rows[0].causality == "noncausal":
+            assert "mean scale" in levels or rows[0].mixer in ("gated_deltanet", "kda"), design
+
+
+def test_unnormalized_combinations_have_the_feature_map_of_the_normalized_ones() -> None:
+    for name in list_mixers():
+        maps = {v.normalize: effective_feature_map(v) for v in combine_variants({name: name}, mean_scale=True)}
+        assert len(set(maps.values())) == 1, (name, maps)
+        assert all(has_own_feature_map(v) for v in combine_variants({name: name}))
+    signed = Variant(name="a", label="a", mixer="gla", normalize=False, options={"feature_map": "identity"})
+    assert effective_feature_map(signed) == "identity" and not has_own_feature_map(signed)
+    published = Variant(name="a", label="a", mixer="gla", normalize=False)
+    assert effective_feature_map(published) == "identity" and has_own_feature_map(published)
 
 
 def test_combinations_are_what_every_mixer_offers_and_nothing_else() -> None:

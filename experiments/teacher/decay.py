@@ -11,7 +11,7 @@ from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.state import checkpoint_step, lock_stage, newest_checkpoint, require_same_state
 from experiments.teacher.train import build_denoiser, open_encoder, open_tokenizer, stage_callback, unet_batches
 from experiments.training import StageCallback, delete_checkpoints, fit
-from experiments.training.processes import this_process
+from experiments.training.processes import agree_on_start, this_process
 from experiments.training.schedule import learning_rate_factor
 
 
@@ -34,7 +34,8 @@ def decay_learning_rate(
     check_device(device)
     source = newest_checkpoint(directory / "unet")
     folder = directory / "decay"
-    step = checkpoint_step(source)
+    this_process()  # connects the processes, which must start from one state
+    step = agree_on_start(checkpoint_step(source))
     require_same_state(directory, recipe, ("unet",))
     config = recipe.unet.model_copy(
         update={

@@ -69,9 +69,13 @@ def fit_stage(
     folder: Path,
     callback: LossCallback | None = None,
 ) -> None:
-    """Train a stage by `fit`, or resume it, while its folder is locked."""
+    """Train a stage by `fit`, or resume it, while its folder is locked.
+
+    Processes that train together return when the main one has written the last checkpoint.
+    """
     with lock_stage(folder):
         fit(model, batch, config, folder, callback)
+    this_process().wait_for_everyone()
 
 
 def save_once(folder: Path, save: Callable[[Path], Any]) -> None:

@@ -135,7 +135,7 @@ def has_state(mixer: TokenMixer) -> bool:
 
 
 def check_state_size_is_enough(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Causal: what later tokens receive from earlier ones fits in the state: rank of W's lower-left block · v ≤ state."""
+    """Causal: what later tokens receive from earlier ones fits the state: rank of W's lower-left block · v ≤ state."""
     x = inputs.tokens(mixer, 32, batch=1)
     matrix = structure.mixing_matrix(mixer, x)
     ranks = structure.numerical_rank(matrix[..., 16:, :16])

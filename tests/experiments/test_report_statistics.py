@@ -1,6 +1,7 @@
 """Effects of factors, controls and rank stability: identities on made-up runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -45,9 +46,10 @@ def test_effects_are_the_factors_of_the_errors() -> None:
         "not normalized ÷ normalized": (2, 4),
         "causal ÷ non-causal (normalized rows)": (3, 2),
         "causal ÷ non-causal (unnormalized rows)": (3, 2),
-        "mamba2 ÷ linear_attention": (5, 4),
+        "mamba2 ÷ linear_attention (normalized rows)": (5, 2),
+        "mamba2 ÷ linear_attention (unnormalized rows)": (5, 2),
     }
-    assert effects.keys() == expected.keys(), "normalized and unnormalized rows are never pooled for causality"
+    assert effects.keys() == expected.keys(), "normalized and unnormalized rows are never pooled"
     for name, (ratio, pairs) in expected.items():
         effect = effects[name]
         assert not effect.depends and effect.complete and effect.significant
@@ -126,7 +128,7 @@ def test_no_pair_is_left_out_for_its_outcome(error: float) -> None:
         if cell.variant.startswith("mamba2"):
             cell.result = cell_record(cell.variant, cell.seed or 0, {64: error * (1 + (cell.seed or 0))}).result
             cell.__dict__.pop("fidelity", None)
-    assert [len(e.pairs) for e in compute_effects(run)] == [e.planned for e in compute_effects(run)] == [4, 2, 2, 4]
+    assert [len(e.pairs) for e in compute_effects(run)] == [e.planned for e in compute_effects(run)] == [4, 2, 2, 2, 2]
 
 
 def test_an_unfinished_pair_makes_its_effect_incomplete() -> None:
@@ -187,6 +189,42 @@ def test_the_table_of_factors_has_every_pair() -> None:
     assert ("causal ÷ non-causal (normalized rows)", "mamba2") in lines
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.3, 1.0])
+def test_a_mark_in_the_table_of_factors_is_one_of_its_own_line(noise: float) -> None:
+    """Parts of the rows are compared too: a mark needs an interval that excludes 1, and p-values are corrected."""
+    run = made_up(noise)
+    effects = compute_effects(run)
+    table = effects_table(run, effects)
+    parts = [row for row in table.rows if row.cells[0].text != "all rows"]
+    ratios = {effect.name: list(effect.parts(*SPLITS).values()) for effect in effects}
+    assert len(parts) > len(effects)
+    assert all(math.isnan(part.adjusted_p) and not part.significant for each in ratios.values() for part in each)
+    for row in table.rows:
+        text = row.cells[1].text
+        low, high = (float(bound) for bound in text.split("[")[1].rstrip("]").split(", "))
+        assert not text.startswith("▲") or low >= 1
+        assert not text.startswith("▼") or high <= 1
+    marked = any(row.cells[1].text.startswith("▲") for row in parts)
+    assert marked or noise > 0.01
+    assert not marked or noise < 1
+
+
+def test_a_part_is_not_marked_for_the_effect_of_all_rows() -> None:
+    """All rows together are worse without normalization beyond noise; of the loud mixer alone that is not known."""
+    run = made_up(0.01, ("linear_attention",))
+    loud = made_up(0.01, ("mamba2",))
+    for cell in loud.cells:
+        factor = (0.3, 1.0, 3.0)[cell.seed or 0] if "unnormalized" in cell.variant else 1.0
+        errors = {64: factor * cell.fidelity[64].relative_error_to_teacher}
+        run.cells.append(cell_record(cell.variant, cell.seed or 0, errors))
+    run.description = run.description.model_copy(update={"variants": (*run.variants, *loud.variants)})
+    effects = [replace(effect, adjusted_p=0.0) for effect in compute_effects(run)]
+    lines = {(row.label, row.cells[0].text): row.cells[1].text for row in effects_table(run, effects).rows}
+    assert lines["not normalized ÷ normalized", "all rows"].startswith("▲")
+    assert lines["not normalized ÷ normalized", "linear_attention"].startswith("▲")
+    assert not lines["not normalized ÷ normalized", "mamba2"].startswith("▲")
+
+
 def test_a_claim_without_a_pair_is_not_tested() -> None:
     claim = Claim(statement="order", factor="causality", value="bidirectional", worse=True)
     run = made_up()
@@ -229,6 +267,41 @@ def test_what_a_control_leaves_of_a_finding_is_said() -> None:
     assert states == sorted(states) and set(states) == {0, 1, 2}
 
 
+def test_an_exploding_row_does_not_make_a_control_explain_a_mixer() -> None:
+    """The identity is worse than every normalized row, however bad the unnormalized ones are."""
+    run = made_up()
+    for cell in run.cells:
+        if cell.variant == "mamba2_noncausal_unnormalized":
+            cell.result = cell_record(cell.variant, cell.seed or 0, {64: 1e9}).result
+            cell.__dict__.pop("fidelity", None)
+    add_row(run, identity_row(), 1.0)
+    notes = {effect.name: control_note(run, effect, control_rows(run)) for effect in compute_effects(run)}
+    assert not notes["mamba2 ÷ linear_attention (normalized rows)"]
+    assert "“identity”" in notes["mamba2 ÷ linear_attention (unnormalized rows)"]
+    assert not any("this is no effect of mixing" in note for note in notes.values())
+
+
+def test_one_seed_cannot_tell_what_is_an_effect_of_mixing() -> None:
+    run = made_up()
+    add_row(run, identity_row(), 0.001)
+    run.cells = [cell for cell in run.cells if cell.seed == 0]
+    note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
+    assert "“identity”" in note and "with one seed, it cannot be told" in note and "no effect of mixing" not in note
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
+def test_a_control_shows_an_effect_only_beyond_its_interval(noise: float) -> None:
+    """Between the seeds of a noisy control nothing is known of mixing, however good its mean is."""
+    run = made_up()
+    run.description = run.description.model_copy(update={"variants": (*run.variants, identity_row())})
+    for seed, sign in enumerate((-1, 0, 1)):
+        errors = {64: 0.03 * (1 + seed) * math.exp(noise * sign)}
+        run.cells.append(cell_record("identity", seed, errors))
+    note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
+    expected = {0.0: "this is no effect of mixing", 0.3: "of this is an effect of mixing", 3.0: ""}[noise]
+    assert expected in note and bool(note) is bool(expected)
+
+
 def test_a_control_that_is_worse_explains_nothing() -> None:
     run = made_up()
     add_row(run, identity_row(), 10.0)
@@ -251,24 +324,50 @@ def test_errors_beside_the_controls() -> None:
     assert excess is not None and excess.mean == pytest.approx(0.006 * 2)
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_ranks_are_stable_or_the_report_says_they_are_not(swapped: bool) -> None:
+def two_settings(before: Sequence[float], after: Sequence[float]) -> RunRecord:
+    """Rows with these errors, trained for 70 and for 300 steps."""
     run = run_of({})
-    for steps, factor in ((70, 2.0), (300, 0.5 if swapped else 2.0)):
+    for steps, errors in ((70, before), (300, after)):
         plan = DistillationConfig(fit=FitConfig(steps=steps, batch_size=1, learning_rate=1e-3))
-        for mixer, error in (("linear_attention", 0.1), ("mamba2", 0.1 * factor)):
+        for number, error in enumerate(errors):
             variant = VariantDescription(
-                name=f"{mixer}_{steps}",
-                label=f"{mixer}, {steps} steps",
-                mixer=mixer,
+                name=f"mixer{number}_{steps}",
+                label=f"mixer{number}, {steps} steps",
+                mixer=f"mixer{number}",
                 causality="noncausal",
                 normalize=True,
                 distillation=plan,
             )
             add_row(run, variant, error)
-    (statement,) = describe_rank_stability(run)
+    return run
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_ranks_are_stable_or_the_report_says_they_are_not(swapped: bool) -> None:
+    (statement,) = describe_rank_stability(two_settings((0.1, 0.2), (0.1, 0.05 if swapped else 0.2)))
     assert ("NOT stable" in statement) is swapped
+    assert swapped or "are stable" in statement
     assert not swapped or "between 70 steps at 0.001 and 300 steps at 0.001" in statement
+
+
+@pytest.mark.parametrize("after", [(0.1, 0.2), (0.2, 0.1)])
+def test_one_seed_leaves_it_undecided_whether_ranks_are_stable(after: tuple[float, float]) -> None:
+    run = two_settings((0.1, 0.2), after)
+    run.cells = [cell for cell in run.cells if cell.seed == 0]
+    (statement,) = describe_rank_stability(run)
+    assert "undecided" in statement and "single seed" in statement and "are stable at" in statement
+    assert not statement.startswith("The ranks")
+
+
+def test_ranks_that_change_within_their_intervals_are_undecided() -> None:
+    run = two_settings((0.1, 0.101, 0.102), (0.102, 0.101, 0.1))
+    random = np.random.default_rng(0)
+    for cell in run.cells:
+        error = cell.fidelity[64].relative_error_to_teacher * math.exp(0.5 * random.normal())
+        cell.result = cell_record(cell.variant, cell.seed or 0, {64: error}).result
+        cell.__dict__.pop("fidelity", None)
+    (statement,) = describe_rank_stability(run)
+    assert "undecided" in statement
 
 
 def test_effects_are_kept_when_parts_are_taken() -> None:

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from experiments.report import build_report
 from experiments.report.collect import append_cells
 from experiments.report.conclusions import draw_conclusions
 from experiments.report.effect_plots import plot_pareto
+from experiments.report.figures import _image_figures
 from experiments.report.heat_maps import plot_heat_map
 from experiments.report.line_plots import growth_exponent, plot_metric
 from experiments.report.overview import overview_rows, read_sample
@@ -199,7 +201,9 @@ def test_conclusions(run: Path) -> None:
         "matters most for the error to the teacher at 256 px, 4 times the training side. " in conclusions.sentences[0]
     )
     assert "Closest to the teacher at 256 px is “LinFusion”" in conclusions.sentences[0]
-    assert any(s.startswith("LinFusion rather than linear attention: ") for s in conclusions.sentences)
+    assert any(
+        s.startswith("LinFusion rather than linear attention among normalized rows: ") for s in conclusions.sentences
+    )
     assert "Holm's correction" in conclusions.method
     assert "fewer than three" in conclusions.warnings[0]
 
@@ -309,6 +313,36 @@ def test_cells_of_an_earlier_grid_are_left_out(tmp_path: Path) -> None:
     assert any("its distillation differ" in p for p in run.problems)
 
 
+def test_cells_of_a_variant_that_changed_under_its_name_are_left_out(tmp_path: Path) -> None:
+    """A cell's id is the hash of all its configuration: cells with other ids are no seeds of the same row."""
+    folder = make_run(tmp_path)
+    ids = [path.name for path in (folder / "cells").iterdir()]
+    cells = [{"id": name, "variant": name.split("-s")[0], "seed": int(name.split("-s")[1][0])} for name in ids]
+    renamed = [cell | {"id": "linear-s1-y"} if cell["id"] == "linear-s1-x" else cell for cell in cells]
+    edit(folder / "grid.json", lambda g: g.update(cells=renamed))
+    run = load_run(folder)
+    assert [c.seed for c in run.done("linear")] == [0] and ("linear", 1) in run.missing()
+    assert any(p.startswith("linear-s1-x: left out") and "no such cell" in p for p in run.problems)
+    edit(folder / "grid.json", lambda g: g.update(cells=cells))
+    assert {c.id for c in load_run(folder).cells} == set(ids) and not load_run(folder).omitted
+
+
+@pytest.mark.parametrize("sizes", [(), (64, 64, 64, 128)])
+def test_sizes_that_students_were_distilled_at_are_called_that(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    plan = DistillationConfig(fit=FitConfig(steps=3, batch_size=2, learning_rate=1e-3), image_size=64, sizes=sizes)
+    edit(folder / "grid.json", lambda g: g.update(protocol={"distillation": plan.model_dump(mode="json")}))
+    text = page_of(folder)
+    assert f"not distilled at sizes other than {'64 and 128 px' if sizes else '64 px'}" in text
+    run = load_run(folder)
+    captions = {plan.name: plan.caption for plan in _image_figures(run) if plan.name.startswith("samples_")}
+    distilled = {64, *sizes}
+    for size in SIZES:
+        assert ("not distilled at" in captions[f"samples_{size}"]) is (size not in distilled)
+    claim = draw_conclusions(run).verdicts[0]
+    assert run.description.claims[0].beyond and ("128 px" in claim.evidence) is (128 not in distilled)
+
+
 def test_empty_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"grid\.json"):
         build_report(tmp_path)
@@ -321,6 +355,13 @@ def test_growth_exponent() -> None:
     assert growth_exponent([(64, 1.0)]) is None
 
 
+def made_with(run: Path, folder: Path, commit: str, cell: str) -> Path:
+    """A copy of the run, one cell of which was measured by code of this commit."""
+    shutil.copytree(run, folder)
+    edit(folder / "cells" / cell / "result.json", lambda r: r["measurements"].update(commit=commit))
+    return folder
+
+
 def test_every_cell_ever_measured_is_in_one_table(run: Path, tmp_path: Path) -> None:
     table = tmp_path / "cells.csv"
     assert append_cells(run, table) == 16
@@ -330,7 +371,12 @@ def test_every_cell_ever_measured_is_in_one_table(run: Path, tmp_path: Path) -> 
     row = next(row for row in rows if (row["variant"], row["seed"]) == ("linear", "1"))
     assert float(row["relative_error_to_teacher, 256 × 256 px"]) == error(1.2, 256, 1)
     assert row["protocol"] == "p" and row["steps"] == "100" and row["mixer"] == "linear_attention"
-    assert row["commit"] == "abc1234", "of the run, not of the table"
+    assert row["commit"] == "", "the commit that a run was last started from may have measured no cell"
+    assert append_cells(made_with(run, tmp_path / "fixed", "abc1234", "linear-s1-x"), table) == 1, "after a fix"
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["commit"] for row in rows if (row["variant"], row["seed"]) == ("linear", "1")] == ["", "abc1234"]
+    assert {row["commit"] for row in rows if (row["variant"], row["seed"]) != ("linear", "1")} == {""}
     other = make_run(tmp_path / "other")
     edit(other / "grid.json", lambda g: g.update(name="other"))
     for path in other.glob("cells/*/result.json"):

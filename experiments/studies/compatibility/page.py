@@ -105,8 +105,8 @@ def format_page(result: dict[str, Any], config: CompatibilityConfig, folder: str
         "",
     ]
     for size in config.sampling.sizes:
-        is_training_size = size == config.grid.distillation.image_size
-        note = "the training size" if is_training_size else "a size that nothing was trained at"
+        was_distilled = size in config.grid.distillation.all_sizes
+        note = f"a size that the student was {'' if was_distilled else 'not '}distilled at"
         lines += _format_table(result, config, "controlnet", size, f"ControlNet at {size} px, {note}", folder)
     size = config.sampling.sizes[0]
     lines += _format_table(result, config, "ip_adapter", size, f"IP-Adapter at {size} px", folder)

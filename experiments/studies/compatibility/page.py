@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from experiments.core.files import write_text
@@ -69,7 +68,7 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     for part, name in PARTS.items():
         for row in result[part]:
             means = {arm: f"{interval['mean']:.3f}" for arm, interval in row["arms"].items()}
-            difference = escape(_format_signed(row["student_minus_teacher"]))
+            difference = _format_signed(row["student_minus_teacher"])
             numbers = (means["teacher+"], means["student+"], difference, means["teacher"], means["student"])
             table.add_row(name, str(row["size"]), SPLITS[row["split"]], *numbers)
     console.print(table)

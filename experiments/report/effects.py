@@ -80,6 +80,7 @@ READABLE = {"noncausal": "non-causal"}
 SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalization": "normalization"}
 """What an effect may depend on."""
 OTHER_FIELDS = {
+    "feature_map": "the feature map",
     "other_options": "an option of the mixer",
     "select": "the choice of sites",
     "min_tokens": "the minimum number of tokens",
@@ -219,15 +220,18 @@ def _pairs(run: RunRecord, factor: Factor) -> Iterator[tuple[VariantDescription,
     if factor.within is not None:
         field, level = factor.within
         rows = [variant for variant in rows if getattr(variant, field) == level]
-    references = {_design(v, factor.field): v for v in rows if getattr(v, factor.field) == factor.reference}
+    references = {_design(v, factor): v for v in rows if getattr(v, factor.field) == factor.reference}
     for variant in rows:
-        below = references.get(_design(variant, factor.field))
+        below = references.get(_design(variant, factor))
         if below is not None and getattr(variant, factor.field) == factor.value:
             yield variant, below
 
 
-def _design(variant: VariantDescription, without: str) -> str:
-    parts = [getattr(variant, field) for field in DESIGN_FIELDS if field != without]
+def _design(variant: VariantDescription, factor: Factor) -> str:
+    """What both rows of a pair share; mixers are compared with each one's own feature map, unless the grid sets one."""
+    parts = {field: getattr(variant, field) for field in DESIGN_FIELDS if field != factor.field}
+    if factor.field == "mixer" and variant.has_own_feature_map:
+        parts["feature_map"] = None
     return json.dumps(parts, sort_keys=True, default=str)
 
 

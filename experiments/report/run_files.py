@@ -27,6 +27,7 @@ DESIGN_FIELDS: tuple[str, ...] = (
     "mixer",
     "causality",
     "normalization",
+    "feature_map",
     "other_options",
     "select",
     "min_tokens",

@@ -152,16 +152,32 @@ def test_whatever_else_rows_differ_in_is_an_effect_of_its_own() -> None:
     run.description = run.description.model_copy(update={"variants": ranked})
     assert not compute_effects(run), "these differ in two things each"
     plan = DistillationConfig(fit=FitConfig(steps=1, batch_size=1, learning_rate=1e-3))
-    changes = {"options": {"rank": 9}, "select": "mid_block", "min_tokens": 3, "distillation": plan}
+    changes = {
+        "options": {"rank": 9},
+        "feature_map": "relu",
+        "select": "mid_block",
+        "min_tokens": 3,
+        "distillation": plan,
+    }
     for n, (field, value) in enumerate(changes.items()):
         changed = {"name": f"other {n}", "label": f"row {n}", field: value}
         add_row(run, ranked[0].model_copy(update=changed), 0.5)
     effects = compute_effects(run)
     assert [(e.factor.above, e.factor.below, len(e.pairs)) for e in effects] == [
-        (f"row {n}", ranked[0].label, 1) for n in range(4)
+        (f"row {n}", ranked[0].label, 1) for n in range(5)
     ]
     assert {e.factor.name for e in effects} == set(OTHER_FIELDS.values())
     assert "rather than" in draw_conclusions(run).sentences[0]
+
+
+def test_normalization_is_compared_at_equal_feature_maps_and_mixers_at_their_own() -> None:
+    run = made_up()
+    signed = {"feature_map": "identity"}
+    variants = [v.model_copy(update=signed if v.mixer == "mamba2" and not v.normalize else {}) for v in run.variants]
+    run.description = run.description.model_copy(update={"variants": tuple(variants)})
+    pairs = {name: len(effect.pairs) for name, effect in by_name(run).items()}
+    assert pairs["not normalized ÷ normalized"] == 2, "of linear attention alone"
+    assert pairs["mamba2 ÷ linear_attention"] == 4
 
 
 def test_a_planned_comparison_is_an_effect() -> None:

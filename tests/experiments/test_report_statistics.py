@@ -15,8 +15,6 @@ from experiments.report.run_files import RunRecord
 from experiments.report.tables import effects_table
 from tests.experiments.runs import SEEDS, RowKey, add_row, by_name, cell_record, made_up, run_of
 
-SEEDS = range(3)
-
 
 def test_effects_are_the_factors_of_the_errors() -> None:
     effects = by_name(made_up())

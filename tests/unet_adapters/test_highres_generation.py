@@ -190,10 +190,10 @@ class SafetyChecker(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.objects = objects
-        self.seen: list[tuple[int, ...]] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
-        self.seen.append(images.shape)
+        self.shapes.append(images.shape)
         return images, [self.objects]
 
 
@@ -206,7 +206,7 @@ def test_a_safety_checker_sees_the_image(objects: bool, monkeypatch: pytest.Monk
     pipe.safety_checker = SafetyChecker(objects)
     pipe.feature_extractor = lambda images, return_tensors: BatchFeature({"pixel_values": torch.zeros(1, 3, 4, 4)})
     pixels = generate(pipe, "abc", (32, 64), **options).pixels
-    assert pipe.safety_checker.seen == [(1, 20, 40, 3)]
+    assert pipe.safety_checker.shapes == [(1, 20, 40, 3)]
     assert torch.equal(pixels, torch.zeros_like(expected) if objects else expected)
 
 

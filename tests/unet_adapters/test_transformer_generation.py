@@ -82,9 +82,9 @@ def test_what_a_transformer_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize("kind", BASE_SIZES)
 def test_a_scheduler_of_the_other_kind_is_refused_and_one_of_the_models_kind_is_named(kind) -> None:
     pipe = PIPELINES[kind]()
-    own, other = FlowMatchEulerDiscreteScheduler, DDIMScheduler
-    if not find_host(pipe).predicts_flow:
-        own, other = other, own
+    schedulers = (DDIMScheduler, FlowMatchEulerDiscreteScheduler)
+    own = schedulers[bool(find_host(pipe).predicts_flow)]
+    other = schedulers[not find_host(pipe).predicts_flow]
     assert isinstance(pipe.scheduler, own)
     side = BASE_SIZES[kind]
     for scheduler in (other(), EDMEulerScheduler()):

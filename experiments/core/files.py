@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,30 @@ def read_identity(path: Path, results: Iterable[Path] = ()) -> dict[str, Any]:
             f"Cannot continue in {path.parent}: {path.name}, which says what it was made from, is damaged ({error}). "
             "Give another --out."
         ) from error
+
+
+def require_same_inputs(path: Path, inputs: Mapping[str, Any], results: Iterable[Path] = ()) -> bool:
+    """Refuse to continue in a folder that was made from other inputs: what it has belongs to those.
+
+    Args:
+        path: of the JSON object with the inputs of the folder, beside its results.
+        inputs: name, as the message has it after "another" -> value, in JSON's types.
+        results: as `read_identity` takes them.
+
+    Returns:
+        Whether the file exists. If it does not, write the inputs before the first result.
+
+    Raises:
+        ValueError: an input differs, all of which are named; or as `read_identity`.
+    """
+    existing = read_identity(path, results)
+    changed = [name.replace("_", " ") for name, value in inputs.items() if existing and existing.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds a run of another {' and another '.join(changed)}, see {path.name} there: give "
+            "another --out."
+        )
+    return bool(existing)
 
 
 def folder_state(source: str) -> str:

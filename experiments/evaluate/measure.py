@@ -47,7 +47,7 @@ def measure_student(
         progress(f"measure {metric.name}", done, total)
         rows[metric.name] = tuple(metric.measure(student))
     progress("measured", total, total)
-    return Measurements(protocol=protocol, metrics=rows)
+    return Measurements(protocol=protocol, commit=describe_environment()["commit"], metrics=rows)
 
 
 def evaluate_adapter(

@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from experiments.config import EvaluationConfig, FrozenModel
 from experiments.core.files import parse_json_object, write_json
-from experiments.core.fingerprints import TensorVersions, weights_digest, weights_version
 from experiments.core.registries import METRICS
 from experiments.distill.context import DistillationContext
 from experiments.metrics.inputs.feature_networks import open_network
@@ -84,7 +80,7 @@ def protocol_of(context: DistillationContext, plan: EvaluationConfig, data: str)
         data=_compared_data(context, plan, data),
         features={name: open_network(name).fingerprint for name in generated.features} if generated.images else {},
         metric_sources=_metric_sources(plan),
-        teacher=teacher_fingerprint(context),
+        teacher=context.teacher.fingerprint,
         evaluation=plan.model_dump(mode="json", exclude={"prompts", "sample_steps", "guidance", "guidances"}),
     )
 
@@ -131,12 +127,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key} was {_shorten(old_values.get(key))} and is now {_shorten(new_values.get(key))}" for key in readable]
 
 
-def teacher_fingerprint(context: DistillationContext) -> str:
-    """Return the SHA-256 of a teacher: its encoders, tokenizers, autoencoder and UNet."""
-    digest = _unet_digest(context.teacher.denoiser, weights_version(context.teacher.denoiser))
-    return _sha256(f"{context.teacher.encoder_fingerprint} {digest}")
-
-
 def _metric_sources(plan: EvaluationConfig) -> dict[str, str]:
     classes = {name: METRICS.get(name) for name, _ in plan.metric_options()}
     return {name: source_digest(cls) for name, cls in classes.items() if not is_library_class(cls)}
@@ -151,11 +141,6 @@ def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: s
         reference = open_true_images(data, plan)
         compared |= {"generated": reference.data.name, "generated_sha256": reference.digest}
     return compared
-
-
-@lru_cache(maxsize=4)
-def _unet_digest(unet: nn.Module, version: TensorVersions) -> str:
-    return weights_digest(unet)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Fidelity(Metric):
             "relative_error_to_teacher",
             "image side (px)",
             "Squared error to the teacher on held-out images, relative to the mean square of the teacher's prediction. "
-            "A flat line carries over to resolutions that were not trained at; a rising one does not.",
+            "A flat line carries over to resolutions that the student was not distilled at; a rising one does not.",
             marks_training_size=True,
         ),
         LinePlot(

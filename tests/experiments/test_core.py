@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from experiments.core.devices import available_cores, threads_per_process
 from experiments.core.environment import describe_environment
 from experiments.core.errors import first_line
-from experiments.core.files import read_identity, read_json, sha256_of_file, write_bytes, write_json, write_text
+from experiments.core.files import (
+    read_identity,
+    read_json,
+    require_same_inputs,
+    sha256_of_file,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from experiments.core.locks import is_locked, lock_folder, try_lock
 from experiments.core.registry import Registry
 from experiments.core.signals import Interrupted
@@ -76,6 +84,19 @@ def test_a_folder_of_unknown_origin_is_not_continued(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(ValueError, match=r"run\.json, which says what it was made from, is damaged"):
             read_identity(file, [result])
+
+
+def test_a_folder_of_other_inputs_is_not_continued(tmp_path: Path) -> None:
+    """Every input counts, one that the folder's file does not have included; all that differ are named."""
+    file = tmp_path / "run.json"
+    inputs = {"recipe": {"steps": 2}, "plugin_source": "a"}
+    assert not require_same_inputs(file, inputs)
+    write_json(file, inputs)
+    assert require_same_inputs(file, inputs)
+    with pytest.raises(ValueError, match=r"another recipe and another plugin source, see run\.json there"):
+        require_same_inputs(file, {"recipe": {"steps": 3}, "plugin_source": "b"})
+    with pytest.raises(ValueError, match="a run of another teacher, see"):
+        require_same_inputs(file, {**inputs, "teacher": "new"})
 
 
 def test_tensors_that_cannot_be_written_are_an_oserror_that_names_the_file(tmp_path: Path) -> None:

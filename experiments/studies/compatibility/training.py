@@ -49,11 +49,14 @@ class CompatibilityModels:
     ip_adapter: ip.IPAdapterWeights
 
 
-def train_models(config: CompatibilityConfig, directory: Path, progress: ProgressCallback) -> CompatibilityModels:
-    """Open the teacher and train every part that is not yet complete in the folder."""
-    progress("teacher and images", 0, 1)
-    context = open_teacher_context(config)
-    clip = load_clip(config, context)
+def train_models(
+    config: CompatibilityConfig,
+    context: DistillationContext,
+    clip: CLIPModel,
+    directory: Path,
+    progress: ProgressCallback,
+) -> CompatibilityModels:
+    """Train every part that is not yet complete in the folder."""
     student = train_student(config, context, directory, progress)
     controlnet = train_controlnet(config, context, directory, progress)
     weights = train_ip_adapter(config, context, clip, directory, progress)

@@ -64,13 +64,15 @@ def compared_images(context: DistillationContext, data: str, split: Split, plan:
     Raises:
         DataError: the data cannot be read, or it has too few images for splits of their own.
     """
+    dataset: Any
     if split == "held_in":
         dataset = _open_split(data, "train", folder_state(data.partition("#")[0]))
         encoded = encoded_indices(len(dataset), len(context.encoded))
         indices = list(dict.fromkeys(encoded))[: plan.held_in_images]
         return ComparedImages(dataset, tuple(indices), HELD_IN_VARIATION)
-    other = split == "other"
-    dataset = _open_split(data, "held_out", folder_state(data.partition("#")[0])) if other else context.held_out
+    dataset = context.held_out
+    if split == "other":
+        dataset = _open_split(data, "held_out", folder_state(data.partition("#")[0]))
     if getattr(dataset, "splits_overlap", False):
         raise DataError(
             f"Cannot evaluate on held-out images of {dataset.name}: {len(dataset)} images are too few for a split of "

@@ -77,11 +77,15 @@ class DeltaMixer(NormalizedMixer):
     config: DeltaConfig
 
     def __init__(self, config: DeltaConfig, dim: int, heads: int, *, own_projections: bool = True) -> None:
-        divides = config.row_normalizer == "row_sum"
-        name = config.feature_map or ("elu_plus_one" if divides else "identity")
-        self.feature_map: FeatureMap = feature_map(name, divides)
+        name = self.feature_map_name(config)
+        self.feature_map: FeatureMap = feature_map(name, normalize=config.row_normalizer == "row_sum")
         super().__init__(config, dim, heads, own_projections=own_projections)
         self.to_beta = FullPrecisionLinear(dim, heads, bias=False)
+
+    @classmethod
+    def feature_map_name(cls, config: DeltaConfig) -> str:
+        """Return the feature map in effect: the one configured, else the identity, or a positive one to divide by."""
+        return config.feature_map or ("elu_plus_one" if config.row_normalizer == "row_sum" else "identity")
 
     @property
     def key_width(self) -> int:

@@ -61,6 +61,7 @@ class MixerAdapter:
         weights: Mapping[str, Tensor] | None = None,
     ):
         self.host = host
+        self._fingerprint = host.fingerprint()  # now: peers such as FreeNoise wrap modules, which changes their names
         self.sites = sites
         self.min_tokens = min_tokens
         self.mixers: dict[str, TokenMixer] = {site.name: site_mixers[site.name].create(site) for site in sites}
@@ -165,7 +166,7 @@ class MixerAdapter:
             self._hooks += self.host.attach_text_lengths(mount.layer for mount in self._mounts)
             undo.pop_all()
         guard_processors(self.model)
-        record_mixers(self.model, self.site_mixers, self.min_tokens)
+        record_mixers(self.model, self.site_mixers, self.min_tokens, self.train_projections)
         return self
 
     def unmount(self) -> MixerAdapter:
@@ -239,7 +240,9 @@ class MixerAdapter:
         check_no_lora(self.student, "save")
         if self.is_mounted:
             check_weights(self.model, self._layers, "save")
-        save_adapter(directory, self.host, self.site_mixers, self.train_projections, self.min_tokens, self.student)
+        save_adapter(
+            directory, self._fingerprint, self.site_mixers, self.train_projections, self.min_tokens, self.student
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], pipe_or_model: Any) -> MixerAdapter:
@@ -269,7 +272,8 @@ class MixerAdapter:
 
         Raises:
             ValueError: the model was not mounted when it was saved, it is not a diffusers model, its sites are not
-                those of its config, or weights of a mixer are missing.
+                those of its config, or weights of a mixer are missing; or `min_tokens` differs between its sites, or
+                needs the teacher's projections, which the file lacks.
             FileNotFoundError: no config.json, or no safetensors weights of this variant.
         """
         folder = Path(folder)
@@ -317,7 +321,9 @@ class MixerAdapter:
             RuntimeError: as `save_pretrained`.
         """
         check_no_lora(self.student, "save")
-        write_linfusion(directory, self.host, self.sites, self.site_mixers, self.min_tokens, self.student)
+        check_weights(self.model, self._layers, "save in the LinFusion format")
+        layers = [(mount.site, mount.layer) for mount in self._mounts]
+        write_linfusion(directory, layers, self.site_mixers, self.min_tokens, self.student)
 
     @classmethod
     def from_linfusion(

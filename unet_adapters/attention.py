@@ -88,7 +88,10 @@ class MixerDispatch:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        hidden_states = _mix(attn, hidden_states, mixer_grid, visible, PERTURBED_PARTS.get(type(processor)))
+        if skips_attention_scores(attn):
+            hidden_states = _identity_attention(attn, hidden_states)
+        else:
+            hidden_states = _mix(attn, hidden_states, mixer_grid, visible, PERTURBED_PARTS.get(type(processor)))
         if image_shape is not None:
             hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
@@ -212,6 +215,17 @@ def _mix(attn: Any, tokens: Tensor, grid: GridSize | None, visible: Tensor | Non
     context = None if visible is None else MixingContext(visible=visible[: len(mixed_tokens)])
     mixed = attn.mixer(mixed_tokens, grid=grid, projections=projections, context=context)
     return torch.cat([mixed, _identity_attention(attn, perturbed)])
+
+
+def skips_attention_scores(attn: Any) -> bool:
+    """Whether diffusers' layer skipping makes the attention of this layer the identity, as perturbed attention does.
+
+    Its hook replaces `scaled_dot_product_attention` during the layer's call, which a mixer does not use.
+    """
+    registry = getattr(attn, "_diffusers_hook", None)
+    return registry is not None and any(
+        getattr(hook, "skip_attention_scores", False) for hook in registry.hooks.values()
+    )
 
 
 def _identity_attention(attn: Any, tokens: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mixers.files import atomic_path
 from unet_adapters.hosts import Host
+from unet_adapters.hosts.base import Fingerprint
 from unet_adapters.hub import fetch
 from unet_adapters.site_mixer import SiteMixer
 from unet_adapters.sites import Site
@@ -53,27 +54,30 @@ class SavedAdapter:
 
 def save_adapter(
     directory: str | os.PathLike[str],
-    host: Host,
+    fingerprint: Fingerprint,
     site_mixers: Mapping[str, SiteMixer],
     train_projections: bool,
     min_tokens: int,
     student: nn.Module,
 ) -> None:
-    """Write an adapter's two files; existing ones are replaced. Cost: one copy of the weights."""
+    """Write an adapter's two files; existing ones are replaced. Cost: one copy of the weights.
+
+    `fingerprint` is that of the host when the adapter was built: wrapped modules have other names afterwards.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
     payload = safetensors.torch.save(weights, metadata={"format": "pt"})
     description = {
         "format": FORMAT,
-        "library": {DISTRIBUTION: _library_version()},
+        "library": {DISTRIBUTION: library_version()},
         "train_projections": train_projections,
         "min_tokens": min_tokens,
         "sites": {
             name: {"mixer": site_mixer.mixer, "config": dict(site_mixer.config)}
             for name, site_mixer in site_mixers.items()
         },
-        "fingerprint": host.fingerprint(),
+        "fingerprint": fingerprint,
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
     with atomic_path(folder / WEIGHTS, durable=True) as path:
@@ -158,7 +162,8 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _library_version() -> str:
+def library_version() -> str:
+    """Return the version of the installed distribution."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:

@@ -21,11 +21,11 @@ def fetch(source: str | os.PathLike[str], files: Sequence[str]) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(os.fspath(source), allow_patterns=list(files)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, LocalEntryNotFoundError, _transport_error(), OSError) as error:
         raise FileNotFoundError(
             f"{source} is neither a directory nor a Hub repository that can be downloaded: {_reason(error)}"
         ) from error
@@ -39,7 +39,7 @@ def push(folder: Path, repo_id: str, private: bool | None, message: str, token: 
         ValueError: `repo_id` is not a valid id of a repository.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     api = HfApi(token=token)
     try:
@@ -47,12 +47,23 @@ def push(folder: Path, repo_id: str, private: bool | None, message: str, token: 
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=message)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is not a valid id of a Hub repository: {_reason(error)}") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except (LocalTokenNotFoundError, _transport_error(), OSError) as error:
         raise ConnectionError(
             f"the adapter was not uploaded to {repo_id}: {_reason(error)} (`hf auth login` signs in)"
         ) from error
     return str(repository)
 
 
+def _transport_error() -> type[Exception]:
+    """The base class of all errors of huggingface_hub's HTTP library, which is httpx or httpx2, with its version.
+
+    Without a network, some calls of huggingface_hub raise these errors as they are, and they are no OSErrors.
+    """
+    from huggingface_hub import errors
+
+    base: type[Exception] = vars(errors)["HTTPError"]
+    return base
+
+
 def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from unet_adapters.files import write_tensors
 from unet_adapters.hosts import Host
 from unet_adapters.hosts.unet_profiles import UNetProfile, find_profile, profile_with_sites
 from unet_adapters.hub import fetch
-from unet_adapters.preconditions import check_weights
 from unet_adapters.projections import base_layer, why_not_trainable
 from unet_adapters.site_mixer import OF_THE_SITE, SiteMixer
 from unet_adapters.sites import Site
@@ -113,40 +112,42 @@ def read_linfusion(source: str | os.PathLike[str], host: Host, variant: str | No
     site_mixers = {module.module_name: module.site_mixer for module in modules}
     sites = [site for site in host.sites() if site.name in site_mixers]
     for site in sites:
-        _check_projections(host.model, site)
+        _check_projections(site, host.model.get_submodule(site.name))
     return SavedAdapter(sites, site_mixers, True, 0, _read_weights(_weight_files(folder, variant), modules))
 
 
 def write_linfusion(
     directory: str | os.PathLike[str],
-    host: Host,
-    sites: Iterable[Site],
+    layers: Sequence[tuple[Site, nn.Module]],
     site_mixers: Mapping[str, SiteMixer],
     min_tokens: int,
     student: nn.Module,
 ) -> None:
-    """Write a student in the published format; projections that it does not train are copied from the model.
+    """Write a student in the published format; projections that it does not train are copied from its layers.
 
     LoRAs that are not fused are not part of it. Output gains, which the format does not have, are multiplied into
     to_out: the same map. Cost: one copy of the weights.
 
+    Args:
+        directory: created if there is none.
+        layers: each site and its attention layer.
+        site_mixers: by site name.
+        min_tokens: see `MixerAdapter.build`.
+        student: the weights.
+
     Raises:
         ValueError: the format cannot express a mixer or an option of this student.
-        RuntimeError: a LoRA is fused, or weights are on the meta device.
     """
     if min_tokens:
         raise ValueError(f"the LinFusion format cannot express min_tokens={min_tokens}: use save_pretrained")
-    sites = list(sites)
-    layers = {site.name: host.model.get_submodule(site.name) for site in sites}
-    check_weights(host.model, layers, "save in the LinFusion format")
-    modules = [_describe(site, site_mixers[site.name]) for site in sites]
-    for site in sites:
-        _check_projections(host.model, site)
+    modules = [_describe(site, site_mixers[site.name]) for site, _ in layers]
+    for site, layer in layers:
+        _check_projections(site, layer)
     ours = student.state_dict()
     weights = {}
-    for index, module in enumerate(modules):
+    for index, (module, (site, layer)) in enumerate(zip(modules, layers, strict=True)):
         for part in module.tensors(index):
-            tensor = ours[part.ours] if part.ours in ours else _host_tensor(host.model, part.ours)
+            tensor = ours[part.ours] if part.ours in ours else _layer_tensor(site, layer, part.ours)
             if part.ours == f"{module.module_name}.to_out.0.weight":
                 tensor = _with_output_gain(tensor, ours.get(f"{module.module_name}.mixer.output_gain"))
             weights[part.published] = (tensor.detach().cpu() / part.factor).contiguous()
@@ -165,12 +166,12 @@ def _with_output_gain(to_out: Tensor, gain: Tensor | None) -> Tensor:
     return to_out if gain is None else to_out * gain.to(to_out).repeat_interleave(to_out.shape[1] // len(gain))
 
 
-def _host_tensor(model: nn.Module, name: str) -> Tensor:
-    layer_name, _, key = name.rpartition(".")
-    layer = base_layer(model.get_submodule(layer_name))
+def _layer_tensor(site: Site, attention: nn.Module, name: str) -> Tensor:
+    projection, _, key = name.removeprefix(f"{site.name}.").rpartition(".")
+    layer = base_layer(attention.get_submodule(projection))
     reason = why_not_trainable(layer)
     if reason is not None:
-        raise ValueError(f"{layer_name}: {reason}, so it cannot be written in the LinFusion format")
+        raise ValueError(f"{site.name}.{projection}: {reason}, so it cannot be written in the LinFusion format")
     return layer.get_parameter(key)
 
 
@@ -191,10 +192,10 @@ def _describe(site: Site, site_mixer: SiteMixer) -> LinFusionModule:
     return LinFusionModule(site.name, site.dim, site.heads, mid_dim)
 
 
-def _check_projections(model: nn.Module, site: Site) -> None:
+def _check_projections(site: Site, attention: nn.Module) -> None:
     for name in PROJECTIONS:
         expected = {"weight", "bias"} if name == "to_out.0" else {"weight"}
-        parameters = base_layer(model.get_submodule(f"{site.name}.{name}")).named_parameters(recurse=False)
+        parameters = base_layer(attention.get_submodule(name)).named_parameters(recurse=False)
         actual = {key for key, _ in parameters}
         if actual != expected:
             raise ValueError(

@@ -19,10 +19,17 @@ CONFIG_KEY = "linear_mixers"
 WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
-def record_mixers(model: nn.Module, site_mixers: Mapping[str, SiteMixer], min_tokens: int) -> None:
+def record_mixers(
+    model: nn.Module, site_mixers: Mapping[str, SiteMixer], min_tokens: int, train_projections: bool
+) -> None:
     """Write which mixer is at which site into the config of a diffusers model; other models have none."""
     entries = {
-        name: {"mixer": site_mixer.mixer, "config": dict(site_mixer.config), "min_tokens": min_tokens}
+        name: {
+            "mixer": site_mixer.mixer,
+            "config": dict(site_mixer.config),
+            "min_tokens": min_tokens,
+            "train_projections": train_projections,
+        }
         for name, site_mixer in site_mixers.items()
     }
     _write(model, {**_read(model), **entries})
@@ -43,7 +50,8 @@ def read_mounted_model(
         The model, which has the student's projections and softmax attention; the mixers of its sites; min_tokens.
 
     Raises:
-        ValueError: it was not mounted when it was saved, or its class is not a diffusers model.
+        ValueError: it was not mounted when it was saved, its class is not a diffusers model, or its sites below
+            `min_tokens` cannot be restored.
         FileNotFoundError: no config.json, or no safetensors weights.
     """
     path = folder / "config.json"
@@ -62,15 +70,37 @@ def read_mounted_model(
     model_class: Any = getattr(diffusers, str(class_name), None)
     if not _is_model(model_class):
         raise ValueError(f"{folder} holds a {class_name}, which is not a diffusers model")
+    min_tokens = _common_min_tokens(path, entries)
     find_weight_files(folder, WEIGHTS_NAME, variant)
     model = model_class.from_pretrained(folder, variant=variant, use_safetensors=True, **settings)
     erase_mixers(model, entries)
     site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in entries.items()}
-    return model, site_mixers, max(entry["min_tokens"] for entry in entries.values())
+    return model, site_mixers, min_tokens
+
+
+def _common_min_tokens(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> int:
+    """The `min_tokens` of all sites.
+
+    Raises:
+        ValueError: it differs between them, or a site needs the teacher's projections below it.
+    """
+    values = sorted({entry["min_tokens"] for entry in entries.values()})
+    if len(values) > 1:
+        listing = " and ".join(map(str, values))
+        raise ValueError(
+            f"{path} has sites with min_tokens {listing}, of more than one adapter, and can be restored with one value "
+            "only: save each adapter with save_pretrained"
+        )
+    if values[0] and any(entry["train_projections"] for entry in entries.values()):
+        raise ValueError(
+            f"{path}: below min_tokens={values[0]} its sites use the teacher's projections, which a saved model lacks: "
+            "save the adapter with save_pretrained, or set min_tokens to 0 in the file to run the mixers at every size"
+        )
+    return int(values[0])
 
 
 def _is_well_formed(entry: Any) -> bool:
-    kinds = {"mixer": str, "config": dict, "min_tokens": int}
+    kinds = {"mixer": str, "config": dict, "min_tokens": int, "train_projections": bool}
     return isinstance(entry, dict) and all(type(entry.get(name)) is kind for name, kind in kinds.items())
 
 

@@ -17,6 +17,9 @@ GridSize = tuple[int, int]
 
 GRID_ARGUMENT = "mixer_grid"
 
+BACKEND_METHODS = ("set_attention_backend", "reset_attention_backend")
+"""The methods of a diffusers model that change the attention backend of its processors."""
+
 TEXT_ARGUMENT = "mixer_text_tokens"
 """The argument that tells a layer which gets text and image in one sequence how many tokens are text."""
 
@@ -138,18 +141,37 @@ def image_output(output: Any) -> Tensor:
 
 
 def guard_processors(model: nn.Module) -> None:
-    """Make the model's `set_attn_processor` check all mounted layers before it changes the first.
+    """Make the methods of the model that change processors work with mounted layers.
 
-    diffusers sets one layer after the other, so that a refusal would leave a hybrid half changed.
+    `set_attn_processor` checks all mounted layers before it changes the first: diffusers sets one layer after the
+    other, so that a refusal would leave a hybrid half changed. The methods for attention backends reach the stock
+    processors: the softmax attention of text, and of layers below `min_tokens` or unmounted, runs on the backend.
     """
-    if hasattr(model, "set_attn_processor") and "set_attn_processor" not in vars(model):
-        vars(model)["set_attn_processor"] = partial(_set_processors, model)
+    replacements: dict[str, Any] = {"set_attn_processor": partial(_set_processors, model)}
+    replacements |= {name: partial(_call_on_stock_processors, model, name) for name in BACKEND_METHODS}
+    for name, replacement in replacements.items():
+        if hasattr(model, name) and name not in vars(model):
+            vars(model)[name] = replacement
 
 
 def unguard_processors(model: nn.Module) -> None:
     """Undo `guard_processors`, unless another adapter is mounted in the model."""
     if not any(isinstance(module, MountedLayer) for module in model.modules()):
-        vars(model).pop("set_attn_processor", None)
+        for name in ("set_attn_processor", *BACKEND_METHODS):
+            vars(model).pop(name, None)
+
+
+def _call_on_stock_processors(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+    """Call a method of the model while its mounted layers have their stock classes, and so their stock processors."""
+    layers = [module for module in model.modules() if isinstance(module, MountedLayer)]
+    classes = [type(layer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__class__ = layer.stock_class  # type: ignore[assignment]
+        getattr(type(model), name)(model, *args, **kwargs)
+    finally:
+        for layer, mounted_class in zip(layers, classes, strict=True):
+            layer.__class__ = mounted_class
 
 
 def _set_processors(model: nn.Module, processor: Any, *args: Any, **kwargs: Any) -> None:

@@ -19,9 +19,9 @@ from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
 from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders, training_sources
 from experiments.evaluate.measure import measure_student
-from experiments.evaluate.protocol import teacher_fingerprint
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.training import delete_checkpoints, training_seconds
+from mixers.files import atomic_path
 from unet_adapters import MixerAdapter
 
 LOG = "metrics.jsonl"
@@ -40,12 +40,12 @@ def open_cell_context(config: CellConfig | Grid) -> DistillationContext:
 def training_key(config: CellConfig, context: DistillationContext) -> str:
     """Return the SHA-256 of everything that a cell's weights depend on.
 
-    That is its configuration, the teacher's weights, the encoded training images, and the source of a mixer and of
-    objectives that are not the library's own.
+    That is its configuration, the teacher with its settings and noise schedule, the encoded training images, and the
+    source of a mixer and of objectives that are not the library's own.
     """
     sources = training_sources(config.variant.mixer, config.distillation)
     encoded = _encoded_digest(context, tensor_versions(_encoded_tensors(context)))
-    parts = [config.training, teacher_fingerprint(context), encoded, sources]
+    parts = [config.training, context.teacher.fingerprint, encoded, sources]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -95,14 +95,15 @@ def train_student(
     """Return the trained adapter, not mounted, and the seconds of its training.
 
     A student with the same key, of this cell or of one that differs only in its evaluation, is loaded instead of
-    trained. An interrupted training with another key is discarded.
+    trained; another cell's files are copied. An interrupted training with another key is discarded.
     """
-    trained = next((p for p in directory.parent.glob(f"*/{TRAINED}") if read_json(p).get("training") == key), None)
-    if trained is not None:
-        adapter = MixerAdapter.from_pretrained(trained.with_name("adapter"), context.pipe)
-        if trained.parent != directory:
-            shutil.copy(trained.with_name(LOG), directory / LOG)
-        return adapter, float(read_json(trained)["seconds"])
+    if read_json(directory / TRAINED).get("training") != key:
+        trained = next((p for p in directory.parent.glob(f"*/{TRAINED}") if read_json(p).get("training") == key), None)
+        if trained is not None:
+            _copy_training(trained.parent, directory, config)
+    record = read_json(directory / TRAINED)
+    if record.get("training") == key:
+        return MixerAdapter.from_pretrained(directory / "adapter", context.pipe), float(record["seconds"])
     if read_json(directory / STARTED).get("training") != key:
         _discard_training(config, directory)
         write_json(directory / STARTED, {"training": key})
@@ -136,6 +137,16 @@ def distill_cell(
     if len(records) > 1:
         _join_logs([(record["log"], record["steps"]) for record in records], directory / LOG)
     return sum(training_seconds(folder) for folder in stage_folders(plan, directory))
+
+
+def _copy_training(source: Path, directory: Path, config: CellConfig) -> None:
+    """Copy the student and the log of another cell's folder; the mark that they are complete comes last."""
+    _discard_training(config, directory)
+    shutil.rmtree(directory / "adapter", ignore_errors=True)
+    with atomic_path(directory / "adapter") as partial:
+        shutil.copytree(source / "adapter", partial)
+    shutil.copy(source / LOG, directory / LOG)
+    write_json(directory / TRAINED, read_json(source / TRAINED))
 
 
 def _discard_training(config: CellConfig, directory: Path) -> None:

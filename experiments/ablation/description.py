@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from experiments.ablation.variants import effective_feature_map, has_own_feature_map
 from experiments.config import Claim, ControlRole, DistillationConfig, FrozenModel, Grid, PlannedComparison
 from experiments.core.environment import describe_environment
 from experiments.data import credit
@@ -30,7 +31,12 @@ class Budget(FrozenModel):
 
 
 class VariantDescription(FrozenModel):
-    """A row of the ablation with its defaults filled in."""
+    """A row of the ablation with its defaults filled in.
+
+    Attributes:
+        feature_map: the one in effect; None if the mixer has none.
+        has_own_feature_map: whether that is the mixer's default, or what its default becomes when it is normalized.
+    """
 
     name: str
     label: str
@@ -39,6 +45,8 @@ class VariantDescription(FrozenModel):
     normalize: bool
     trained: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
+    feature_map: str | None = None
+    has_own_feature_map: bool = True
     select: Any = "all"
     min_tokens: int = 0
     distillation: DistillationConfig | None = None
@@ -58,8 +66,9 @@ class VariantDescription(FrozenModel):
 
     @property
     def other_options(self) -> dict[str, Any]:
-        """The options except those that `normalization` stands for."""
-        return {name: value for name, value in self.options.items() if (name, value) != ("scale", "mean")}
+        """The options except those that `normalization` and `feature_map` stand for."""
+        options = {name: value for name, value in self.options.items() if (name, value) != ("scale", "mean")}
+        return {name: value for name, value in options.items() if name != "feature_map"}
 
 
 class CellDescription(FrozenModel):
@@ -139,7 +148,9 @@ def describe_run(grid: Grid, budget: Budget | None = None, note: str = "") -> Ru
 
 def _describe_variant(variant: Any) -> VariantDescription:
     entry = registry.get_mixer_entry(variant.mixer)
-    fields = {name: getattr(variant, name) for name in VariantDescription.model_fields}
+    fields = {name: getattr(variant, name) for name in VariantDescription.model_fields if "feature_map" not in name}
+    fields["feature_map"] = effective_feature_map(variant)
+    fields["has_own_feature_map"] = has_own_feature_map(variant)
     fields["causality"] = variant.causality or entry.default_causality
     fields["normalize"] = entry.default_normalize if variant.normalize is None else variant.normalize
     return VariantDescription(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,12 +15,14 @@ from experiments.ablation.executors import CellExecutor, RunSettings, run_serial
 from experiments.ablation.result import CellResult, is_done, read_result
 from experiments.config import CellConfig, EvaluationConfig, Grid
 from experiments.core.files import read_json, write_json
+from experiments.core.locks import try_lock
 from experiments.distill import DistillationContext
-from experiments.evaluate.protocol import FILE as PROTOCOL
 from experiments.evaluate.protocol import freeze_protocol, protocol_of
 from experiments.evaluate.samples import save_samples
 from mixers import registry
 from mixers.suggest import hint
+
+SAMPLED = "samples.json"
 
 RunProgressCallback = Callable[[int, int, str, str, int, int], None]
 """Called as (cells done, cells, label, phase, done, total)."""
@@ -63,12 +66,11 @@ def run_grid(
     progress(0, len(cells), "teacher", "load", 0, 1)
     settings = RunSettings(directory.absolute(), time(), tuple(path.absolute() for path in plugins))
     context = open_cell_context(grid)
-    before = read_json(directory / PROTOCOL).get("hash")
     protocol = protocol_of(context, grid.evaluation, grid.data)
-    now = freeze_protocol(protocol, directory, measured_protocols(grid, settings))
+    protocol_hash = freeze_protocol(protocol, directory, measured_protocols(grid, settings))
     note = describe_budget(budget) if budget else ""
     write_json(directory / FILE, describe_run(grid, budget, note).model_dump(mode="json"))
-    sample_teacher(context, grid.evaluation, directory / "teacher", again=before != now)
+    sample_teacher(context, grid.evaluation, directory / "teacher", protocol_hash)
     waiting = [cell for cell in cells if not is_done(settings.cell_folder(cell), training_key(cell, context))]
     done = len(cells) - len(waiting)
     results = []
@@ -104,10 +106,19 @@ def measured_protocols(grid: Grid, settings: RunSettings) -> set[str]:
     return {result.measurements.protocol for result in results if result and result.measurements}
 
 
-def sample_teacher(context: DistillationContext, plan: EvaluationConfig, directory: Path, again: bool = False) -> None:
-    """Save the teacher's own samples unless they exist; `again` replaces those of another protocol."""
-    if not plan.sample_sizes or not plan.prompts:
-        return
-    last = directory / "samples" / str(plan.sample_sizes[-1]) / f"{len(plan.prompts) - 1}.png"
-    if again or not last.exists():
+def sample_teacher(context: DistillationContext, plan: EvaluationConfig, directory: Path, protocol_hash: str) -> None:
+    """Replace the teacher's samples unless they are complete and of this protocol.
+
+    Args:
+        context: with the teacher, on which nothing is mounted.
+        plan: prompts, sizes and guidance scales.
+        directory: receives samples/ and, when they are complete, samples.json with the hash of their protocol.
+        protocol_hash: of the run.
+    """
+    with try_lock(directory) as acquired:
+        if not acquired or read_json(directory / SAMPLED).get("protocol") == protocol_hash:
+            return  # complete, or another process of this run draws them
+        (directory / SAMPLED).unlink(missing_ok=True)
+        shutil.rmtree(directory / "samples", ignore_errors=True)
         save_samples(context.pipe, plan, directory / "samples")
+        write_json(directory / SAMPLED, {"protocol": protocol_hash})

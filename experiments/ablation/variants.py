@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from experiments.config import Variant
-from mixers import create_mixer, registry
+from mixers import TokenMixer, create_mixer, registry
+from mixers.delta_mixer import DeltaMixer
+from mixers.linear_mixer import LinearMixer
 from mixers.traits import CAUSALITIES, Causality
 
 CAUSALITY_LABELS = {"causal": "causal", "bidirectional": "bidirectional", "noncausal": "non-causal"}
@@ -23,6 +24,9 @@ def combine_variants(
     **fields: Any,
 ) -> tuple[Variant, ...]:
     """Return one variant for every combination that its mixer offers, mixer by mixer, with a unique name and label.
+
+    Unnormalized variants have the feature map of the normalized ones, which is positive, so that normalization is all
+    that differs; `feature_map="identity"` among the options gives GLA, Mamba and the delta rule their published one.
 
     Args:
         mixers: {registered name: its name in labels}.
@@ -48,10 +52,13 @@ def combine_variants(
             normalize=normalize,
             **fields,
         )
+        if not normalize:
+            variant = _with_feature_map_of_normalized(variant)
         if condition(variant):
             variants.append(variant)
-            if mean_scale and not normalize and causality != "causal" and _offers_mean_scale(name):
-                variants.append(_with_mean_scale(variant, label))
+            companion = _with_mean_scale(variant, label)
+            if mean_scale and not normalize and causality != "causal" and _can_be_built(companion):
+                variants.append(companion)
     if not variants:
         raise ValueError(
             f"No variant is left of {', '.join(mixers)} × {', '.join(causalities)} × normalize in "
@@ -65,15 +72,60 @@ def is_distinct(variant: Variant) -> bool:
     entry = registry.get_mixer_entry(variant.mixer)
     if variant.causality != "bidirectional" or "noncausal" not in entry.causalities:
         return True
-    options = {**entry.mixer.drop_in_options, **variant.options}
-    mixer = create_mixer(
-        variant.mixer, 8, 2, causality=variant.causality, normalize=variant.normalize, own_projections=False, **options
+    return not _create_small(variant).traits.permutation_equivariant
+
+
+def effective_feature_map(variant: Variant) -> str | None:
+    """Return the name of the feature map that a variant computes with; None if its mixer has none."""
+    mixer = _create_small(variant)
+    if isinstance(mixer, LinearMixer):
+        return mixer.feature_map_name(mixer.config)
+    return mixer.feature_map_name(mixer.config) if isinstance(mixer, DeltaMixer) else None
+
+
+def has_own_feature_map(variant: Variant) -> bool:
+    """Whether a variant's feature map is its mixer's default, or what that default becomes when it is normalized."""
+    if "feature_map" not in variant.options:
+        return True
+    return effective_feature_map(variant) == _feature_map_of_normalized(variant)
+
+
+def _create_small(variant: Variant) -> TokenMixer:
+    """Return the mixer of a variant as an adapter mounts it, with 8 channels."""
+    return create_mixer(
+        variant.mixer,
+        8,
+        2,
+        causality=variant.causality,
+        normalize=variant.normalize,
+        own_projections=False,
+        **variant.options,
     )
-    return not mixer.traits.permutation_equivariant
 
 
-def _offers_mean_scale(mixer: str) -> bool:
-    return "scale" in {field.name for field in dataclasses.fields(registry.get_mixer_entry(mixer).config)}
+def _feature_map_of_normalized(variant: Variant) -> str | None:
+    """The default feature map of a variant's mixer when it is normalized; None if it has none or cannot be."""
+    entry = registry.get_mixer_entry(variant.mixer)
+    if True not in entry.normalizations:
+        return None
+    options = {name: value for name, value in variant.options.items() if name not in ("feature_map", "scale")}
+    return effective_feature_map(variant.model_copy(update={"normalize": True, "options": options}))
+
+
+def _can_be_built(variant: Variant) -> bool:
+    try:
+        _create_small(variant)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_feature_map_of_normalized(variant: Variant) -> Variant:
+    """Give a variant the option `feature_map` if its default is another one than that of the normalized mixer."""
+    positive = _feature_map_of_normalized(variant)
+    if positive is None or "feature_map" in variant.options or positive == effective_feature_map(variant):
+        return variant
+    return variant.model_copy(update={"options": {**variant.options, "feature_map": positive}})
 
 
 def _with_mean_scale(variant: Variant, label: str) -> Variant:

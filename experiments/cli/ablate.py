@@ -9,10 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-from experiments.cli.app import Plugins, Settings, WeightVariant, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import (
+    Plugins,
+    Settings,
+    WeightVariant,
+    app,
+    clean_errors,
+    console,
+    error_console,
+    load_plugins,
+    print_titled,
+    progress,
+)
 from experiments.cli.option_checks import check_folder
 from experiments.core.progress import ProgressDisplay
 
@@ -62,7 +73,7 @@ def ablate(
         seconds = None if budget is None else parse_duration(budget)
         plan = _load_grid(grid, settings, seeds, teacher, variant, size)
         out = out or Path("runs") / plan.name
-        console.print(f"[bold]{plan.name}[/]: {plan.question}")
+        print_titled(plan.name, plan.question)
         executor = _executor(workers, ray, budget)
         used_budget = None
         with progress() as display:
@@ -75,7 +86,7 @@ def ablate(
         page = build_report(out)
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
-        console.print(f"[red]failed[/] {result.cell}: {escape(str(result.error))}", soft_wrap=True)
+        print_titled(f"failed {result.cell}", str(result.error), "red", to=error_console)
     if elsewhere := read_status(out).counts["running"]:
         console.print(f"Another run of this folder works on {elsewhere} more cells: `mixlab status {out}`.")
     console.print(f"Report: {page.resolve()}", soft_wrap=True)
@@ -95,7 +106,8 @@ def status(directory: Annotated[Path, typer.Argument(help="a run's folder")]) ->
         if cell.state in ("running", "failed"):
             color = "red" if cell.state == "failed" else "green"
             since = f" for {_format_duration(cell.seconds)}" if cell.state == "running" else ""
-            console.print(f"[{color}]{cell.state}[/] {cell.id}{since}: {escape(cell.message)}", soft_wrap=True)
+            line = Text.assemble((cell.state, color), f" {cell.id}{since}: {cell.message}")
+            console.print(line, soft_wrap=True)
     running = run.counts["running"]
     waiting = run.counts["waiting"]
     if running:
@@ -163,7 +175,7 @@ def _status_table(run: RunStatus) -> Table:
         cells = [cell for cell in run.cells if cell.variant == name]
         counts = [sum(cell.state == state for cell in cells) for state in STATES]
         left = sum(cell.seconds_left for cell in cells)
-        table.add_row(escape(label), *(str(n) if n else "" for n in counts), _format_duration(left) if left else "")
+        table.add_row(label, *(str(n) if n else "" for n in counts), _format_duration(left) if left else "")
     table.add_section()
     total = sum(cell.seconds_left for cell in run.cells)
     table.add_row("all", *map(str, run.counts.values()), _format_duration(total))

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from experiments.cli.option_checks import check_folder
 from experiments.core.errors import first_line, is_out_of_memory
@@ -24,8 +24,8 @@ from mixers.allocator import keep_freed_tensors
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ablations of linear token mixers for image diffusion."
 )
-console = Console()
-error_console = Console(stderr=True)
+console = Console(markup=False)  # names, questions and errors may have brackets; styled parts are `Text`
+error_console = Console(stderr=True, markup=False)
 
 Out = Annotated[Path, typer.Option("--out", help="folder that receives everything", callback=check_folder)]
 Settings = Annotated[list[str], typer.Option("--set", help="override, as dotted.key=value; repeat as needed")]
@@ -66,7 +66,12 @@ def progress() -> AbstractContextManager[ProgressDisplay]:
 
 def print_error(message: str) -> None:
     """Print an error message to stderr."""
-    error_console.print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+    error_console.print(Text.assemble(("error:", "red"), f" {message}"), soft_wrap=True, highlight=False)
+
+
+def print_titled(title: str, text: str, style: str = "bold", *, to: Console = console) -> None:
+    """Print "title: text" with the title in a style."""
+    to.print(Text.assemble((title, style), f": {text}"), soft_wrap=True, highlight=False)
 
 
 @contextmanager

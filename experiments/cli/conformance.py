@@ -98,8 +98,8 @@ def print_results(results: list[ConformanceResult], console: Console) -> None:
             console.print(outcome.message, soft_wrap=True, highlight=False, markup=False)
     failures = sum(len(result.failures) for result in results)
     total = sum(len(result.outcomes) for result in results)
-    verdict = f"[red]{failures} of {total} checks failed[/]" if failures else f"[green]all {total} checks pass[/]"
-    console.print(f"{len(results)} configurations: {verdict}.")
+    verdict = (f"{failures} of {total} checks failed", "red") if failures else (f"all {total} checks pass", "green")
+    console.print(Text.assemble(f"{len(results)} configurations: ", verdict, "."))
 
 
 def _overview(results: list[ConformanceResult]) -> Table:

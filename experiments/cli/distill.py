@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from experiments.cli.app import Plugins, Settings, WeightVariant, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import (
+    Plugins,
+    Settings,
+    WeightVariant,
+    app,
+    clean_errors,
+    console,
+    load_plugins,
+    print_titled,
+    progress,
+)
 from experiments.cli.option_checks import check_folder
 
 
@@ -34,7 +44,7 @@ def distill(
     with clean_errors():
         plan = load_recipe(recipe, settings)
         plan = plan.model_copy(update={"teacher_variant": variant or plan.teacher_variant})
-        console.print(f"[bold]{plan.name}[/]: {plan.about}", soft_wrap=True)
+        print_titled(plan.name, plan.about)
         batch_sizes = {stage.name: stage.fit.batch_size for stage in plan.distillation.stages}
         with progress() as display:
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
+from rich.text import Text
 
-from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, progress
+from experiments.cli.app import Out, Plugins, app, clean_errors, console, load_plugins, print_titled, progress
 
 if TYPE_CHECKING:
     from experiments.studies.structure import MatrixAnalysis
@@ -45,7 +46,7 @@ def list_(
     console.print("● as published  ○ offered  – refused, and `create_mixer` says why", soft_wrap=True)
     if len(names) <= 3:
         for name in names:
-            console.print(f"[bold]{name}[/]: {registry.get_mixer_entry(name).summary}", soft_wrap=True, highlight=False)
+            print_titled(name, registry.get_mixer_entry(name).summary)
     console.print(f"Grids: {', '.join(list_grids())}")
 
 
@@ -53,7 +54,7 @@ def _list_metrics(pattern: str) -> None:
     from experiments.metrics import list_metrics, metric_class
 
     for name in list_metrics(pattern):
-        console.print(f"[bold]{name}[/]: {metric_class(name).summary()}", soft_wrap=True, highlight=False)
+        print_titled(name, metric_class(name).summary())
 
 
 def _list_objectives(pattern: str) -> None:
@@ -63,7 +64,7 @@ def _list_objectives(pattern: str) -> None:
 
     for name in OBJECTIVES.names(pattern):
         summary = (inspect.getdoc(OBJECTIVES.get(name)) or "").partition("\n\n")[0].replace("\n", " ")
-        console.print(f"[bold]{name}[/]: {summary}", soft_wrap=True, highlight=False)
+        print_titled(name, summary)
 
 
 @app.command()
@@ -126,9 +127,9 @@ def _format_offer(value: str, offered: tuple[str, ...], default: str) -> str:
     return "–" if value not in offered else "●" if value == default else "○"
 
 
-def _format_promises(entry: MixerEntry) -> str:
+def _format_promises(entry: MixerEntry) -> str | Text:
     """Return what the published form promises; a mixer that cannot be built must not break the list."""
     try:
         return entry.trait_summary
     except Exception:
-        return "[red]broken[/]: see mixlab check"
+        return Text.assemble(("broken", "red"), ": see mixlab check")

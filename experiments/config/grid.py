@@ -65,7 +65,7 @@ class Claim(FrozenModel):
     factor: Literal["normalization", "causality", "mixer"]
     value: str
     worse: bool = Field(description="True: the claim is that the error is higher; False: that it is lower")
-    beyond: bool = Field(False, description="True: the claim concerns only sizes that were not trained at")
+    beyond: bool = Field(False, description="True: the claim concerns only sizes above all that are distilled at")
 
 
 class PlannedComparison(FrozenModel):

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from experiments.config.distillation import DistillationConfig
 from experiments.config.grid import Grid
 from mixers.suggest import hint
 
@@ -15,6 +16,8 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 SIZES = frozenset({"image_size", "sizes", "shapes", "sample_sizes"})
 """The fields that hold sizes in pixels."""
+ROW_FIELDS = (("start", "train", "calibrate_outputs"), ("objectives",))
+"""The fields of a distillation for which rows have plans of their own, those that depend on each other in a group."""
 OPEN_FIELDS = frozenset({"metrics", "objectives"})
 """Dictionaries by name, to which a setting may add an entry: `evaluation.metrics.mine={}`."""
 
@@ -53,6 +56,9 @@ def apply_overrides(config: ConfigT, settings: list[str]) -> ConfigT:
 def apply_grid_overrides(grid: Grid, settings: list[str]) -> Grid:
     """Apply overrides to a grid; those of `distillation` also apply to every row's own, if it has such a field.
 
+    A row whose own plan differs from the grid's in one of a group of `ROW_FIELDS` keeps that group: it is what the row
+    is about.
+
     Raises:
         ValueError: as `apply_overrides`.
     """
@@ -62,10 +68,17 @@ def apply_grid_overrides(grid: Grid, settings: list[str]) -> Grid:
         if variant.distillation is None:
             continue
         tree = variant.distillation.model_dump(mode="json")
+        row_fields = _differing_row_fields(variant.distillation, grid.distillation)
         for setting in shared:
-            if _has_field(tree, setting.partition("=")[0].split(".")[1:]):
+            keys = setting.partition("=")[0].split(".")[1:]
+            if keys[0] not in row_fields and _has_field(tree, keys):
                 own.append(f"variants.{number}.{setting}")
     return apply_overrides(grid, [*settings, *own])
+
+
+def _differing_row_fields(row: DistillationConfig, grid: DistillationConfig) -> set[str]:
+    groups = [group for group in ROW_FIELDS if any(getattr(row, name) != getattr(grid, name) for name in group)]
+    return {name for group in groups for name in group}
 
 
 def resize_grid(grid: Grid, size: int) -> Grid:

@@ -57,7 +57,12 @@ def show_progress(console: Console) -> Iterator[ProgressDisplay]:
     if not console.is_terminal:
         yield ProgressLines(console)
         return
-    columns = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<48}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, TextColumn("left"), RemainingColumn(), console=console) as bars:
         yield ProgressBars(bars)
 

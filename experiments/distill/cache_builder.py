@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from experiments.core.files import sha256_of_file
+from experiments.core.locks import lock_folder
 from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.data import BadRecord, DataError, DataRecord, Example, RecordSource, Size, extent
 from experiments.data.example import SkipCounter, digest_records
@@ -70,14 +71,18 @@ def build_cache(
     Raises:
         CacheError: the directory has a cache with other contents, which are named; a size is no multiple of the
             autoencoder's factor; or something encoded is not finite in `dtype`.
+        ValueError: something is missing, and another process is encoding it.
         DataError: no usable record, or the data cannot be read to its end.
         OSError: the disk is full; complete shards are kept.
     """
     contents = _describe(teacher, data, sizes, images, seed, variations, dtype, shard)
-    index = _existing(directory, contents)
-    if not index.complete or not (directory / INDEX).is_file():
-        _Builder(teacher, directory, index, batch_size).build(_images(data, seed, variations), progress)
-    return LatentCache(directory, index)
+    if (directory / INDEX).is_file() and (index := _existing(directory, contents)).complete:
+        return LatentCache(directory, index)
+    with lock_folder(directory, "encoding"):
+        index = _existing(directory, contents)  # read again: another process may have completed it until now
+        if not index.complete or not (directory / INDEX).is_file():
+            _Builder(teacher, directory, index, batch_size).build(_images(data, seed, variations), progress)
+        return LatentCache(directory, index)
 
 
 class _Builder:

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from experiments.config import FitConfig
-from experiments.core.files import read_identity, read_json, write_json
+from experiments.core.files import read_json, require_same_inputs, write_json
 from experiments.core.locks import lock_folder
 from experiments.data import open_records
 from experiments.data.example import digest_records
@@ -111,12 +111,7 @@ def _open_latents(recipe: DistillationRecipe, teacher: Teacher, process: Partial
 
 def _require_same_run(directory: Path, inputs: dict[str, Any]) -> None:
     """Refuse to continue a run that was started from other inputs: its checkpoints are of another training."""
-    existing = read_identity(directory / RUN, directory.rglob("checkpoints/*.safetensors"))
-    changed = [name.replace("_", " ") for name, value in inputs.items() if existing and existing.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"{directory} holds a run of another {' and another '.join(changed)}, see {RUN} there: give another --out."
-        )
+    require_same_inputs(directory / RUN, inputs, directory.rglob("checkpoints/*.safetensors"))
 
 
 @contextmanager

@@ -24,10 +24,12 @@ class Measurements(FrozenModel):
 
     Attributes:
         protocol: SHA-256 of the protocol.
+        commit: of the code that measured, with + if tracked files differ from it; empty outside a git checkout.
         metrics: name of the metric -> its rows, each of the metric's row type.
     """
 
     protocol: str
+    commit: str = ""
     metrics: dict[str, tuple[SerializeAsAny[MetricRow], ...]]
 
     @field_validator("metrics", mode="before")

@@ -2,6 +2,9 @@
 
 Gated DeltaNet is Mamba-2's recurrence with the delta rule, and KDA is GLA's. SANA-WM (2605.15178) ships the
 bidirectional, normalized form. Linear attention, without decay and without erasing, is the reference.
+
+Unnormalized rows have the positive map of the normalized ones; one row each has the signed features of the papers. The
+delta rule needs no constant for the number of tokens, because erasing bounds its state.
 """
 
 from experiments.ablation.variants import combine_variants
@@ -9,13 +12,25 @@ from experiments.config import Grid, PlannedComparison, Variant
 from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation
 
 PLAN = recommended_distillation()
+_DELTA_MIXERS = {"gated_deltanet": "Gated DeltaNet", "kda": "KDA"}
 
 GRID = Grid(
     name="delta",
     question="Does erasing before writing help, and do order, decay and normalization matter to the delta rule?",
     variants=(
         *controls(PLAN),
-        *combine_variants({"gated_deltanet": "Gated DeltaNet", "kda": "KDA"}),
+        *combine_variants(_DELTA_MIXERS),
+        *(
+            Variant(
+                name=f"{mixer}_signed",
+                label=f"{label}, causal, not normalized, signed",
+                mixer=mixer,
+                causality="causal",
+                normalize=False,
+                options={"feature_map": "identity"},
+            )
+            for mixer, label in _DELTA_MIXERS.items()
+        ),
         Variant(
             name="deltanet_bidirectional_normalized",
             label="DeltaNet, without decay, bidirectional, normalized",
@@ -39,6 +54,12 @@ GRID = Grid(
     seeds=SEEDS[:3],
     reference="linear_attention",
     comparisons=(
+        *(
+            PlannedComparison(
+                name="signed features, as published", above=f"{mixer}_signed", below=f"{mixer}_causal_unnormalized"
+            )
+            for mixer in _DELTA_MIXERS
+        ),
         PlannedComparison(
             name="the delta rule, one gate per head",
             above="gated_deltanet_bidirectional_normalized",

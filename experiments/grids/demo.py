@@ -28,6 +28,13 @@ GRID = Grid(
             {"linear_attention": "linear attention"}, causalities=("noncausal", "causal"), mean_scale=True
         ),
         Variant(name="linfusion_unnormalized", label="LinFusion, not normalized", mixer="linfusion", normalize=False),
+        Variant(
+            name="linfusion_mean_scale",
+            label='LinFusion, scale="mean"',
+            mixer="linfusion",
+            normalize=False,
+            options={"scale": "mean"},
+        ),
         Variant(name="linfusion_causal", label="LinFusion, causal", mixer="linfusion", causality="causal"),
     ),
     seeds=(0,),

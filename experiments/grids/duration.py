@@ -30,6 +30,13 @@ def _main_rows(suffix: str, label: str, plan: object) -> list[Variant]:
             mixer="linear_attention",
             normalize=False,
         ),
+        Variant(
+            name="linear_attention_mean_scale",
+            label='linear attention, scale="mean"',
+            mixer="linear_attention",
+            normalize=False,
+            options={"scale": "mean"},
+        ),
         Variant(name="mamba2", label="Mamba-2, bidirectional", mixer="mamba2", causality="bidirectional"),
     ]
     return [

@@ -27,6 +27,17 @@ GRID = Grid(
             if phi.positive or not normalize
         ),
         *(
+            Variant(
+                name=f"{mixer}_{feature_map}_mean_scale",
+                label=f'{label}, {feature_map}, scale="mean"',
+                mixer=mixer,
+                normalize=False,
+                options={"feature_map": feature_map, "scale": "mean"},
+            )
+            for mixer, label in _MIXERS.items()
+            for feature_map in FEATURE_MAPS
+        ),
+        *(
             Variant(name=f"focused_{power}", label=f"focused, power {power}", mixer="focused", options={"power": power})
             for power in (1, 3, 5)
         ),

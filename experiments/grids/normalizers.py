@@ -38,17 +38,15 @@ def _rows(mixer: str, label: str, causality: Causality) -> Iterator[Variant]:
             normalize=True,
             options=options,
         )
-    yield Variant(
-        name=f"{mixer}_none", label=f"{label}, not normalized", mixer=mixer, causality=causality, normalize=False
-    )
+    unnormalized = {"mixer": mixer, "causality": causality, "normalize": False}
+    positive = {"feature_map": "elu_plus_one"}
+    yield Variant(name=f"{mixer}_none", label=f"{label}, not normalized", options=positive, **unnormalized)
     if causality == "noncausal":
         yield Variant(
             name=f"{mixer}_mean_scale",
             label=f'{label}, scale="mean"',
-            mixer=mixer,
-            causality=causality,
-            normalize=False,
-            options={"scale": "mean"},
+            options={**positive, "scale": "mean"},
+            **unnormalized,
         )
 
 

@@ -143,7 +143,7 @@ def generate_image(
     out.parent.mkdir(parents=True, exist_ok=True)  # fails early
     stage_dir = stage_dir or out.with_suffix(".stages")
     with _explain_interruption(stage_dir), _explain_out_of_memory(), options.open() as (pipe, _), show() as display:
-        plan = plan_request(pipe, request, memory_budget=memory_budget)
+        plan = plan_request(pipe, request, memory_budget=memory_budget, with_control=control is not None)
         print_plan(plan, console)
         result = generate(
             pipe,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from experiments.metrics.base import LinePlot, Metric, MetricRow, Quantity, register_metric
-from experiments.metrics.inputs.predictions import Split, average_errors
+from experiments.metrics.inputs.compared_images import Split
+from experiments.metrics.inputs.predictions import average_errors
 from experiments.metrics.inputs.student import EvaluatedStudent
 
 RELATIVE_ERROR = "squared error to the teacher / the teacher's mean square"
@@ -61,7 +62,7 @@ class Fidelity(Metric):
             "relative_error_to_teacher",
             "image side (px)",
             "Squared error to the teacher on held-out images, relative to the mean square of the teacher's prediction. "
-            "A flat line carries over to resolutions that were not trained at; a rising one does not.",
+            "A flat line carries over to resolutions that the student was not distilled at; a rising one does not.",
             marks_training_size=True,
         ),
         LinePlot(

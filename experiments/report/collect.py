@@ -8,16 +8,17 @@ from pathlib import Path
 from experiments.core.files import write_text
 from experiments.report.run_files import CellRecord, RunRecord, load_run
 
+IDENTITY = ("cell", "seed", "protocol", "commit")
 FACTS = ("grid", "cell", "variant", "label", "mixer", "causality", "normalization", "seed")
-RUN_FACTS = ("steps", "train_seconds", "seconds", "protocol", "commit", "device")
 FIDELITY = ("relative_error_to_teacher", "error_ratio")
 
 
 def append_cells(directory: Path, table: Path) -> int:
     """Append the finished cells of a run that are not in the table yet; returns their number.
 
-    A cell is identified by its id, seed and protocol. Columns that the table does not have are added. The commit is the
-    one that the run was started from; empty if the run did not record it.
+    A cell is identified by its id, seed and protocol, and by the commit of the code that measured it, which is empty if
+    its record has none: a cell that is measured again after a fix is another row. Columns that the table does not have
+    are added.
 
     Raises:
         ValueError: the folder is not a run's, or the file is no such table; it is left as it is.
@@ -25,9 +26,9 @@ def append_cells(directory: Path, table: Path) -> int:
     """
     run = load_run(directory)
     columns, rows = _read_table(table)
-    present = {(row["cell"], row["seed"], row["protocol"]) for row in rows}
+    present = {_identity(row) for row in rows}
     new_rows = [_row(run, cell) for cell in run.cells if cell.state == "done"]
-    new_rows = [row for row in new_rows if (row["cell"], row["seed"], row["protocol"]) not in present]
+    new_rows = [row for row in new_rows if _identity(row) not in present]
     names = list(dict.fromkeys([*columns, *FACTS, *(name for row in new_rows for name in row)]))
     lines = _LineBuffer()
     writer = csv.DictWriter(lines, names, lineterminator="\n")
@@ -35,6 +36,10 @@ def append_cells(directory: Path, table: Path) -> int:
     writer.writerows([*rows, *new_rows])
     write_text(table, "".join(lines.parts))
     return len(new_rows)
+
+
+def _identity(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row.get(name, "") for name in IDENTITY)
 
 
 class _LineBuffer:
@@ -84,7 +89,7 @@ def _row(run: RunRecord, cell: CellRecord) -> dict[str, str]:
         "train_seconds": round(result.train_seconds, 1),
         "seconds": round(result.seconds, 1),
         "protocol": result.measurements.protocol,
-        "commit": run.description.environment.get("commit", ""),
+        "commit": result.measurements.commit,
         "device": run.description.environment.get("device", ""),
     }
     errors = {

@@ -116,7 +116,7 @@ def describe_effect(effect: Effect, effects: list[Effect], run: RunRecord, contr
 
 
 def _lead(strongest: Effect, run: RunRecord) -> str:
-    times = strongest.size / run.train_size
+    times = strongest.size / max(run.train_sizes)
     size = f"{strongest.size} px" + (f", {times:g} times the training side" if times != 1 else "")
     name = {"mixer": "the mixer"}.get(strongest.factor.name, strongest.factor.name)
     if strongest.depends:
@@ -174,7 +174,7 @@ def _judge(claim: Claim, effects: list[Effect], run: RunRecord, controls: Contro
     tested = [e for e in effects if e.factor.name == claim.factor and claim.value in (e.factor.value, e.factor.above)]
     if claim.factor == "causality":
         tested = [e for e in tested if e.factor.reference == "noncausal"]
-    tested = [e for e in tested if not claim.beyond or e.size > run.train_size]
+    tested = [e for e in tested if not claim.beyond or e.size > max(run.train_sizes)]
     if not tested:
         return ClaimVerdict(claim.statement, "not tested", "No two finished rows of this grid differ in that alone.")
     tests: dict[str, Callable[[Effect], bool]] = {

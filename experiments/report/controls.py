@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from experiments.ablation.description import VariantDescription
 from experiments.core.statistics import Interval, interval_over_seeds
 from experiments.report.effects import Effect
-from experiments.report.errors import errors_by_seed, log_ratios_of, mean_error, ratio
+from experiments.report.errors import errors_by_seed, log_ratios_of, mean_error, pooled_ratio, ratio
 from experiments.report.formatting import format_number
 from experiments.report.run_files import RunRecord
 
@@ -58,7 +56,8 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
     """Return a clause that names a control which shows an effect as well; empty if none does.
 
     An effect is an improvement of one row over another. A control shows it if it improves on the same worse rows at
-    least half as much, on a log scale: then mixing tokens is not what the improvement needs.
+    least half as much, on a log scale: then mixing tokens is not what the improvement needs. How much it may still need
+    is the upper bound of the control's error over that of the better rows, which takes more than one seed.
     """
     log_effect = math.log(effect.ratio.mean) if 0 < effect.ratio.mean < math.inf else 0.0
     if log_effect == 0.0:
@@ -68,17 +67,23 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
     for control in controls.no_mixing:
         if control in worse or control in better:
             continue
-        log_control = _mean_log_ratio(run, control, worse, effect.size)
-        if log_control is not None and log_control <= -0.5 * abs(log_effect):
-            rest = abs(log_effect) + log_control
-            share = "this is no effect of mixing"
-            if rest > 0:
-                share = f"at most {format_number(math.exp(rest))}× of this is an effect of mixing"
+        gain = _ratio_to_rows(run, control, worse, effect.size)
+        if 0 < gain.mean <= math.exp(-0.5 * abs(log_effect)) and (gain.excludes(1.0) or not gain.has_bounds):
+            rest = _ratio_to_rows(run, control, better, effect.size)
             return (
                 f"the control “{control.label}”, which does not mix tokens by their content, also improves on the "
-                f"worse rows, {format_number(math.exp(-log_control))}×, so {share}"
+                f"worse rows, {format_number(1 / gain.mean)}×{_describe_share_of_mixing(rest)}"
             )
     return ""
+
+
+def _describe_share_of_mixing(rest: Interval) -> str:
+    """What an effect owes to mixing, by the error of a control over that of the better rows."""
+    if not rest.has_bounds:
+        return "; with one seed, it is unknown how much of this is an effect of mixing"
+    if rest.high <= 1:
+        return ", so this is no effect of mixing"
+    return f", so at most {format_number(rest.high)}× of this is an effect of mixing"
 
 
 def identity_warnings(run: RunRecord, controls: ControlRows) -> list[str]:
@@ -104,10 +109,8 @@ def identity_warnings(run: RunRecord, controls: ControlRows) -> list[str]:
     ]
 
 
-def _mean_log_ratio(
+def _ratio_to_rows(
     run: RunRecord, control: VariantDescription, rows: Sequence[VariantDescription], size: int
-) -> float | None:
-    """Mean of log(error of the control / error of a row) over rows, seeds and images."""
-    logs = [log_ratios_of(run, control, row, size) for row in rows]
-    means = [np.mean([np.mean(values) for values in by_seed.values()]) for by_seed in logs if by_seed]
-    return float(np.mean(means)) if means else None
+) -> Interval:
+    """The error of a control over that of rows, as a geometric mean over rows, seeds and images."""
+    return pooled_ratio([log_ratios_of(run, control, row, size) for row in rows])

@@ -2,29 +2,32 @@
 
 The pairs of rows are fixed by the grid, before anything is measured. A pair with an unfinished or failed row makes its
 effect incomplete; it is never left out for its outcome. Normalized and unnormalized rows are never pooled: the effect
-of causality is one of normalized rows, and another one of unnormalized rows.
+of causality or of a mixer is one of normalized rows, and another one of unnormalized rows.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.ablation.description import VariantDescription
+from experiments.ablation.description import NormalizationLevel, VariantDescription
 from experiments.core.statistics import Interval, holm, interval_over_seeds
-from experiments.report.errors import log_ratios_of
+from experiments.report.errors import log_ratios_of, pooled_ratio
 from experiments.report.run_files import DESIGN_FIELDS, RunRecord
 
 CONTROL = "control"
 SIGNIFICANCE = 0.05
 """Largest p-value, after Holm's correction, of an effect that counts as distinguishable from noise."""
+
+
+NORMALIZATIONS: tuple[NormalizationLevel, ...] = get_args(NormalizationLevel)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ FACTORS = (
     Factor("normalized rows", "normalization", "mean scale", "normalized", 'scale="mean"', "normalized"),
     *(
         _causality(value, reference, level)
-        for level in ("normalized", "mean scale", "not normalized")
+        for level in NORMALIZATIONS
         for value, reference in (("causal", "noncausal"), ("bidirectional", "noncausal"), ("bidirectional", "causal"))
     ),
 )
@@ -80,6 +83,7 @@ READABLE = {"noncausal": "non-causal"}
 SPLITS = {"mixer": "the mixer", "causality": "the causality", "normalization": "normalization"}
 """What an effect may depend on."""
 OTHER_FIELDS = {
+    "feature_map": "the feature map",
     "other_options": "an option of the mixer",
     "select": "the choice of sites",
     "min_tokens": "the minimum number of tokens",
@@ -116,7 +120,8 @@ class Effect:
         pairs: all pairs of the grid that are measured.
         planned: how many pairs the grid has.
         seeds: how many seeds the grid has.
-        adjusted_p: p-value after Holm's correction for all effects of the report; NaN for a single seed.
+        adjusted_p: p-value after Holm's correction for what it is compared together with; NaN for a single seed, and
+            until it is corrected.
     """
 
     factor: Factor
@@ -129,13 +134,7 @@ class Effect:
     @cached_property
     def ratio(self) -> Interval:
         """Geometric mean over pairs, seeds and images, with its 95 % interval over seeds and images; 1 is no effect."""
-        shared = sorted(set.intersection(*(set(pair.logs) for pair in self.pairs)))
-        images = min(len(pair.logs[seed]) for pair in self.pairs for seed in shared) if shared else 0
-        if not images:
-            return Interval(math.nan, math.nan, math.nan, 0)
-        return interval_over_seeds(
-            {seed: np.mean([pair.logs[seed][:images] for pair in self.pairs], axis=0) for seed in shared}
-        ).exp()
+        return pooled_ratio([pair.logs for pair in self.pairs])
 
     @property
     def name(self) -> str:
@@ -154,10 +153,12 @@ class Effect:
         return self.adjusted_p < SIGNIFICANCE
 
     def parts(self, *fields: str) -> dict[tuple[Any, ...], Effect]:
-        """Return the effect among the rows of each combination of values of other factors."""
+        """Return the effect among the rows of each combination of values of other factors; p-values not corrected."""
         keys = list(dict.fromkeys(pair.values(fields) for pair in self.pairs))
         groups = {key: tuple(pair for pair in self.pairs if pair.values(fields) == key) for key in keys}
-        return {key: replace(self, pairs=pairs, planned=len(pairs)) for key, pairs in groups.items()}
+        return {
+            key: replace(self, pairs=pairs, planned=len(pairs), adjusted_p=math.nan) for key, pairs in groups.items()
+        }
 
     def split_by(self, field: str) -> dict[Any, Effect]:
         """Return the effect among the rows of each value of another factor; nothing if there is only one value."""
@@ -193,6 +194,11 @@ def compute_effects(run: RunRecord) -> list[Effect]:
         for size in run.sizes
         if (effect := _effect(run, factor, pairs, size)) is not None
     ]
+    return correct_together(effects)
+
+
+def correct_together(effects: Sequence[Effect]) -> list[Effect]:
+    """Return the effects with p-values after Holm's correction for their number."""
     adjusted = holm([effect.ratio.p_value for effect in effects])
     return [replace(effect, adjusted_p=p) for effect, p in zip(effects, adjusted, strict=True)]
 
@@ -219,20 +225,23 @@ def _pairs(run: RunRecord, factor: Factor) -> Iterator[tuple[VariantDescription,
     if factor.within is not None:
         field, level = factor.within
         rows = [variant for variant in rows if getattr(variant, field) == level]
-    references = {_design(v, factor.field): v for v in rows if getattr(v, factor.field) == factor.reference}
+    references = {_design(v, factor): v for v in rows if getattr(v, factor.field) == factor.reference}
     for variant in rows:
-        below = references.get(_design(variant, factor.field))
+        below = references.get(_design(variant, factor))
         if below is not None and getattr(variant, factor.field) == factor.value:
             yield variant, below
 
 
-def _design(variant: VariantDescription, without: str) -> str:
-    parts = [getattr(variant, field) for field in DESIGN_FIELDS if field != without]
+def _design(variant: VariantDescription, factor: Factor) -> str:
+    """What both rows of a pair share; mixers are compared with each one's own feature map, unless the grid sets one."""
+    parts = {field: getattr(variant, field) for field in DESIGN_FIELDS if field != factor.field}
+    if factor.field == "mixer" and variant.has_own_feature_map:
+        parts["feature_map"] = None
     return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _mixer_factors(run: RunRecord) -> list[Factor]:
-    """Mixers against that of the reference row."""
+    """Mixers against that of the reference row, at each level of normalization."""
     order = list(dict.fromkeys(variant.mixer for variant in run.trained))
     if len(order) < 2 or run.reference is None:
         return []
@@ -246,7 +255,9 @@ def _mixer_factors(run: RunRecord) -> list[Factor]:
             first,
             readable(run, mixer),
             readable(run, first),
+            ("normalization", level),
         )
+        for level in NORMALIZATIONS
         for mixer in order
         if mixer != first
     ]

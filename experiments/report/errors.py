@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,3 +51,20 @@ def ratio(run: RunRecord, variant: VariantDescription, reference: VariantDescrip
     """Return a row's error over the reference's as a geometric mean; None if they share no seed."""
     logs = log_ratios_of(run, variant, reference, size)
     return interval_over_seeds(logs).exp() if logs else None
+
+
+def pooled_ratio(logs: Sequence[Mapping[int, NDArray[np.float64]]]) -> Interval:
+    """Return the geometric mean of ratios over pairs of rows, seeds and images, with its interval.
+
+    Args:
+        logs: log ratios (images,) by seed, of each pair; seeds and images that some pair lacks are left out.
+
+    Returns:
+        NaN with a count of 0 if the pairs share no seed.
+    """
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in logs))) if logs else []
+    images = min((len(by_seed[seed]) for by_seed in logs for seed in shared), default=0)
+    if not images:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    means = {seed: np.mean([by_seed[seed][:images] for by_seed in logs], axis=0) for seed in shared}
+    return interval_over_seeds(means).exp()

@@ -139,13 +139,13 @@ def _line_plot(run: RunRecord, metric: type[Metric], spec: LinePlot) -> _Plan:
 
 def _image_figures(run: RunRecord) -> Iterator[_Plan]:
     for size in sorted(run.description.sample_sizes):
-        trained = "the training size" if size == run.train_size else "a size that was not trained at"
+        role = f"a size that the students were {'' if size in run.train_sizes else 'not '}distilled at"
         yield _Plan(
             "Samples",
             f"samples_{size}",
             partial(image_grids.plot_samples, run, size),
             f"Samples at {size} px, rows: variants, columns: prompts",
-            f"Samples at {size} px, {trained}: the teacher, then each variant's first finished seed, from the same "
+            f"Samples at {size} px, {role}: the teacher, then each variant's first finished seed, from the same "
             f"prompts and starting noise. A good mixer's row repeats the teacher's. {LICENSE}",
         )
     yield _Plan(

@@ -52,7 +52,8 @@ def plot_metric(run: RunRecord, metric: type[Metric], spec: LinePlot, path: Path
         axes.set(xscale="log", yscale="log", xlabel=spec.x_label)
         style.set_ticks(axes, positions)
         if spec.marks_training_size:
-            _mark_training_size(axes, run.train_size)
+            for size in run.train_sizes:
+                _mark_training_size(axes, size)
         if quantity.perfect:
             axes.axhline(quantity.perfect, color=style.GRAY, linewidth=1)
 
@@ -113,7 +114,7 @@ def _mark_training_size(axes: Axes, size: int) -> None:
     axes.axvline(size, color="#999999", linewidth=1, linestyle=":", zorder=0)
     position: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     axes.annotate(
-        "trained here", (size, 1), xytext=(2, -3), va="top", fontsize=7, color="#888888", rotation=90, **position
+        "distilled here", (size, 1), xytext=(2, -3), va="top", fontsize=7, color="#888888", rotation=90, **position
     )
 
 

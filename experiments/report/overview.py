@@ -84,7 +84,7 @@ def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], siz
             look = {"color": style.GRAY, "linestyle": ":", "marker": "s"}
         axes.plot([x for x, _ in points], [y for _, y in points], label=row.label, **look)
     axes.set(xscale="log", yscale="log", ylabel="squared error to the teacher / its mean square")
-    axes.set_xlabel(f"image side (px); distilled at {run.train_size} px")
+    axes.set_xlabel(f"image side (px); distilled at {run.train_sizes_text}")
     style.set_ticks(axes, sizes)
     style.use_plain_log_labels(axes)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=3)

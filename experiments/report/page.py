@@ -31,7 +31,8 @@ TABLE_NOTE = (
 )
 EFFECTS_NOTE = (
     "Ratios of errors to the teacher with their 95 % t intervals for new seeds and images; ▼ lower and ▲ higher if "
-    "p < 0.05 after Holm's correction for the number of effects of all rows. Among: which rows are compared."
+    "p < 0.05 after Holm's correction: for the number of effects, and for parts of the rows, for that of effects and "
+    "parts together. Among: which rows are compared."
 )
 CONTROLS_NOTE = (
     "Excess: the error minus that of softmax attention distilled from scratch with the same recipe, in shares of the "

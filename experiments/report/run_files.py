@@ -27,6 +27,7 @@ DESIGN_FIELDS: tuple[str, ...] = (
     "mixer",
     "causality",
     "normalization",
+    "feature_map",
     "other_options",
     "select",
     "min_tokens",
@@ -133,6 +134,21 @@ class RunRecord:
     def train_size(self) -> int:
         """Side of the training images in pixels."""
         return self.description.train_size
+
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Sides in pixels of all images that students are distilled on, increasing."""
+        try:
+            plan = DistillationConfig.model_validate(self.description.protocol.get("distillation"))
+        except ValidationError:
+            return (self.train_size,)
+        return tuple(sorted({self.train_size, *plan.all_sizes}))
+
+    @property
+    def train_sizes_text(self) -> str:
+        """The same for readers, as "64 and 128 px"."""
+        *first, last = map(str, self.train_sizes)
+        return f"{', '.join(first)} and {last} px" if first else f"{last} px"
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -250,16 +266,24 @@ def load_cell(directory: Path) -> CellRecord:
 
 
 def _current_cells(cells: list[CellRecord], grid: RunDescription, problems: list[str]) -> list[CellRecord]:
-    """Cells of the grid as it is now; a folder may still hold those of an earlier version of it."""
+    """Cells of the grid as it is now; a folder may still hold those of an earlier version of it.
+
+    A cell's id is the hash of its configuration. If grid.json lists no ids, the recorded parts are compared.
+    """
     variants = {variant.name: variant for variant in grid.variants}
+    ids = {cell.id for cell in grid.cells}
     current: dict[tuple[str, int | None], CellRecord] = {}
     for cell in sorted(cells, key=_age):
         if cell.variant not in variants:
             problems.append(f"{cell.id}: left out, as grid.json has no variant {cell.variant!r}")
         elif grid.seeds and cell.seed is not None and cell.seed not in grid.seeds:
             problems.append(f"{cell.id}: left out, as grid.json has no seed {cell.seed}")
+        elif cell.id in ids:
+            current[cell.variant, cell.seed] = cell
         elif changed := _changed_parts(cell.config or {}, grid, variants[cell.variant]):
             problems.append(f"{cell.id}: left out, as its {' and '.join(changed)} differ from those in grid.json")
+        elif ids:
+            problems.append(f"{cell.id}: left out, as grid.json lists no such cell: its configuration is another")
         else:
             key = (cell.variant, cell.seed) if cell.seed is not None else (cell.id, None)
             if key in current:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from experiments.ablation.description import VariantDescription
 from experiments.core.statistics import Interval
 from experiments.report.controls import ControlRows, excess_error, share_of_identity
-from experiments.report.effects import SPLITS, Effect, readable
+from experiments.report.effects import SPLITS, Effect, correct_together, readable
 from experiments.report.errors import METRIC, ratio
 from experiments.report.formatting import format_number
 from experiments.report.run_files import RunRecord
@@ -158,11 +158,15 @@ def splits_table(run: RunRecord) -> ReportTable:
 
 
 def effects_table(run: RunRecord, effects: list[Effect]) -> ReportTable:
-    """Each factor's effect at each size: over all rows, among those of each value of the others, and pair by pair."""
+    """Each factor's effect at each size: over all rows, among those of each value of the others, and pair by pair.
+
+    The p-values of parts of the rows are corrected for all effects and parts of the table.
+    """
     by_name: dict[str, list[Effect]] = {}
     for effect in effects:
         by_name.setdefault(effect.name, []).append(effect)
     lines: dict[tuple[str, str], dict[int, Effect]] = {}
+    parts: dict[tuple[str, str, int], Effect] = {}
     for name, at_sizes in by_name.items():
         lines[name, "all rows"] = {effect.size: effect for effect in at_sizes}
         split = [field for field in SPLITS if any(effect.split_by(field) for effect in at_sizes)]
@@ -170,7 +174,11 @@ def effects_table(run: RunRecord, effects: list[Effect]) -> ReportTable:
             for effect in at_sizes:
                 for values, part in effect.parts(*fields).items():
                     among = ", ".join(readable(run, value) for value in values)
-                    lines.setdefault((name, among), {})[effect.size] = part
+                    lines.setdefault((name, among), {})
+                    parts[name, among, effect.size] = part
+    corrected = correct_together([*effects, *parts.values()])[len(effects) :]
+    for (name, among, size), part in zip(parts, corrected, strict=True):
+        lines[name, among][size] = part
     rows = []
     for (name, among), by_size in lines.items():
         ratios = [TableCell.of_interval(e.ratio, effect_mark(e)) if (e := by_size.get(s)) else _DASH for s in run.sizes]

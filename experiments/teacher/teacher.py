@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from experiments.core.fingerprints import weights_version
 from experiments.teacher.noise_schedules import create_noise_schedule
 from unet_adapters.hosts import find_host
 
@@ -45,6 +46,7 @@ class Teacher:
         self.host = find_host(pipe)
         self.scheduler = create_noise_schedule(pipe.scheduler)
         self.guidance = guidance
+        self._fingerprint: tuple[Any, str] | None = None  # what it was computed from, and the digest
 
     @property
     def denoiser(self) -> Any:
@@ -106,7 +108,7 @@ class Teacher:
 
         Configurations, weights and precision count. Computed at every call, at about a second per GB of weights.
         """
-        digest = hashlib.sha256(json.dumps(self.pipe.config.get("force_zeros_for_empty_prompt")).encode())
+        digest = hashlib.sha256(self._empty_prompt().encode())
         for name in _present(self.pipe, TOKENIZERS):
             digest.update(f"{name} {_describe_tokenizer(getattr(self.pipe, name, None))}".encode())
         for name in _present(self.pipe, ENCODERS):
@@ -117,13 +119,25 @@ class Teacher:
     def fingerprint(self) -> str:
         """A SHA-256 of everything that a distillation depends on: the encoders, the network and the noise schedule.
 
-        No adapter may be mounted. Computed at every call, at about a second per GB of weights.
+        No adapter may be mounted. Computed at about a second per GB of weights, and again only after a change.
         """
+        networks = [getattr(self.pipe, name, None) for name in ENCODERS] + [self.denoiser]
+        tokenizers = [_describe_tokenizer(getattr(self.pipe, name, None)) for name in TOKENIZERS]
+        settings = [self._schedule_settings(), self._empty_prompt(), *tokenizers, *map(_describe_config, networks)]
+        state = (settings, [weights_version(network) for network in networks if network is not None])
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256(self.encoder_fingerprint.encode())
+            digest.update(self._schedule_settings().encode())
+            _add_network(digest, "unet", self.denoiser)
+            self._fingerprint = (state, digest.hexdigest())
+        return self._fingerprint[1]
+
+    def _empty_prompt(self) -> str:
+        return json.dumps(self.pipe.config.get("force_zeros_for_empty_prompt"))
+
+    def _schedule_settings(self) -> str:
         schedule = {key: value for key, value in self.scheduler.config.items() if key[0] != "_"}
-        digest = hashlib.sha256(self.encoder_fingerprint.encode())
-        digest.update(json.dumps(schedule, sort_keys=True, default=str).encode())
-        _add_network(digest, "unet", self.denoiser)
-        return digest.hexdigest()
+        return json.dumps(schedule, sort_keys=True, default=str)
 
 
 def _present(pipe: Any, names: tuple[str, ...]) -> list[str]:

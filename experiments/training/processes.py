@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from experiments.config import FitConfig
 
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that works alone: the main one encodes data and draws samples for hours."""
+
 
 def this_process() -> PartialState:
     """Return this process among those that were launched together by accelerate, torchrun or a cluster.
 
     On a machine without an accelerator, accelerate by itself does not connect the processes, so that each would train
-    alone.
+    alone. By default NCCL ends every process that waits for another for more than ten minutes.
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def open_accelerator(config: FitConfig, model: nn.Module, directory: Path) -> Accelerator:

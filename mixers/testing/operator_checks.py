@@ -24,7 +24,7 @@ OperatorCheck = Callable[[OperatorCase, CheckInputs], None]
 
 
 def check_formulations_agree(case: OperatorCase, inputs: CheckInputs) -> None:
-    """dense, recurrent and chunked give the same result, and the same gradient of every tensor, in small blocks too."""
+    """dense, recurrent and chunked give the same result and the same gradient of every tensor, also in small blocks."""
     for length, switches in itertools.product(inputs.lengths, case.switches()):
         outcomes = {backend: _outcome(case, inputs, length, backend=backend, **switches) for backend in FORMULATIONS}
         with small_blocks():
@@ -36,7 +36,7 @@ def check_formulations_agree(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_long_sequences(case: OperatorCase, inputs: CheckInputs) -> None:
-    """257 and 1,021 tokens in many blocks give the result and gradients of the recurrence."""
+    """With 257 and 1,021 tokens in many blocks, the result and gradients equal those of recurrent."""
     single = replace(inputs, batch=1)
     for length, switches in itertools.product(LONG, case.switches()):
         with small_blocks(1 << 9):
@@ -47,7 +47,7 @@ def check_long_sequences(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_kernels_agree(case: OperatorCase, inputs: CheckInputs) -> None:
-    """Kernels that run here give the dense result and gradients; on a CPU these are Triton's, interpreted."""
+    """The kernels that run here give the dense result and gradients; on a CPU these are Triton's, interpreted."""
     device = torch.device(inputs.device).type
     kernels = _available_kernels(inputs)
     short = [length for length in inputs.lengths if length <= MAX_INTERPRETED]
@@ -69,7 +69,7 @@ def _available_kernels(inputs: CheckInputs) -> list[str]:
 
 
 def check_equals_its_matrix(case: OperatorCase, inputs: CheckInputs) -> None:
-    """The result is the matrix from the formula, times the values, plus the skip."""
+    """The result equals the matrix from the formula times the values, plus the skip."""
     for length, switches in itertools.product(inputs.lengths, case.switches()):
         tensors = case.inputs(inputs, length)
         values = tensors[case.values]
@@ -80,7 +80,7 @@ def check_equals_its_matrix(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_streaming_equals_one_pass(case: OperatorCase, inputs: CheckInputs) -> None:
-    """Causal: a sequence in parts, each starting from the previous state, equals one pass, for any pair of backends."""
+    """Causal: a sequence processed in parts, from state to state, equals one pass, for any pair of backends."""
     for length, switches in itertools.product(inputs.at_least(2), case.switches("causal")):
         tensors = case.inputs(inputs, length)
         whole, last = case.run(**tensors, **switches, output_final_state=True)
@@ -114,7 +114,7 @@ def check_never_looks_ahead(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_expanded_tensors(case: OperatorCase, inputs: CheckInputs) -> None:
-    """Tensors that are one head, expanded, give what copies give, and every head its own gradient."""
+    """A tensor expanded from one head gives the same result as copies of it, and every head gets its own gradient."""
     length = min(max(inputs.lengths), SHORT)
     for switches in case.switches():
         tensors = case.inputs(inputs, length)
@@ -127,7 +127,7 @@ def check_expanded_tensors(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_empty_batch(case: OperatorCase, inputs: CheckInputs) -> None:
-    """A batch of no items gives an empty result and gradients of zeros, in every backend that runs here."""
+    """An empty batch gives an empty result and gradients of zeros, in every backend that runs here."""
     for backend, switches in itertools.product((*FORMULATIONS, *_available_kernels(inputs)), case.switches()):
         tensors = {n: t[:0] if n in case.over_tokens else t for n, t in case.inputs(inputs, 3).items()}
         try:
@@ -140,7 +140,7 @@ def check_empty_batch(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_exact_in_float32(case: OperatorCase, inputs: CheckInputs) -> None:
-    """Log decays from −1e-6 to −50 in one sequence lose nothing: float32 equals float64 up to its own rounding."""
+    """Log decays from −1e-6 to −50 in one sequence lose no precision: float32 equals float64 up to rounding."""
     for length, switches in itertools.product(inputs.lengths, case.switches()):
         tensors = case.inputs(inputs, length)
         single = {n: t.float() for n, t in tensors.items()}
@@ -153,7 +153,7 @@ def check_exact_in_float32(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_half_precision(case: OperatorCase, inputs: CheckInputs) -> None:
-    """Half-precision tensors give a result in their dtype, computed in float32 at least."""
+    """Half-precision tensors give a result in their dtype that is computed in at least float32."""
     length = max(inputs.lengths)
     for dtype, switches in itertools.product((torch.bfloat16, torch.float16), case.switches()):
         half = {n: t.to(dtype) for n, t in case.inputs(inputs, length).items()}
@@ -165,7 +165,7 @@ def check_half_precision(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_gradients(case: OperatorCase, inputs: CheckInputs) -> None:
-    """gradcheck: the gradients of the default backend are those of finite differences."""
+    """gradcheck: the gradients of the default backend equal finite differences."""
     for switches in case.switches():
         tensors = case.make(torch.Generator().manual_seed(inputs.seed), 1, 3)
         names = list(tensors)
@@ -193,7 +193,7 @@ def check_second_derivatives(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_function_transforms(case: OperatorCase, inputs: CheckInputs) -> None:
-    """torch.func's vmap, grad and jvp see the same function as a batched call and autograd."""
+    """torch.func's vmap, grad and jvp agree with a batched call and with autograd."""
     length = min(max(inputs.lengths), SHORT)
     for switches in case.switches():
         what = f"l = {length}, {_describe(switches)}"
@@ -222,7 +222,7 @@ def check_function_transforms(case: OperatorCase, inputs: CheckInputs) -> None:
 
 
 def check_memory_is_linear(case: OperatorCase, inputs: CheckInputs) -> None:
-    """What is saved for the backward pass grows linearly in l, and no tensor of it has l · k · v elements."""
+    """The tensors saved for the backward pass grow linearly in l, and none of them has l · k · v elements."""
     for switches in case.switches():
         few = _saved_elements(case, 256, switches)
         many = _saved_elements(case, 1024, switches)

@@ -18,10 +18,12 @@ from experiments.ablation.result import CellResult
 from experiments.evaluate.measurements import Measurements
 from experiments.grids.shared import PAPER_CLAIMS
 from experiments.metrics.fidelity import FidelityRow
+from experiments.report.effects import Effect, compute_effects
 from experiments.report.run_files import CellRecord, RunRecord
 
 RowKey = tuple[str, str, bool]
 IMAGES = 4
+SEEDS = range(3)
 
 
 def fidelity_row(size: int, error: float, by_image: tuple[float, ...] = ()) -> FidelityRow:
@@ -61,6 +63,28 @@ def run_of(errors: Mapping[RowKey, Mapping[int, Mapping[int, float]]], **descrip
         cells += [cell_record(name, seed, sizes) for seed, sizes in seeds.items()]
     record = RunDescription(name="made up", question="?", train_size=64, variants=tuple(variants), **description)
     return RunRecord(Path("nowhere"), record, cells)
+
+
+def made_up(noise: float = 0.0, mixers: tuple[str, ...] = ("linear_attention", "mamba2")) -> RunRecord:
+    """Errors 2^(not normalized) · 3^(causal) · 5^(mamba2), with each seed's own factor, and noise if requested."""
+    random = np.random.default_rng(0)
+    rows: dict[RowKey, dict[int, dict[int, float]]] = {}
+    for mixer in mixers:
+        for causality in ("noncausal", "causal"):
+            for normalize in (True, False):
+                error = 0.01 * 2 ** (not normalize) * 3 ** (causality == "causal") * 5 ** (mixer == "mamba2")
+                errors = {s: {64: error * (1 + s) * math.exp(noise * random.normal())} for s in SEEDS}
+                rows[mixer, causality, normalize] = errors
+    return run_of(rows)
+
+
+def add_row(run: RunRecord, variant: VariantDescription, error: float) -> None:
+    run.description = run.description.model_copy(update={"variants": (*run.variants, variant)})
+    run.cells += [cell_record(variant.name, seed, {64: error * (1 + seed)}) for seed in SEEDS]
+
+
+def by_name(run: RunRecord) -> dict[str, Effect]:
+    return {effect.name: effect for effect in compute_effects(run)}
 
 
 SIZES = (64, 128, 256)

@@ -1,9 +1,11 @@
 """A grid from configuration to results on a tiny teacher: cells, resuming, failing, the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -13,8 +15,12 @@ from experiments.ablation.result import CellResult, read_result
 from experiments.ablation.run import run_grid
 from experiments.cli import app
 from experiments.config import Grid, apply_overrides
+from experiments.evaluate import samples as samples_module
+from experiments.evaluate.protocol import protocol_of
 from experiments.metrics.cost import CostRow
 from experiments.metrics.fidelity import FidelityRow
+from experiments.teacher import teacher as teacher_module
+from experiments.teacher.load import open_teacher
 from mixers import entries, list_mixers
 from mixers.registry import register_mixer
 from mixers.zoo.linear_attention import LinearAttention
@@ -164,6 +170,12 @@ def test_a_trained_student_is_evaluated_again_without_training(grid: Grid, tmp_p
     assert fidelity(second)[0].error_to_teacher == fidelity(first)[0].error_to_teacher
     logs = [(tmp_path / "cells" / result.cell / "metrics.jsonl").read_text() for result in (first, second)]
     assert logs[0] == logs[1] != ""
+    for name in ("trained.json", "adapter/adapter.json", "adapter/adapter.safetensors"):
+        contents = {(tmp_path / "cells" / result.cell / name).read_bytes() for result in (first, second)}
+        assert len(contents) == 1, "each cell has its own student"
+    shutil.rmtree(tmp_path / "cells" / first.cell)
+    run_grid(apply_overrides(only, ["evaluation.sizes=[128]"]), tmp_path, lambda *event: phases.append(event[3]))
+    assert "distill" not in phases, "the copy serves others, too"
     assert run_grid(apply_overrides(again, ["seeds=[1]"]), tmp_path, ignore)[0].train_seconds != first.train_seconds
 
 
@@ -189,8 +201,6 @@ def test_the_training_key_changes_with_the_teacher_the_data_and_the_mixer(
     grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One thing at a time; what a configuration holds is tested above."""
-    import torch
-
     context = open_cell_context(grid)
     cell = grid.cells()[1]
     key = training_key(cell, context)
@@ -214,6 +224,85 @@ def test_the_training_key_changes_with_the_teacher_the_data_and_the_mixer(
     keys.add(training_key(cell.model_copy(update={"variant": variant}), context))
     assert len(keys) == 4
     assert training_key(cell, context) == key
+
+
+def replace_setting(folder: Path, part: str, name: str, value: object) -> None:
+    """Change one setting of a pipeline's part on disk."""
+    file = next((folder / part).glob("*config.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("scheduler", "prediction_type", "epsilon"), ("scheduler", "beta_end", 0.03), ("unet", "norm_eps", 0.1)],
+)
+def test_settings_beside_the_weights_identify_the_teacher(
+    part: str, name: str, value: object, grid: Grid, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """With another one, students have another target, or the same weights compute something else."""
+    folder = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    grid = grid.model_copy(update={"teacher": str(folder)})
+    cell = grid.cells()[1]
+    keys = set()
+    teachers = set()
+    for _ in range(2):
+        context = open_cell_context(grid)
+        keys.add(training_key(cell, context))
+        teachers.add(protocol_of(context, grid.evaluation, grid.data).teacher)
+        replace_setting(folder, part, name, value)
+    assert len(keys) == len(teachers) == 2
+
+
+def test_a_fingerprint_is_computed_again_only_after_a_change(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = open_teacher(grid.teacher)
+    first = teacher.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module, "_add_network", lambda *_: pytest.fail("computed again"))
+        assert teacher.fingerprint == first
+    for network in (teacher.pipe.text_encoder, teacher.denoiser):
+        before = teacher.fingerprint
+        with torch.no_grad():
+            next(network.parameters()).add_(1)
+        assert teacher.fingerprint != before
+    before = teacher.fingerprint
+    teacher.denoiser.register_to_config(norm_eps=0.1)
+    assert teacher.fingerprint != before
+
+
+def test_a_teacher_interrupted_while_it_samples_draws_everything_again(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of the protocol before, and of a part of the guidance scales, never stay beside new students."""
+    only = grid.model_copy(update={"variants": grid.variants[:1]})
+    run_grid(apply_overrides(only, ["evaluation.guidances=[1.5,2.5]"]), tmp_path, ignore)
+    (result,) = tmp_path.glob("cells/*/result.json")
+    result.unlink()
+    samples = tmp_path / "teacher" / "samples"
+    old = {path.relative_to(samples): path.read_bytes() for path in samples.rglob("*.png")}
+    changed = apply_overrides(only, ["evaluation.guidances=[1.5,3.5]", "evaluation.seed=7"])
+    generate = samples_module.generate_images
+    calls: list[object] = []
+
+    def interrupt(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Killed
+        return generate(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples_module, "generate_images", interrupt)
+        with pytest.raises(Killed):
+            run_grid(changed, tmp_path, ignore)
+    run_grid(changed, tmp_path, ignore)
+    new = {path.relative_to(samples): path.read_bytes() for path in samples.rglob("*.png")}
+    scales = {f"guidance-{scale:g}" for scale in changed.evaluation.all_guidances} - {
+        f"guidance-{changed.evaluation.guidance:g}"
+    }
+    assert {path.parts[0] for path in new} == {"64", *scales}
+    assert all(new[path] != old[path] for path in new.keys() & old.keys())
+    times = {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")}
+    run_grid(changed, tmp_path, ignore)
+    assert times == {path: path.stat().st_mtime_ns for path in samples.rglob("*.png")}, "drawn once"
 
 
 def test_weights_of_another_teacher_are_not_reused(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from experiments.config import FitConfig
+from experiments.core.locks import LOCK, is_locked, lock_folder
 from experiments.data import BadRecord, DataError, DataRecord, EmojiSet, Example, Size, batch, extent
 from experiments.distill.batches import draw_batch
 from experiments.distill.cache import LatentCache, open_cache
@@ -98,7 +99,31 @@ def build(directory: Path, teacher: Any = None, data: Any = None, **more: Any) -
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != LOCK}
+
+
+# --- one process at a time ----------------------------------------------------------------------
+
+
+def test_one_process_at_a_time_encodes_what_is_missing(tmp_path: Path) -> None:
+    """Two that write one cache would mix their indices; a finished one is shared, whoever holds the lock."""
+    cache = tmp_path / "cache"
+    with lock_folder(cache, "encoding"), pytest.raises(ValueError, match=r"Another encoding is running in .*cache"):
+        build(cache)
+    assert not list(cache.glob("*.safetensors"))
+    build(cache)
+    with lock_folder(cache, "encoding"):
+        assert len(build(cache)) == 10
+        next(cache.glob("latents-*")).write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="Another encoding is running"):
+            build(cache)
+    assert len(build(cache)) == 10
+
+
+def test_the_cache_is_locked_while_it_is_built(tmp_path: Path) -> None:
+    states: list[bool] = []
+    build(tmp_path / "cache", progress=lambda *_: states.append(is_locked(tmp_path / "cache")))
+    assert states and all(states)
 
 
 # --- every image where it belongs ---------------------------------------------------------------
@@ -285,7 +310,7 @@ def test_any_byte_that_changed_is_noticed(tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.getbasetemp() / "flipped"
     cache = build(directory)
     sound = {key: value.clone() for key, value in cache.batch(range(10)).items()}
-    path = directory / data.draw(st.sampled_from(sorted(p.name for p in directory.iterdir())), "file")
+    path = directory / data.draw(st.sampled_from(sorted(contents(directory))), "file")
     original = path.read_bytes()
     place = data.draw(st.integers(0, len(original) - 1), "byte")
     bit = data.draw(st.integers(0, 7), "bit")

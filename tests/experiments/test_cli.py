@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
+from experiments.ablation import load_grid
+from experiments.ablation.description import describe_run
+from experiments.ablation.result import CellResult
 from experiments.cli import app
 from experiments.cli.app import clean_errors
 from experiments.cli.distill import describe_losses
+from experiments.core.files import write_json
+from experiments.core.progress import show_progress
 from experiments.core.signals import Interrupted, raise_on_sigterm
+from experiments.distill.recipe import load_recipe
 
 TINY = (
     "distillation.before=[]",
@@ -42,6 +51,51 @@ def test_errors_go_to_stderr(arguments: list[str]) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and len(result.stderr.strip().splitlines()) == 1
     assert "error" not in result.stdout and "Traceback" not in result.output
+
+
+BRACKETS = "x[i] of [/x] and [bold]"
+
+
+@pytest.mark.parametrize("verb", ["list --metrics", "list --objectives", "list one", "distill embedded", "ablate demo"])
+def test_brackets_in_texts_are_printed(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formulas, questions and errors are no markup: a tag would vanish, and a closing one would raise an error."""
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise ValueError(f"stopped at {BRACKETS}")
+
+    monkeypatch.setattr("experiments.metrics.base.Metric.summary", classmethod(lambda cls: BRACKETS))
+    monkeypatch.setattr("inspect.getdoc", lambda _: BRACKETS)
+    monkeypatch.setattr("mixers.list_mixers", lambda pattern: ["linear_attention"])
+    monkeypatch.setattr("mixers.registry.MixerEntry.summary", BRACKETS)
+    monkeypatch.setattr("mixers.registry.MixerEntry.trait_summary", BRACKETS)
+    monkeypatch.setattr("experiments.distill.run.run_recipe", stop)
+    monkeypatch.setattr("experiments.ablation.run.run_grid", stop)
+    recipe = load_recipe("embedded").model_copy(update={"about": BRACKETS})
+    monkeypatch.setattr("experiments.distill.recipe.load_recipe", lambda *_: recipe)
+    grid = load_grid("demo").model_copy(update={"question": BRACKETS})
+    monkeypatch.setattr("experiments.cli.ablate._load_grid", lambda *_: grid)
+    result = CliRunner().invoke(app, verb.split())
+    assert BRACKETS in " ".join(result.stdout.split()), result.output
+    assert verb.startswith("list") or f"error: stopped at {BRACKETS}" in result.stderr
+
+
+def test_failed_cells_are_named_on_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CellResult(cell="one-s0-x", variant="one", seed=0, status="failed", error=BRACKETS)
+    grid = load_grid("demo")
+    monkeypatch.setattr("experiments.cli.ablate._load_grid", lambda *_: grid)
+    monkeypatch.setattr("experiments.ablation.run.run_grid", lambda *_, **__: [result])
+    monkeypatch.setattr("experiments.report.build_report", lambda out: out / "page.html")
+    write_json(tmp_path / "run" / "grid.json", describe_run(grid).model_dump(mode="json"))
+    ended = CliRunner().invoke(app, ["ablate", "demo", "--out", str(tmp_path / "run")])
+    assert ended.exit_code == 1 and f"failed one-s0-x: {BRACKETS}" in ended.stderr
+    assert "one-s0-x" not in ended.stdout
+
+
+def test_bars_show_brackets() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with show_progress(console) as display:
+        display.update(BRACKETS, 1, 2)
+    assert BRACKETS in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

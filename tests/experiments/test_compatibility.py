@@ -1,6 +1,7 @@
 """ControlNet and IP-Adapter with a student: edges, scores, what training changes, and the whole command."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from typer.testing import CliRunner
 
 from experiments.cli import app
 from experiments.config import FitConfig, Grid
+from experiments.core.locks import lock_folder
 from experiments.core.progress import ignore_progress
 from experiments.data import open_dataset
 from experiments.distill import open_context
@@ -189,6 +191,39 @@ def _started_again_it_repeats_nothing(config: CompatibilityConfig, out: Path, re
     compatibility.print_summary(again, Console(quiet=True))
     with pytest.raises(ValueError, match="another configuration"):
         run.run_compatibility(out, config.model_copy(update={"seed": 1}), ignore_progress)
+
+
+@pytest.mark.parametrize("changed", ["teacher", "judge", "data", "plugin source"])
+def test_a_run_is_not_continued_from_other_inputs(
+    changed: str, config: CompatibilityConfig, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration names its teacher and data, which an update of the package may replace."""
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    config = config.model_copy(update={"grid": config.grid.model_copy(update={"teacher": str(teacher)})})
+    monkeypatch.setattr(run, "train_models", lambda *_: {})
+    monkeypatch.setattr(run, "_measure", lambda *_: {})
+    run.run_compatibility(tmp_path / "run", config, ignore_progress)
+    run.run_compatibility(tmp_path / "run", config, ignore_progress)
+    weights = {
+        "teacher": teacher / "unet" / "diffusion_pytorch_model.safetensors",
+        "judge": teacher / "evaluator" / "model.safetensors",
+    }
+    if changed in weights:
+        tensors = load_file(weights[changed])
+        save_file({name: tensor * 2 for name, tensor in tensors.items()}, weights[changed], {"format": "pt"})
+    else:
+        functions = {"data": "digest_records", "plugin source": "training_sources"}
+        monkeypatch.setattr(run, functions[changed], lambda *_: "another")
+    with pytest.raises(ValueError, match=f"a run of another {changed}, see run.json"):
+        run.run_compatibility(tmp_path / "run", config, ignore_progress)
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(config: CompatibilityConfig, tmp_path: Path) -> None:
+    with (
+        lock_folder(tmp_path, "compatibility study"),
+        pytest.raises(ValueError, match="Another compatibility study is running"),
+    ):
+        run.run_compatibility(tmp_path, config, ignore_progress)
 
 
 @pytest.mark.parametrize("part", ["controlnet", "ip_adapter"])

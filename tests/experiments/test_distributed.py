@@ -17,10 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from experiments.config import FitConfig
 from experiments.core.signals import Interrupted
 from experiments.training import fit
+from experiments.training.processes import this_process
 
 CONFIG = FitConfig(
     steps=12, batch_size=8, learning_rate=1e-2, warmup=2, ema=0.5, checkpoint_every=4, log_every=4, weight_decay=0.1
@@ -72,6 +74,9 @@ class Drawing(nn.Module):
 def work(folder: Path, rank: int) -> None:
     """What each process does."""
     torch.set_num_threads(1)
+    if this_process().num_processes > 1:
+        backend = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        (folder / f"hours-{rank}.txt").write_text(str(backend.options._timeout.total_seconds() / 3600))
     for accumulation in (1, 2):
         model = Objective()
         config = CONFIG.model_copy(update={"accumulation": accumulation})
@@ -107,7 +112,8 @@ def attempt(data: Callable[[int], Any], folder: Path, report: Callable[..., None
     return "finished"
 
 
-def run(folder: Path, processes: int) -> None:
+def run(folder: Path, processes: int, script: str = __file__) -> None:
+    """Start processes that train together; each runs the script with the folder and its rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -117,7 +123,7 @@ def run(folder: Path, processes: int) -> None:
     folder.mkdir()
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)],
+            [sys.executable, script, str(folder), str(rank)],
             env={**common, **(several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})},
             stderr=subprocess.PIPE,
             text=True,
@@ -151,6 +157,12 @@ def test_two_processes_are_one(folders: tuple[Path, Path], accumulation: int) ->
     assert len(logs[0]) == len(logs[1]) == 3
     for ours, theirs in zip(*logs, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_wait_while_the_main_one_encodes_for_hours(folders: tuple[Path, Path]) -> None:
+    """NCCL's default is ten minutes."""
+    assert [float((folders[1] / f"hours-{rank}.txt").read_text()) for rank in range(2)] == [24, 24]
 
 
 @pytest.mark.slow

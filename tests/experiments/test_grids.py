@@ -4,6 +4,8 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from experiments.ablation import combine_variants, is_distinct, list_grids, load_grid
+from experiments.ablation.description import VariantDescription, describe_run
+from experiments.ablation.variants import effective_feature_map, has_own_feature_map
 from experiments.config import Grid, Variant, apply_grid_overrides, resize_grid
 from experiments.grids.shared import controls
 from experiments.teacher.load import EMBEDDED
@@ -57,9 +59,42 @@ def test_every_grid_carries_its_controls(name: str) -> None:
     assert grid.reference not in {control.name for control in controls(grid.distillation)}
 
 
-@pytest.mark.parametrize("name", ["demo", "family", "design"])
-def test_grids_about_normalization_have_a_row_of_bounded_sums(name: str) -> None:
-    assert any(variant.options.get("scale") == "mean" for variant in load_grid(name).variants)
+def compared_rows(name: str) -> dict[str, list[VariantDescription]]:
+    """The rows of a grid by what they share if normalization or their feature map differs; no controls."""
+    groups: dict[str, list[VariantDescription]] = {}
+    for row in describe_run(load_grid(name)).variants:
+        if row.control is None:
+            groups.setdefault(repr((row.mixer, row.causality, row.other_options, row.distillation)), []).append(row)
+    return groups
+
+
+@pytest.mark.parametrize("name", list_grids())
+def test_normalization_is_all_that_differs_in_a_pair(name: str) -> None:
+    """Normalized rows need a positive feature map, and a row that is compared with them has the same one."""
+    for design, rows in compared_rows(name).items():
+        maps = [{r.feature_map for r in rows if r.normalize == normalize} for normalize in (True, False)]
+        if all(maps):
+            assert maps[0] & maps[1], design
+
+
+@pytest.mark.parametrize("name", list_grids())
+def test_sums_that_grow_are_compared_with_bounded_ones(name: str) -> None:
+    """Normalization has two parts: bounded sums, and rows that sum to 1. Erasing bounds the delta rule's sums."""
+    for design, rows in compared_rows(name).items():
+        levels = {row.normalization for row in rows}
+        if {"normalized", "not normalized"} <= levels and rows[0].causality == "noncausal":
+            assert "mean scale" in levels or rows[0].mixer in ("gated_deltanet", "kda"), design
+
+
+def test_unnormalized_combinations_have_the_feature_map_of_the_normalized_ones() -> None:
+    for name in list_mixers():
+        maps = {v.normalize: effective_feature_map(v) for v in combine_variants({name: name}, mean_scale=True)}
+        assert len(set(maps.values())) == 1, (name, maps)
+        assert all(has_own_feature_map(v) for v in combine_variants({name: name}))
+    signed = Variant(name="a", label="a", mixer="gla", normalize=False, options={"feature_map": "identity"})
+    assert effective_feature_map(signed) == "identity" and not has_own_feature_map(signed)
+    published = Variant(name="a", label="a", mixer="gla", normalize=False)
+    assert effective_feature_map(published) == "identity" and has_own_feature_map(published)
 
 
 def test_combinations_are_what_every_mixer_offers_and_nothing_else() -> None:
@@ -115,6 +150,32 @@ def test_settings_of_the_distillation_hold_for_every_row(name: str) -> None:
     assert {(plan.fit.steps, plan.images) for plan in plans} == {(7, 64)}
     with pytest.raises(ValueError, match="Did you mean 'steps'"):
         apply_grid_overrides(changed, ["distillation.fit.step=7"])
+
+
+@pytest.mark.parametrize("setting", ["train=new", "calibrate_outputs=true", "calibrate_outputs=false", "start=random"])
+@pytest.mark.parametrize("name", WITH_CONTROLS)
+def test_a_row_keeps_the_start_that_it_is_about(name: str, setting: str) -> None:
+    """The controls' distilled softmax starts from random projections, for which other values are refused."""
+    grid = load_grid(name)
+    settings = [f"distillation.{setting}"]
+    if setting == "start=random":
+        settings.append("distillation.calibrate_outputs=false")
+    changed = apply_grid_overrides(grid, settings)
+    for before, after in zip(grid.cells(), changed.cells(), strict=True):
+        fields = ("start", "train", "calibrate_outputs")
+        is_own = any(getattr(before.distillation, field) != getattr(grid.distillation, field) for field in fields)
+        source = before.distillation if is_own else changed.distillation
+        assert all(getattr(after.distillation, field) == getattr(source, field) for field in fields)
+
+
+def test_a_row_keeps_the_objectives_that_it_is_about() -> None:
+    grid = load_grid("objectives")
+    changed = apply_grid_overrides(grid, ['distillation.objectives={"output": 1}'])
+    for before, after in zip(grid.variants, changed.variants, strict=True):
+        if before.distillation is None or before.distillation.objectives == grid.distillation.objectives:
+            assert after.distillation is None or set(after.distillation.objectives) == {"output"}
+        else:
+            assert after == before
 
 
 @pytest.mark.parametrize("name", list_grids())

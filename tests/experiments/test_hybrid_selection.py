@@ -210,7 +210,9 @@ def test_times_cover_every_site_and_leave_the_model_as_it_was(config: HybridConf
     assert context.teacher.fingerprint == before and not student.is_mounted
 
 
-def test_the_command_runs_and_its_adapter_loads(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_the_command_runs_and_its_adapter_loads(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["hybrid", *MIXERS, "--keep", "40%", "--size", "64", "--teacher", str(tiny_teacher)]
     arguments += ["--out", str(tmp_path), *(part for each in TINY_SETTINGS for part in ("--set", each))]
     invocation = CliRunner().invoke(app, arguments)
@@ -236,6 +238,9 @@ def test_the_command_runs_and_its_adapter_loads(tiny_teacher: Path, tmp_path: Pa
     assert again == result and (tmp_path / "measurements.json").read_bytes() == saved  # nothing is measured twice
     with pytest.raises(ValueError, match="another configuration"):
         run_selection(tmp_path, config.model_copy(update={"seed": 1}), SelectionGoal(keep=0.4), ignore_progress)
+    monkeypatch.setattr("experiments.studies.hybrid_selection.run.digest_records", lambda *_: "another")
+    with pytest.raises(ValueError, match="another data"):
+        run_selection(tmp_path, config, SelectionGoal(keep=0.4), ignore_progress)
 
 
 def test_the_command_reports_mistakes_in_one_sentence(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The report, on a made-up run: it is complete, its numbers are right, and it says what is broken."""
 
-import copy
 import csv
 import json
 import math
@@ -16,9 +15,9 @@ from PIL import Image
 from experiments.config import DistillationConfig, FitConfig
 from experiments.metrics import HeatMap, LinePlot, metric_class
 from experiments.report import build_report
-from experiments.report.collect import append_cells
 from experiments.report.conclusions import draw_conclusions
 from experiments.report.effect_plots import plot_pareto
+from experiments.report.figures import _image_figures
 from experiments.report.heat_maps import plot_heat_map
 from experiments.report.line_plots import growth_exponent, plot_metric
 from experiments.report.overview import overview_rows, read_sample
@@ -104,23 +103,6 @@ def test_controls_are_behind_every_panel(run: Path) -> None:
     assert not {variant.name for _, variants in group_variants(many) for variant in variants} & set(controls)
 
 
-def test_cells_from_before_a_setting_existed_count(tmp_path: Path) -> None:
-    """They were trained with what is its default now; another value is another distillation."""
-    folder = make_run(tmp_path)
-    recorded = DistillationConfig(fit=FitConfig(steps=3, batch_size=2, learning_rate=1e-3)).model_dump(mode="json")
-
-    def name_distillation(grid: dict) -> None:
-        for variant in grid["variants"]:
-            variant["distillation"] = recorded if variant["name"] == "linear" else variant.get("distillation")
-
-    edit(folder / "grid.json", name_distillation)
-    older = copy.deepcopy(recorded)
-    del older["fit"]["optimizer"]
-    for distillation, count in ((older, 1), ({**older, "images": 7}, 0)):
-        edit(folder / "cells/linear-s0-x/config.json", lambda c, d=distillation: c.update(distillation=d))
-        assert sum(cell.id == "linear-s0-x" for cell in load_run(folder).cells) == count
-
-
 def page_of(folder: Path) -> str:
     """The page without its figures, which take seconds."""
     run = load_run(folder)
@@ -199,7 +181,9 @@ def test_conclusions(run: Path) -> None:
         "matters most for the error to the teacher at 256 px, 4 times the training side. " in conclusions.sentences[0]
     )
     assert "Closest to the teacher at 256 px is “LinFusion”" in conclusions.sentences[0]
-    assert any(s.startswith("LinFusion rather than linear attention: ") for s in conclusions.sentences)
+    assert any(
+        s.startswith("LinFusion rather than linear attention among normalized rows: ") for s in conclusions.sentences
+    )
     assert "Holm's correction" in conclusions.method
     assert "fewer than three" in conclusions.warnings[0]
 
@@ -301,12 +285,20 @@ def test_rows_of_a_metric_that_is_not_registered_are_named(tmp_path: Path) -> No
     assert any("'sharpness' are not reported" in problem and "--plugin" in problem for problem in run.problems)
 
 
-def test_cells_of_an_earlier_grid_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [(), (64, 64, 64, 128)])
+def test_sizes_that_students_were_distilled_at_are_called_that(sizes: tuple[int, ...], tmp_path: Path) -> None:
     folder = make_run(tmp_path)
-    edit(folder / "cells/linear-s0-x/config.json", lambda c: c.update(distillation={"steps": 7}))
+    plan = DistillationConfig(fit=FitConfig(steps=3, batch_size=2, learning_rate=1e-3), image_size=64, sizes=sizes)
+    edit(folder / "grid.json", lambda g: g.update(protocol={"distillation": plan.model_dump(mode="json")}))
+    text = page_of(folder)
+    assert f"not distilled at sizes other than {'64 and 128 px' if sizes else '64 px'}" in text
     run = load_run(folder)
-    assert [c.seed for c in run.done("linear")] == [1]
-    assert any("its distillation differ" in p for p in run.problems)
+    captions = {plan.name: plan.caption for plan in _image_figures(run) if plan.name.startswith("samples_")}
+    distilled = {64, *sizes}
+    for size in SIZES:
+        assert ("not distilled at" in captions[f"samples_{size}"]) is (size not in distilled)
+    claim = draw_conclusions(run).verdicts[0]
+    assert run.description.claims[0].beyond and ("128 px" in claim.evidence) is (128 not in distilled)
 
 
 def test_empty_runs(tmp_path: Path) -> None:
@@ -319,38 +311,3 @@ def test_empty_runs(tmp_path: Path) -> None:
 def test_growth_exponent() -> None:
     assert growth_exponent([(t, 3e-6 * t**2) for t in (64, 256, 1024)]) == pytest.approx(2)
     assert growth_exponent([(64, 1.0)]) is None
-
-
-def test_every_cell_ever_measured_is_in_one_table(run: Path, tmp_path: Path) -> None:
-    table = tmp_path / "cells.csv"
-    assert append_cells(run, table) == 16
-    assert append_cells(run, table) == 0, "a cell is added once"
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    row = next(row for row in rows if (row["variant"], row["seed"]) == ("linear", "1"))
-    assert float(row["relative_error_to_teacher, 256 × 256 px"]) == error(1.2, 256, 1)
-    assert row["protocol"] == "p" and row["steps"] == "100" and row["mixer"] == "linear_attention"
-    assert row["commit"] == "abc1234", "of the run, not of the table"
-    other = make_run(tmp_path / "other")
-    edit(other / "grid.json", lambda g: g.update(name="other"))
-    for path in other.glob("cells/*/result.json"):
-        edit(path, lambda r: r.get("measurements", {}).update(protocol="q"))
-    assert append_cells(other, table) == 16
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a,b\n1,2\n", "it has no column cell"),
-        (b"cell,seed,protocol\n1,2\n", "line 2 has another number of columns"),
-        (b"cell,seed,protocol\n1,2,3,4\n", "line 2 has another number of columns"),
-        (b"\xff\xfe\x00", "Cannot read"),
-    ],
-)
-def test_another_file_is_not_taken_for_the_table_of_cells(content: bytes, message: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    table = tmp_path / "cells.csv"
-    table.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        append_cells(run, table)
-    assert table.read_bytes() == content

@@ -3,40 +3,17 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.ablation.description import VariantDescription
 from experiments.config import Claim, DistillationConfig, FitConfig, PlannedComparison
 from experiments.report.conclusions import draw_conclusions
-from experiments.report.controls import control_note, control_rows, excess_error, share_of_identity
 from experiments.report.effect_plots import pareto_front
-from experiments.report.effects import OTHER_FIELDS, SPLITS, Effect, compute_effects
-from experiments.report.rank_stability import describe_rank_stability
+from experiments.report.effects import OTHER_FIELDS, SPLITS, compute_effects
 from experiments.report.run_files import RunRecord
 from experiments.report.tables import effects_table
-from tests.experiments.runs import RowKey, cell_record, run_of
-
-SEEDS = range(3)
-
-
-def made_up(noise: float = 0.0, mixers: tuple[str, ...] = ("linear_attention", "mamba2")) -> RunRecord:
-    """Errors 2^(not normalized) · 3^(causal) · 5^(mamba2), with each seed's own factor, and noise if requested."""
-    random = np.random.default_rng(0)
-    rows: dict[RowKey, dict[int, dict[int, float]]] = {}
-    for mixer in mixers:
-        for causality in ("noncausal", "causal"):
-            for normalize in (True, False):
-                error = 0.01 * 2 ** (not normalize) * 3 ** (causality == "causal") * 5 ** (mixer == "mamba2")
-                errors = {s: {64: error * (1 + s) * math.exp(noise * random.normal())} for s in SEEDS}
-                rows[mixer, causality, normalize] = errors
-    return run_of(rows)
-
-
-def by_name(run: RunRecord) -> dict[str, Effect]:
-    return {effect.name: effect for effect in compute_effects(run)}
+from tests.experiments.runs import SEEDS, RowKey, add_row, by_name, cell_record, made_up, run_of
 
 
 def test_effects_are_the_factors_of_the_errors() -> None:
@@ -45,9 +22,10 @@ def test_effects_are_the_factors_of_the_errors() -> None:
         "not normalized ÷ normalized": (2, 4),
         "causal ÷ non-causal (normalized rows)": (3, 2),
         "causal ÷ non-causal (unnormalized rows)": (3, 2),
-        "mamba2 ÷ linear_attention": (5, 4),
+        "mamba2 ÷ linear_attention (normalized rows)": (5, 2),
+        "mamba2 ÷ linear_attention (unnormalized rows)": (5, 2),
     }
-    assert effects.keys() == expected.keys(), "normalized and unnormalized rows are never pooled for causality"
+    assert effects.keys() == expected.keys(), "normalized and unnormalized rows are never pooled"
     for name, (ratio, pairs) in expected.items():
         effect = effects[name]
         assert not effect.depends and effect.complete and effect.significant
@@ -126,7 +104,7 @@ def test_no_pair_is_left_out_for_its_outcome(error: float) -> None:
         if cell.variant.startswith("mamba2"):
             cell.result = cell_record(cell.variant, cell.seed or 0, {64: error * (1 + (cell.seed or 0))}).result
             cell.__dict__.pop("fidelity", None)
-    assert [len(e.pairs) for e in compute_effects(run)] == [e.planned for e in compute_effects(run)] == [4, 2, 2, 4]
+    assert [len(e.pairs) for e in compute_effects(run)] == [e.planned for e in compute_effects(run)] == [4, 2, 2, 2, 2]
 
 
 def test_an_unfinished_pair_makes_its_effect_incomplete() -> None:
@@ -141,27 +119,39 @@ def test_an_unfinished_pair_makes_its_effect_incomplete() -> None:
     assert any("incomplete: 3 of 4 pairs of rows are measured" in sentence for sentence in conclusions.sentences)
 
 
-def add_row(run: RunRecord, variant: VariantDescription, error: float) -> None:
-    run.description = run.description.model_copy(update={"variants": (*run.variants, variant)})
-    run.cells += [cell_record(variant.name, seed, {64: error * (1 + seed)}) for seed in SEEDS]
-
-
 def test_whatever_else_rows_differ_in_is_an_effect_of_its_own() -> None:
     run = made_up()
     ranked = tuple(v.model_copy(update={"options": {"rank": 1 + n}}) for n, v in enumerate(run.variants))
     run.description = run.description.model_copy(update={"variants": ranked})
     assert not compute_effects(run), "these differ in two things each"
     plan = DistillationConfig(fit=FitConfig(steps=1, batch_size=1, learning_rate=1e-3))
-    changes = {"options": {"rank": 9}, "select": "mid_block", "min_tokens": 3, "distillation": plan}
+    changes = {
+        "options": {"rank": 9},
+        "feature_map": "relu",
+        "select": "mid_block",
+        "min_tokens": 3,
+        "distillation": plan,
+    }
     for n, (field, value) in enumerate(changes.items()):
         changed = {"name": f"other {n}", "label": f"row {n}", field: value}
         add_row(run, ranked[0].model_copy(update=changed), 0.5)
     effects = compute_effects(run)
     assert [(e.factor.above, e.factor.below, len(e.pairs)) for e in effects] == [
-        (f"row {n}", ranked[0].label, 1) for n in range(4)
+        (f"row {n}", ranked[0].label, 1) for n in range(5)
     ]
     assert {e.factor.name for e in effects} == set(OTHER_FIELDS.values())
     assert "rather than" in draw_conclusions(run).sentences[0]
+
+
+def test_normalization_is_compared_at_equal_feature_maps_and_mixers_at_their_own() -> None:
+    run = made_up()
+    signed = {"feature_map": "identity"}
+    variants = [v.model_copy(update=signed if v.mixer == "mamba2" and not v.normalize else {}) for v in run.variants]
+    run.description = run.description.model_copy(update={"variants": tuple(variants)})
+    pairs = {name: len(effect.pairs) for name, effect in by_name(run).items()}
+    assert pairs["not normalized ÷ normalized"] == 2, "of linear attention alone"
+    assert pairs["mamba2 ÷ linear_attention (normalized rows)"] == 2
+    assert pairs["mamba2 ÷ linear_attention (unnormalized rows)"] == 2
 
 
 def test_a_planned_comparison_is_an_effect() -> None:
@@ -187,88 +177,47 @@ def test_the_table_of_factors_has_every_pair() -> None:
     assert ("causal ÷ non-causal (normalized rows)", "mamba2") in lines
 
 
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.3, 1.0])
+def test_a_mark_in_the_table_of_factors_is_one_of_its_own_line(noise: float) -> None:
+    """Parts of the rows are compared too: a mark needs an interval that excludes 1, and p-values are corrected."""
+    run = made_up(noise)
+    effects = compute_effects(run)
+    table = effects_table(run, effects)
+    parts = [row for row in table.rows if row.cells[0].text != "all rows"]
+    ratios = {effect.name: list(effect.parts(*SPLITS).values()) for effect in effects}
+    assert len(parts) > len(effects)
+    assert all(math.isnan(part.adjusted_p) and not part.significant for each in ratios.values() for part in each)
+    for row in table.rows:
+        text = row.cells[1].text
+        low, high = (float(bound) for bound in text.split("[")[1].rstrip("]").split(", "))
+        assert not text.startswith("▲") or low >= 1
+        assert not text.startswith("▼") or high <= 1
+    marked = any(row.cells[1].text.startswith("▲") for row in parts)
+    assert marked or noise > 0.01
+    assert not marked or noise < 1
+
+
+def test_a_part_is_not_marked_for_the_effect_of_all_rows() -> None:
+    """All rows together are worse without normalization beyond noise; of the loud mixer alone that is not known."""
+    run = made_up(0.01, ("linear_attention",))
+    loud = made_up(0.01, ("mamba2",))
+    for cell in loud.cells:
+        factor = (0.3, 1.0, 3.0)[cell.seed or 0] if "unnormalized" in cell.variant else 1.0
+        errors = {64: factor * cell.fidelity[64].relative_error_to_teacher}
+        run.cells.append(cell_record(cell.variant, cell.seed or 0, errors))
+    run.description = run.description.model_copy(update={"variants": (*run.variants, *loud.variants)})
+    effects = [replace(effect, adjusted_p=0.0) for effect in compute_effects(run)]
+    lines = {(row.label, row.cells[0].text): row.cells[1].text for row in effects_table(run, effects).rows}
+    assert lines["not normalized ÷ normalized", "all rows"].startswith("▲")
+    assert lines["not normalized ÷ normalized", "linear_attention"].startswith("▲")
+    assert not lines["not normalized ÷ normalized", "mamba2"].startswith("▲")
+
+
 def test_a_claim_without_a_pair_is_not_tested() -> None:
     claim = Claim(statement="order", factor="causality", value="bidirectional", worse=True)
     run = made_up()
     run.description = run.description.model_copy(update={"claims": (claim,)})
     assert [verdict.state for verdict in draw_conclusions(run).verdicts] == ["not tested"]
-
-
-def identity_row() -> VariantDescription:
-    return VariantDescription(
-        name="identity",
-        label="identity",
-        mixer="identity",
-        causality="noncausal",
-        normalize=True,
-        control="no mixing",
-    )
-
-
-def test_a_finding_that_a_control_also_shows_is_called_that() -> None:
-    run = made_up()
-    claim = Claim(statement="it matters", factor="normalization", value="not normalized", worse=True)
-    run.description = run.description.model_copy(update={"claims": (claim,)})
-    add_row(run, identity_row(), 0.001)
-    effect = by_name(run)["not normalized ÷ normalized"]
-    note = control_note(run, effect, control_rows(run))
-    assert "“identity”" in note and "this is no effect of mixing" in note
-    conclusions = draw_conclusions(run)
-    assert conclusions.verdicts[0].state == "holds, and a control shows it too"
-    assert any("“identity”, which mixes nothing: 8 of 8 mixers at 64 px" in w for w in conclusions.warnings)
-
-
-def test_what_a_control_leaves_of_a_finding_is_said() -> None:
-    """The better the control, the less: nothing is said, then that the rest is mixing, then that there is none."""
-    states = []
-    for error in np.geomspace(10, 1e-3, 40):
-        run = made_up()
-        add_row(run, identity_row(), float(error))
-        note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
-        states.append(next((n for n, words in enumerate(("at most", "no effect of mixing"), 1) if words in note), 0))
-    assert states == sorted(states) and set(states) == {0, 1, 2}
-
-
-def test_a_control_that_is_worse_explains_nothing() -> None:
-    run = made_up()
-    add_row(run, identity_row(), 10.0)
-    effect = by_name(run)["not normalized ÷ normalized"]
-    assert control_note(run, effect, control_rows(run)) == ""
-    assert not any("mixes nothing" in warning for warning in draw_conclusions(run).warnings)
-
-
-def test_errors_beside_the_controls() -> None:
-    run = made_up()
-    reference = run.variants[0]
-    assert excess_error(run, reference, control_rows(run), 64) is None
-    add_row(run, identity_row(), 0.04)
-    softmax = identity_row().model_copy(update={"name": "softmax_distilled", "mixer": "softmax", "control": "teacher"})
-    add_row(run, softmax, 0.004)
-    controls = control_rows(run)
-    share = share_of_identity(run, reference, controls, 64)
-    excess = excess_error(run, reference, controls, 64)
-    assert share is not None and share.mean == pytest.approx(0.25)
-    assert excess is not None and excess.mean == pytest.approx(0.006 * 2)
-
-
-@pytest.mark.parametrize("swapped", [False, True])
-def test_ranks_are_stable_or_the_report_says_they_are_not(swapped: bool) -> None:
-    run = run_of({})
-    for steps, factor in ((70, 2.0), (300, 0.5 if swapped else 2.0)):
-        plan = DistillationConfig(fit=FitConfig(steps=steps, batch_size=1, learning_rate=1e-3))
-        for mixer, error in (("linear_attention", 0.1), ("mamba2", 0.1 * factor)):
-            variant = VariantDescription(
-                name=f"{mixer}_{steps}",
-                label=f"{mixer}, {steps} steps",
-                mixer=mixer,
-                causality="noncausal",
-                normalize=True,
-                distillation=plan,
-            )
-            add_row(run, variant, error)
-    (statement,) = describe_rank_stability(run)
-    assert ("NOT stable" in statement) is swapped
-    assert not swapped or "between 70 steps at 0.001 and 300 steps at 0.001" in statement
 
 
 def test_effects_are_kept_when_parts_are_taken() -> None:

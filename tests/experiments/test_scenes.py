@@ -1,5 +1,6 @@
 """Scenes: pure functions, the same at every size, with captions that say what they should and no more."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -200,6 +201,36 @@ def test_held_out_drawings_and_combinations_are_never_in_training() -> None:
             combinations += 1
             assert held_out_background(leading) == background_of(scene)
     assert combinations > 100 and drawings_held > 100
+
+
+def test_every_held_out_scene_shows_what_training_never_does() -> None:
+    """A drawing, a drawing on a background, a pair of drawings, or a shape in a color; whatever the kind."""
+    held_out = SceneSet("held_out")
+    unseen = {drawing.key for drawing in drawings_of_split("held_out")}
+    train_keys = {drawing.key for drawing in drawings_of_split("train")}
+    for index in range(len(held_out)):
+        scene = held_out.scene(index, 5)
+        drawings = [drawing for drawing in scene.drawings if drawing.key in train_keys | unseen]
+        named = re.findall(rf"({'|'.join(SHAPE_COLORS)}) ({'|'.join(SHAPES)})", scene.caption)
+        assert (
+            any(drawing.key in unseen or held_out_background(drawing) == background_of(scene) for drawing in drawings)
+            or (len(drawings) == 2 and pair_in_split(*drawings, "held_out"))
+            or (named and not drawings and all(held_out_color(shape) == color for color, shape in named))
+        ), scene.caption
+    with pytest.raises(DataError, match="'held_out' has no scenes of the kinds one_color"):
+        SceneSet("held_out", kinds=("one_color",))
+
+
+def test_training_scenes_are_those_that_the_teacher_was_trained_on() -> None:
+    """All of them, in their order, by a digest of what they show; a change of it needs another teacher."""
+    digest = hashlib.sha256()
+    for data, size in ((SceneSet(), 64), (SceneSet(growth="more"), 128)):
+        for index in range(len(data)):
+            for variation in (0, 1_000_003):
+                scene = data.scene(index, variation, size)
+                boxes = [(p.drawing.key, p.x, p.y, p.side, p.flip) for p in scene.placements]
+                digest.update(repr((data.key(index), scene.caption, scene.background, scene.canvas, boxes)).encode())
+    assert digest.hexdigest() == "35ee0652ff34e83efbe62b9f02fad29c90a56abf7c657c965d37c97d31c8976a"
 
 
 def test_shapes_with_held_out_colors_are_only_in_the_held_out_split() -> None:

@@ -66,8 +66,11 @@ def test_the_sampler_ends_at_the_image_of_a_perfect_model(steps: int, strength: 
 
 
 def test_the_sampler_has_the_noise_levels_of_training(tiny_teacher: Path) -> None:
-    trained, shipped = networks.noise_schedule(), create_noise_schedule(load_teacher(str(tiny_teacher)).scheduler)
-    latents, noise, timesteps = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4), torch.tensor([0, 500, 999])
+    trained = networks.noise_schedule()
+    shipped = create_noise_schedule(load_teacher(str(tiny_teacher)).scheduler)
+    latents = torch.randn(3, 8, 4, 4)
+    noise = torch.randn(3, 8, 4, 4)
+    timesteps = torch.tensor([0, 500, 999])
     assert torch.equal(trained.add_noise(latents, noise, timesteps), shipped.add_noise(latents, noise, timesteps))
     assert torch.equal(trained.target(latents, noise, timesteps), shipped.target(latents, noise, timesteps))
 

@@ -79,7 +79,7 @@ def test_a_backend_is_checked_and_used(folder: Path, monkeypatch: pytest.MonkeyP
 def test_a_backend_is_benchmarked(folder: Path) -> None:
     (folder / "two_products.py").write_text(blocks(BACKEND, "python")[0], encoding="utf-8")
     assert_runs_here(blocks(BACKEND, "bash")[0])
-    assert "| all_at_once | 64 |" in (folder / "runs" / "bench" / "operators.md").read_text(encoding="utf-8")
+    assert "| two_products | 64 |" in (folder / "runs" / "bench" / "operators.md").read_text(encoding="utf-8")
 
 
 def test_a_host_mounts_saves_and_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,6 @@ def test_the_page_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
         "chunked: available",
         "backend='fla' cannot run",
         "linear noncausal ->",
-        "two_products: available",
     ):
         assert expected in printed
     row = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]

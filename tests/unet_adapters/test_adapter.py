@@ -238,6 +238,29 @@ def test_a_mounted_unet_that_was_saved_is_read_again_as_such(unet, run, train, t
         MixerAdapter.from_mounted(tmp_path / "plain")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("train_projections", [True, False])
+@pytest.mark.parametrize("limits", [(0, 0), (4, 4), (0, 4), (10**6, 10**6)])
+def test_a_mounted_unet_is_read_again_as_it_was_or_refused(unet, run, train_projections, limits, tmp_path) -> None:
+    groups = ("down_blocks.*", "mid_block")
+    for limit, group in zip(limits, groups, strict=True):
+        adapter = MixerAdapter.build(
+            unet, "linfusion", group, min_tokens=limit, train_projections=train_projections
+        ).mount()
+        for parameter in adapter.student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = run(unet)
+    unet.save_pretrained(tmp_path)
+    if limits[0] != limits[1]:
+        with pytest.raises(ValueError, match="min_tokens 0 and 4, of more than one adapter"):
+            MixerAdapter.from_mounted(tmp_path)
+    elif limits[0] and train_projections:
+        with pytest.raises(ValueError, match="the teacher's projections, which a saved model lacks"):
+            MixerAdapter.from_mounted(tmp_path)
+    else:
+        assert torch.equal(run(MixerAdapter.from_mounted(tmp_path).model), expected)
+
+
 @pytest.mark.parametrize("entries", [["x"], {"mid_block": 3}, {"mid_block": {"mixer": "linfusion", "config": {}}}])
 def test_a_saved_unet_with_damaged_mixers_is_one_sentence(entries, unet, tmp_path) -> None:
     with MixerAdapter.build(unet, "linear_attention", select="mid_block").mounted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from copy import deepcopy
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from huggingface_hub import RepoUrl
+from huggingface_hub import RepoUrl, errors
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 from mixers import list_mixers
 from unet_adapters import MixerAdapter
 from unet_adapters.checkpoint import DESCRIPTION, WEIGHTS
+
+HTTP = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])  # httpx or httpx2
 
 
 @pytest.fixture
@@ -143,6 +146,16 @@ def test_a_source_that_is_no_directory_and_no_repository(unet, tmp_path) -> None
         MixerAdapter.from_pretrained(tmp_path / "nowhere", unet)
 
 
+@pytest.mark.parametrize("error", [HTTP.ProxyError("403 Forbidden"), HTTP.ConnectError("no route")], ids=repr)
+def test_a_repository_that_cannot_be_reached_is_one_clear_error(unet, monkeypatch, error) -> None:
+    def fail(source: str, allow_patterns: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=f"nor a Hub repository that can be downloaded: {error}"):
+        MixerAdapter.from_pretrained("somebody/adapter", unet)
+
+
 class Hub:
     """A Hub in a folder, behind the two calls that are made."""
 
@@ -183,6 +196,8 @@ def test_what_is_pushed_is_what_is_loaded(unet, run, tmp_path, monkeypatch) -> N
         ("a/b/c", None, ValueError, "not a valid id of a Hub repository"),
         ("a/b", LocalTokenNotFoundError("no token"), ConnectionError, "not uploaded to a/b: no token"),
         ("a/b", OSError("no route"), ConnectionError, "hf auth login"),
+        ("a/b", HTTP.ConnectError("no route"), ConnectionError, "not uploaded to a/b: no route"),
+        ("a/b", HTTP.ReadTimeout(""), ConnectionError, "not uploaded to a/b: ReadTimeout"),
     ],
 )
 def test_what_cannot_be_pushed_is_one_clear_error(unet, tmp_path, monkeypatch, repo_id, error, kind, message) -> None:

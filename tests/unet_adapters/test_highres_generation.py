@@ -8,14 +8,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from transformers import BatchFeature
 
 from tests.unet_adapters import pipelines
 from unet_adapters import MixerAdapter
-from unet_adapters.highres import SAVINGS, GenerationRequest, MemoryPlan, generate, plan_memory
+from unet_adapters.highres import (
+    SAVINGS,
+    ControlNetCondition,
+    GenerationRequest,
+    MemoryPlan,
+    generate,
+    plan_memory,
+)
 from unet_adapters.highres.denoising import ClassifierFreeGuidance, denoise
 from unet_adapters.highres.pipeline import size_multiple
 from unet_adapters.highres.schedule import DenoisingSchedule
@@ -113,6 +123,109 @@ def test_an_image_is_enlarged_or_changed(tmp_path: Path) -> None:
     metadata = json.loads(Image.open(tmp_path / "image.png").text["mixers"])
     assert metadata["mode"] == "progressive" and metadata["prompt"] == "abc" and len(metadata["stages"]) == 2
     assert metadata["model"] == "tiny" and metadata["savings"] == ["activations"]
+
+
+@pytest.mark.parametrize("side", [16, 24, 32, 40])
+def test_an_image_of_any_size_is_enlarged(side: int) -> None:
+    pipe = pipelines.make()
+    options = {"base_size": 32, "plan": plan_for(FAMILIES[0], (64, 64)), **SHORT}
+    results = [generate(pipe, "abc", (64, 64), image=random_image(side, seed), **options) for seed in (0, 1)]
+    assert results[0].stages[0].size == (side, side) and results[0].stages[-1].size == (64, 64)
+    assert all(stage.strength < 1 for stage in results[0].stages[1:])
+    assert not torch.equal(results[0].pixels, results[1].pixels)
+
+
+@pytest.mark.parametrize("mode", ["progressive", "direct"])
+@pytest.mark.parametrize("strength", [-1, 0, 1.5, float("nan"), 0.5])
+def test_an_invalid_strength_raises(strength: float, mode: str) -> None:
+    image = None if strength == 0.5 else random_image(32)
+    with pytest.raises(ValueError, match=r"strength=.*above 0 and up to 1, together with an image"):
+        generate(pipelines.make(), "abc", (32, 32), image=image, strength=strength, mode=mode, **SHORT)
+
+
+def control_of(pipe: Any) -> ControlNetCondition:
+    network = pipelines.seeded(lambda: ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8)))
+    return ControlNetCondition(network, torch.zeros(1, 3, 32, 32))
+
+
+def test_a_plan_that_does_not_work_with_a_controlnet_is_refused() -> None:
+    pipe = pipelines.make()
+    plan = replace(plan_for(FAMILIES[0], (32, 32)), savings=SAVINGS)
+    with pytest.raises(ValueError, match=r"skips does not work with a ControlNet.*with_control=True"):
+        generate(pipe, "abc", (32, 32), base_size=32, plan=plan, control=control_of(pipe), **SHORT)
+
+
+OFFLOADING = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": lambda pipe: accelerate.cpu_offload(pipe.unet, execution_device="cpu"),
+    "text encoder": lambda pipe: accelerate.cpu_offload(pipe.text_encoder, execution_device="cpu"),
+    "blocks": lambda pipe: pipe.unet.enable_group_offload(
+        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+    "leaves": lambda pipe: pipe.vae.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OFFLOADING)
+def test_an_offloaded_pipeline_is_refused(kind: str) -> None:
+    pipe = pipelines.make()
+    OFFLOADING[kind](pipe)
+    message = (
+        "is offloaded.*Load it without group" if kind in ("blocks", "leaves") else r"Call pipe.remove_all_hooks\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, "abc", (32, 32), base_size=32, **SHORT)
+    with pytest.raises(ValueError, match=message):
+        plan_memory(pipe, (32, 32), base_size=32)
+    if kind == "model":
+        pipe.remove_all_hooks()
+        generate(pipe, "abc", (32, 32), base_size=32, **SHORT)
+
+
+class SafetyChecker(nn.Module):
+    """A safety checker that objects to everything or to nothing."""
+
+    def __init__(self, objects: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.objects = objects
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
+        self.shapes.append(images.shape)
+        return images, [self.objects]
+
+
+@pytest.mark.parametrize("objects", [True, False])
+def test_a_safety_checker_sees_the_image(objects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unet_adapters.highres.pipeline.SAFETY_SIDE", 40)
+    options = {"base_size": 32, "plan": plan_for(FAMILIES[0], (32, 64)), **SHORT}
+    expected = generate(pipelines.make(), "abc", (32, 64), **options).pixels
+    pipe = pipelines.make()
+    pipe.safety_checker = SafetyChecker(objects)
+    pipe.feature_extractor = lambda images, return_tensors: BatchFeature({"pixel_values": torch.zeros(1, 3, 4, 4)})
+    pixels = generate(pipe, "abc", (32, 64), **options).pixels
+    assert pipe.safety_checker.shapes == [(1, 20, 40, 3)]
+    assert torch.equal(pixels, torch.zeros_like(expected) if objects else expected)
+
+
+def test_a_compiled_network_runs_compiled() -> None:
+    options = {"base_size": 32, "plan": plan_for(FAMILIES[0], (32, 32)), **SHORT}
+    pipe = pipelines.make()
+    expected = generate(pipe, "abc", (32, 32), **options).pixels
+    calls: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            calls.append("graph")
+            return graph.forward(*arguments)
+
+        return run
+
+    pipe.unet = torch.compile(pipe.unet, backend=backend)
+    pixels = generate(pipe, "abc", (32, 32), **options).pixels
+    assert calls and (pixels.int() - expected.int()).abs().max() <= 1
 
 
 def test_stages_of_another_start_image_are_not_restored(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Transformer2DModel
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from torch import Tensor, nn
 
 from tests.unet_adapters import pipelines
@@ -113,6 +114,28 @@ def test_a_plan_for_a_gpu_needs_no_gpu() -> None:
     gpu_savings = {name for level in savings_levels(torch.device("cuda")) for name in level.savings}
     cpu_savings = {name for level in savings_levels(CPU) for name in level.savings}
     assert gpu_savings == set(SAVINGS) and cpu_savings == gpu_savings - {"skips"}
+
+
+def test_a_plan_for_a_controlnet_leaves_skip_connections_where_the_residuals_are() -> None:
+    pipe = pipelines.make()
+    size = (64, 64)
+    for with_control in (False, True):
+        levels = savings_levels(torch.device("cuda"), with_control)
+        assert with_control != any("skips" in level.savings for level in levels)
+    budgets = (None, plan_memory(pipe, size, base_size=32, device="cuda", with_control=True).peak_bytes - 1)
+    for budget in budgets:
+        plan = plan_memory(pipe, size, base_size=32, device="cuda", memory_budget=budget, with_control=True)
+        assert "skips" not in plan.savings
+
+
+def test_planning_leaves_the_hooks_of_blocks_in_place() -> None:
+    pipe = pipelines.make("SDXL")
+    stack = "mid_block.attentions.0.transformer_blocks"
+    apply_layer_skip(pipe.unet, LayerSkipConfig(indices=[1], fqn=stack))
+    before = {name: vars(module).get("forward") for name, module in pipe.unet.named_modules()}
+    assert before[f"{stack}.1"] is not None
+    plan_memory(pipe, (32, 32), base_size=32, steps=1)
+    assert {name: vars(module).get("forward") for name, module in pipe.unet.named_modules()} == before
 
 
 class Workspace(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tests.unet_adapters import pipelines
@@ -131,6 +132,25 @@ def test_strength_counts_whole_steps(order: int) -> None:
     part = DenoisingSchedule.create(scheduler, 10, 0.3, "cpu")
     assert torch.equal(part.timesteps, whole.timesteps[7 * order :]) and len(part.timesteps) == 3 * order - (order - 1)
     assert len(DenoisingSchedule.create(scheduler, 10, 0.01, "cpu").timesteps) == 1
+
+
+@pytest.mark.parametrize("mode", ["progressive", "direct"])
+def test_a_schedule_that_fails_from_a_start_image_is_refused(mode: str) -> None:
+    pipe = pipelines.make()
+    pipe.scheduler = create_scheduler("EDMEulerScheduler") or diffusers.EDMEulerScheduler()
+    calls: list[str] = []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append("unet"))
+    image = Image.new("RGB", (32, 32))
+    with pytest.raises(ValueError, match="Cannot generate with EDMEulerScheduler"):
+        generate(pipe, "abc", (32, 32), image=image, strength=0.5, mode=mode, base_size=32, steps=3)
+    assert not calls
+
+
+def test_a_schedule_of_flows_is_refused_for_a_diffusion_model() -> None:
+    pipe = pipelines.make()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"Cannot generate with FlowMatchEuler.*predicts noise.*DDIMScheduler"):
+        generate(pipe, "abc", (32, 32), base_size=32, steps=3)
 
 
 def test_a_scheduler_without_add_noise_is_refused_before_the_first_stage() -> None:

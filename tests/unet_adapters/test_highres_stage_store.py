@@ -12,6 +12,12 @@ import diffusers
 import pytest
 import torch
 from diffusers import ControlNetModel
+from diffusers.hooks import (
+    LayerSkipConfig,
+    PyramidAttentionBroadcastConfig,
+    apply_layer_skip,
+    apply_pyramid_attention_broadcast,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors import SafetensorError
@@ -100,6 +106,34 @@ def scheduler(name: str, **options: Any) -> Change:
     return change
 
 
+def flow(shift: float | None = None) -> Change:
+    def change(inputs: Inputs) -> None:
+        inputs.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        if shift is not None:
+            inputs.pipe.scheduler.set_shift(shift)
+
+    return change
+
+
+def other_noise_levels(inputs: Inputs) -> None:
+    inputs.pipe.scheduler.alphas_cumprod = inputs.pipe.scheduler.alphas_cumprod**2
+
+
+def layer_skip(**options: Any) -> Change:
+    config = LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks", **options)
+    return lambda inputs: apply_layer_skip(inputs.pipe.unet, config)
+
+
+def broadcast(steps: int) -> Change:
+    def change(inputs: Inputs) -> None:
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=steps, current_timestep_callback=lambda: 500
+        )
+        apply_pyramid_attention_broadcast(inputs.pipe.unet, config)
+
+    return change
+
+
 def set_attribute(path: str, value: Any) -> Change:
     def change(inputs: Inputs) -> None:
         *parents, name = path.split(".")
@@ -152,6 +186,15 @@ CHANGES: dict[str, Change] = {
     "precision": lambda inputs: inputs.pipe.unet.double(),
     "scheduler": scheduler("EulerDiscreteScheduler"),
     "scheduler's config": scheduler("DDIMScheduler", timestep_spacing="trailing"),
+    "flow": flow(),
+    "shift of a flow": flow(2.0),
+    "noise levels": other_noise_levels,
+    "layer skip": layer_skip(),
+    "layer skip with dropout": layer_skip(dropout=0.5),
+    "layer skip of the feed-forward": layer_skip(skip_attention=False),
+    "perturbed attention": layer_skip(skip_attention=False, skip_ff=False, skip_attention_scores=True),
+    "attention broadcast": broadcast(2),
+    "attention broadcast over more steps": broadcast(3),
     "prompt": request(prompt="abd"),
     "negative prompt": request(negative_prompt="de"),
     "size": request(size=(32, 48)),
@@ -221,6 +264,22 @@ def test_a_key_does_not_depend_on_calls_or_addresses(mixer: str | None) -> None:
     pipelines.run(inputs.pipe)
     assert inputs.key() == before
     assert not [line for line in describe(inputs.pipe.unet, inputs.pipe.vae) if " at 0x" in line]
+
+
+@pytest.mark.parametrize("change", ["layer skip", "perturbed attention", "attention broadcast"])
+def test_a_key_does_not_depend_on_calls_under_hooks(change: str) -> None:
+    inputs = Inputs()
+    CHANGES[change](inputs)
+    before = inputs.key()
+    pipelines.run(inputs.pipe)
+    assert inputs.key() == before
+
+
+def test_another_version_of_the_library_has_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs()
+    before = inputs.key()
+    monkeypatch.setattr("unet_adapters.highres.stage_store.library_version", lambda: "another")
+    assert inputs.key() != before
 
 
 def test_offloaded_weights_are_part_of_the_fingerprint() -> None:

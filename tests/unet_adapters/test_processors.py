@@ -7,10 +7,12 @@ from copy import deepcopy
 import pytest
 import torch
 from diffusers.models import attention_processor as stock
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unet_adapters.host_models import make_model
 from unet_adapters import MixerAdapter
 from unet_adapters.attention import MixerAttention
 
@@ -70,6 +72,30 @@ def test_the_check_goes_with_the_last_adapter_and_into_copies(unet, run) -> None
     copied.set_attn_processor(AttnProcessor())
     assert all(type(processor) is AttnProcessor for processor in copied.attn_processors.values())
     assert all(type(processor) is StoreProcessor for processor in unet.attn_processors.values())
+
+
+def backends_of(model: torch.nn.Module) -> set[object]:
+    return {processor._attention_backend for processor in model.attn_processors.values()}
+
+
+def test_an_attention_backend_reaches_the_processors_of_mounted_layers(monkeypatch) -> None:
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    model = make_model("Flux")
+    adapter = MixerAdapter.build(model, "linear_attention", "transformer_blocks.*").mount()
+    classes = [type(module) for module in model.modules()]
+    model.set_attention_backend("_native_math")
+    assert [type(module) for module in model.modules()] == classes
+    assert backends_of(model) == {"_native_math"}
+    with pytest.raises(ValueError, match="must be one of"):
+        model.set_attention_backend("nothing")
+    assert [type(module) for module in model.modules()] == classes
+    adapter.unmount()
+    assert backends_of(model) == {"_native_math"}
+    adapter.mount()
+    model.reset_attention_backend()
+    adapter.unmount()
+    assert backends_of(model) == {None}
+    assert not {"set_attention_backend", "reset_attention_backend"} & set(vars(model))
 
 
 def test_processors_with_weights_of_their_own_are_refused() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from torch import nn
 
 from tests.unet_adapters.transformer_pipelines import PIPELINES
 from unet_adapters import MixerAdapter
-from unet_adapters.highres import generate, plan_memory
+from unet_adapters.highres import ControlNetCondition, generate, plan_memory
 from unet_adapters.highres.pipeline import timestep_options
 from unet_adapters.highres.schedule import oracle_error
 from unet_adapters.hosts import find_host
@@ -72,6 +74,24 @@ def test_what_a_transformer_cannot_do_is_refused() -> None:
         generate(pipe, "a", (128, 32), base_size=32)
     with pytest.raises(ValueError, match="convolutions of a UNet"):
         generate(pipe, "a", (32, 32), base_size=32, dilation=2)
+    control = ControlNetCondition(nn.Identity(), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"a ControlNet guides the levels of a UNet.*SD3Transformer2DModel"):
+        generate(pipe, "a", (32, 32), base_size=32, control=control)
+
+
+@pytest.mark.parametrize("kind", BASE_SIZES)
+def test_a_scheduler_of_the_other_kind_is_refused_and_one_of_the_models_kind_is_named(kind) -> None:
+    pipe = PIPELINES[kind]()
+    schedulers = (DDIMScheduler, FlowMatchEulerDiscreteScheduler)
+    own = schedulers[bool(find_host(pipe).predicts_flow)]
+    other = schedulers[not find_host(pipe).predicts_flow]
+    assert isinstance(pipe.scheduler, own)
+    side = BASE_SIZES[kind]
+    for scheduler in (other(), EDMEulerScheduler()):
+        pipe.scheduler = scheduler
+        for mode in ("progressive", "direct"):
+            with pytest.raises(ValueError, match=f"Cannot generate with {type(scheduler).__name__}.*{own.__name__}"):
+                generate(pipe, "a b c", (side, side), base_size=side, steps=3, mode=mode)
 
 
 PUBLISHED = {"PixArt-Sigma": 610_856_096, "SD3.5-medium": 2_243_171_520, "Flux": 11_901_408_320}

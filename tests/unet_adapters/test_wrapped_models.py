@@ -18,7 +18,7 @@ from unet_adapters import MixerAdapter, find_host, find_sites
 
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_free_noise_split_inference(mixer, tmp_path) -> None:
-    """FreeNoise wraps modules around the sites, which changes their names."""
+    """FreeNoise wraps modules around the sites, which changes their names, but not those of what is saved."""
     pipe = make("AnimateDiff")
     adapter = mixer(pipe).mount()
     pipe.enable_free_noise(context_length=2, context_stride=1)
@@ -28,6 +28,14 @@ def test_free_noise_split_inference(mixer, tmp_path) -> None:
     torch.testing.assert_close(run_pipeline(pipe, "AnimateDiff"), mounted, rtol=0, atol=1e-4)
     assert adapter.is_mounted
     adapter.save_pretrained(tmp_path)
+    plain = make("AnimateDiff")
+    plain.enable_free_noise(context_length=2, context_stride=1)
+    with MixerAdapter.from_pretrained(tmp_path, plain).mounted():
+        assert torch.equal(run_pipeline(plain, "AnimateDiff"), mounted)
+    if mixer is MIXERS["linfusion"]:
+        adapter.save_linfusion(tmp_path / "published")
+        with MixerAdapter.from_linfusion(tmp_path / "published", plain).mounted():
+            torch.testing.assert_close(run_pipeline(plain, "AnimateDiff"), mounted, rtol=0, atol=1e-4)
     adapter.unmount()
     stock = run_pipeline(pipe, "AnimateDiff")
     assert not adapter.is_mounted and not torch.allclose(stock, mounted, atol=1e-3)

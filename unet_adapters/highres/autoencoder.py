@@ -115,9 +115,10 @@ def encode_tiled(vae: Any, image: Tensor, tiling: Tiling | None = None, progress
         return to_input(image[rows, columns])
 
     def overview(latent_size: tuple[int, int]) -> Tensor:
-        row_stride, column_stride = (max(1, side // small) for side, small in zip(size, latent_size, strict=True))
-        sampled = image[::row_stride, ::column_stride]
-        return to_input(sampled[: latent_size[0] * factor, : latent_size[1] * factor])
+        rows, columns = (
+            torch.arange(small * factor) * side // small for side, small in zip(size, latent_size, strict=True)
+        )
+        return to_input(image[rows][:, columns])
 
     tiled = _TiledNetwork(front if whole_middle else _Sequence(front, middle), crop, tiling, size)
     features: Tensor | None = None

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ _MODULE_INTERNALS = set(vars(nn.Module()))
 _IGNORED = {"_hf_hook", "_old_forward", "_compiled_call_impl", "_diffusers_hook", "_internal_dict"}
 _PLAIN = bool | int | float | complex | str | bytes | torch.dtype | torch.device | None
 _MAX_DEPTH = 10
+_OFFLOADING_HOOKS = {
+    "group_offloading",
+    "layer_execution_tracker",
+    "lazy_prefetch_group_offloading",
+}  # diffusers' names
 
 
 def fingerprint(*values: Any) -> str:
@@ -108,10 +114,35 @@ class _Description:
             is_cache = isinstance(value, Tensor)  # follows from what is described elsewhere
             if not is_cache and key not in _MODULE_INTERNALS and key not in _IGNORED:
                 yield from self.of(value, f"{name}.{key}", 0)
+        yield from _describe_hooks(module, name)
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             yield f"{name} hook {_qualified_name(hook)}"
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             yield f"{name}.{key} {checksum(_stored_value(module, key, tensor))}"
+
+
+def _describe_hooks(module: nn.Module, name: str) -> Iterator[str]:
+    """Yield the lines of diffusers' hooks on a module (layer skipping, caches) and their settings.
+
+    What a hook remembers of earlier calls is no setting: only public attributes with plain values, dataclasses of
+    them, and names of functions are described.
+    """
+    registry = vars(module).get("_diffusers_hook")
+    for hook_name, hook in {} if registry is None else registry.hooks.items():
+        if hook_name in _OFFLOADING_HOOKS:
+            continue
+        yield f"{name} hook {hook_name} {_qualified_name(hook)}"
+        for key, value in sorted((key, value) for key, value in vars(hook).items() if key[0] != "_"):
+            settings = vars(value) if dataclasses.is_dataclass(value) else {"": value}
+            for field, setting in sorted(settings.items()):
+                if _is_plain(setting):
+                    yield f"{name} hook {hook_name}.{key}.{field} {setting!r}"
+                elif isinstance(setting, FunctionType):
+                    yield f"{name} hook {hook_name}.{key}.{field} {_qualified_name(setting)}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple | list) and all(map(_is_plain, value)))
 
 
 def checksum(tensor: Tensor) -> str:

@@ -25,7 +25,10 @@ from unet_adapters.highres.autoencoder import decode_tiled, encode_tiled
 from unet_adapters.highres.denoising import ClassifierFreeGuidance, ControlNetCondition, denoise
 from unet_adapters.highres.dilation import dilated_convolutions
 from unet_adapters.highres.pipeline import (
+    blacken_if_unsafe,
     check_largest_size,
+    check_not_offloaded,
+    check_schedules,
     denoiser,
     encode_prompts,
     native_size,
@@ -38,10 +41,17 @@ from unet_adapters.highres.plan import MemoryPlan, plan_memory
 from unet_adapters.highres.progress import PartCallback, StepCallback
 from unet_adapters.highres.request import GenerationRequest, GenerationResult
 from unet_adapters.highres.savings import save_memory
-from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
+from unet_adapters.highres.schedule import DenoisingSchedule
 from unet_adapters.highres.skip_residual import SkipResidual
 from unet_adapters.highres.stage_store import StageStore, stage_key
-from unet_adapters.highres.stages import ImageSize, ProgressiveStage, check_size, format_size, progressive_stages
+from unet_adapters.highres.stages import (
+    ImageSize,
+    ProgressiveStage,
+    check_size,
+    enlarging_stages,
+    format_size,
+    progressive_stages,
+)
 from unet_adapters.hosts import find_host
 from unet_adapters.text_to_image import check_text_to_image
 
@@ -68,30 +78,30 @@ def generate(
         size: (height, width) in pixels; multiples of `size_multiple(pipe)`.
         memory_budget: bytes that may be used; savings are chosen so that the image fits. None: no limit.
         plan: a plan made before, instead of a budget.
-        image: start from this image, in mode RGB. Without `strength` it is the result of the stage of its size, and the
-            later stages enlarge it (super-resolution); with `strength` it is resized to the first stage's size and
+        image: start from this image, in mode RGB. Without `strength` it is the first stage, of about its own size, and
+            the later stages enlarge it (super-resolution); with `strength` it is resized to the first stage's size and
             changed (image to image).
         strength: share of the schedule that the first stage runs on `image`, above 0 and up to 1.
-        control: a ControlNet and its image, which is resized to every stage.
+        control: a ControlNet and its image, which is resized to every stage; for UNets.
         stage_dir: folder for the latents of finished stages, from which a run that was killed resumes.
         progress: called as (part, completed, total).
         **options: fields of `GenerationRequest`.
 
     Returns:
-        The image and how it was made.
+        The image and how it was made; the image is black if the pipeline's safety checker objects to it.
 
     Raises:
         InsufficientMemoryError: If the budget is too small; the message names the smallest sufficient one.
-        ValueError: If the model cannot have this size, or an option is invalid.
+        ValueError: If the model cannot have this size, the pipeline is offloaded, or an option is invalid.
     """
     request = GenerationRequest(prompt=prompt, size=size, **options)
     check_text_to_image(pipe)
-    if image is not None and image.mode != "RGB":
-        raise ValueError(f"image: expected mode RGB, got {image.mode}. Convert it first, 16-bit values to 8 bits.")
-    stages = _stages(pipe, request, image if strength is None else None)
-    options = timestep_options(pipe, size, request.steps)
-    check_scheduler(pipe.scheduler, request.steps, [stage.strength for stage in stages], options)
-    plan = plan or plan_request(pipe, request, memory_budget=memory_budget)
+    check_not_offloaded(pipe)
+    _check_start(image, strength)
+    _check_control(pipe, control, plan)
+    stages = _stages(pipe, request, image, strength)
+    check_schedules(pipe, request.steps, stages)
+    plan = plan or plan_request(pipe, request, memory_budget=memory_budget, with_control=control is not None)
     runner = _StageRunner(pipe, request, plan, control, progress)
     store = StageStore(stage_dir, "" if stage_dir is None else runner.stage_key(image, strength))
     latents, restored = store.load_latest(stages)
@@ -99,13 +109,12 @@ def generate(
     if latents is None and image is not None:
         latents = _encode_image(pipe, image, stages[0].size, plan)
         first = 0 if strength is not None else 1
-    if strength is not None:
-        stages = (replace(stages[0], strength=strength), *stages[1:])
     for number, stage in list(enumerate(stages))[first:]:
         latents = runner.run(number, stage, latents)
         store.save(stage, latents)
     assert latents is not None
     pixels = decode_tiled(pipe.vae, latents.to(denoiser(pipe).device), plan.tiling, runner.progress_of("pixels"))
+    pixels = blacken_if_unsafe(pipe, pixels)
     return GenerationResult(pixels, request, stages, plan, restored)
 
 
@@ -115,6 +124,7 @@ def plan_request(
     *,
     memory_budget: int | None = None,
     throughput: float | None = None,
+    with_control: bool = False,
     device: str | torch.device | None = None,
 ) -> MemoryPlan:
     """Plan a request; see `plan_memory` for the other arguments, what is returned and what is raised."""
@@ -128,6 +138,7 @@ def plan_request(
         guidance=request.guidance,
         throughput=throughput,
         direct=request.mode == "direct",
+        with_control=with_control,
         device=device,
     )
 
@@ -164,6 +175,8 @@ class _StageRunner:
         """Return the latents (1, c, h, w) of a stage, from those of the previous stage or from noise."""
         pipe = self.pipe
         request = self.request
+        host = find_host(pipe)
+        host.network = denoiser(pipe)  # also what torch.compile made of it
         generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
         options = timestep_options(pipe, stage.size, request.steps)
         device = denoiser(pipe).device
@@ -184,7 +197,7 @@ class _StageRunner:
         ):
             progress = self.progress_of(format_size(stage.size))
             guidance = self.guidance(stage.size)
-            return denoise(find_host(pipe), guidance, schedule, latents, generator, progress, before_step)
+            return denoise(host, guidance, schedule, latents, generator, progress, before_step)
 
     def guidance(self, size: ImageSize) -> ClassifierFreeGuidance:
         """Return the guidance at a stage's size, which conditions of some models and ControlNet images depend on."""
@@ -209,27 +222,47 @@ class _StageRunner:
         return _encode_image(self.pipe, Image.fromarray(pixels.numpy()), size, self.plan)
 
 
-def _stages(pipe: Any, request: GenerationRequest, image: Image.Image | None) -> tuple[ProgressiveStage, ...]:
-    """Return the stages to run; with an image, the stage that it replaces and the larger ones."""
+def _check_start(image: Image.Image | None, strength: float | None) -> None:
+    if image is not None and image.mode != "RGB":
+        raise ValueError(f"image: expected mode RGB, got {image.mode}. Convert it first, 16-bit values to 8 bits.")
+    if strength is not None and (image is None or not 0 < strength <= 1):
+        raise ValueError(f"strength={strength}: expected a number above 0 and up to 1, together with an image.")
+
+
+def _check_control(pipe: Any, control: ControlNetCondition | None, plan: MemoryPlan | None) -> None:
+    if control is None:
+        return
+    if not hasattr(denoiser(pipe), "down_blocks"):
+        raise ValueError(
+            f"control: a ControlNet guides the levels of a UNet, and this pipeline has a "
+            f"{type(denoiser(pipe)).__name__}: leave it out."
+        )
+    if plan is not None and "skips" in plan.savings:
+        raise ValueError(
+            "plan: the saving skips does not work with a ControlNet, whose residuals are added to skip connections. "
+            "Plan with with_control=True, or pass memory_budget."
+        )
+
+
+def _stages(
+    pipe: Any, request: GenerationRequest, image: Image.Image | None, strength: float | None
+) -> tuple[ProgressiveStage, ...]:
+    """Return the stages to run; the first one is the image itself if there is one and no strength to change it with."""
     multiple = size_multiple(pipe)
     check_size(request.size, multiple)
     check_largest_size(pipe, request.size)
     if request.dilation > 1 and not hasattr(denoiser(pipe), "down_blocks"):
         raise ValueError(f"dilation={request.dilation} is for the convolutions of a UNet: leave it out.")
     if request.mode == "direct":
-        if image is not None:
+        if image is not None and strength is None:
             raise ValueError("Cannot enlarge an image in mode direct: use mode progressive, or pass a strength.")
-        return (ProgressiveStage(request.size, 1.0),)
-    stages = progressive_stages(request.size, request.base_size or native_size(pipe), multiple, request.strengths)
-    if image is None:
-        return stages
-    larger = [stage for stage in stages if stage.size[0] * stage.size[1] > image.width * image.height]
-    if not larger:
-        raise ValueError(
-            f"The image already has {format_size((image.height, image.width))} pixels, at least as many as the "
-            f"requested {format_size(request.size)}. Choose a larger size, or pass a strength to change the image."
-        )
-    return (replace(stages[len(stages) - len(larger) - 1], strength=1.0), *larger)
+        return (ProgressiveStage(request.size, strength or 1.0),)
+    base_size = request.base_size or native_size(pipe)
+    if image is not None and strength is None:
+        image_size = (image.height, image.width)
+        return enlarging_stages(request.size, image_size, base_size, multiple, request.strengths)
+    first, *later = progressive_stages(request.size, base_size, multiple, request.strengths)
+    return (replace(first, strength=strength or 1.0), *later)
 
 
 def _encode_image(pipe: Any, image: Image.Image, size: ImageSize, plan: MemoryPlan) -> Tensor:

@@ -151,6 +151,7 @@ def reuse_identical_blocks(network: nn.Module, counter: AllocationCounter) -> It
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     stacks = [blocks for blocks in lists if isinstance(blocks[0], BasicTransformerBlock) and _all_identical(blocks)]
     hooks = []
+    previous = [(block, vars(block).get("forward")) for _, *others in stacks for block in others]
     try:
         for first, *others in stacks:
             flops = [0]
@@ -164,9 +165,10 @@ def reuse_identical_blocks(network: nn.Module, counter: AllocationCounter) -> It
     finally:
         for hook in hooks:
             hook.remove()
-        for stack in stacks:
-            for other in list(stack)[1:]:
-                other.__dict__.pop("forward", None)
+        for block, forward in previous:
+            vars(block).pop("forward", None)
+            if forward is not None:  # of hooks: diffusers and accelerate replace the method of the instance
+                vars(block)["forward"] = forward
 
 
 def format_bytes(count: int, *, round_up: bool = False) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unet_adapters.highres.schedule import check_scheduler
+from unet_adapters.highres.stages import ProgressiveStage
 from unet_adapters.hosts import find_host
+
+SAFETY_SIDE = 1024
+"""Side, in pixels, of the largest image that a safety checker gets."""
 
 
 def vae_scale_factor(pipe: Any) -> int:
@@ -50,6 +56,61 @@ def timestep_options(pipe: Any, size: tuple[int, int], steps: int) -> dict[str, 
     """Return the arguments of the scheduler's `set_timesteps` for an image of (height, width) pixels."""
     factor = vae_scale_factor(pipe)
     return find_host(pipe).timestep_options(pipe.scheduler, (size[0] // factor, size[1] // factor), steps)
+
+
+def check_schedules(pipe: Any, steps: int, stages: Sequence[ProgressiveStage]) -> None:
+    """Check that the pipeline's scheduler is of the model's kind and reaches the image in every stage.
+
+    See `check_scheduler`.
+
+    Raises:
+        ValueError: If it does not in one of them.
+    """
+    predicts_flow = find_host(pipe).predicts_flow
+    for stage in stages:
+        options = timestep_options(pipe, stage.size, steps)
+        check_scheduler(pipe.scheduler, steps, [stage.strength], options, predicts_flow)
+
+
+def check_not_offloaded(pipe: Any) -> None:
+    """Check that the pipeline's weights stay where they are: offloading moves them when the pipeline itself is called.
+
+    Raises:
+        ValueError: If a component is offloaded or spread over devices; the message says how to undo it.
+    """
+    for name, component in pipe.components.items():
+        for module in component.modules() if isinstance(component, nn.Module) else ():
+            hooks = getattr(module, "_diffusers_hook", None)
+            if hooks is not None and hooks.get_hook("group_offloading") is not None:
+                undo = "Load it without group offloading"
+            elif hasattr(module, "_hf_hook"):
+                undo = "Call pipe.remove_all_hooks()"
+            else:
+                continue
+            raise ValueError(
+                f"Cannot generate with this pipeline: its {name} is offloaded, and its weights move between devices. "
+                f"{undo}, move the pipeline to its device, and pass memory_budget, which chooses savings that fit."
+            )
+
+
+def blacken_if_unsafe(pipe: Any, pixels: Tensor) -> Tensor:
+    """Return an image (height, width, 3), uint8, or a black one if the pipeline's safety checker objects to it.
+
+    A pipeline without a safety checker objects to nothing. The checker sees at most SAFETY_SIDE² pixels; it shrinks
+    images to 224² itself.
+    """
+    checker = getattr(pipe, "safety_checker", None)
+    if checker is None:
+        return pixels
+    weight = next(checker.parameters())
+    shrink = min(1.0, SAFETY_SIDE / max(pixels.shape[:2]))
+    size = tuple(max(1, round(side * shrink)) for side in pixels.shape[:2])
+    image = pixels.permute(2, 0, 1)[None]
+    if shrink < 1:
+        image = F.interpolate(image, size, mode="bilinear", antialias=True)
+    values = (image[0].permute(1, 2, 0).float() / 255).numpy()[None]
+    _, unsafe = pipe.run_safety_checker(values, weight.device, weight.dtype)
+    return torch.zeros_like(pixels) if unsafe[0] else pixels
 
 
 def weight_bytes(pipe: Any) -> int:

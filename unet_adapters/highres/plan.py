@@ -14,13 +14,15 @@ from unet_adapters.highres.estimates import MemoryEstimator
 from unet_adapters.highres.memory import format_bytes
 from unet_adapters.highres.pipeline import (
     check_largest_size,
+    check_not_offloaded,
+    check_schedules,
     denoiser,
     native_size,
     size_multiple,
     timestep_options,
 )
 from unet_adapters.highres.savings import CHUNK_TOKENS, SAVINGS
-from unet_adapters.highres.schedule import DenoisingSchedule, check_scheduler
+from unet_adapters.highres.schedule import DenoisingSchedule
 from unet_adapters.highres.stages import (
     DEFAULT_STRENGTHS,
     ImageSize,
@@ -111,6 +113,7 @@ def plan_memory(
     guidance: float = 7.5,
     throughput: float | None = None,
     direct: bool = False,
+    with_control: bool = False,
     device: str | torch.device | None = None,
 ) -> MemoryPlan:
     """Choose the fewest savings with which an image fits the budget, and estimate what it needs.
@@ -123,6 +126,7 @@ def plan_memory(
         strengths, steps, guidance: as in `generate`.
         throughput: floating-point operations per second; without it the plan contains no time.
         direct: denoise from noise at the full size, without stages.
+        with_control: leave out the saving `skips`, which does not work with a ControlNet.
         device: where the image will be made; None: where the pipeline is. A GPU need not be present: the plan then uses
             the CPU path's block size of mixers, which needs as much memory as fused kernels do.
 
@@ -132,11 +136,12 @@ def plan_memory(
             cannot have this size, or a tensor exceeds MAX_TENSOR_ELEMENTS with every saving.
     """
     check_text_to_image(pipe)
+    check_not_offloaded(pipe)
     check_largest_size(pipe, size)
     stages = progressive_stages(size, base_size or native_size(pipe), size_multiple(pipe), strengths)
     if direct:
         stages = (ProgressiveStage(size, 1.0),)
-    check_scheduler(pipe.scheduler, steps, [stage.strength for stage in stages], timestep_options(pipe, size, steps))
+    check_schedules(pipe, steps, stages)
     target = torch.device(device or denoiser(pipe).device)
     estimator = MemoryEstimator(pipe, guidance, target)
 
@@ -148,7 +153,7 @@ def plan_memory(
         within_budget = memory_budget is None or last.peak_bytes <= memory_budget
         return last.largest_tensor <= MAX_TENSOR_ELEMENTS and within_budget
 
-    levels = savings_levels(target)
+    levels = savings_levels(target, with_control)
     index = bisect_left(levels, True, key=fits)  # every level needs less than the one before
     if index < len(levels):
         level = levels[index]
@@ -156,9 +161,13 @@ def plan_memory(
     raise _refusal(size, estimate(stages[-1], levels[-1]), memory_budget)
 
 
-def savings_levels(device: torch.device) -> list[SavingsLevel]:
-    """Return the combinations of savings for `device`, the fastest first, each in less memory than the one before."""
-    savings = SAVINGS if device.type != "cpu" else tuple(name for name in SAVINGS if name != "skips")
+def savings_levels(device: torch.device, with_control: bool = False) -> list[SavingsLevel]:
+    """Return the combinations of savings for `device`, the fastest first, each in less memory than the one before.
+
+    `skips` saves nothing on a CPU. With a ControlNet it does not work: its residuals are added to skip connections.
+    """
+    without_skips = device.type == "cpu" or with_control
+    savings = tuple(name for name in SAVINGS if not (without_skips and name == "skips"))
     default = Tiling()
     levels = [SavingsLevel(savings[:count], default) for count in range(1, len(savings) + 1)]
     for tile in (64, 32):

@@ -124,7 +124,11 @@ def _partial_pndm(scheduler: PNDMScheduler, steps: int, strength: float, device:
 
 
 def check_scheduler(
-    scheduler: Any, steps: int, strengths: Iterable[float], options: Mapping[str, Any] = MappingProxyType({})
+    scheduler: Any,
+    steps: int,
+    strengths: Iterable[float],
+    options: Mapping[str, Any] = MappingProxyType({}),
+    predicts_flow: bool | None = None,
 ) -> None:
     """Check that a scheduler reaches the image from each of these strengths, in milliseconds.
 
@@ -136,33 +140,40 @@ def check_scheduler(
         steps: scheduler steps of the whole schedule.
         strengths: of the stages.
         options: further arguments of `set_timesteps`; see `DenoiserCalls.timestep_options`.
+        predicts_flow: whether the model predicts a flow, which needs a flow's scheduler; None: unknown.
 
     Raises:
-        ValueError: If it does not, or lacks a method that stages need.
+        ValueError: If it does not, lacks a method that stages need, or is made for models of the other kind.
     """
     name = type(scheduler).__name__
     flow = is_flow(scheduler)
+    advice = f"Use {_suitable_schedulers(flow if predicts_flow is None else predicts_flow)}."
+    if predicts_flow is not None and flow != predicts_flow:
+        kind = "the velocity of a flow" if predicts_flow else "noise on a diffusion schedule"
+        raise ValueError(f"Cannot generate with {name}: this model predicts {kind}. {advice}")
     required = _REQUIRED_OF_FLOWS if flow else _REQUIRED
     missing = [attribute for attribute in required if not hasattr(scheduler, attribute)]
     if missing:
         raise ValueError(
             f"Cannot generate with {name}: it has no {', '.join(missing)}, which a stage needs to start from an image. "
-            "Use a scheduler of Stable Diffusion, for example diffusers.DDIMScheduler."
+            f"{advice}"
         )
     for strength in sorted(set(strengths) - {1}):
         try:
             error = oracle_error(scheduler, steps, strength, options)
         except (TypeError, NotImplementedError, IndexError) as reason:
-            raise ValueError(
-                f"Cannot generate with {name}: {str(reason).splitlines()[0]}. Use a scheduler of Stable Diffusion, for "
-                "example diffusers.DDIMScheduler."
-            ) from reason
+            raise ValueError(f"Cannot generate with {name}: {str(reason).splitlines()[0]}. {advice}") from reason
         if not error <= MAX_ORACLE_ERROR:
             raise ValueError(
                 f"Cannot generate with {name}: with {steps} steps and strength {strength:g}, an exact prediction of "
-                f"the noise ends {error:.2g} from the image (RMS), at most {MAX_ORACLE_ERROR} is expected. Use another "
-                "scheduler, for example diffusers.DDIMScheduler."
+                f"the noise ends {error:.2g} from the image (RMS), at most {MAX_ORACLE_ERROR} is expected. {advice}"
             )
+
+
+def _suitable_schedulers(flow: bool) -> str:
+    if flow:
+        return "diffusers.FlowMatchEulerDiscreteScheduler"
+    return "a scheduler of Stable Diffusion, for example diffusers.DDIMScheduler"
 
 
 def oracle_error(

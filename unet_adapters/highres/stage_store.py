@@ -8,18 +8,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unet_adapters.checkpoint import DISTRIBUTION, library_version
 from unet_adapters.files import save_tensors
 from unet_adapters.highres.fingerprint import config_values, fingerprint
-from unet_adapters.highres.pipeline import denoiser
+from unet_adapters.highres.pipeline import denoiser, timestep_options
 from unet_adapters.highres.plan import MemoryPlan
 from unet_adapters.highres.request import GenerationRequest
+from unet_adapters.highres.schedule import DenoisingSchedule
 from unet_adapters.highres.stages import ProgressiveStage
 
 _LIBRARIES = ("diffusers", "torch")  # a new version may compute another image
-_FORMAT = 2
+_NOISE_LEVELS = ("timesteps", "sigmas", "alphas_cumprod")  # of a scheduler: its config alone does not determine them
+_FORMAT = 3
 
 
 class StageStore:
@@ -68,13 +72,17 @@ def stage_key(
     """Return a hash of everything that the latents of a stage depend on.
 
     Args:
-        pipe: the pipeline: weights, structure and runtime state of its UNet and autoencoder, and its scheduler.
+        pipe: the pipeline: weights, structure and runtime state of its UNet and autoencoder, and the noise levels of
+            its scheduler.
         request: what is generated.
         plan: its tiling changes the latents of later stages; its savings do not.
         conditions: the encoded prompts, which depend on text encoders, tokenizers and textual inversion.
         *inputs: other inputs of the image: an image, a strength, a `ControlNetCondition`.
     """
-    scheduler = (type(pipe.scheduler).__qualname__, config_values(pipe.scheduler.config))
-    versions = {name: version(name) for name in _LIBRARIES}
+    options = timestep_options(pipe, request.size, request.steps)
+    schedule = DenoisingSchedule.create(pipe.scheduler, request.steps, 1.0, "cpu", options).scheduler
+    levels = [torch.as_tensor(getattr(schedule, name, ())) for name in _NOISE_LEVELS]
+    scheduler = (type(schedule).__qualname__, config_values(schedule.config), levels)
+    versions = {name: version(name) for name in _LIBRARIES} | {DISTRIBUTION: library_version()}
     image = (asdict(request), asdict(plan.tiling), conditions, inputs)
     return fingerprint(_FORMAT, versions, image, scheduler, denoiser(pipe), pipe.vae)[:16]

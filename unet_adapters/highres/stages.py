@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ImageSize = tuple[int, int]
 """(height, width) in pixels."""
@@ -54,6 +54,47 @@ def progressive_stages(
     return (ProgressiveStage(sizes[0], 1.0), *later)
 
 
+def enlarging_stages(
+    size: ImageSize,
+    image_size: ImageSize,
+    base_size: int,
+    multiple_of: int,
+    strengths: Sequence[float] = DEFAULT_STRENGTHS,
+) -> tuple[ProgressiveStage, ...]:
+    """Return the stages that enlarge an existing image to `size`; the first one is the image itself.
+
+    The first stage has the shape of `size` and at most as many pixels as the image. The others are those of
+    `progressive_stages` that are larger than the image; for an image smaller than the first of them, that one is halved
+    further, and these stages run with the first of `strengths`.
+
+    Args:
+        size: (height, width) of the final image in pixels.
+        image_size: (height, width) of the image in pixels.
+        base_size, multiple_of, strengths: as in `progressive_stages`.
+
+    Raises:
+        ValueError: As `progressive_stages`; or the image is not smaller than `size`, or too small to be enlarged.
+    """
+    base, *later = progressive_stages(size, base_size, multiple_of, strengths)
+    stages = [replace(base, strength=strengths[0]), *later]
+    while _pixels(half := _half(stages[0].size, multiple_of)) < _pixels(stages[0].size):
+        stages.insert(0, replace(stages[0], size=half))
+    larger = [stage for stage in stages if _pixels(stage.size) > _pixels(image_size)]
+    if not larger:
+        raise ValueError(
+            f"The image already has {format_size(image_size)} pixels, at least as many as the requested "
+            f"{format_size(size)}. Choose a larger size, or pass a strength to change the image."
+        )
+    if len(larger) == len(stages):
+        raise ValueError(
+            f"An image of {format_size(image_size)} pixels is too small for this model: expected as many pixels as "
+            f"{format_size(stages[0].size)} or more. Resize the image first."
+        )
+    scale = (_pixels(image_size) / _pixels(size)) ** 0.5
+    height, width = (max(multiple_of, int(side * scale / multiple_of + 1e-6) * multiple_of) for side in size)
+    return (ProgressiveStage((height, width), 1.0), *larger)
+
+
 def check_size(size: ImageSize, multiple_of: int) -> None:
     """Check that both sides are positive multiples of `multiple_of`.
 
@@ -71,6 +112,10 @@ def check_size(size: ImageSize, multiple_of: int) -> None:
 def format_size(size: ImageSize) -> str:
     """Format (height, width) as "width × height"."""
     return f"{size[1]} × {size[0]}"
+
+
+def _pixels(size: ImageSize) -> int:
+    return size[0] * size[1]
 
 
 def _half(size: ImageSize, multiple_of: int) -> ImageSize:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,18 @@ class DenoiserCalls(ABC):
     """The calls of one model; base of `Host`.
 
     Attributes:
+        predicts_flow: whether the models predict the velocity of a rectified flow, and not noise on a diffusion
+            schedule; None: unknown.
         model: the diffusers model.
+        network: what `predict` calls: the model, or `torch.compile` of it.
         vae_scale_factor: pixels along one side of a latent pixel.
     """
 
+    predicts_flow: ClassVar[bool | None] = None
+
     def __init__(self, model: nn.Module, vae_scale_factor: int = 8) -> None:
         self.model: Any = model
+        self.network: Any = model
         self.vae_scale_factor = vae_scale_factor
 
     @abstractmethod
@@ -58,7 +64,7 @@ class DenoiserCalls(ABC):
         """
         noise = self._noise_arguments(noisy, timesteps.to(noisy.device).expand(len(noisy)))
         arguments = {**noise, **self.forward_arguments(conditions), **extra}
-        output: Tensor = self.model(return_dict=False, **arguments)[0]
+        output: Tensor = self.network(return_dict=False, **arguments)[0]
         return self._read_output(output, noisy)
 
     def encode_prompts(

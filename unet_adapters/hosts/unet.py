@@ -28,6 +28,8 @@ TIME_IDS = 6  # SDXL's original size, crop and target size, two numbers each; it
 class UNetHost(Host):
     """A model whose self-attention is `attn1` of the transformer blocks in its `Transformer2DModel`s."""
 
+    predicts_flow = False
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether the model has a `Transformer2DModel`, whatever its class is called."""

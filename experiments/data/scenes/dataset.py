@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.data.example import DataError, Example, RandomAccess, Size, extent, in_split, to_tensor
 from experiments.data.scenes.catalogue import Drawing, drawings_of_split
-from experiments.data.scenes.kinds import KINDS, SceneContext, SceneKind
+from experiments.data.scenes.kinds import KINDS, Novelty, SceneContext, SceneKind
 from experiments.data.scenes.scene import Scene, render_scene
 
 TRAINING_SIZE = 64
@@ -32,13 +32,14 @@ class SceneSet(RandomAccess):
 
     Args:
         split: `"train"`; or `"held_out"`: drawings that training never shows, and combinations of training drawings
-            (with a background, with each other; shapes with colors) that training never shows.
+            (with a background, with each other; shapes with colors) that training never shows. Scenes that show
+            neither, such as shapes of one color of any hue, are left out.
         growth: what a larger image has more of, pixels or objects.
         kinds: names of scene kinds to restrict the set to; None for all.
         others: whether other drawings, which the teacher never sees, lead scenes as well; for its judge.
 
     Raises:
-        DataError: the split or a kind is unknown.
+        DataError: the split or a kind is unknown, or the split has no scenes of the kinds.
     """
 
     def __init__(
@@ -59,12 +60,18 @@ class SceneSet(RandomAccess):
         self.name = ", ".join(["scenes", *details])
         self.split = split
         self.growth = growth
-        self._kinds = [kind for kind in KINDS.values() if kinds is None or kind.name in kinds]
-        self._shares = [(kind, copy) for kind in self._kinds for copy in range(kind.share)]
-        self._drawings = _leading_drawings(split, others)
+        self._items = [
+            (kind, copy, drawing)
+            for drawing in _leading_drawings(split, others)
+            for kind in KINDS.values()
+            for copy in range(kind.share)
+            if (kinds is None or kind.name in kinds) and (split == "train" or _novelty(drawing) in kind.held_out)
+        ]
+        if not self._items:
+            raise DataError(f"SceneSet: the split {split!r} has no scenes of the kinds {', '.join(kinds or ())}.")
 
     def __len__(self) -> int:
-        return len(self._drawings) * len(self._shares)
+        return len(self._items)
 
     def key(self, index: int) -> str:
         """The kind, its copy, and the leading drawing's code points."""
@@ -78,12 +85,11 @@ class SceneSet(RandomAccess):
     def scene(self, index: int, variation: int = 0, size: Size = TRAINING_SIZE) -> Scene:
         """The scene of an item as data; its canvas depends on `size` only if `growth` is "more"."""
         kind, copy, drawing = self._item(index)
-        held_out_drawing = not in_split(drawing.key, "train")
         name = f"{kind.name}-{copy}-{drawing.key}".encode()
         context = SceneContext(
             rng=np.random.default_rng([int.from_bytes(name, "big"), variation]),
             drawing=drawing,
-            split="train" if held_out_drawing else self.split,
+            split="train" if _novelty(drawing) == "drawing" else self.split,
             canvas=self._canvas(size),
         )
         return kind.draw(context)
@@ -96,8 +102,7 @@ class SceneSet(RandomAccess):
     def _item(self, index: int) -> tuple[SceneKind, int, Drawing]:
         if not 0 <= index < len(self):
             raise IndexError(f"SceneSet: index {index} is not in 0 … {len(self) - 1}.")
-        kind, copy = self._shares[index % len(self._shares)]
-        return kind, copy, self._drawings[index // len(self._shares)]
+        return self._items[index]
 
     def _canvas(self, size: Size) -> tuple[float, float]:
         if self.growth == "larger":
@@ -105,6 +110,12 @@ class SceneSet(RandomAccess):
         height, width = extent(size)
         scale = min(TRAINING_SIZE, 2 * min(height, width))  # half a unit or more, also in a tiny image
         return width / scale, height / scale
+
+
+@cache
+def _novelty(drawing: Drawing) -> Novelty:
+    """What a held-out scene that this drawing leads shows: the drawing itself, or a combination with it."""
+    return "combination" if in_split(drawing.key, "train") else "drawing"
 
 
 @cache

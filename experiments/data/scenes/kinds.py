@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from numpy.random import Generator
 
@@ -86,6 +86,8 @@ class SceneContext:
 
 
 SceneFunction = Callable[[SceneContext], Scene]
+Novelty = Literal["drawing", "combination"]
+"""A leading drawing that training never shows, or a combination of what training shows."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +99,26 @@ class SceneKind:
         draw: makes a scene from a context.
         hidden: whether objects share a variable that the caption does not name.
         share: of the data set, relative to the other kinds.
+        held_out: what its scenes can show that training never does; it is left out of a held-out set otherwise.
     """
 
     name: str
     draw: SceneFunction
     hidden: bool
     share: int
+    held_out: frozenset[Novelty]
 
 
 KINDS: dict[str, SceneKind] = {}
 
 
-def register_kind(*, hidden: bool, share: int) -> Callable[[SceneFunction], SceneFunction]:
-    """Add a function to the registry of scene kinds, under its own name."""
+def register_kind(
+    *, hidden: bool, share: int, held_out: tuple[Novelty, ...] = ("drawing", "combination")
+) -> Callable[[SceneFunction], SceneFunction]:
+    """Add a function to the registry of scene kinds, under its own name, with the attributes of `SceneKind`."""
 
     def register(function: SceneFunction) -> SceneFunction:
-        KINDS[function.__name__] = SceneKind(function.__name__, function, hidden, share)
+        KINDS[function.__name__] = SceneKind(function.__name__, function, hidden, share, frozenset(held_out))
         return function
 
     return register
@@ -159,7 +165,7 @@ def mixed(context: SceneContext) -> Scene:
     return context.scene(what, context.background(second), placements)
 
 
-@register_kind(hidden=False, share=1)
+@register_kind(hidden=False, share=1, held_out=("combination",))
 def shapes(context: SceneContext) -> Scene:
     """Plain shapes with named colors: "two red circles and a blue star, white background"."""
     background = context.choose(*BACKGROUNDS)
@@ -220,7 +226,7 @@ def alternating(context: SceneContext) -> Scene:
     return context.scene(what, context.background(pair[1]), placements)
 
 
-@register_kind(hidden=True, share=2)
+@register_kind(hidden=True, share=2, held_out=())  # training has every color and every set of shapes
 def one_color(context: SceneContext) -> Scene:
     """Different plain shapes of one unnamed color of any hue: "four shapes of one color, white background"."""
     background = context.choose(*BACKGROUNDS)

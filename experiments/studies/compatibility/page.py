@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from experiments.core.files import write_text
@@ -69,7 +68,7 @@ def print_summary(result: dict[str, Any], console: Console) -> None:
     for part, name in PARTS.items():
         for row in result[part]:
             means = {arm: f"{interval['mean']:.3f}" for arm, interval in row["arms"].items()}
-            difference = escape(_format_signed(row["student_minus_teacher"]))
+            difference = _format_signed(row["student_minus_teacher"])
             numbers = (means["teacher+"], means["student+"], difference, means["teacher"], means["student"])
             table.add_row(name, str(row["size"]), SPLITS[row["split"]], *numbers)
     console.print(table)
@@ -105,8 +104,8 @@ def format_page(result: dict[str, Any], config: CompatibilityConfig, folder: str
         "",
     ]
     for size in config.sampling.sizes:
-        is_training_size = size == config.grid.distillation.image_size
-        note = "the training size" if is_training_size else "a size that nothing was trained at"
+        was_distilled = size in config.grid.distillation.all_sizes
+        note = f"a size that the student was {'' if was_distilled else 'not '}distilled at"
         lines += _format_table(result, config, "controlnet", size, f"ControlNet at {size} px, {note}", folder)
     size = config.sampling.sizes[0]
     lines += _format_table(result, config, "ip_adapter", size, f"IP-Adapter at {size} px", folder)

@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPModel
 
 from experiments.core.environment import describe_environment
-from experiments.core.files import read_identity, write_json
+from experiments.core.files import require_same_inputs, write_json
+from experiments.core.fingerprints import weights_digest
+from experiments.core.locks import lock_folder
 from experiments.core.progress import ProgressCallback
+from experiments.data import open_records
+from experiments.data.example import SPLITS, digest_records
+from experiments.distill import DistillationContext
+from experiments.distill.student import training_sources
 from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.studies.compatibility.controlnet import detect_edges
 from experiments.studies.compatibility.ip_adapter import embed_images, flatten_weights, ip_adapter_loaded
@@ -37,9 +44,15 @@ from experiments.studies.compatibility.sampling import (
     load_references,
     reconstruct,
 )
-from experiments.studies.compatibility.training import CompatibilityModels, train_models
+from experiments.studies.compatibility.training import (
+    CompatibilityModels,
+    load_clip,
+    open_teacher_context,
+    train_models,
+)
 from unet_adapters.files import save_tensors
 
+RUN = "run.json"
 ARMS = ("teacher+", "student+", "teacher", "student")
 """The compared models; + is with the ControlNet or the IP-Adapter."""
 
@@ -48,7 +61,7 @@ def run_compatibility(directory: Path, config: CompatibilityConfig, progress: Pr
     """Train what is not yet trained, generate what is not yet generated, and measure.
 
     Args:
-        directory: receives config.json, student/, controlnet/, ip_adapter.safetensors (the published format), samples/
+        directory: receives run.json, student/, controlnet/, ip_adapter.safetensors (the published format), samples/
             and result.json.
         config: a different one needs another directory.
         progress: called with every phase.
@@ -57,13 +70,28 @@ def run_compatibility(directory: Path, config: CompatibilityConfig, progress: Pr
         The results, as written to result.json.
 
     Raises:
-        ValueError: the directory holds a run with another configuration.
+        ValueError: the directory is in use, or holds a run of another configuration, teacher, judge or data.
         OSError: the disk is full or fails; the parts that are complete are kept.
 
     Cost: about 25 minutes on two CPU cores with the default configuration.
     """
-    _check_config(directory / "config.json", config)
-    models = train_models(config, directory, progress)
+    with lock_folder(directory, "compatibility study"):
+        progress("teacher and images", 0, 1)
+        context = open_teacher_context(config)
+        clip = load_clip(config, context)
+        inputs = _inputs(config, context, clip)
+        require_same_inputs(directory / RUN, inputs, directory.rglob("*.safetensors"))
+        write_json(directory / RUN, inputs)
+        models = train_models(config, context, clip, directory, progress)
+        result = _measure(config, models, directory, progress)
+        write_json(directory / "result.json", result)
+        return result
+
+
+def _measure(
+    config: CompatibilityConfig, models: CompatibilityModels, directory: Path, progress: ProgressCallback
+) -> dict[str, Any]:
+    """Return the results of trained models, as `run_compatibility` does."""
     sampling = config.sampling
     references = [
         load_references(config.grid.data, split, size, sampling.images)
@@ -75,7 +103,7 @@ def run_compatibility(directory: Path, config: CompatibilityConfig, progress: Pr
     checks = check_unmounting(
         models.context.pipe, models.student, models.controlnet, models.ip_adapter, models.clip, references[0]
     )
-    result = {
+    return {
         "config": config.model_dump(mode="json"),
         "environment": describe_environment(),
         "checks": checks,
@@ -87,8 +115,6 @@ def run_compatibility(directory: Path, config: CompatibilityConfig, progress: Pr
             "IP-Adapter": sum(p.numel() for p in flatten_weights(models.ip_adapter).values()),
         },
     }
-    write_json(directory / "result.json", result)
-    return result
 
 
 def measure_controlnet(
@@ -196,13 +222,13 @@ def _summarize(references: ReferenceImages, scores: dict[str, list[float]]) -> d
     }
 
 
-def _check_config(file: Path, config: CompatibilityConfig) -> None:
-    requested = config.model_dump(mode="json")
-    existing = read_identity(file, file.parent.rglob("*.safetensors"))
-    if not existing:
-        write_json(file, requested)
-    elif existing != requested:
-        raise ValueError(
-            f"Cannot continue in {file.parent}: it holds a run with another configuration (see {file.name}). "
-            "Pass another --out."
-        )
+def _inputs(config: CompatibilityConfig, context: DistillationContext, clip: CLIPModel) -> dict[str, Any]:
+    """Return what the trained parts, the images and the numbers of a run depend on."""
+    distillation = config.grid.distillation
+    return {
+        "configuration": config.model_dump(mode="json"),
+        "teacher": context.teacher.fingerprint,
+        "judge": weights_digest(clip),
+        "data": [digest_records(open_records(config.grid.data, split=split)) for split in SPLITS],
+        "plugin source": training_sources(config.grid.variants[0].mixer, distillation),
+    }

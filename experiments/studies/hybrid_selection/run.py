@@ -16,10 +16,12 @@ from typing import Any
 from experiments.bench.attention_layer import STOCK
 from experiments.bench.machine import describe_machine
 from experiments.config.base import short_hash
-from experiments.core.files import read_identity, read_json, write_json
+from experiments.core.files import read_json, require_same_inputs, write_json
 from experiments.core.locks import lock_folder
 from experiments.core.progress import ProgressCallback
 from experiments.core.statistics import Interval, bootstrap_interval
+from experiments.data import open_records
+from experiments.data.example import SPLITS, digest_records
 from experiments.distill import DistillationContext, open_context
 from experiments.distill.student import training_sources
 from experiments.studies.hybrid_selection.config import HybridConfig, SelectionGoal
@@ -49,8 +51,8 @@ class HybridRun:
         progress: called as every phase advances.
 
     Raises:
-        ValueError: the directory holds the run of another configuration, teacher or source of a mixer; or the teacher
-            or its data cannot be used.
+        ValueError: the directory holds the run of another configuration, teacher, data or source of a mixer; or the
+            teacher or its data cannot be used.
     """
 
     def __init__(self, directory: Path, config: HybridConfig, progress: ProgressCallback) -> None:
@@ -128,15 +130,10 @@ class HybridRun:
         inputs = {
             "configuration": self.config.model_dump(mode="json"),
             "teacher": self.context.teacher.fingerprint,
+            "data": [digest_records(open_records(self.config.data, split=split)) for split in SPLITS],
             "plugin source": [training_sources(name, self.config.distillation) for name in self.config.mixers],
         }
-        existing = read_identity(self.directory / RUN, self.directory.rglob("*.safetensors"))
-        changed = [name for name, value in inputs.items() if existing and existing.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{self.directory} holds a run of another {' and another '.join(changed)}, see {RUN} there: give "
-                "another --out."
-            )
+        require_same_inputs(self.directory / RUN, inputs, self.directory.rglob("*.safetensors"))
         write_json(self.directory / RUN, inputs)
 
     def _discard_times_of_other_machines(self) -> None:

@@ -36,7 +36,7 @@ def check_flops(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_costs_grow_as_promised(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """flops grow linearly exactly if the trait says so; the state of a linear mixer does not grow."""
+    """flops grow linearly if and only if the trait says so; the state of a linear mixer does not grow."""
     near = mixer.mixing_flops(1024)
     far = mixer.mixing_flops(4096)
     assert near >= 0 and mixer.flops(1024) > 0 and mixer.state_size(1024) >= 0
@@ -46,7 +46,7 @@ def check_costs_grow_as_promised(mixer: TokenMixer, inputs: CheckInputs) -> None
 
 
 def check_compiles_once(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """torch.compile gives one whole graph that equals eager, gradients too, and serves a second length as it is."""
+    """torch.compile gives one graph that equals eager mode, gradients included, and also runs at a second length."""
     torch._dynamo.reset()
     compilations = 0
 
@@ -74,7 +74,7 @@ def check_compiles_once(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_long_sequences(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """1,021 tokens in small blocks give the output and gradient of the recurrence."""
+    """With 1,021 tokens in small blocks, chunked gives the output and gradient of recurrent."""
     x = inputs.tokens(mixer, LONG, batch=1).requires_grad_()
     outcomes = []
     for backend in ("chunked", "recurrent"):
@@ -86,7 +86,7 @@ def check_long_sequences(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_a_million_tokens(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Finite in half precision at 2²⁰ tokens: float16 if normalized or normed, otherwise bfloat16."""
+    """Outputs are finite in half precision at 2²⁰ tokens: in float16 if normalized or normed, otherwise in bfloat16."""
     width = 4 if mixer.traits.needs_grid else 2  # a rotation in two dimensions needs 4 channels per head
     small = type(mixer)(mixer.config, width * mixer.heads, mixer.heads)
     dtype = torch.float16 if mixer.traits.normalized or mixer.config.norm else torch.bfloat16

@@ -22,7 +22,7 @@ def check_batch_items_are_independent(mixer: TokenMixer, inputs: CheckInputs) ->
 
 
 def check_empty_batch(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """No images give no output, and a gradient of zeros for every parameter."""
+    """An empty batch gives an empty output and a gradient of zeros for every parameter."""
     x = inputs.tokens(mixer, max(inputs.lengths), batch=1)[:0]
     y = run_mixer(mixer, x)
     assert y.shape == x.shape, f"an empty batch gives {tuple(y.shape)}, expected {tuple(x.shape)}"

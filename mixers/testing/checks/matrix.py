@@ -30,7 +30,7 @@ LONG = 257
 
 
 def check_forward_equals_its_matrix(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """mixer(x) = to_out(W v) with W from the formula, output and gradient."""
+    """mixer(x) = to_out(W v) with W from the formula, in output and gradient."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, length).requires_grad_()
         fast = run_mixer(mixer, x)
@@ -43,7 +43,7 @@ def check_forward_equals_its_matrix(mixer: TokenMixer, inputs: CheckInputs) -> N
 
 
 def check_matrix_by_probing(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """The matrix from the formula is the one that mixing basis values shows."""
+    """The matrix from the formula equals the one measured with basis values."""
     length = min(max(inputs.lengths), 12)
     x = inputs.tokens(mixer, length)
     grid = grid_of(mixer, length)
@@ -54,7 +54,7 @@ def check_matrix_by_probing(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_matrix_by_differentiating(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """The matrix is the derivative of the result by the values, where that is not linear in them."""
+    """If the result is not linear in the values, the matrix is its derivative by the values."""
     streams = inputs.streams(mixer, min(max(inputs.lengths), 6), batch=1)
     formula = mixer.mixing_matrix(streams)
     jacobian = torch.func.jacrev(lambda v: mixer.mix(with_values(streams, v)))(streams.v)
@@ -64,7 +64,7 @@ def check_matrix_by_differentiating(mixer: TokenMixer, inputs: CheckInputs) -> N
 
 
 def check_formulations_agree(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """dense, recurrent and chunked give the same output, and the same gradient of every parameter."""
+    """dense, recurrent and chunked give the same output and the same gradient of every parameter."""
     names = ["output", *(name for name, _ in mixer.named_parameters())]
     for length in inputs.lengths:
         outcomes = {
@@ -182,7 +182,7 @@ def has_state(mixer: TokenMixer) -> bool:
 
 
 def check_state_size_is_enough(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Causal: what later tokens take from earlier ones fits the state: rank of W's lower-left block · v ≤ state."""
+    """Causal: what later tokens receive from earlier ones fits the state: rank of W's lower-left block · v ≤ state."""
     x = inputs.tokens(mixer, 32, batch=1)
     matrix = structure.mixing_matrix(mixer, x)
     ranks = structure.numerical_rank(matrix[..., 16:, :16])
@@ -203,7 +203,7 @@ def has_fixed_entries(mixer: TokenMixer) -> bool:
 
 
 def check_a_token_sees_itself(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """W_ii is not zero, except where a feature map is; unnormalized, it is the entry of the token alone."""
+    """W_ii is zero only where a feature map is zero; unnormalized, it does not depend on the other tokens."""
     nonzero = []
     for length in inputs.lengths:
         streams = inputs.streams(mixer, length)
@@ -217,7 +217,7 @@ def check_a_token_sees_itself(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_part_of_the_matrix_is_the_matrix_of_the_part(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Consecutive tokens mix among themselves as they do without the others; normalized, up to a factor per row.
+    """Consecutive tokens mix as they would without the tokens around them; normalized, up to a factor per row.
 
     Tried with parts of 257 tokens as well, so that nothing changes after some number of tokens.
     """
@@ -242,7 +242,7 @@ def is_two_causal_passes(mixer: TokenMixer) -> bool:
 
 
 def check_bidirectional_is_two_causal_passes(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """W is that of a causal pass plus that of a reversed one, with the diagonal once; normalized, up to row factors."""
+    """W is the sum of a causal and a reversed pass, with the diagonal counted once; normalized, up to row factors."""
     causal = as_causal(mixer)
     assert causal is not None
     for length in inputs.lengths:

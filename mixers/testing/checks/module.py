@@ -24,7 +24,7 @@ def fits_a_host(mixer: TokenMixer) -> bool:
 
 
 def check_projections_are_called(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Given a host's projections, the mixer calls each part of each once and keeps none of them."""
+    """The mixer calls each part of every projection of the host once, and keeps none of the projections."""
     x = inputs.tokens(mixer, max(inputs.lengths))
     host = mixer.resolve_projections(None)
     calls: Counter[str] = Counter()
@@ -48,7 +48,7 @@ def check_projections_are_called(mixer: TokenMixer, inputs: CheckInputs) -> None
 
 @torch.no_grad()
 def check_mix_gives_a_new_tensor(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """The result of `mix` shares no memory with its inputs or itself, because it is overwritten without gradients."""
+    """The result of `mix` is a new tensor without overlapping memory, because inference overwrites it in place."""
     streams = inputs.streams(mixer, max(inputs.lengths))
     tensors = {name: t for name, t in vars(streams).items() if isinstance(t, Tensor)}
     before = {name: t.clone() for name, t in tensors.items()}
@@ -67,7 +67,7 @@ def check_repeatable(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_pickled_copies(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """A deep copy, a pickled copy and one through torch.save give the same output, bit for bit."""
+    """A deep copy, a pickled copy and a copy through torch.save give the same output, bit for bit."""
     x = inputs.tokens(mixer, max(inputs.lengths))
     y = run_mixer(mixer, x)
     buffer = io.BytesIO()
@@ -83,7 +83,7 @@ def check_pickled_copies(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_saved_and_loaded(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """The configuration as JSON and the state dict without pickled code rebuild the mixer, bit for bit."""
+    """The configuration as JSON and the state dict, without pickled code, rebuild the mixer bit for bit."""
     config = type(mixer.config)(**json.loads(json.dumps(mixer.config.to_dict())))
     assert config == mixer.config, "the configuration changes on its way through JSON"
     buffer = io.BytesIO()
@@ -96,7 +96,7 @@ def check_saved_and_loaded(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_meta_construction(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """The mixer can be built on the meta device, which gives its structure without memory."""
+    """The mixer can be built on the meta device, which shows its structure without allocating memory."""
     with torch.device("meta"):
         on_meta = type(mixer)(mixer.config, mixer.dim, mixer.heads)
     devices = {t.device.type for t in (*on_meta.parameters(), *on_meta.buffers())}

@@ -68,7 +68,7 @@ def check_gradients(mixer: TokenMixer, inputs: CheckInputs) -> None:
 
 
 def check_gradients_per_sample(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """torch.func's vmap(grad(…)) over a batch gives the gradients of every sample by itself."""
+    """torch.func's vmap(grad(…)) over a batch equals the gradients computed sample by sample."""
     x = inputs.tokens(mixer, 5, batch=3)
     parameters = {name: parameter.detach() for name, parameter in mixer.named_parameters()}
 

@@ -65,7 +65,7 @@ def check_permutation_equivariance(mixer: TokenMixer, inputs: CheckInputs) -> No
 
 
 def check_repeating_every_token_changes_nothing(mixer: TokenMixer, inputs: CheckInputs) -> None:
-    """Twice the tokens give the same output, which is why a mixer carries over to other resolutions."""
+    """Repeating every token leaves the output unchanged, which is why a mixer carries over to other resolutions."""
     for length in inputs.lengths:
         x = inputs.tokens(mixer, length)
         twice = run_mixer(mixer, x.repeat_interleave(2, dim=1))

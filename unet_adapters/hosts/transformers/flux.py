@@ -141,6 +141,8 @@ class FluxSingleMixerAttention(FluxMixerAttention):
 class FluxHost(Host):
     """`attn` of every double and every single block."""
 
+    predicts_flow = True
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether it is a `FluxTransformer2DModel`."""

@@ -93,6 +93,7 @@ class HunyuanDiTHost(PatchTransformerHost):
     """`attn1` of every block."""
 
     rotary = True
+    predicts_flow = False
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

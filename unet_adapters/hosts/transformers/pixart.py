@@ -20,6 +20,7 @@ class PixArtHost(PatchTransformerHost):
     """`attn1` of every block: no rotary embedding, no query or key norms."""
 
     attention_kwargs = "cross_attention_kwargs"
+    predicts_flow = False
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

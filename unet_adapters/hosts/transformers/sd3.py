@@ -26,6 +26,7 @@ class SD3Host(PatchTransformerHost):
     """
 
     attention_kwargs = "joint_attention_kwargs"
+    predicts_flow = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

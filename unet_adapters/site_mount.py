@@ -52,6 +52,7 @@ class SiteMount:
         self.layer.add_module(MIXER, self.mixer.train(self.layer.training))
         for name, holder in self.holders.items():
             self._originals[name] = swap_in(self.layer, name, holder)
+        self.layer.teacher_bytes = sum(map(_bytes, self._originals.values()))
         if min_tokens:
             self.layer.mixer_from = min_tokens
             self.layer.teacher = dict(self._originals)
@@ -62,6 +63,11 @@ class SiteMount:
             swap_out(self.layer, name, self.holders[name], original)
         self._originals.clear()
         self.layer._modules.pop(MIXER, None)
-        for name in ("mixer_from", "teacher"):
+        for name in ("mixer_from", "teacher", "teacher_bytes"):
             vars(self.layer).pop(name, None)
         self.layer.__class__ = self.mounted_class.stock_class
+
+
+def _bytes(projection: TeacherProjection) -> int:
+    parameters = projection.parameters() if isinstance(projection, nn.Module) else projection.values()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

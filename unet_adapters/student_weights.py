@@ -25,13 +25,6 @@ class StudentWeights(nn.Module):
             parent = parent.get_submodule(name)
         parent.add_module(last, module)
 
-    def projection(self, site_name: str, name: str) -> nn.Module | None:
-        """The module with the trained Parameters of one projection of one site; None where the teacher's are used."""
-        try:
-            return self.get_submodule(f"{site_name}.{name}")
-        except AttributeError:
-            return None
-
     def follow(self, reference: Tensor, dtype: torch.dtype | None) -> None:
         """Move to the device of `reference`, and to `dtype` unless it is None."""
         parameters = self.parameters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from mixers import TokenMixer
@@ -44,6 +45,17 @@ class SiteMount:
     def is_mounted(self) -> bool:
         """Whether this mixer is in the layer now."""
         return self.layer._modules.get(MIXER) is self.mixer
+
+    def follow(self, dtype: torch.dtype | None) -> None:
+        """Move the mixer and the student's projections to the device of the layer, and to `dtype` unless it is None.
+
+        The layers of one model may be on different devices (`device_map`).
+        """
+        device = next(self.layer.parameters()).device
+        for module in (self.mixer, *self.holders.values()):
+            tensors = [*module.parameters(), *module.buffers()]
+            if any(t.device != device or (t.is_floating_point() and t.dtype != (dtype or t.dtype)) for t in tensors):
+                module.to(device=device, dtype=dtype)
 
     def mount(self, min_tokens: int) -> None:
         """Change the layer's class, add the mixer, and exchange the Parameter objects of the projections."""

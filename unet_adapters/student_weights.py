@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 MIXER = "mixer"
 
@@ -24,9 +23,3 @@ class StudentWeights(nn.Module):
                 parent.add_module(name, nn.Module())
             parent = parent.get_submodule(name)
         parent.add_module(last, module)
-
-    def follow(self, reference: Tensor, dtype: torch.dtype | None) -> None:
-        """Move to the device of `reference`, and to `dtype` unless it is None."""
-        parameters = self.parameters()
-        if any(p.device != reference.device or (dtype is not None and p.dtype != dtype) for p in parameters):
-            self.to(device=reference.device, dtype=dtype)

@@ -26,6 +26,9 @@ DIGEST_SIZE = 32
 DIGEST_RECORDS = 1024
 """How many records represent a source's content."""
 
+EVALUATION_VARIATION = 2**40
+"""Variations from here on are for evaluations: trainings count theirs from 0. Even: photographs are not mirrored."""
+
 Size = int | tuple[int, int]
 """In pixels: the side of a square, or (height, width)."""
 
@@ -94,9 +97,15 @@ class RecordSource(Protocol):
 
 
 class RandomAccess(ABC):
-    """Captioned images in any order; also a `RecordSource`."""
+    """Captioned images in any order; also a `RecordSource`.
+
+    Attributes:
+        name: of the data and its split, for messages.
+        splits_overlap: whether one split has no item, so that the other one's items stand in for it.
+    """
 
     name: str
+    splits_overlap: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...

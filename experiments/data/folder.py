@@ -85,6 +85,7 @@ class ImageFolder(RandomAccess):
         items = [item for item in self.items if in_split(self._name(item[0]), split)]
         if not items:  # with a handful of images the hash may leave a split empty
             _log.warning("%s: too few images for the split %r, using all %d", self.path, split, len(self.items))
+        self.splits_overlap = len(items) in (0, len(self.items))
         self.items = items or self.items
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[], tuple[Path, Any]]]]:

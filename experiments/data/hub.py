@@ -89,6 +89,7 @@ class TableImages(RandomAccess):
         selected = [n for n in usable if split is None or in_split(str(self._keys[n]), split)]
         if usable and not selected:
             _log.warning("%s: too few rows for the split %r, using all %d", self._table.name, split, len(usable))
+        self.splits_overlap = split is not None and len(selected) in (0, len(usable))
         self._rows = selected or usable
         self.skipped.log_summary(self.name, len(usable))
         if not usable:

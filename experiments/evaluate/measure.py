@@ -6,7 +6,8 @@ from pathlib import Path
 
 from experiments.config import EvaluationConfig
 from experiments.core.environment import describe_environment
-from experiments.core.files import write_json
+from experiments.core.files import require_same_inputs, write_json
+from experiments.core.locks import lock_folder
 from experiments.core.progress import ProgressCallback
 from experiments.core.registries import METRICS
 from experiments.distill.context import open_context
@@ -16,10 +17,12 @@ from experiments.evaluate.protocol import freeze_protocol, protocol_of
 from experiments.evaluate.samples import save_samples
 from experiments.metrics.base import Metric
 from experiments.metrics.inputs.student import EvaluatedStudent
-from unet_adapters import load_adapter
+from unet_adapters import MixerAdapter, load_adapter
 from unet_adapters.files import save_tensors
+from unet_adapters.highres.fingerprint import fingerprint
 
 RESULT = "evaluation.json"
+IDENTITY = "evaluated_adapter.json"
 
 
 def measure_student(
@@ -66,7 +69,8 @@ def evaluate_adapter(
         teacher: "embedded", a folder in diffusers format, or a Hub id.
         data: as in a grid; its held-out images are compared.
         plan: what is measured.
-        directory: receives evaluation.json, protocol.json, samples/, teacher/samples/ and arrays.safetensors.
+        directory: receives evaluation.json, protocol.json, samples/, teacher/samples/ and arrays.safetensors; of one
+            adapter.
         progress: called as (phase, done, total).
         variant: the teacher's weight files to read, as `open_teacher` takes it.
 
@@ -75,19 +79,29 @@ def evaluate_adapter(
 
     Raises:
         ValueError: the adapter does not fit the teacher, something is not available, or `directory` holds results of
-            another protocol.
+            another protocol or adapter, or is in use.
         OSError: the disk is full.
     """
     progress("load", 0, 1)
     size = min(min(extent) for extent in plan.extents)
-    context = open_context(teacher, data, size, images=1, variant=variant)
+    context = open_context(teacher, data, size, images=max(1, plan.held_in_images), variant=variant)
     protocol = protocol_of(context, plan, data)
     adapter = load_adapter(source, context.pipe)
-    freeze_protocol(protocol, directory)  # after the adapter is open, so that a wrong one leaves the folder as it was
-    save_samples(context.pipe, plan, directory / "teacher" / "samples")
-    student = EvaluatedStudent(context, adapter, plan, data)
-    measurements = measure_student(student, size, directory, progress)
     path = directory / RESULT
-    record = {"adapter": source, "environment": describe_environment(), **measurements.model_dump(mode="python")}
-    write_json(path, record)
+    identity = {"adapter": _adapter_digest(adapter)}
+    with lock_folder(directory, "evaluation"):  # an adapter that cannot be opened leaves the folder as it was
+        require_same_inputs(directory / IDENTITY, identity, [path])
+        freeze_protocol(protocol, directory)
+        write_json(directory / IDENTITY, identity)
+        save_samples(context.pipe, plan, directory / "teacher" / "samples")
+        student = EvaluatedStudent(context, adapter, plan, data)
+        measurements = measure_student(student, size, directory, progress)
+        record = {"adapter": source, "environment": describe_environment(), **measurements.model_dump(mode="python")}
+        write_json(path, record)
     return path
+
+
+def _adapter_digest(adapter: MixerAdapter) -> str:
+    """A hash of the weights of an adapter, and of its mixers and their settings."""
+    mixers = {name: (mixer.mixer, mixer.config) for name, mixer in adapter.site_mixers.items()}
+    return fingerprint(adapter.student, mixers, adapter.min_tokens)

@@ -12,6 +12,7 @@ from experiments.config import EvaluationConfig, FrozenModel
 from experiments.core.files import parse_json_object, write_json
 from experiments.core.registries import METRICS
 from experiments.distill.context import DistillationContext
+from experiments.metrics.inputs.compared_images import compared_images
 from experiments.metrics.inputs.feature_networks import open_network
 from experiments.metrics.inputs.true_images import open_true_images
 from mixers.user_source import is_library_class, source_digest
@@ -28,7 +29,7 @@ class Protocol(FrozenModel):
         sampler: the scheduler's class and settings, steps, guidance scales.
         resize: what happens to images before a feature network.
         image_format: what the networks receive.
-        data: names of the images that are compared, and SHA-256s of which they are.
+        data: names of the data sets that are compared, and SHA-256s of the images and captions.
         features: SHA-256s of the weights of feature networks.
         metric_sources: SHA-256s of the source of metrics that are a user's own.
         teacher: SHA-256 of all its weights and settings.
@@ -57,10 +58,11 @@ class Protocol(FrozenModel):
 def protocol_of(context: DistillationContext, plan: EvaluationConfig, data: str) -> Protocol:
     """Return the protocol of an evaluation; nothing may be mounted in the UNet.
 
-    Costs about a second per GB of weights, once for each state of the weights.
+    Costs about a second per GB of weights, once for each state of the weights, and reads every image that is compared.
 
     Raises:
-        ValueError: the true images or a feature network are not available.
+        ValueError: there are too few images for a held-out split, or the true images or a feature network are not
+            available.
     """
     scheduler = context.pipe.scheduler
     settings = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
@@ -133,10 +135,10 @@ def _metric_sources(plan: EvaluationConfig) -> dict[str, str]:
 
 
 def _compared_data(context: DistillationContext, plan: EvaluationConfig, data: str) -> dict[str, str]:
-    held_out = context.held_out
-    compared = {"held_out": getattr(held_out, "name", data)}
-    if hasattr(held_out, "key"):
-        compared["held_out_sha256"] = _sha256("\n".join(held_out.key(i) for i in range(len(held_out))))
+    held_out = compared_images(context, data, "held_out", plan)
+    compared = {"held_out": held_out.data.name, "held_out_sha256": held_out.digest}
+    if plan.held_in_images:
+        compared["held_in_sha256"] = compared_images(context, data, "held_in", plan).digest
     if plan.generated.images:
         reference = open_true_images(data, plan)
         compared |= {"generated": reference.data.name, "generated_sha256": reference.digest}

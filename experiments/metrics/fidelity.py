@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from experiments.metrics.base import LinePlot, Metric, MetricRow, Quantity, register_metric
-from experiments.metrics.inputs.predictions import Split, average_errors
+from experiments.metrics.inputs.compared_images import Split
+from experiments.metrics.inputs.predictions import average_errors
 from experiments.metrics.inputs.student import EvaluatedStudent
 
 RELATIVE_ERROR = "squared error to the teacher / the teacher's mean square"

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.core.locks import lock_folder
 from experiments.teacher.load import open_teacher
 from tests.experiments.students import student
 
@@ -49,6 +51,27 @@ def test_an_adapter_from_a_folder(tiny_teacher: Path, tmp_path: Path) -> None:
         assert (tmp_path / "out" / place / "0.png").is_file()
     code, output = run(tmp_path / "adapter", tiny_teacher, tmp_path / "out", "seed=1")
     assert code == 2 and "measured by another protocol: seeds was [0] and is now [1]" in output
+
+
+def test_a_folder_has_the_results_of_one_adapter(tiny_teacher: Path, tmp_path: Path) -> None:
+    few = ("generated.images=0", "images=1", "held_in_images=0", "sizes=[64]", 'metrics={"fidelity": {}}')
+    source = open_teacher(str(tiny_teacher))
+    adapters = {"first": student(source), "second": student(source), "third": student(source)}
+    with torch.no_grad():
+        next(adapters["second"].student.parameters()).add_(1)
+    adapters["third"].min_tokens = 9
+    for name, adapter in adapters.items():
+        adapter.save_pretrained(tmp_path / name)
+    assert run(tmp_path / "first", tiny_teacher, tmp_path / "out", *few)[0] == 0
+    record = (tmp_path / "out" / "evaluation.json").read_bytes()
+    for name in ("second", "third"):
+        code, output = run(tmp_path / name, tiny_teacher, tmp_path / "out", *few)
+        assert code == 2 and "holds a run of another adapter" in output and "--out" in output
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == record
+    with lock_folder(tmp_path / "out", "test"):
+        code, output = run(tmp_path / "first", tiny_teacher, tmp_path / "out", *few)
+    assert code == 2 and "Another evaluation is running" in output
+    assert run(tmp_path / "first", tiny_teacher, tmp_path / "out", *few)[0] == 0, "the same one, again"
 
 
 def test_an_adapter_in_linfusions_format(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data import DataError, Example, Size
-from experiments.data.example import BadRecord, RandomAccess
+from experiments.data.example import BadRecord, RandomAccess, content_digest
 from experiments.data.image import crop_and_resize, read_image
 
 PREFERRED = "captions_val2014.json"
@@ -53,6 +53,11 @@ class CocoCaptions(RandomAccess):
         """Return the file's name and the caption's id."""
         file, number, _ = self.items[index]
         return f"{file}#{number}"
+
+    def digest(self, index: int) -> str:
+        """Return a hash of the file and its caption."""
+        file, _, caption = self.items[index]
+        return content_digest(self.key(index), caption, (self._folder / file).read_bytes())
 
     def example(self, index: int, size: Size, variation: int = 0) -> Example:
         """Return image `index` at a size; odd variations are mirrored."""

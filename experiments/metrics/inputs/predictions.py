@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from experiments.config import EvaluationConfig
 from experiments.core.fingerprints import TensorVersions, weights_version
-from experiments.data import batch, open_dataset
 from experiments.distill.context import DistillationContext
 from experiments.distill.loss import autocast
+from experiments.metrics.inputs.compared_images import Split, compared_images
 from experiments.teacher.teacher import Batch, Teacher
 from unet_adapters import MixerAdapter
-
-Split = Literal["held_out", "held_in", "other"]
-HELD_IN_VARIATION = 2000
-"""Variation of held-in images: their objects are trained on, the very same rendering is not."""
 
 
 @dataclass(frozen=True)
@@ -201,26 +196,21 @@ def noisy_images(
 
     Args:
         context: the teacher and its data.
-        data: as in a grid; held-in images come from its training split, "other" ones from its held-out split.
+        data, split: as `compared_images` takes them.
         height, width: in pixels.
-        split: "held_out" of the context's own data, "held_in", or "other": held-out, but not of the context's data.
         plan: how many images, and the evaluation's own seed.
         seed: of the student's training; every seed has noise of its own.
+
+    Raises:
+        DataError: as `compared_images`.
     """
-    count = plan.held_in_images if split == "held_in" else plan.images
-    if split == "held_out":
-        dataset = context.held_out
-    else:
-        dataset = open_dataset(data, split="train" if split == "held_in" else "held_out")
-    indices = torch.linspace(0, len(dataset) - 1, count).long().tolist()
-    variations = [HELD_IN_VARIATION if split == "held_in" else 0] * count
-    parts = []
-    for start in range(0, count, plan.batch_size):
-        part = slice(start, start + plan.batch_size)
-        parts.append(context.teacher.encode(*batch(dataset, indices[part], (height, width), variations[part])))
+    images = compared_images(context, data, split, plan)
+    parts = [context.teacher.encode(*part) for part in images.batches((height, width), plan.batch_size)]
     encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     groups = 1 if (height, width) == plan.smallest_extent else plan.timestep_groups
-    return NoisyImages(context.teacher, encoded, plan.seed + seed, plan.batch_size, min(groups, count), plan.timesteps)
+    return NoisyImages(
+        context.teacher, encoded, plan.seed + seed, plan.batch_size, min(groups, len(images)), plan.timesteps
+    )
 
 
 def _mean_square(a: Tensor, b: Tensor | int) -> Tensor:

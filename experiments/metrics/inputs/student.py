@@ -7,8 +7,9 @@ from functools import cached_property
 
 from experiments.config import EvaluationConfig
 from experiments.distill.context import DistillationContext
+from experiments.metrics.inputs.compared_images import Split
 from experiments.metrics.inputs.generated_images import FeatureSets, feature_sets
-from experiments.metrics.inputs.predictions import NoisyImages, PredictionErrors, Split
+from experiments.metrics.inputs.predictions import NoisyImages, PredictionErrors
 from experiments.metrics.inputs.predictions import noisy_images as encode_noisy_images
 from experiments.metrics.inputs.predictions import prediction_errors as compare_predictions
 from unet_adapters import MixerAdapter

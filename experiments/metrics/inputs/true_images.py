@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from experiments.config import EvaluationConfig
 from experiments.data import batch, open_dataset
+from experiments.data.example import EVALUATION_VARIATION, content_digest
 from experiments.metrics.inputs.coco import CocoCaptions
 
-VARIATION = 1000  # backgrounds and positions that no training draws; photographs are not mirrored
 COCO = "coco:"
 
 
@@ -51,13 +50,13 @@ class TrueImages:
         """Iterate over images (b, 3, size, size) in uint8 and their captions, `count` at a time."""
         for start in range(0, len(self.indices), count):
             part = self.indices[start : start + count]
-            images, captions = batch(self.data, part, size, [VARIATION] * len(part))
+            images, captions = batch(self.data, part, size, [EVALUATION_VARIATION] * len(part))
             yield ((images + 1) * 127.5).round().to(torch.uint8), captions
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the images' names, in order."""
-        return hashlib.sha256("\n".join(self.data.key(i) for i in self.indices).encode()).hexdigest()
+        """SHA-256 of the content of all images and captions, in order."""
+        return content_digest(*(self.data.digest(index) for index in self.indices))
 
 
 @lru_cache(maxsize=2)

@@ -117,8 +117,10 @@ def blacken_if_unsafe(pipe: Any, pixels: Tensor) -> Tensor:
 def weight_bytes(pipe: Any) -> int:
     """Return the size of all weights of a pipeline in bytes, with the teacher's that mounted adapters keep."""
     networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    kept = sum(m.teacher_bytes for network in networks for m in network.modules() if isinstance(m, MountedLayer))
-    return kept + sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+    replaced_bytes = sum(
+        m.teacher_bytes for network in networks for m in network.modules() if isinstance(m, MountedLayer)
+    )
+    return replaced_bytes + sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
 
 def guidance_scale(pipe: Any, scale: float | None) -> float:

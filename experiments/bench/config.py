@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from experiments.core.devices import check_device
 from mixers.operators import backends
 from mixers.operators.backend import kernel_names
 from mixers.suggest import unknown_name
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,6 @@ def parse_config(
     if batch is not None:
         config = replace(config, batch=batch)
     return config
-
-
-def check_device(device: str) -> None:
-    """Check that a device exists.
-
-    Raises:
-        ValueError: the device is neither a CPU nor a GPU, or torch finds no GPU.
-    """
-    kind, _, index = device.partition(":")
-    if kind not in DEVICES or (index and kind == "cpu") or device.endswith(":"):
-        raise ValueError(unknown_name("device", device, DEVICES))
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"Cannot use device {device!r}: torch finds no GPU here. Use cpu.")
 
 
 def _parse_heads(text: str) -> tuple[tuple[int, int], ...]:

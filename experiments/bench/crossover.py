@@ -22,8 +22,9 @@ from experiments.bench.attention_layer import (
     TimeIsUp,
     choose_site_shapes,
 )
-from experiments.bench.config import DTYPES, check_device
+from experiments.bench.config import DTYPES
 from experiments.bench.machine import describe_machine
+from experiments.core.devices import check_device
 from experiments.core.progress import ProgressCallback, ignore_progress
 from experiments.core.timing import Clock, Quartiles
 from mixers import list_mixers

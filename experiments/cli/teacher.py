@@ -30,7 +30,10 @@ def train(
     ] = 1.0,
     stage: Annotated[list[str], typer.Option(help="decoder, judge or unet; repeat as needed; default: all")] = [],  # noqa: B006
 ) -> None:
-    """Train the embedded teacher, or resume. SIGTERM saves the state; the same command resumes."""
+    """Train the embedded teacher, or resume. SIGTERM saves the state; the same command resumes.
+
+    A state belongs to one recipe: give trials with --share a --state of their own.
+    """
     from experiments.teacher.recipe import TeacherRecipe
     from experiments.teacher.train import STAGES, train_teacher
 
@@ -51,8 +54,8 @@ def decay(
     steps: Annotated[int | None, typer.Option(min=1, help="default: the recipe's")] = None,
 ) -> None:
     """Let the learning rate of a copy of the newest state fall to a tenth, before an export with `--stage decay`."""
+    from experiments.teacher.decay import decay_learning_rate
     from experiments.teacher.recipe import TeacherRecipe
-    from experiments.teacher.train import decay_learning_rate, open_encoder
 
     with clean_errors(), progress() as bars:
         recipe = TeacherRecipe()
@@ -61,7 +64,7 @@ def decay(
         def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
             bars.update(stage, step, steps, f"{stage}: loss {losses['loss']:.4f}")
 
-        decay_learning_rate(state / "state", open_encoder(state / "state", recipe), recipe, show, device=device)
+        decay_learning_rate(state / "state", recipe, show, device=device)
 
 
 @teacher_app.command("imitate")

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from experiments.core.errors import first_line
 from mixers.files import atomic_path
 
 
@@ -58,12 +61,13 @@ def parse_json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def read_identity(path: Path, results: Iterable[Path] = ()) -> dict[str, Any]:
+def read_identity(path: Path, results: Iterable[Path] = (), option: str = "--out") -> dict[str, Any]:
     """Read the JSON object that says what a folder was made from; returns an empty one if there is none.
 
     Args:
         path: of the file.
         results: what the folder has that a run would continue from; those that do not exist are left out.
+        option: of the command line, by which the user gives the folder.
 
     Raises:
         ValueError: the file is damaged, or missing beside results, so that nothing in the folder can be continued.
@@ -73,7 +77,7 @@ def read_identity(path: Path, results: Iterable[Path] = ()) -> dict[str, Any]:
         if result is not None:
             raise ValueError(
                 f"Cannot continue in {path.parent}: it has {result.relative_to(path.parent)}, but no {path.name} that "
-                "says what that was made from. Give another --out."
+                f"says what that was made from. Give another {option}."
             )
         return {}
     try:
@@ -81,17 +85,19 @@ def read_identity(path: Path, results: Iterable[Path] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Cannot continue in {path.parent}: {path.name}, which says what it was made from, is damaged ({error}). "
-            "Give another --out."
+            f"Give another {option}."
         ) from error
 
 
-def require_same_inputs(path: Path, inputs: Mapping[str, Any], results: Iterable[Path] = ()) -> bool:
+def require_same_inputs(
+    path: Path, inputs: Mapping[str, Any], results: Iterable[Path] = (), option: str = "--out"
+) -> bool:
     """Refuse to continue in a folder that was made from other inputs: what it has belongs to those.
 
     Args:
         path: of the JSON object with the inputs of the folder, beside its results.
         inputs: name, as the message has it after "another" -> value, in JSON's types.
-        results: as `read_identity` takes them.
+        results, option: as `read_identity` takes them.
 
     Returns:
         Whether the file exists. If it does not, write the inputs before the first result.
@@ -99,14 +105,31 @@ def require_same_inputs(path: Path, inputs: Mapping[str, Any], results: Iterable
     Raises:
         ValueError: an input differs, all of which are named; or as `read_identity`.
     """
-    existing = read_identity(path, results)
+    existing = read_identity(path, results, option)
     changed = [name.replace("_", " ") for name, value in inputs.items() if existing and existing.get(name) != value]
     if changed:
         raise ValueError(
             f"{path.parent} holds a run of another {' and another '.join(changed)}, see {path.name} there: give "
-            "another --out."
+            f"another {option}."
         )
     return bool(existing)
+
+
+def save_folder(folder: Path, save: Callable[[Path], Any]) -> None:
+    """Let `save` fill a folder that appears as a whole or not at all.
+
+    Args:
+        folder: does not exist yet.
+        save: called with the path of a temporary folder, such as the `save_pretrained` of a model.
+
+    Raises:
+        OSError: the disk is full or fails; safetensors itself raises `SafetensorError`, which is no OSError.
+    """
+    with atomic_path(folder) as partial:
+        try:
+            save(partial)
+        except SafetensorError as error:
+            raise OSError(f"Cannot write {folder}: {first_line(error)}.") from error
 
 
 def folder_state(source: str) -> str:

@@ -80,7 +80,7 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
 def _describe_share_of_mixing(rest: Interval) -> str:
     """What an effect owes to mixing, by the error of a control over that of the better rows."""
     if not rest.has_bounds:
-        return "; with one seed, it cannot be told how much of this is an effect of mixing"
+        return "; with one seed, it is unknown how much of this is an effect of mixing"
     if rest.high <= 1:
         return ", so this is no effect of mixing"
     return f", so at most {format_number(rest.high)}× of this is an effect of mixing"

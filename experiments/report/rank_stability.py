@@ -98,9 +98,9 @@ def _ratios(
     ratios = {}
     for a, b in combinations(designs, 2):
         both = [ratio(run, settings[s][a], settings[s][b], run.train_size) for s in (first, second)]
-        known = [value for value in both if value is not None]
-        if len(known) == 2:
-            ratios[a, b] = known
+        defined = [value for value in both if value is not None]
+        if len(defined) == 2:
+            ratios[a, b] = defined
     return ratios
 
 

@@ -14,7 +14,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from experiments.teacher import networks
 from experiments.teacher.objectives import JointDenoising
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.teacher.train import build_denoiser, checkpoint_step, newest_checkpoint, open_tokenizer
+from experiments.teacher.state import checkpoint_step, newest_checkpoint
+from experiments.teacher.train import build_denoiser, open_tokenizer
 from experiments.training import training_seconds
 
 

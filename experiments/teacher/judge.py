@@ -13,7 +13,8 @@ from experiments.teacher import networks
 from experiments.teacher.objectives import Contrastive
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import encode_captions
-from experiments.training import StageCallback, batch_indices, fit
+from experiments.teacher.state import fit_stage
+from experiments.training import StageCallback, batch_indices
 
 NAMED_KINDS = ("single", "counted", "shapes")
 
@@ -40,7 +41,7 @@ def train_judge(
         if report:
             report("judge", step, recipe.judge.steps, losses)
 
-    fit(Contrastive(model), pairs, recipe.judge, directory / "judge", watch)
+    fit_stage(Contrastive(model), pairs, recipe.judge, directory / "judge", watch)
     return model.eval()
 
 

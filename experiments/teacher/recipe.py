@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from experiments.config import FitConfig
@@ -66,6 +68,21 @@ class TeacherRecipe(BaseModel):
     decay: int = 500  # steps from the learning rate reached to a tenth of it
     decay_ema: float = 0.99
     judge: FitConfig = FitConfig(steps=1500, batch_size=96, learning_rate=1e-3, weight_decay=0.05, warmup=100, seed=7)
+
+    def identity(self) -> dict[str, Any]:
+        """What a training state is of, by architecture and stage.
+
+        Left out is what may change while a training goes on: how long the open-ended ones do, the size of their
+        batches, the decay, and what is logged and kept.
+        """
+        bookkeeping = {"checkpoint_every", "keep", "log_every", "trackers"}
+        whole = ("vae", "decoder", "judge")
+        open_ended = ("unet", "dit")
+        stages = {name: getattr(self, name).model_dump(mode="json", exclude=bookkeeping) for name in whole}
+        for name in open_ended:
+            stages[name] = getattr(self, name).model_dump(mode="json", exclude=bookkeeping | {"steps", "batch_size"})
+        left_out = {"decay", "decay_ema", *whole, *open_ended}
+        return {"architecture": self.model_dump(mode="json", exclude=left_out), **stages}
 
     def scaled(self, share: float) -> TeacherRecipe:
         """The same recipe with every stage's steps times `share` (at least one step), for trials and tests."""

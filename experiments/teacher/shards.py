@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from experiments.data import SceneSet
 from experiments.data.scenes.dataset import Growth
+from unet_adapters.files import save_tensors
 
 Shard = dict[str, Tensor]
 """latents (n, c, h, w) float16, scaled; tokens (n, t) int32."""
@@ -66,10 +66,7 @@ class LatentShards:
                 latents.append(encode_images(self.coder, torch.stack([e.image for e in examples])).half())
             captions += [e.caption for e in examples]
         tokens = encode_captions(self.words, captions).int()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.partial")
-        safetensors.torch.save_file({"latents": torch.cat(latents).contiguous(), "tokens": tokens}, aside)
-        aside.rename(path)
+        save_tensors(path, {"latents": torch.cat(latents), "tokens": tokens})
 
 
 @torch.no_grad()

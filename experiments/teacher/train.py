@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from experiments.config import FitConfig
+from experiments.core.devices import check_device
+from experiments.core.files import save_folder
 from experiments.data import SceneSet
 from experiments.data.emoji import BACKGROUNDS
 from experiments.data.scenes.catalogue import SHAPE_COLORS, SHAPES, load_drawings
@@ -25,8 +26,9 @@ from experiments.teacher.judge import train_judge
 from experiments.teacher.objectives import JointDenoising, Reconstruction
 from experiments.teacher.recipe import TeacherRecipe
 from experiments.teacher.shards import LatentShards, encode_captions, encode_images, make_batches
+from experiments.teacher.state import fit_stage, lock_stage, require_same_state, save_once
 from experiments.training import StageCallback, batch_indices, fit
-from experiments.training.schedule import learning_rate_factor
+from experiments.training.processes import this_process
 
 STAGES = ("decoder", "judge", "unet")
 
@@ -54,11 +56,14 @@ def train_teacher(
 
     Raises:
         Interrupted: SIGTERM, or the budget is spent. The same call resumes.
-        ValueError: there is no such stage.
+        ValueError: there is no such stage or device; the state is of another recipe, or another training of a stage
+            is running in it.
     """
+    check_device(device)
     unknown = sorted(set(stages) - set(STAGES))
     if unknown:
         raise ValueError(f"Unknown stage {', '.join(unknown)}: expected some of {', '.join(STAGES)}.")
+    require_same_state(directory, recipe, stages)
     coder = open_encoder(directory, recipe, report)
     if "decoder" in stages:
         train_decoder(coder, directory, recipe, report)
@@ -72,7 +77,8 @@ def open_encoder(directory: Path, recipe: TeacherRecipe, report: StageCallback |
     """Return the autoencoder of the first stage, trained if `directory / "encoder"` does not exist."""
     folder = directory / "encoder"
     if not folder.exists():
-        train_autoencoder(directory, recipe, report).save_pretrained(folder)
+        with lock_stage(directory / "vae"):
+            save_once(folder, train_autoencoder(directory, recipe, report).save_pretrained)
     return AutoencoderKL.from_pretrained(folder).eval()
 
 
@@ -82,8 +88,10 @@ def open_tokenizer(directory: Path, recipe: TeacherRecipe) -> CLIPTokenizer:
     Merges of equal frequency get their numbers in another order in every process, so a training keeps one file.
     """
     folder = directory / "tokenizer"
-    if not folder.exists():
-        networks.tokenizer(caption_words(), recipe).save_pretrained(folder)
+    process = this_process()
+    if process.is_main_process and not folder.exists():
+        save_folder(folder, networks.tokenizer(caption_words(), recipe).save_pretrained)
+    process.wait_for_everyone()
     return CLIPTokenizer.from_pretrained(folder, model_max_length=recipe.max_tokens)
 
 
@@ -124,7 +132,7 @@ def train_autoencoder(directory: Path, recipe: TeacherRecipe, report: StageCallb
         return torch.stack(parts).float() / 127.5 - 1
 
     model = Reconstruction(coder, recipe.latent_smoothness)
-    fit(model, crops, recipe.vae, directory / "vae", _prefix(report, "vae", recipe.vae))
+    fit(model, crops, recipe.vae, directory / "vae", stage_callback(report, "vae", recipe.vae))
     coder.eval()
     coder.register_to_config(scaling_factor=1.0)
     latents = torch.cat([encode_images(coder, chunk.float() / 127.5 - 1) for chunk in images[:512].split(64)])
@@ -143,7 +151,8 @@ def train_decoder(
     def batch(step: int) -> Tensor:
         return images[batch_indices(step, recipe.decoder, len(images))].float() / 127.5 - 1
 
-    fit(Reconstruction(coder), batch, recipe.decoder, directory / "decoder", _prefix(report, "decoder", recipe.decoder))
+    callback = stage_callback(report, "decoder", recipe.decoder)
+    fit_stage(Reconstruction(coder), batch, recipe.decoder, directory / "decoder", callback)
     return coder.eval()
 
 
@@ -172,7 +181,7 @@ def train_unet(
     words = open_tokenizer(directory, recipe)
     model = build_denoiser(words, recipe).to(device)
     batch = unet_batches(directory, coder, words, recipe, device)
-    step_report = _prefix(report, "unet", recipe.unet)
+    step_report = stage_callback(report, "unet", recipe.unet)
     deadline = time.monotonic() + (seconds or float("inf"))
 
     def watch(step: int, losses: dict[str, float]) -> None:
@@ -181,64 +190,8 @@ def train_unet(
         if time.monotonic() > deadline:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    fit(model, batch, recipe.unet, directory / "unet", watch)
+    fit_stage(model, batch, recipe.unet, directory / "unet", watch)
     return model
-
-
-def decay_learning_rate(
-    directory: Path,
-    coder: AutoencoderKL,
-    recipe: TeacherRecipe,
-    report: StageCallback | None = None,
-    *,
-    device: str = "cpu",
-) -> JointDenoising:
-    """Train a copy of the newest state while the learning rate falls to a tenth: what an export is made of.
-
-    The copy is in `directory / "decay"` and replaces an earlier one of another step; the open-ended training in
-    `directory / "unet"` is not changed. One batch in ten has larger images, whatever `recipe.large_from` says.
-    """
-    source = newest_checkpoint(directory / "unet")
-    folder = directory / "decay"
-    step = checkpoint_step(source)
-    config = recipe.unet.model_copy(
-        update={
-            "steps": step + recipe.decay,
-            "warmup": step,
-            "schedule": "cosine",
-            "learning_rate": recipe.unet.learning_rate * learning_rate_factor(step, recipe.unet),
-            "ema": recipe.decay_ema,
-        }
-    )
-    if not (folder / f"from-{step}").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "checkpoints").mkdir(parents=True)
-        for path in (source, source.with_name(source.name + ".sha256")):
-            shutil.copy2(path, folder / "checkpoints")
-        (folder / f"from-{step}").touch()
-    words = open_tokenizer(directory, recipe)
-    model = build_denoiser(words, recipe).to(device)
-    batch = unet_batches(directory, coder, words, recipe.model_copy(update={"large_from": 0}), device)
-
-    fit(model, batch, config, folder, _prefix(report, "decay", config))
-    return model
-
-
-def newest_checkpoint(directory: Path) -> Path:
-    """Return the file of the newest checkpoint of a training.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    paths = sorted((directory / "checkpoints").glob("step-*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"No checkpoint in {directory / 'checkpoints'}: train first.")
-    return paths[-1]
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the number of steps behind a checkpoint, from its file name."""
-    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
 
 
 def build_denoiser(words: CLIPTokenizer, recipe: TeacherRecipe, seed: int = 0) -> JointDenoising:
@@ -277,8 +230,8 @@ def unet_batches(
     return batch
 
 
-def _prefix(
+def stage_callback(
     report: StageCallback | None, stage: str, config: FitConfig
 ) -> Callable[[int, dict[str, float]], None] | None:
-    """`report` for one stage, as `fit` calls it."""
+    """Return `report` for one stage, as `fit` calls it."""
     return (lambda step, losses: report(stage, step, config.steps, losses)) if report else None

@@ -21,8 +21,9 @@ from experiments.teacher.export import load_averaged, load_trained
 from experiments.teacher.judge import attention_mask
 from experiments.teacher.objectives import JointDenoising, add_random_noise
 from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.state import fit_stage, require_same_state
 from experiments.teacher.train import unet_batches
-from experiments.training import LossCallback, fit
+from experiments.training import LossCallback
 
 FOLDER = "transformer"
 PIPELINE_TOKENS = 300  # to which PixArtSigmaPipeline pads captions
@@ -83,13 +84,16 @@ def train_transformer(
     Raises:
         Interrupted: SIGTERM. The same call resumes.
         FileNotFoundError: there is no trained UNet.
+        ValueError: the state is of another recipe, or another training of the transformer is running in it.
     """
+    require_same_state(directory, recipe, ("dit",))
     pipe, _ = load_trained(directory, recipe, stage)
     torch.manual_seed(0)
     teacher = JointDenoising(pipe.unet, pipe.text_encoder, networks.noise_schedule())
     model = Imitation(networks.transformer(recipe), teacher, pipe.tokenizer, recipe.timestep_focus)
     settings = recipe.model_copy(update={"unet": recipe.dit, "large_from": recipe.dit_large_from})
-    fit(model, unet_batches(directory, pipe.vae, pipe.tokenizer, settings), recipe.dit, directory / FOLDER, callback)
+    batch = unet_batches(directory, pipe.vae, pipe.tokenizer, settings)
+    fit_stage(model, batch, recipe.dit, directory / FOLDER, callback)
     return model
 
 

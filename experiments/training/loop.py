@@ -79,22 +79,17 @@ def fit(
     stepper, optimizer = accelerator.prepare(nn.Sequential(model), state.optimizer)
     with closing(log), _stop_requests(accelerator) as requested_signal:
         for step in range(start, config.steps):
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            items = batch(step)
-            if accelerator.process_index > 0:  # what the model draws for its part differs from what the others draw
-                torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + accelerator.process_index)
-            try:
+            items = _draw_batch(batch, config.seed, step, accelerator.process_index)
+            with _saved_on_failure(directory, step, state, config.keep):
                 losses = _update(accelerator, stepper, optimizer, items, config, step, watched or model)
-            except FloatingPointError:
-                save(directory, step, state, config.keep)
-                raise
             _update_average(state.ema, model, config.ema, step)
             completed = step + 1
             stop = requested_signal()
-            if completed % config.log_every == 0 or completed == config.steps:
+            if _is_due(completed, config.log_every, config):
                 history.append(log.write(completed, losses, optimizer.param_groups[0]["lr"], config.batch_size))
-            is_due = completed % config.checkpoint_every == 0 or completed == config.steps or stop is not None
-            saved = is_due and save(directory, completed, state, config.keep)
+            saved = False
+            if stop is not None or _is_due(completed, config.checkpoint_every, config):
+                saved = save(directory, completed, state, config.keep)
             if callback:
                 callback(completed, losses)
             if stop is not None:
@@ -108,6 +103,30 @@ def _initial_state(model: nn.Module, config: FitConfig, accelerator: Accelerator
     ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
     optimizer = create_optimizer(model, config)
     return TrainingState(model, optimizer, ema, accelerator.scaler, writes=accelerator.is_main_process)
+
+
+def _draw_batch(batch: Callable[[int], Any], seed: int, step: int, process: int) -> Any:
+    """Draw the batch of a step, the same in every process, and seed what the model draws after it."""
+    step_seed = seed * 1_000_003 + step
+    torch.manual_seed(step_seed)
+    items = batch(step)
+    if process > 0:  # what the model draws for its part differs from what the others draw
+        torch.manual_seed(step_seed * 4099 + process)
+    return items
+
+
+@contextmanager
+def _saved_on_failure(directory: Path, step: int, state: TrainingState, keep: int) -> Iterator[None]:
+    """Save the state from before a step whose numbers are not finite."""
+    try:
+        yield
+    except FloatingPointError:
+        save(directory, step, state, keep)
+        raise
+
+
+def _is_due(completed: int, every: int, config: FitConfig) -> bool:
+    return completed % every == 0 or completed == config.steps
 
 
 def _update(

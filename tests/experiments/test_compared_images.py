@@ -67,11 +67,11 @@ def test_held_in_images_are_among_those_that_training_encoded(context: Distillat
 
 def test_no_training_draws_what_is_evaluated(monkeypatch: pytest.MonkeyPatch, context: DistillationContext) -> None:
     """Trainings number the images that they draw from 0: evaluations of the training split use other numbers."""
-    drawn = []
+    requested = []
     example = SceneSet.example
 
     def record(self: SceneSet, index: int, size: int, variation: int = 0) -> object:
-        drawn.append((self.split, variation))
+        requested.append((self.split, variation))
         return example(self, index, size, variation)
 
     monkeypatch.setattr(SceneSet, "example", record)
@@ -82,9 +82,11 @@ def test_no_training_draws_what_is_evaluated(monkeypatch: pytest.MonkeyPatch, co
             16, 2
         )
     )
-    assert len(drawn) == 5 and {split for split, _ in drawn} == {"train"}
-    assert all(variation >= EVALUATION_VARIATION > 10**9 and variation % 2 == 0 for _, variation in drawn)
-    assert len({variation for _, variation in drawn}) == 2, "true images are not those that predictions are compared on"
+    assert len(requested) == 5 and {split for split, _ in requested} == {"train"}
+    assert all(variation >= EVALUATION_VARIATION > 10**9 and variation % 2 == 0 for _, variation in requested)
+    assert len({variation for _, variation in requested}) == 2, (
+        "true images are not those that predictions are compared on"
+    )
 
 
 def test_the_compared_images_and_captions_are_in_the_protocol(context: DistillationContext, tmp_path: Path) -> None:

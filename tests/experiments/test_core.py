@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from experiments.core.devices import available_cores, threads_per_process
+from experiments.core.devices import available_cores, check_device, threads_per_process
 from experiments.core.environment import describe_environment
 from experiments.core.errors import first_line
 from experiments.core.files import (
     read_identity,
     read_json,
     require_same_inputs,
+    save_folder,
     sha256_of_file,
     write_bytes,
     write_json,
@@ -95,8 +97,28 @@ def test_a_folder_of_other_inputs_is_not_continued(tmp_path: Path) -> None:
     assert require_same_inputs(file, inputs)
     with pytest.raises(ValueError, match=r"another recipe and another plugin source, see run\.json there"):
         require_same_inputs(file, {"recipe": {"steps": 3}, "plugin_source": "b"})
-    with pytest.raises(ValueError, match="a run of another teacher, see"):
-        require_same_inputs(file, {**inputs, "teacher": "new"})
+    with pytest.raises(ValueError, match=r"a run of another teacher, see run\.json there: give another --state"):
+        require_same_inputs(file, {**inputs, "teacher": "new"}, option="--state")
+
+
+def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(OSError, match=r"Cannot write .*model: .*No space left"):
+        save_folder(tmp_path / "model", fail)
+    assert not list(tmp_path.iterdir())
+    save_folder(tmp_path / "model", Path.mkdir)
+    assert (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("device", ["", "foo", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "cuda:99"])
+def test_a_device_that_does_not_exist_is_refused(device: str) -> None:
+    check_device("cpu")
+    with pytest.raises(ValueError, match="device"):
+        check_device(device)
 
 
 def test_tensors_that_cannot_be_written_are_an_oserror_that_names_the_file(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def attempt(data: Callable[[int], Any], folder: Path, report: Callable[..., None
     return "finished"
 
 
-def run(folder: Path, processes: int) -> None:
+def run(folder: Path, processes: int, script: str = __file__) -> None:
+    """Start processes that train together; each runs the script with the folder and its rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -122,7 +123,7 @@ def run(folder: Path, processes: int) -> None:
     folder.mkdir()
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)],
+            [sys.executable, script, str(folder), str(rank)],
             env={**common, **(several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})},
             stderr=subprocess.PIPE,
             text=True,

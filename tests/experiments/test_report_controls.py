@@ -70,7 +70,7 @@ def test_one_seed_cannot_tell_what_is_an_effect_of_mixing() -> None:
     add_row(run, identity_row(), 0.001)
     run.cells = [cell for cell in run.cells if cell.seed == 0]
     note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
-    assert "“identity”" in note and "with one seed, it cannot be told" in note and "no effect of mixing" not in note
+    assert "“identity”" in note and "with one seed, it is unknown" in note and "no effect of mixing" not in note
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ControlNetModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel
 
 from experiments.ablation.cell import distill_cell
-from experiments.core.errors import first_line
+from experiments.core.files import save_folder
 from experiments.core.progress import ProgressCallback
 from experiments.data import open_dataset
 from experiments.distill import DistillationContext, build_student, open_context
@@ -25,7 +21,6 @@ from experiments.studies.compatibility import ip_adapter as ip
 from experiments.studies.compatibility.config import CompatibilityConfig
 from experiments.teacher.load import EMBEDDED
 from experiments.training import fit
-from mixers.files import atomic_path
 from unet_adapters import MixerAdapter
 from unet_adapters.files import save_tensors
 
@@ -153,24 +148,6 @@ def train_ip_adapter(
             weights = ip.flatten_weights(ip.read_weights(pipe.unet))
         save_tensors(file, weights)
     return ip.unflatten_weights(load_file(file))
-
-
-def save_folder(folder: Path, save: Callable[[Path], Any]) -> None:
-    """Let `save` fill a folder that appears as a whole or not at all.
-
-    Raises:
-        OSError: the disk is full or fails; safetensors itself raises `SafetensorError`, which is no OSError.
-    """
-    with atomic_path(folder) as partial, _safetensors_errors(folder):
-        save(partial)
-
-
-@contextmanager
-def _safetensors_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"Cannot write {path}: {first_line(error)}.") from error
 
 
 def _training_images(config: CompatibilityConfig) -> list[Tensor]:

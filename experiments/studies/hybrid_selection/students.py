@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.config import MixerSpec
+from experiments.core.files import save_folder
 from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, run_stages
 from experiments.studies.hybrid_selection.config import HybridConfig
-from mixers.files import atomic_path
 from unet_adapters import Host, MixerAdapter
 
 Assignment = Mapping[str, str]
@@ -36,8 +36,7 @@ def train_student(
             progress(f"{mixer}: {stage} distillation", completed, steps)
 
         run_stages(context.teacher, adapter, config.distillation, context.batch, folder / "training", after_step)
-        with atomic_path(folder / "adapter") as partial:
-            adapter.save_pretrained(partial)
+        save_folder(folder / "adapter", adapter.save_pretrained)
     return MixerAdapter.from_pretrained(folder / "adapter", context.pipe)
 
 

@@ -71,7 +71,9 @@ class MixerAdapter:
         self._mounts = [self._prepare(site, weights) for site in sites]
         self._hooks: list[RemovableHandle] = []
         self._dtype = host.dtype
-        self.student.to(device=host.device, dtype=self._dtype).requires_grad_(True)
+        self.student.to(dtype=self._dtype).requires_grad_(True)
+        for mount in self._mounts:
+            mount.follow(None)
 
     @classmethod
     def build(
@@ -143,7 +145,8 @@ class MixerAdapter:
     def mount(self) -> MixerAdapter:
         """Put the mixers in: all sites or, on any error, none. Does nothing if they are in already.
 
-        The student follows the model to its device, and to its dtype if that has changed since the adapter was built.
+        Mixers follow their layers to their devices, and the model to its dtype if that has changed since the adapter
+        was built.
 
         Raises:
             ValueError, RuntimeError: as `build`; or the projections are fused.
@@ -154,7 +157,8 @@ class MixerAdapter:
         for mount in self._mounts:
             check_site(self.host, mount.site, mount.layer)
         dtype = self.host.dtype
-        self.student.follow(next(self.model.parameters()), dtype if dtype != self._dtype else None)
+        for mount in self._mounts:
+            mount.follow(dtype if dtype != self._dtype else None)
         self._dtype = dtype
         register_for_layer_skip()
         with ExitStack() as undo:

@@ -19,11 +19,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         OSError: the disk is full or fails.
     """
     with atomic_path(path) as partial:
-        write_tensors(partial, tensors, metadata, shown_as=path)
+        write_tensors(partial, tensors, metadata, reported_path=path)
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, shown_as: Path | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    reported_path: Path | None = None,
 ) -> None:
     """Write a safetensors file in place, for use inside `atomic_path`.
 
@@ -31,7 +34,7 @@ def write_tensors(
         path: the file.
         tensors: by name; made contiguous.
         metadata: for the file's header.
-        shown_as: the path to name in the message; None: `path`.
+        reported_path: the path to name in the message; None: `path`.
 
     Raises:
         OSError: the disk is full or fails; safetensors itself raises `SafetensorError`, which is no OSError.
@@ -41,4 +44,4 @@ def write_tensors(
         save_file(contiguous, path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OSError(f"Cannot write {shown_as or path}: {reason}.") from error
+        raise OSError(f"Cannot write {reported_path or path}: {reason}.") from error

@@ -29,10 +29,9 @@ from unet_adapters.hub import fetch
 from unet_adapters.projections import base_layer, why_not_trainable
 from unet_adapters.site_mixer import OF_THE_SITE, SiteMixer
 from unet_adapters.sites import Site
-from unet_adapters.weight_files import closest_variant, find_weight_files
+from unet_adapters.weight_files import STEM, closest_variant, find_weight_files
 
 CONFIG = "config.json"
-STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 DOWNLOADS = [CONFIG, f"{STEM}*.safetensors", f"{STEM}.safetensors.index*.json"]
 CLASS = "LinFusion"
@@ -157,7 +156,7 @@ def write_linfusion(
     with ExitStack() as stack:
         config_path = stack.enter_context(atomic_path(folder / CONFIG, durable=True))
         weights_path = stack.enter_context(atomic_path(folder / WEIGHTS, durable=True))
-        write_tensors(weights_path, weights, {"format": "pt"}, shown_as=folder / WEIGHTS)
+        write_tensors(weights_path, weights, {"format": "pt"}, reported_path=folder / WEIGHTS)
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -13,10 +13,9 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from unet_adapters.site_mixer import SiteMixer
-from unet_adapters.weight_files import find_weight_files
+from unet_adapters.weight_files import STEM, find_weight_files
 
 CONFIG_KEY = "linear_mixers"
-WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
 def record_mixers(
@@ -71,7 +70,7 @@ def read_mounted_model(
     if not _is_model(model_class):
         raise ValueError(f"{folder} holds a {class_name}, which is not a diffusers model")
     min_tokens = _common_min_tokens(path, entries)
-    find_weight_files(folder, WEIGHTS_NAME, variant)
+    find_weight_files(folder, STEM, variant)
     model = model_class.from_pretrained(folder, variant=variant, use_safetensors=True, **settings)
     erase_mixers(model, entries)
     site_mixers = {name: SiteMixer(entry["mixer"], entry["config"]) for name, entry in entries.items()}
@@ -112,7 +111,7 @@ def read_mixer_weights(folder: Path, variant: str | None, names: Iterable[str]) 
     """
     expected = set(names)
     tensors: dict[str, Tensor] = {}
-    for file in find_weight_files(folder, WEIGHTS_NAME, variant):
+    for file in find_weight_files(folder, STEM, variant):
         with safetensors.safe_open(file, framework="pt") as weights:
             tensors |= {name: weights.get_tensor(name) for name in expected & set(weights.keys())}
     missing = sorted(expected - set(tensors))

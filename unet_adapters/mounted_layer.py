@@ -39,7 +39,9 @@ class MountedLayer(nn.Module):
             other has an effect of its own, which a mixer would silently ignore.
         fused_processors: those of them that read a fused copy of the projections.
         mixer_from: with fewer tokens than this, the layer is the teacher's softmax attention.
-        teacher: what `projections.swap_in` took out, by projection name, where the student has its own.
+        teacher: what `projections.swap_in` took out, by projection name, where the student has its own and the layer
+            needs it below `mixer_from`.
+        teacher_bytes: size of everything that `projections.swap_in` took out; it stays in memory.
     """
 
     stock_class: ClassVar[type[nn.Module]]
@@ -49,6 +51,7 @@ class MountedLayer(nn.Module):
     fused_processors: ClassVar[frozenset[type]] = frozenset()
 
     mixer_from: int = 0
+    teacher_bytes: int = 0
     teacher: Mapping[str, TeacherProjection] = MappingProxyType({})
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from mixers import TokenMixer
@@ -45,6 +46,17 @@ class SiteMount:
         """Whether this mixer is in the layer now."""
         return self.layer._modules.get(MIXER) is self.mixer
 
+    def follow(self, dtype: torch.dtype | None) -> None:
+        """Move the mixer and the student's projections to the device of the layer, and to `dtype` unless it is None.
+
+        The layers of one model may be on different devices (`device_map`).
+        """
+        device = next(self.layer.parameters()).device
+        for module in (self.mixer, *self.holders.values()):
+            tensors = [*module.parameters(), *module.buffers()]
+            if any(t.device != device or (t.is_floating_point() and t.dtype != (dtype or t.dtype)) for t in tensors):
+                module.to(device=device, dtype=dtype)
+
     def mount(self, min_tokens: int) -> None:
         """Change the layer's class, add the mixer, and exchange the Parameter objects of the projections."""
         self.layer.__class__ = self.mounted_class
@@ -52,6 +64,7 @@ class SiteMount:
         self.layer.add_module(MIXER, self.mixer.train(self.layer.training))
         for name, holder in self.holders.items():
             self._originals[name] = swap_in(self.layer, name, holder)
+        self.layer.teacher_bytes = sum(map(_bytes, self._originals.values()))
         if min_tokens:
             self.layer.mixer_from = min_tokens
             self.layer.teacher = dict(self._originals)
@@ -62,6 +75,11 @@ class SiteMount:
             swap_out(self.layer, name, self.holders[name], original)
         self._originals.clear()
         self.layer._modules.pop(MIXER, None)
-        for name in ("mixer_from", "teacher"):
+        for name in ("mixer_from", "teacher", "teacher_bytes"):
             vars(self.layer).pop(name, None)
         self.layer.__class__ = self.mounted_class.stock_class
+
+
+def _bytes(projection: TeacherProjection) -> int:
+    parameters = projection.parameters() if isinstance(projection, nn.Module) else projection.values()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 MIXER = "mixer"
 
@@ -24,16 +23,3 @@ class StudentWeights(nn.Module):
                 parent.add_module(name, nn.Module())
             parent = parent.get_submodule(name)
         parent.add_module(last, module)
-
-    def projection(self, site_name: str, name: str) -> nn.Module | None:
-        """The module with the trained Parameters of one projection of one site; None where the teacher's are used."""
-        try:
-            return self.get_submodule(f"{site_name}.{name}")
-        except AttributeError:
-            return None
-
-    def follow(self, reference: Tensor, dtype: torch.dtype | None) -> None:
-        """Move to the device of `reference`, and to `dtype` unless it is None."""
-        parameters = self.parameters()
-        if any(p.device != reference.device or (dtype is not None and p.dtype != dtype) for p in parameters):
-            self.to(device=reference.device, dtype=dtype)

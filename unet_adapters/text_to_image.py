@@ -27,7 +27,7 @@ def check_text_to_image(pipe: Any) -> None:
             supported transformers, or of the same architecture; one sentence says why.
     """
     for reason in _reasons_against(pipe):
-        raise ValueError(reason)
+        raise ValueError(f"Cannot generate with this pipeline: {reason}")
 
 
 def _reasons_against(pipe: Any) -> Iterator[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+STEM = "diffusion_pytorch_model"
+"""How the names of diffusers' weight files begin."""
+
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 

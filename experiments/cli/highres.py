@@ -21,8 +21,13 @@ BaseSizeOption = Annotated[
 StrengthsOption = Annotated[str, typer.Option("--strengths", help="share of the schedule that each later stage runs")]
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="scheduler steps of the whole schedule")]
 GuidanceOption = Annotated[
-    float,
-    typer.Option("--guidance", min=1.0, help="guidance scale; 1 is none, at half the time", callback=check_finite),
+    float | None,
+    typer.Option(
+        "--guidance",
+        min=1.0,
+        help="guidance scale; 1 is none, at half the time; default: that of the model's pipeline",
+        callback=check_finite,
+    ),
 ]
 ModeOption = Annotated[
     str, typer.Option("--mode", help="progressive, or direct: from noise at the full size, for study")
@@ -67,7 +72,7 @@ def plan(
     base_size: BaseSizeOption = None,
     strengths: StrengthsOption = DEFAULT_STRENGTHS,
     steps: StepsOption = 50,
-    guidance: GuidanceOption = 7.5,
+    guidance: GuidanceOption = None,
     mode: ModeOption = "progressive",
     tflops: Annotated[
         float | None,
@@ -111,7 +116,7 @@ def generate(
     base_size: BaseSizeOption = None,
     strengths: StrengthsOption = DEFAULT_STRENGTHS,
     steps: StepsOption = 50,
-    guidance: GuidanceOption = 7.5,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the noise")] = 0,
     negative: Annotated[str | None, typer.Option(help="what the image does not show")] = None,
     mode: ModeOption = "progressive",

@@ -8,9 +8,8 @@ from typing import Any
 from diffusers import ControlNetModel
 
 from experiments.core.errors import first_line
-from unet_adapters.weight_files import closest_variant
+from unet_adapters.weight_files import STEM, closest_variant
 
-WEIGHTS = "diffusion_pytorch_model"
 _SHARED_SETTINGS = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type")
 
 
@@ -36,7 +35,7 @@ def load_controlnet(source: str, unet: Any, variant: str | None = None) -> Contr
             received = config.get(name)
             if not _equal(received, expected):
                 raise ValueError(f"it has {name}={received}, but the model's UNet has {expected}.")
-        variant = closest_variant(Path(source), WEIGHTS, variant) if Path(source).is_dir() else variant
+        variant = closest_variant(Path(source), STEM, variant) if Path(source).is_dir() else variant
         network = ControlNetModel.from_pretrained(source, dtype=unet.dtype, variant=variant)
     except Exception as error:  # diffusers, safetensors and the Hub: each has its own
         raise ValueError(

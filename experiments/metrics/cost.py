@@ -35,13 +35,14 @@ class CostRow(MetricRow):
 
     Attributes:
         size: side of the image in pixels.
-        tokens: latent pixels, which are the tokens of the largest self-attention.
+        tokens: of the largest self-attention: latent pixels in most UNets, patches of them in transformers.
         seconds: median over repetitions, in which all sizes are timed one after the other.
         spread: largest minus smallest time, in seconds.
         peak_bytes: peak memory above what is in use before the call.
         flops: multiply-adds × 2 as torch counts them, text tokens included. Operators count as their chunked
             formulation, whatever the backend, because torch cannot look into kernels.
-        state_size: numbers that the mixers carry from token to token, summed over sites.
+        state_size: numbers that are carried from token to token, summed over the adapter's sites; at sites with fewer
+            than `min_tokens` tokens the keys and values of softmax attention.
     """
 
     size: int
@@ -118,7 +119,7 @@ class Cost(Metric):
                 rows.append(
                     CostRow(
                         size=size,
-                        tokens=(size // factor) ** 2,
+                        tokens=most_tokens(context, size // factor),
                         seconds=statistics.median(times[str(size)]),
                         spread=max(times[str(size)]) - min(times[str(size)]),
                         peak_bytes=measure_peak_bytes(run, device),
@@ -138,8 +139,8 @@ def count_operations(adapter: MixerAdapter, size: int, run: Callable[[], object]
         run: the forward pass.
 
     Returns:
-        FLOPs of the whole network, and the numbers that the mixers carry between image tokens, which is None if a
-        site's number of tokens is not known.
+        FLOPs of the whole network, and the numbers that are carried between image tokens, which is None if a site's
+        number of tokens is not known.
     """
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, _chunked_operators(adapter):
         run()
@@ -147,8 +148,16 @@ def count_operations(adapter: MixerAdapter, size: int, run: Callable[[], object]
     for row in adapter.status((size, size)):
         if row.tokens is None:
             return counter.get_total_flops(), None
-        state_size += adapter.mixers[row.site].state_size(row.tokens)
+        is_mixed = row.tokens >= adapter.min_tokens
+        state_size += adapter.mixers[row.site].state_size(row.tokens) if is_mixed else 2 * row.tokens * row.dim
     return counter.get_total_flops(), state_size
+
+
+def most_tokens(context: DistillationContext, side: int) -> int:
+    """Return the tokens of the largest self-attention for latents of `side` × `side`; latent pixels if not known."""
+    host = context.teacher.host
+    counts = [host.tokens_at(site, (side, side)) for site in host.sites()]
+    return max((count for count in counts if count is not None), default=side**2)
 
 
 @contextmanager

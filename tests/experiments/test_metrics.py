@@ -9,14 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.config import EvaluationConfig, GeneratedImagesConfig, Grid, apply_overrides
 from experiments.distill import DistillationContext, open_context
 from experiments.evaluate.mixing_arrays import mixing_arrays, sum_by_offset
-from experiments.metrics.cost import Cost, CostOptions, count_operations, forward_pass
+from experiments.metrics.cost import Cost, CostOptions, count_operations, forward_pass, most_tokens
 from experiments.metrics.fidelity import Fidelity, FidelityRow
 from experiments.metrics.inputs.student import EvaluatedStudent
 from experiments.metrics.sites import SiteErrors, SiteOptions
 from experiments.metrics.timesteps import TimestepErrors, TimestepRow
 from experiments.metrics.transfer import Transfer, TransferOptions, TransferRow
+from experiments.teacher.teacher import Teacher
 from tests.experiments.students import encoded, open_teacher, student
+from tests.unet_adapters.transformer_pipelines import PIPELINES
 from unet_adapters import MixerAdapter
+from unet_adapters.capture import capture_sites
 from unet_adapters.highres.memory import CPU_ATTENTION
 from unet_adapters.hosts import find_host
 
@@ -206,6 +209,32 @@ def test_flops_of_the_teacher_itself_are_what_torch_counts(context: Distillation
     assert small[0] and large[0] and small[1]
     assert large[1] == small[1] > 0
     assert large[0] < 4.1 * small[0], "linear in the tokens"
+
+
+@pytest.mark.parametrize("kind", ["text-to-image", "SDXL", *PIPELINES])
+def test_the_cost_is_against_the_tokens_that_attention_sees(kind: str) -> None:
+    """Transformers attend to patches, and some UNets begin to attend at half the size."""
+    teacher = Teacher(PIPELINES[kind]()) if kind in PIPELINES else open_teacher(kind, torch.float32)
+    context = DistillationContext(teacher, _TwoImages(), encoded(teacher))
+    side = 8
+    with torch.no_grad(), capture_sites(teacher.denoiser, [site.name for site in teacher.host.sites()]) as calls:
+        forward_pass(context, side)()
+    image_tokens = [call.input.shape[1] - (call.text_tokens or 0) for call in calls.values()]
+    assert most_tokens(context, side) == max(image_tokens) > 0
+
+
+def test_sites_below_min_tokens_have_the_state_of_softmax(context: DistillationContext) -> None:
+    """A hybrid is between the mixer and softmax attention, and is one of them if all sites are."""
+    states = {}
+    for name, mixer, least in (
+        ("linear", "linear_attention", 0),
+        ("hybrid", "linear_attention", 256),
+        ("none", "linear_attention", 257),
+        ("softmax", "softmax", 0),
+    ):
+        with MixerAdapter.build(context.pipe, mixer, min_tokens=least).mounted() as adapter:
+            states[name] = count_operations(adapter, 64, forward_pass(context, 16))[1]
+    assert states["none"] == states["softmax"] and states["hybrid"] not in (states["linear"], states["softmax"])
 
 
 def test_mixing_arrays_have_the_shapes_of_the_site(context: DistillationContext) -> None:

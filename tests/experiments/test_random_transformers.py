@@ -16,6 +16,7 @@ from experiments.distill.student import build_student, run_stages
 from experiments.highres.random_pipeline import RandomPipeline
 from experiments.studies.optimizer_step.study import RandomBatches
 from experiments.teacher.teacher import Batch, Teacher
+from unet_adapters.highres import generate
 from unet_adapters.hosts.transformers.profiles import TRANSFORMER_PROFILES
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -73,3 +74,12 @@ def test_one_optimizer_step_changes_the_student_and_not_the_teacher(profile: Any
     assert len(changed) > len(fresh) / 2
     after = teacher.denoiser.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("profile", TRANSFORMER_PROFILES, ids=lambda profile: profile.name)
+def test_random_transformers_generate(profile: Any) -> None:
+    reduced = replace(
+        profile, config={**profile.config, **REDUCED[profile.name]}, vae={**profile.vae, **SMALL_AUTOENCODER}
+    )
+    pipe = RandomPipeline(reduced, torch.float32, "cpu", initialize=True)
+    assert generate(pipe, "sun", (SIZE, SIZE), base_size=SIZE, steps=1).pixels.shape == (SIZE, SIZE, 3)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 
 from experiments.config import FitConfig
 from experiments.core.locks import lock_folder
 from experiments.teacher import train
 from experiments.teacher.decay import decay_learning_rate
 from experiments.teacher.recipe import TeacherRecipe
-from experiments.teacher.train import STAGES, train_teacher
+from experiments.teacher.train import STAGES, open_encoder, open_tokenizer, train_teacher
 from experiments.teacher.transformer import train_transformer
+from tests.experiments import test_distributed
 from tests.experiments.conftest import TINY
 
 
@@ -93,7 +95,8 @@ def test_the_identity_has_every_field_but_those_that_may_change() -> None:
     assert free < fields
     for field in fields:
         stage, _, name = field.rpartition(".")
-        other = changed(stage, **{name: "other"}) if stage else TINY.model_copy(update={name: "other"})
+        change = {name: "other"}
+        other = changed(stage, **change) if stage else TINY.model_copy(update=change)
         assert (other.identity() == TINY.identity()) == (field in free), field
 
 
@@ -162,3 +165,34 @@ def test_a_decay_without_a_trained_unet_trains_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train first"):
         decay_learning_rate(tmp_path, TINY)
     assert not list(tmp_path.iterdir())
+
+
+TRAIN_AND_DECAY = """
+import sys
+from pathlib import Path
+
+from experiments.teacher.decay import decay_learning_rate
+from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.train import train_teacher
+
+folder = Path(sys.argv[1])
+recipe = TeacherRecipe.model_validate_json((folder.parent / "recipe.json").read_text())
+train_teacher(folder, recipe)
+decay_learning_rate(folder, recipe)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_state_together(tmp_path: Path) -> None:
+    """From nothing: one of them writes the recipe, the encoder and the tokenizer, and locks the stages."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_AND_DECAY)
+    (tmp_path / "recipe.json").write_text(TINY.model_copy(update={"decay": 1}).model_dump_json())
+    test_distributed.run(tmp_path / "state", 2, str(script))
+    state = tmp_path / "state"
+    assert json.loads((state / "run.json").read_text()) == TINY.identity()
+    assert not list(state.rglob("*.partial"))
+    for stage, step in (("unet", 2), ("decay", 3)):
+        file = state / stage / "checkpoints" / f"step-{step:08d}.safetensors"
+        assert safetensors.torch.load_file(file)
+    assert open_tokenizer(state, TINY) and open_encoder(state, TINY)

@@ -190,6 +190,20 @@ def test_deepcopy_of_a_mounted_unet_is_independent(unet, run, train) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mixer", ["linfusion", "retnet", "uniform"])  # with parameters, with buffers, with neither
+@pytest.mark.parametrize("train_projections", [True, False])
+def test_every_mixer_follows_its_own_layer_to_its_device(unet, mixer, train_projections) -> None:
+    """As in a model that `device_map` splits; the second device here is "meta"."""
+    adapter = MixerAdapter.build(unet, mixer, train_projections=train_projections)
+    unet.mid_block.to("meta")
+    for mount in adapter._mounts:
+        mount.follow(None)
+    for name in adapter.mixers:
+        part = adapter.student.get_submodule(name)
+        devices = {tensor.device.type for tensor in (*part.parameters(), *part.buffers())}
+        assert devices <= {"meta" if name.startswith("mid_block") else "cpu"}
+
+
 def test_the_student_follows_the_unet_to_another_dtype(unet, run) -> None:
     adapter = MixerAdapter.build(unet, "linfusion")
     unet.to(torch.bfloat16)

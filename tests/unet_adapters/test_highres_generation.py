@@ -226,6 +226,7 @@ def test_a_compiled_network_runs_compiled() -> None:
     pipe.unet = torch.compile(pipe.unet, backend=backend)
     pixels = generate(pipe, "abc", (32, 32), **options).pixels
     assert calls and (pixels.int() - expected.int()).abs().max() <= 1
+    assert plan_memory(pipe, (32, 32), base_size=32, steps=3, guidance=3.0) == options["plan"]
 
 
 def test_stages_of_another_start_image_are_not_restored(tmp_path: Path) -> None:

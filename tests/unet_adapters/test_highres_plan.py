@@ -138,6 +138,21 @@ def test_planning_leaves_the_hooks_of_blocks_in_place() -> None:
     assert {name: vars(module).get("forward") for name, module in pipe.unet.named_modules()} == before
 
 
+@pytest.mark.parametrize("min_tokens", [0, 16])
+@pytest.mark.parametrize("train_projections", [True, False])
+def test_the_weights_of_a_mounted_pipeline_are_the_students_and_the_teachers(
+    train_projections: bool, min_tokens: int
+) -> None:
+    pipe = pipelines.make()
+    teacher = weight_bytes(pipe)
+    options = {"train_projections": train_projections, "min_tokens": min_tokens}
+    adapter = MixerAdapter.build(pipe, "linfusion", **options)
+    student = sum(parameter.nbytes for parameter in adapter.student.parameters())
+    with adapter.mounted():
+        assert weight_bytes(pipe) == teacher + student
+    assert weight_bytes(pipe) == teacher
+
+
 class Workspace(nn.Module):
     """Allocates memory that does not depend on the image: the peak of a small image, but not of a large one."""
 

@@ -12,9 +12,7 @@ from safetensors.torch import load, save_file
 from tests.unet_adapters.linfusion_files import publish
 from unet_adapters import MixerAdapter, load_adapter
 from unet_adapters.linfusion import WEIGHTS
-from unet_adapters.weight_files import find_weight_files, list_variants
-
-STEM = "diffusion_pytorch_model"
+from unet_adapters.weight_files import STEM, find_weight_files, list_variants
 
 
 def shard(folder: Path, suffix: str = "") -> None:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 
 from tests.unet_adapters import pipelines
 from unet_adapters.highres import generate, plan_memory
+from unet_adapters.hosts import find_host
 from unet_adapters.text_to_image import check_text_to_image
 
 
@@ -59,7 +60,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_other_models_are_refused_before_any_work(name: str) -> None:
     create, message = REFUSED[name]
     pipe = create()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"Cannot generate with this pipeline: .*{message}"):
         check_text_to_image(pipe)
     with pytest.raises(ValueError, match=message):
         plan_memory(pipe, (64, 64))
@@ -72,16 +73,37 @@ def test_text_to_image_models_are_accepted(name: str) -> None:
     check_text_to_image(pipelines.make(name))
 
 
-def stock_image(pipe: Any, side: int, guidance: float, **options: Any) -> torch.Tensor:
+def stock_image(pipe: Any, side: int, **options: Any) -> torch.Tensor:
     """Return what the pipeline itself makes of the noise that `generate` uses for seed 0."""
     noise = torch.randn(1, 4, side // 2, side // 2, generator=torch.Generator().manual_seed(0))
-    settings = {"num_inference_steps": 3, "guidance_scale": guidance, "output_type": "pt", "latents": noise}
+    settings = {"num_inference_steps": 3, "output_type": "pt", "latents": noise}
     return pipe("abc", height=side, width=side, **settings, **options).images[0].permute(1, 2, 0)
 
 
 def assert_stock(pipe: Any, guidance: float = 7.5, **options: Any) -> None:
     result = generate(pipe, "abc", (32, 32), base_size=32, steps=3, guidance=guidance, **options)
-    assert (result.pixels / 255 - stock_image(pipe, 32, guidance, **options)).abs().max() < 1 / 255
+    expected = stock_image(pipe, 32, guidance_scale=guidance, **options)
+    assert (result.pixels / 255 - expected).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize(("family", "scale"), [("text-to-image", 7.5), ("SDXL", 5.0)])
+def test_the_default_guidance_is_that_of_the_pipeline(family: str, scale: float) -> None:
+    pipe = pipelines.make(family)
+    result = generate(pipe, "abc", (32, 32), base_size=32, steps=3, negative_prompt="")
+    assert result.request.guidance == scale
+    assert (result.pixels / 255 - stock_image(pipe, 32, negative_prompt="")).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize(("sample_size", "side"), [(8, 8), ([8, 8], 8), ((4, 16), 8), (None, None)])
+def test_the_native_size_is_read_from_every_kind_of_config(sample_size: Any, side: int | None) -> None:
+    pipe = pipelines.make()
+    pipe.unet.register_to_config(sample_size=sample_size)
+    if side is not None:
+        assert find_host(pipe).native_latents == side
+        return
+    with pytest.raises(ValueError, match="does not say on which sample_size it was trained: pass base_size"):
+        plan_memory(pipe, (32, 32))
+    plan_memory(pipe, (32, 32), base_size=32)
 
 
 @pytest.mark.parametrize(

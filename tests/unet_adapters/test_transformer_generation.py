@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
@@ -13,6 +15,7 @@ from unet_adapters.highres import ControlNetCondition, generate, plan_memory
 from unet_adapters.highres.pipeline import timestep_options
 from unet_adapters.highres.schedule import oracle_error
 from unet_adapters.hosts import find_host
+from unet_adapters.hosts.calls import default_argument
 from unet_adapters.hosts.transformers.flux import pack
 from unet_adapters.hosts.transformers.profiles import TRANSFORMER_PROFILES
 
@@ -35,18 +38,47 @@ def test_stages_lead_to_a_large_image_and_its_plan(kind) -> None:
     assert torch.equal(generate(pipe, "a b c", (base, 2 * base), **request).pixels, stock.pixels)
 
 
+@pytest.mark.parametrize("guidance", [3.0, None])
 @pytest.mark.parametrize("kind", BASE_SIZES)
-def test_one_stage_is_the_pipelines_own_image(kind) -> None:
+def test_one_stage_is_the_pipelines_own_image(kind, guidance) -> None:
     pipe = PIPELINES[kind]()
     pipe.set_progress_bar_config(disable=True)
     host = find_host(pipe)
     height, width = (side * pipe.vae_scale_factor for side in (12, 16))
-    ours = generate(pipe, "a b c", (height, width), mode="direct", steps=3, guidance=3.0, seed=0)
+    ours = generate(pipe, "a b c", (height, width), mode="direct", steps=3, guidance=guidance, seed=0)
     latents = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0))
-    call = {"height": height, "width": width, "num_inference_steps": 3, "guidance_scale": 3.0}
+    call = {"height": height, "width": width, "num_inference_steps": 3}
+    call |= {} if guidance is None else {"guidance_scale": guidance}
     call |= {"latents": pack(latents) if kind == "Flux" else latents, **host.sampling_options(pipe)}
     theirs = torch.from_numpy(pipe("a b c", output_type="np", **call).images[0])
     assert (ours.pixels / 255 - theirs).abs().max() < 0.02
+
+
+def test_captions_are_cleaned_as_the_pipeline_cleans_them(monkeypatch) -> None:
+    pipe = PIPELINES["PixArt"]()
+    pipe.set_progress_bar_config(disable=True)
+    cleaned = []
+
+    def record(text: Any, clean_caption: bool = False) -> list[str]:
+        cleaned.append(clean_caption)
+        return text if isinstance(text, list) else [text]
+
+    monkeypatch.setattr(pipe, "_text_preprocessing", record)
+    host = find_host(pipe)
+    pipe("a", height=16, width=16, num_inference_steps=1, output_type="latent", **host.sampling_options(pipe))
+    stock = list(cleaned)
+    cleaned.clear()
+    host.encode_prompts(pipe, ["a"])
+    assert cleaned == stock == [True, True]
+
+
+def test_estimates_count_the_text_tokens_of_each_model() -> None:
+    counts = {kind: find_host(PIPELINES[kind]()).condition_shapes()["text"][1] for kind in BASE_SIZES}
+    limits = {
+        kind: default_argument(PIPELINES[kind]().encode_prompt, "max_sequence_length") for kind in ("PixArt", "Flux")
+    }
+    t5 = default_argument(PIPELINES["SD3.5 medium"]().encode_prompt, "max_sequence_length")
+    assert counts == {**limits, "SD3.5 medium": 77 + t5, "HunyuanDiT": 77}
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.7])

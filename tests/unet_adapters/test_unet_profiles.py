@@ -40,7 +40,7 @@ def test_the_data_is_what_diffusers_builds(profile) -> None:
         shapes = [(site.dim, site.heads) for site in find_sites(unet)]
         assert sum(p.numel() for p in unet.parameters()) == parameters
         assert len(shapes) == sites and {kind: shapes.count(kind) for kind in shapes} == kinds
-        assert profile.latent_divisor == divisor
+        assert find_host(unet).latent_multiple == divisor
 
 
 def test_the_embedded_profile_is_that_of_the_weights() -> None:
@@ -100,7 +100,7 @@ def small(profile: UNetProfile) -> UNet2DConditionModel:
 
 def forward(unet: UNet2DConditionModel, profile: UNetProfile) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    side = profile.latent_divisor
+    side = find_host(unet).latent_multiple
     sample = torch.randn(1, profile.config["in_channels"], side, 2 * side, generator=generator)
     words = torch.randn(1, 3, 16, generator=generator)
     added = {"text_embeds": torch.randn(1, 8, generator=generator), "time_ids": torch.arange(6.0)[None]}

@@ -31,6 +31,7 @@ from unet_adapters.highres.pipeline import (
     check_schedules,
     denoiser,
     encode_prompts,
+    guidance_scale,
     native_size,
     size_multiple,
     timestep_options,
@@ -97,6 +98,7 @@ def generate(
     request = GenerationRequest(prompt=prompt, size=size, **options)
     check_text_to_image(pipe)
     check_not_offloaded(pipe)
+    request = replace(request, guidance=guidance_scale(pipe, request.guidance))
     _check_start(image, strength)
     _check_control(pipe, control, plan)
     stages = _stages(pipe, request, image, strength)
@@ -159,7 +161,8 @@ class _StageRunner:
         self.plan = plan
         self.control = control
         self.progress = progress
-        self.positive, self.negative = encode_prompts(pipe, request.prompt, request.negative_prompt, request.guidance)
+        self.scale = guidance_scale(pipe, request.guidance)
+        self.positive, self.negative = encode_prompts(pipe, request.prompt, request.negative_prompt, self.scale)
 
     def stage_key(self, image: Image.Image | None, strength: float | None) -> str:
         """Return the key of the stages' files; see `stage_store.stage_key`."""
@@ -207,7 +210,7 @@ class _StageRunner:
         control = self.control
         if control is not None:
             control = replace(control, image=F.interpolate(control.image, size, mode="bilinear", antialias=True))
-        scale = self.request.guidance if uses_guidance(self.pipe, self.request.guidance) else 1.0
+        scale = self.scale if uses_guidance(self.pipe, self.scale) else 1.0
         return ClassifierFreeGuidance(positive, negative, scale, "guidance" in self.plan.savings, control)
 
     def upscale(self, latents: Tensor, size: ImageSize) -> Tensor:

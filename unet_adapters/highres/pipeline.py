@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unet_adapters.highres.schedule import check_scheduler
 from unet_adapters.highres.stages import ProgressiveStage
 from unet_adapters.hosts import find_host
+from unet_adapters.mounted_layer import MountedLayer
 
 SAFETY_SIDE = 1024
 """Side, in pixels, of the largest image that a safety checker gets."""
@@ -114,9 +115,17 @@ def blacken_if_unsafe(pipe: Any, pixels: Tensor) -> Tensor:
 
 
 def weight_bytes(pipe: Any) -> int:
-    """Return the size of all weights of a pipeline in bytes."""
+    """Return the size of all weights of a pipeline in bytes, with the teacher's that mounted adapters keep."""
     networks = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+    replaced_bytes = sum(
+        m.teacher_bytes for network in networks for m in network.modules() if isinstance(m, MountedLayer)
+    )
+    return replaced_bytes + sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+
+
+def guidance_scale(pipe: Any, scale: float | None) -> float:
+    """Return `scale`, or the one that a call of the pipeline uses if none is given."""
+    return find_host(pipe).guidance_scale(pipe) if scale is None else scale
 
 
 def uses_guidance(pipe: Any, scale: float) -> bool:

@@ -17,6 +17,7 @@ from unet_adapters.highres.pipeline import (
     check_not_offloaded,
     check_schedules,
     denoiser,
+    guidance_scale,
     native_size,
     size_multiple,
     timestep_options,
@@ -110,7 +111,7 @@ def plan_memory(
     base_size: int | None = None,
     strengths: Sequence[float] = DEFAULT_STRENGTHS,
     steps: int = 50,
-    guidance: float = 7.5,
+    guidance: float | None = None,
     throughput: float | None = None,
     direct: bool = False,
     with_control: bool = False,
@@ -143,7 +144,7 @@ def plan_memory(
         stages = (ProgressiveStage(size, 1.0),)
     check_schedules(pipe, steps, stages)
     target = torch.device(device or denoiser(pipe).device)
-    estimator = MemoryEstimator(pipe, guidance, target)
+    estimator = MemoryEstimator(pipe, guidance_scale(pipe, guidance), target)
 
     def estimate(stage: ProgressiveStage, level: SavingsLevel) -> StageEstimate:
         return _estimate_stage(estimator, stage, level, steps, throughput)

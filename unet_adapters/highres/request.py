@@ -31,7 +31,7 @@ class GenerationRequest:
         base_size: side of the first stage's square in pixels; None: the size that the model was trained on.
         strengths: of the stages after the first.
         steps: scheduler steps of a whole schedule.
-        guidance: scale of classifier-free guidance; 1 is none.
+        guidance: scale of classifier-free guidance; 1 is none. None: the pipeline's own default.
         seed: of the noise.
         upscale: how an image gets to the next size: as `pixels` (decoded, bicubic, encoded) or as `latents` (bicubic).
         skip_residual: cosine power of DemoFusion's skip residual (2311.16973, eq. 5); None: no skip residual.
@@ -45,7 +45,7 @@ class GenerationRequest:
     base_size: int | None = None
     strengths: tuple[float, ...] = DEFAULT_STRENGTHS
     steps: int = 50
-    guidance: float = 7.5
+    guidance: float | None = None
     seed: int = 0
     upscale: Literal["pixels", "latents"] = "pixels"
     skip_residual: float | None = None
@@ -57,10 +57,12 @@ class GenerationRequest:
         if self.upscale not in ("pixels", "latents"):
             raise ValueError(f"Unknown upscale {self.upscale!r}: expected pixels or latents.")
         for name in ("steps", "guidance", "dilation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}.")
-        for name, value in (("guidance", self.guidance), ("skip_residual", self.skip_residual or 0.0)):
-            if not math.isfinite(value) or value < 0:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}.")
+        for name in ("guidance", "skip_residual"):
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or value < 0):
                 raise ValueError(f"{name}: expected a finite number, not negative; got {value}.")
 
 

@@ -17,7 +17,7 @@ MAX_ORACLE_ERROR = 0.1
 """Schedules that end at a small noise level instead of zero, as SD-1.5's, are 0.03 from the image."""
 
 _REQUIRED = ("add_noise", "alphas_cumprod", "init_noise_sigma", "scale_model_input", "set_timesteps", "step")
-_REQUIRED_OF_FLOWS = ("scale_noise", "set_timesteps", "step")
+_REQUIRED_OF_FLOWS = ("set_timesteps", "step")
 
 
 @dataclass(frozen=True)

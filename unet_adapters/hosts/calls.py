@@ -115,8 +115,12 @@ class DenoiserCalls(ABC):
         Some pipelines would otherwise sample the nearest size in a table and resize the image
         (`use_resolution_binning`).
         """
-        has_table = "use_resolution_binning" in inspect.signature(pipe.__call__).parameters
+        has_table = default_argument(pipe, "use_resolution_binning") is not None
         return {"use_resolution_binning": False} if has_table else {}
+
+    def guidance_scale(self, pipe: Any) -> float:
+        """The scale of classifier-free guidance that a call of the pipeline uses if none is given."""
+        return float(default_argument(pipe, "guidance_scale", 7.5))
 
     @property
     def latent_multiple(self) -> int:
@@ -125,8 +129,19 @@ class DenoiserCalls(ABC):
 
     @property
     def native_latents(self) -> int:
-        """Side of the square latents that the model was trained on."""
-        return int(self.model.config.sample_size)
+        """Side of the square latents that the model was trained on; of others, of a square with as many latent pixels.
+
+        Raises:
+            ValueError: the model's config does not say.
+        """
+        size = getattr(self.model.config, "sample_size", None)
+        if size is None:
+            raise ValueError(
+                f"the config of this {type(self.model).__name__} does not say on which sample_size it was trained: "
+                "pass base_size"
+            )
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        return round((height * width) ** 0.5)
 
     @property
     def largest_latents(self) -> int | None:
@@ -185,3 +200,14 @@ class DenoiserCalls(ABC):
     def _read_output(self, output: Tensor, noisy: Tensor) -> Tensor:
         """The prediction (b, c, h, w) in what the model returns for noisy latents (b, c, h, w)."""
         return output
+
+
+def default_argument(function: Any, name: str, fallback: Any = None) -> Any:
+    """The default of an argument of a function or of a pipeline's call; `fallback` if there is none.
+
+    A pipeline without a call of its own, such as one with random weights, has no defaults.
+    """
+    if not callable(function):
+        return fallback
+    parameter = inspect.signature(function).parameters.get(name)
+    return fallback if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default

@@ -43,11 +43,6 @@ class UNetProfile:
             for j in range(depths[level])
         }
 
-    @property
-    def latent_divisor(self) -> int:
-        """Sides of a latent that are multiples of this are halved without rounding on every level."""
-        return 1 << (len(self.config["block_out_channels"]) - 1)
-
     def unet(self, device: str | torch.device = "meta", **changes: Any) -> UNet2DConditionModel:
         """The architecture with random weights, in eval mode and torch's default dtype.
 

@@ -57,7 +57,11 @@ class CocoCaptions(RandomAccess):
     def digest(self, index: int) -> str:
         """Return a hash of the file and its caption."""
         file, _, caption = self.items[index]
-        return content_digest(self.key(index), caption, (self._folder / file).read_bytes())
+        path = self._folder / file
+        try:
+            return content_digest(self.key(index), caption, path.read_bytes())
+        except OSError as error:
+            raise DataError(f"Cannot read {path}, which the captions name: {error}.") from error
 
     def example(self, index: int, size: Size, variation: int = 0) -> Example:
         """Return image `index` at a size; odd variations are mirrored."""

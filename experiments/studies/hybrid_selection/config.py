@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from experiments.config import DistillationConfig, EvaluationConfig, FrozenModel, GeneratedImagesConfig
 from experiments.grids.shared import fit_config, loss_terms
@@ -38,12 +38,44 @@ class HybridConfig(FrozenModel):
     random_selections: int = Field(3, ge=0, description="random selections to compare with")
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _check_images(self) -> HybridConfig:
+        split_images(self.evaluation.images, self.evaluation.timestep_groups)
+        return self
+
     @field_validator("mixers")
     @classmethod
     def _check_mixers(cls, mixers: tuple[str, ...]) -> tuple[str, ...]:
         for name in mixers:
             registry.get_mixer_entry(name)
         return tuple(dict.fromkeys(mixers))
+
+
+def split_images(count: int, groups: int) -> tuple[list[int], list[int]]:
+    """Split images into those that sites are selected on, and those that selections are compared on.
+
+    The best of many selections looks better on the images that it was selected on than it is.
+
+    Args:
+        count: of images.
+        groups: of images by turns, which are compared at different timesteps; each half has all of them.
+
+    Returns:
+        The numbers of the images of each half.
+
+    Raises:
+        ValueError: there are too few images for two halves.
+    """
+    groups = min(groups, count)
+    if count < 2 * groups or count < 2:
+        raise ValueError(
+            f"Cannot select sites on some images and compare selections on others: expected {2 * max(1, groups)} "
+            f"held-out images or more, got {count}. Use a larger evaluation.images, or data with more images."
+        )
+    halves: tuple[list[int], list[int]] = ([], [])
+    for image in range(count):
+        halves[image // groups % 2].append(image)
+    return halves
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from experiments.data import open_records
 from experiments.data.example import SPLITS, digest_records
 from experiments.distill import DistillationContext, open_context
 from experiments.distill.student import training_sources
-from experiments.studies.hybrid_selection.config import HybridConfig, SelectionGoal
+from experiments.metrics.inputs.compared_images import compared_images
+from experiments.studies.hybrid_selection.config import HybridConfig, SelectionGoal, split_images
 from experiments.studies.hybrid_selection.measure import SizeTimes, measure_errors, measure_times
 from experiments.studies.hybrid_selection.selection import (
     HybridMeasurements,
@@ -60,6 +61,9 @@ class HybridRun:
         self.config = config
         self.progress = progress
         self.context: DistillationContext = _open_context(config)
+        plan = config.evaluation
+        images = compared_images(self.context, config.data, "held_out", plan)
+        self.selecting_images, self.comparing_images = split_images(len(images), plan.timestep_groups)
         self._check_same_run()
         self._numbers: dict[str, Any] = {"errors": {}, "times": {}, "together": {}}
         self._numbers |= read_json(directory / MEASUREMENTS)
@@ -99,8 +103,12 @@ class HybridRun:
         return HybridMeasurements(sites, errors, times)
 
     def errors_together(self, selection: HybridSelection) -> dict[int, list[float]]:
-        """Return the relative error of each image with all mixers of a selection mounted, by size."""
-        return {size: self._errors("together", selection.assignment, size) for size in self.sizes}
+        """Return the relative error of the adapter that a selection is, on each image that compares, by size."""
+        errors = {}
+        for size in self.sizes:
+            values = self._errors("together", selection.assignment, size, selection.min_tokens)
+            errors[size] = [values[image] for image in self.comparing_images]
+        return errors
 
     def write_adapter(self, selection: HybridSelection) -> Path:
         """Write the adapter of a selection; returns its folder."""
@@ -109,12 +117,17 @@ class HybridRun:
         combine_students(self.students, selection.assignment, host, selection.min_tokens).save_pretrained(folder)
         return folder
 
-    def _errors(self, kind: str, assignment: Mapping[str, str], size: int) -> list[float]:
-        key = f"{short_hash(dict(sorted(assignment.items())))} {size}"
+    def _errors(self, kind: str, assignment: Mapping[str, str], size: int, min_tokens: int = 0) -> list[float]:
+        key = f"{short_hash(dict(sorted(assignment.items())))} {min_tokens} {size}"
         if key not in self._numbers[kind]:
-            adapter = combine_students(self.students, assignment, find_host(self.context.pipe))
+            adapter = combine_students(self.students, assignment, find_host(self.context.pipe), min_tokens)
             values = measure_errors(self.context, self.config, adapter, size)
-            self._numbers[kind][key] = {"assignment": dict(assignment), "size": size, "errors": list(values)}
+            self._numbers[kind][key] = {
+                "assignment": dict(assignment),
+                "min_tokens": min_tokens,
+                "size": size,
+                "errors": list(values),
+            }
             write_json(self.directory / MEASUREMENTS, self._numbers)
         errors: list[float] = self._numbers[kind][key]["errors"]
         return errors
@@ -145,7 +158,7 @@ class HybridRun:
 def run_selection(
     directory: Path, config: HybridConfig, goal: SelectionGoal, progress: ProgressCallback
 ) -> dict[str, Any]:
-    """Select sites and mixers for a goal, and compare the selection with rules of thumb.
+    """Select sites and mixers for a goal on half of the images, and compare it with rules of thumb on the others.
 
     Args:
         directory: receives mixers/, measurements.json, adapter/ and result.json.
@@ -163,8 +176,10 @@ def run_selection(
     with lock_folder(directory, "selection of sites"):
         run = HybridRun(directory, config, progress)
         measurements = run.measure()
-        measured = select_hybrid(measurements, goal)
-        selections = [measured, *rule_selections(measurements, goal, measured, config.random_selections)]
+        selecting = measurements.of_images(run.selecting_images)
+        comparing = measurements.of_images(run.comparing_images)
+        measured = select_hybrid(selecting, goal)
+        selections = [measured, *rule_selections(selecting, goal, measured, config.random_selections)]
         together = []
         for number, selection in enumerate(selections):
             progress("errors of whole selections", number, len(selections))
@@ -172,7 +187,7 @@ def run_selection(
         progress("errors of whole selections", len(selections), len(selections))
         run.write_adapter(measured)
         rows = [
-            _describe_selection(measurements, selection, errors, together[0])
+            _describe_selection(comparing, selection, errors, together[0])
             for selection, errors in zip(selections, together, strict=True)
         ]
         result = {
@@ -184,8 +199,8 @@ def run_selection(
             "sites": _describe_sites(measurements),
             "selections": rows,
             "front": [
-                {"seconds": seconds, "summed_error": error, "assignment": dict(assignment)}
-                for seconds, error, assignment in pareto_selections(measurements)
+                _describe_front_point(comparing, seconds, assignment)
+                for seconds, _, assignment in pareto_selections(selecting)
             ],
         }
         write_json(directory / RESULT, result)
@@ -231,18 +246,26 @@ def _describe_selection(
         "assignment": dict(selection.assignment),
         "softmax_sites": len(measurements.sites) - len(selection.assignment),
         "min_tokens": selection.min_tokens,
-        "summed_error": measurements.summed_error(selection.assignment),
+        "summed_error": measurements.summed_error(selection.assignment, min_tokens=selection.min_tokens),
         "error": _interval(bootstrap_interval(by_image)),
         "excess": _interval(bootstrap_interval(differences)),
         "sizes": {
             str(size): {
-                "summed_error": measurements.summed_error(selection.assignment, size),
+                "summed_error": measurements.summed_error(selection.assignment, size, selection.min_tokens),
                 "error": _interval(bootstrap_interval(errors[size])),
                 "seconds": measurements.seconds(selection.assignment, size),
             }
             for size in measurements.sizes
         },
     }
+
+
+def _describe_front_point(
+    measurements: HybridMeasurements, seconds: float, assignment: Mapping[str, str]
+) -> dict[str, Any]:
+    """One point of the Pareto front: selected on other images than those of its error."""
+    error = measurements.summed_error(assignment, min_tokens=measurements.min_tokens(assignment))
+    return {"seconds": seconds, "summed_error": error, "assignment": dict(assignment)}
 
 
 def _mean_over_sizes(errors: Mapping[int, list[float]]) -> list[float]:

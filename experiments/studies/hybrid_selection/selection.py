@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from experiments.bench.attention_layer import STOCK
@@ -45,11 +45,28 @@ class HybridMeasurements:
         """Return the error of one replaced site, the mean over images and sizes."""
         return fmean(fmean(self.errors[mixer][site][size]) for size in self.sizes)
 
-    def summed_error(self, assignment: Assignment, size: int | None = None) -> float:
-        """Return the sum of the errors of single sites, at one size or as the mean over sizes."""
+    def of_images(self, images: Sequence[int]) -> HybridMeasurements:
+        """Return the same measurements with the errors of some of the images alone."""
+        errors = {
+            mixer: {
+                site: {size: [values[image] for image in images] for size, values in by_size.items()}
+                for site, by_size in by_site.items()
+            }
+            for mixer, by_site in self.errors.items()
+        }
+        return replace(self, errors=errors)
+
+    def summed_error(self, assignment: Assignment, size: int | None = None, min_tokens: int = 0) -> float:
+        """Return the sum of the errors of single sites, at one size or as the mean over sizes.
+
+        Sites with fewer than `min_tokens` tokens at a size are softmax attention there and have no error.
+        """
         if size is None:
-            return sum(self.error(site, mixer) for site, mixer in assignment.items())
-        return sum(fmean(self.errors[mixer][site][size]) for site, mixer in assignment.items())
+            return fmean(self.summed_error(assignment, each, min_tokens) for each in self.sizes)
+        tokens = self.times[size].tokens
+        return sum(
+            fmean(self.errors[mixer][site][size]) for site, mixer in assignment.items() if tokens[site] >= min_tokens
+        )
 
     def fast_from(self, site: str, mixer: str) -> int:
         """Return the smallest `min_tokens` with which the mixer is not slower than softmax attention at any size.
@@ -99,6 +116,9 @@ class HybridSelection:
 
 def select_hybrid(measurements: HybridMeasurements, goal: SelectionGoal) -> HybridSelection:
     """Return the selection with the least summed error that meets a goal.
+
+    The error of a mixer counts at every size, also at those where `min_tokens` will leave its site to softmax
+    attention: what is selected is good wherever it runs.
 
     Raises:
         ValueError: no mixer is faster than softmax attention, or softmax attention at all sites meets the goal.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +10,10 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from unet_adapters.hosts.base import register_host
-from unet_adapters.hosts.calls import TEXT_TOKENS, Conditions
+from unet_adapters.hosts.calls import Conditions, default_argument
 from unet_adapters.hosts.transformers.base import PatchTransformerHost
+
+TEXT_TOKENS = 300  # of PixArt-Σ's captions; α's have 120
 
 
 @register_host("pixart")
@@ -60,6 +61,7 @@ class PixArtHost(PatchTransformerHost):
             num_images_per_prompt=1,
             device=self.device,
             max_sequence_length=_text_length(pipe),
+            clean_caption=default_argument(pipe, "clean_caption", False),  # its call cleans, encode_prompt does not
         )
         positive = {"text": text, "text_mask": mask}
         return positive, {"text": negative_text, "text_mask": negative_mask} if guided else {}
@@ -85,5 +87,6 @@ class PixArtHost(PatchTransformerHost):
 
 def _text_length(pipe: Any) -> int:
     """Tokens of a caption: the pipeline's own number, or as many as its tokenizer allows where these are fewer."""
-    default: int = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
-    return min(default, pipe.tokenizer.model_max_length)
+    default: int = default_argument(pipe.encode_prompt, "max_sequence_length", TEXT_TOKENS)
+    tokenizer = getattr(pipe, "tokenizer", None)
+    return default if tokenizer is None else min(default, tokenizer.model_max_length)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from unet_adapters.attention import MixerAttention, check_attention
 from unet_adapters.hosts.base import register_host
-from unet_adapters.hosts.calls import TEXT_TOKENS, Conditions
+from unet_adapters.hosts.calls import Conditions
 from unet_adapters.hosts.transformers.base import PatchTransformerHost
 from unet_adapters.hosts.transformers.joint_attention import JointMixerAttention, check_joint_attention
 from unet_adapters.mounted_layer import MountedLayer
 from unet_adapters.sites import Site
+
+TEXT_TOKENS = 77 + 256  # of CLIP and of T5
 
 
 @register_host("sd3")

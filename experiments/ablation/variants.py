@@ -76,7 +76,12 @@ def is_distinct(variant: Variant) -> bool:
 
 
 def effective_feature_map(variant: Variant) -> str | None:
-    """Return the name of the feature map that a variant computes with; None if its mixer has none."""
+    """Return the name of the feature map that a variant computes with.
+
+    None if its mixer has none, or cannot be built with the variant's options, which its cell will report.
+    """
+    if not _can_be_built(variant):
+        return None
     mixer = _create_small(variant)
     if isinstance(mixer, LinearMixer):
         return mixer.feature_map_name(mixer.config)

@@ -80,7 +80,7 @@ def test_a_state_that_names_no_recipe_is_accepted_and_named(state: Path) -> None
     with pytest.raises(ValueError, match="its stage vae has 2 steps, and this recipe has only 1"):
         train_teacher(state, TINY.scaled(0.001), stages=("unet",))
     assert contents(state) == before
-    decay_learning_rate(state, TINY)
+    decay_learning_rate(state, TINY.model_copy(update={"decay": 1}))
     assert json.loads((state / "run.json").read_text()) == named
 
 

@@ -29,6 +29,11 @@ class ContextMixing(MixerProperties):
     text_bias: nn.Parameter | None
 
     @classmethod
+    def feature_map_name(cls, config: Any) -> str | None:
+        """Return the name of the feature map that mixers of a configuration compute with; None without one."""
+        return getattr(config, "feature_map", None)
+
+    @classmethod
     def benefits_from_temperature(cls, config: Any) -> bool:
         """Whether the option `temperature` exists and changes more than a scale; False without a feature map."""
         return False

@@ -83,7 +83,7 @@ class DeltaMixer(NormalizedMixer):
         self.to_beta = FullPrecisionLinear(dim, heads, bias=False)
 
     @classmethod
-    def feature_map_name(cls, config: DeltaConfig) -> str:
+    def feature_map_name(cls, config: Any) -> str:
         """Return the feature map in effect: the one configured, else the identity, or a positive one to divide by."""
         return config.feature_map or ("elu_plus_one" if config.row_normalizer == "row_sum" else "identity")
 

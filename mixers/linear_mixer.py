@@ -110,10 +110,10 @@ class LinearMixer(LinearContext):
         return not FEATURE_MAPS[cls.feature_map_name(config)].homogeneous
 
     @classmethod
-    def feature_map_name(cls, config: LinearConfig) -> str:
+    def feature_map_name(cls, config: Any) -> str:
         """Return the feature map in effect: the one configured, else the paper's if it suits the normalizer."""
         if config.feature_map is not None:
-            return config.feature_map
+            return str(config.feature_map)
         if config.row_normalizer == "decoupled":
             return "identity"
         suitable = FEATURE_MAPS[cls.default_feature_map].positive or config.row_normalizer != "row_sum"

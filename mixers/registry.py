@@ -7,10 +7,8 @@ import fnmatch
 import hashlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 from mixers import entries, zoo
 from mixers.entries import MixerEntry, register_mixer
 from mixers.mixer import TokenMixer
+from mixers.plugins import load_installed_plugins
 from mixers.suggest import hint, unknown_name
 from mixers.traits import Causality, Traits
 
@@ -39,15 +38,7 @@ __all__ = [
 def _discover() -> None:
     """Import the mixers that ship and those of installed packages, once per process."""
     zoo.load()
-    for plugin in entry_points(group="mixers"):
-        try:
-            plugin.load()
-        except Exception as error:  # one broken package must not hide the others
-            warnings.warn(
-                f"Cannot load the installed plug-in {plugin.name!r} ({plugin.value}), so its mixers are missing: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
-            )
+    load_installed_plugins("mixers", "mixers")
 
 
 def load_plugin(path: str | Path) -> list[str]:

@@ -8,8 +8,6 @@ from typing import Any
 
 from experiments.config import Variant
 from mixers import TokenMixer, create_mixer, registry
-from mixers.delta_mixer import DeltaMixer
-from mixers.linear_mixer import LinearMixer
 from mixers.traits import CAUSALITIES, Causality
 
 CAUSALITY_LABELS = {"causal": "causal", "bidirectional": "bidirectional", "noncausal": "non-causal"}
@@ -56,9 +54,8 @@ def combine_variants(
             variant = _with_feature_map_of_normalized(variant)
         if condition(variant):
             variants.append(variant)
-            companion = _with_mean_scale(variant, label)
-            if mean_scale and not normalize and causality != "causal" and _can_be_built(companion):
-                variants.append(companion)
+            if mean_scale and not normalize and causality != "causal":
+                variants += filter(_can_be_built, [_with_mean_scale(variant, label)])
     if not variants:
         raise ValueError(
             f"No variant is left of {', '.join(mixers)} × {', '.join(causalities)} × normalize in "
@@ -80,12 +77,11 @@ def effective_feature_map(variant: Variant) -> str | None:
 
     None if its mixer has none, or cannot be built with the variant's options, which its cell will report.
     """
-    if not _can_be_built(variant):
+    try:
+        mixer = _create_small(variant)
+    except ValueError:
         return None
-    mixer = _create_small(variant)
-    if isinstance(mixer, LinearMixer):
-        return mixer.feature_map_name(mixer.config)
-    return mixer.feature_map_name(mixer.config) if isinstance(mixer, DeltaMixer) else None
+    return mixer.feature_map_name(mixer.config)
 
 
 def has_own_feature_map(variant: Variant) -> bool:

@@ -15,13 +15,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from experiments.core.errors import first_line
+from mixers.plugins import load_installed_plugins
 from mixers.suggest import unknown_name
 
 Item = TypeVar("Item")
@@ -125,15 +123,7 @@ class Registry(Generic[Item]):
             for module in pkgutil.iter_modules(package.__path__):
                 if not module.name.startswith("_"):
                     importlib.import_module(f"{self._package}.{module.name}")
-        for plugin in entry_points(group=f"mixlab.{self.kind}"):
-            try:
-                plugin.load()
-            except Exception as error:  # one broken package must not hide the others
-                warnings.warn(
-                    f"The installed plug-in {plugin.name!r} ({plugin.value}) cannot be loaded, so its "
-                    f"{self.kind}s are missing: {type(error).__name__}: {first_line(error)}",
-                    stacklevel=2,
-                )
+        load_installed_plugins(f"mixlab.{self.kind}", f"{self.kind}s")
 
 
 def _location(origin: Any) -> str:

@@ -9,7 +9,14 @@ delta rule needs no constant for the number of tokens, because erasing bounds it
 
 from experiments.ablation.variants import combine_variants
 from experiments.config import Grid, PlannedComparison, Variant
-from experiments.grids.shared import EVALUATION, SEEDS, controls, recommended_distillation
+from experiments.grids.shared import (
+    EVALUATION,
+    SEEDS,
+    controls,
+    recommended_distillation,
+    signed_comparisons,
+    signed_variants,
+)
 
 PLAN = recommended_distillation()
 _DELTA_MIXERS = {"gated_deltanet": "Gated DeltaNet", "kda": "KDA"}
@@ -20,17 +27,7 @@ GRID = Grid(
     variants=(
         *controls(PLAN),
         *combine_variants(_DELTA_MIXERS),
-        *(
-            Variant(
-                name=f"{mixer}_signed",
-                label=f"{label}, causal, not normalized, signed",
-                mixer=mixer,
-                causality="causal",
-                normalize=False,
-                options={"feature_map": "identity"},
-            )
-            for mixer, label in _DELTA_MIXERS.items()
-        ),
+        *signed_variants(_DELTA_MIXERS, "causal"),
         Variant(
             name="deltanet_bidirectional_normalized",
             label="DeltaNet, without decay, bidirectional, normalized",
@@ -54,12 +51,7 @@ GRID = Grid(
     seeds=SEEDS[:3],
     reference="linear_attention",
     comparisons=(
-        *(
-            PlannedComparison(
-                name="signed features, as published", above=f"{mixer}_signed", below=f"{mixer}_causal_unnormalized"
-            )
-            for mixer in _DELTA_MIXERS
-        ),
+        *signed_comparisons(_DELTA_MIXERS, "causal"),
         PlannedComparison(
             name="the delta rule, one gate per head",
             above="gated_deltanet_bidirectional_normalized",

@@ -10,8 +10,16 @@ published are signed: one more row each shows what the map contributes.
 """
 
 from experiments.ablation.variants import combine_variants, is_distinct
-from experiments.config import Grid, PlannedComparison, Variant
-from experiments.grids.shared import EVALUATION, PAPER_CLAIMS, SEEDS, controls, recommended_distillation
+from experiments.config import Grid
+from experiments.grids.shared import (
+    EVALUATION,
+    PAPER_CLAIMS,
+    SEEDS,
+    controls,
+    recommended_distillation,
+    signed_comparisons,
+    signed_variants,
+)
 
 PLAN = recommended_distillation()
 SIGNED = {"mamba2": "Mamba-2", "gla": "GLA", "mamba": "Mamba"}
@@ -33,29 +41,12 @@ GRID = Grid(
             condition=is_distinct,
             mean_scale=True,
         ),
-        *(
-            Variant(
-                name=f"{mixer}_signed",
-                label=f"{label}, bidirectional, not normalized, signed",
-                mixer=mixer,
-                causality="bidirectional",
-                normalize=False,
-                options={"feature_map": "identity"},
-            )
-            for mixer, label in SIGNED.items()
-        ),
+        *signed_variants(SIGNED, "bidirectional"),
     ),
     seeds=SEEDS,
     reference="linear_attention_noncausal_normalized",
     claims=PAPER_CLAIMS,
-    comparisons=tuple(
-        PlannedComparison(
-            name="signed features, as published",
-            above=f"{mixer}_signed",
-            below=f"{mixer}_bidirectional_unnormalized",
-        )
-        for mixer in SIGNED
-    ),
+    comparisons=signed_comparisons(SIGNED, "bidirectional"),
     distillation=PLAN,
     evaluation=EVALUATION,
 )

@@ -5,6 +5,9 @@ The plans are for the embedded teacher: about two and a half minutes of training
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from experiments.ablation.variants import CAUSALITY_LABELS
 from experiments.config import (
     Claim,
     DistillationConfig,
@@ -12,9 +15,11 @@ from experiments.config import (
     FitConfig,
     GeneratedImagesConfig,
     LossTerm,
+    PlannedComparison,
     TrainingStage,
     Variant,
 )
+from mixers.traits import Causality
 
 SEEDS = (0, 1, 2, 3, 4)
 UNTOUCHED_SOFTMAX = Variant(name="softmax", label="softmax, untouched", mixer="softmax", trained=False)
@@ -97,6 +102,36 @@ def controls(plan: DistillationConfig) -> tuple[Variant, ...]:
             control="fixed mixing",
             options={"local_conv_size": 3},
         ),
+    )
+
+
+def signed_variants(mixers: Mapping[str, str], causality: Causality) -> tuple[Variant, ...]:
+    """Return unnormalized variants with signed features, as GLA, Mamba and the delta rule were published.
+
+    Args:
+        mixers: {registered name: its name in labels}.
+        causality: of all variants.
+    """
+    return tuple(
+        Variant(
+            name=f"{mixer}_signed",
+            label=f"{label}, {CAUSALITY_LABELS[causality]}, not normalized, signed",
+            mixer=mixer,
+            causality=causality,
+            normalize=False,
+            options={"feature_map": "identity"},
+        )
+        for mixer, label in mixers.items()
+    )
+
+
+def signed_comparisons(mixers: Iterable[str], causality: Causality) -> tuple[PlannedComparison, ...]:
+    """Return comparisons of `signed_variants` with the unnormalized variants of `combine_variants`."""
+    return tuple(
+        PlannedComparison(
+            name="signed features, as published", above=f"{mixer}_signed", below=f"{mixer}_{causality}_unnormalized"
+        )
+        for mixer in mixers
     )
 
 

@@ -10,18 +10,17 @@ import importlib
 import importlib.util
 import os
 import pkgutil
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from mixers.operators.recurrent_state import RecurrentState
+from mixers.plugins import load_installed_plugins
 from mixers.traits import Causality
 
 FORMULATIONS = ("dense", "recurrent", "chunked")
@@ -204,12 +203,4 @@ def kernel_names() -> tuple[str, ...]:
 
 @cache
 def _load_plugins() -> None:
-    for plugin in entry_points(group="mixers.backends"):
-        try:
-            plugin.load()
-        except Exception as error:  # one broken package must not hide the others
-            warnings.warn(
-                f"Cannot load the installed plug-in {plugin.name!r} ({plugin.value}), so its backends are missing: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
-            )
+    load_installed_plugins("mixers.backends", "backends")

@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
             "image_grid",
             "inplace",
             "normalization",
+            "plugins",
             "streams",
             "user_source",
         ),

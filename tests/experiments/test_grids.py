@@ -97,6 +97,15 @@ def test_unnormalized_combinations_have_the_feature_map_of_the_normalized_ones()
     assert effective_feature_map(published) == "identity" and has_own_feature_map(published)
 
 
+def test_a_feature_map_of_any_mixer_is_a_difference_of_rows() -> None:
+    """SLA has a map of its own kind, which no other option stands for."""
+    rows = (
+        Variant(name=name, label=name, mixer="sparse_linear", options={"feature_map": name})
+        for name in ("softmax", "elu_plus_one")
+    )
+    assert [effective_feature_map(row) for row in rows] == ["softmax", "elu_plus_one"]
+
+
 def test_combinations_are_what_every_mixer_offers_and_nothing_else() -> None:
     for name in list_mixers():
         entry = registry.get_mixer_entry(name)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mixers import operators
+from mixers import operators, plugins
 from mixers.operators import LinearAttentionBackend, LinearAttentionCall, register_backend
 from mixers.operators import backend as registry
 from mixers.operators.backend import FORMULATIONS, registered_backends
@@ -65,8 +65,8 @@ def test_a_broken_plug_in_hides_no_other_backend(monkeypatch: pytest.MonkeyPatch
     def register() -> None:
         register_backend("sound")(type("Sound", (LinearAttentionBackend,), {}))
 
-    plugins = [SimpleNamespace(name=load.__name__, value="package", load=load) for load in (fail, register)]
-    monkeypatch.setattr(registry, "entry_points", lambda group: plugins)
+    installed = [SimpleNamespace(name=load.__name__, value="package", load=load) for load in (fail, register)]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: installed)
     registry._load_plugins.cache_clear()
     try:
         with pytest.warns(UserWarning, match="'fail'.*its backends are missing: RuntimeError: no such symbol"):

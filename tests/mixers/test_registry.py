@@ -15,6 +15,7 @@ from mixers import (
     entries,
     list_mixers,
     mixer_from_state_dict,
+    plugins,
     register_mixer,
     registry,
 )
@@ -132,7 +133,7 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         groups.append(group)
         return [EntryPoint("plugin", "mixers.zoo.softmax", "mixers")]
 
-    monkeypatch.setattr(registry, "entry_points", installed)
+    monkeypatch.setattr(plugins, "entry_points", installed)
     registry._discover.__wrapped__()
     assert groups == ["mixers"]
 

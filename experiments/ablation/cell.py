@@ -68,7 +68,9 @@ def run_cell(
     adapter, seconds = train_student(config, context, key, directory, progress)
     try:
         student = EvaluatedStudent(context, adapter, config.evaluation, config.data, config.seed)
-        measurements = measure_student(student, plan.image_size, directory, progress)
+        measurements = measure_student(
+            student, plan.image_size, directory, progress, draws_samples=config.draws_samples
+        )
     finally:
         adapter.unmount()
     result = CellResult(

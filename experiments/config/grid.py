@@ -31,7 +31,7 @@ class Variant(MixerSpec):
 
 
 class CellConfig(FrozenModel):
-    """One variant × one seed: everything its numbers depend on."""
+    """One variant × one seed: everything its numbers depend on, and whether it draws samples."""
 
     teacher: str
     teacher_variant: str | None = None
@@ -40,17 +40,20 @@ class CellConfig(FrozenModel):
     seed: int
     distillation: DistillationConfig
     evaluation: EvaluationConfig
+    draws_samples: bool = True
 
     @property
     def id(self) -> str:
-        """A readable name and the hash of the whole configuration."""
-        return f"{self.variant.name}-s{self.seed}-{short_hash(self.model_dump(mode='json'))}"
+        """A readable name and the hash of everything that the numbers depend on."""
+        numbers = self.model_dump(mode="json", exclude={"draws_samples"})
+        return f"{self.variant.name}-s{self.seed}-{short_hash(numbers)}"
 
     @property
     def training(self) -> str:
         """The hash of what the trained weights depend on: all but the evaluation, and what the variant is called."""
+        names = {"name", "label", "control"}
         return short_hash(
-            self.model_dump(mode="json", exclude={"evaluation": True, "variant": {"name", "label", "control"}})
+            self.model_dump(mode="json", exclude={"draws_samples": True, "evaluation": True, "variant": names})
         )
 
 
@@ -124,7 +127,10 @@ class Grid(FrozenModel):
         return self
 
     def cells(self) -> list[CellConfig]:
-        """Return one configuration per seed and variant, seed by seed, so that a first table is complete early."""
+        """Return one configuration per seed and variant, seed by seed, so that a first table is complete early.
+
+        Samples are drawn with the first seed alone, whose images the report has.
+        """
         return [
             CellConfig(
                 teacher=self.teacher,
@@ -134,6 +140,7 @@ class Grid(FrozenModel):
                 seed=seed,
                 distillation=variant.distillation or self.distillation,
                 evaluation=self.evaluation,
+                draws_samples=seed == self.seeds[0],
             )
             for seed in self.seeds
             for variant in self.variants

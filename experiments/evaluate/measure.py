@@ -26,7 +26,12 @@ IDENTITY = "evaluated_adapter.json"
 
 
 def measure_student(
-    student: EvaluatedStudent, training_size: int, directory: Path, progress: ProgressCallback
+    student: EvaluatedStudent,
+    training_size: int,
+    directory: Path,
+    progress: ProgressCallback,
+    *,
+    draws_samples: bool = True,
 ) -> Measurements:
     """Measure a student and write its arrays and samples to `directory`.
 
@@ -35,6 +40,7 @@ def measure_student(
         training_size: side in pixels of the image whose mixing matrix is recorded.
         directory: receives arrays.safetensors and samples/.
         progress: called as (phase, done, total).
+        draws_samples: whether the student draws the samples of the evaluation's prompts.
     """
     metrics: list[Metric] = [METRICS.get(name)(options) for name, options in student.plan.metric_options()]
     total = len(metrics) + 2
@@ -42,9 +48,10 @@ def measure_student(
     protocol = protocol_of(student.context, student.plan, student.data).hash
     progress("mixing matrices", 0, total)
     save_tensors(directory / "arrays.safetensors", mixing_arrays(student, training_size))
-    progress("sample", 1, total)
-    with student.adapter.mounted():
-        save_samples(student.context.pipe, student.plan, directory / "samples")
+    if draws_samples:
+        progress("sample", 1, total)
+        with student.adapter.mounted():
+            save_samples(student.context.pipe, student.plan, directory / "samples")
     rows = {}
     for done, metric in enumerate(metrics, 2):
         progress(f"measure {metric.name}", done, total)

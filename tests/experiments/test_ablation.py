@@ -186,6 +186,19 @@ def test_every_seed_has_noise_of_its_own(grid: Grid, tmp_path: Path) -> None:
     assert fidelity(first)[0].error_by_image != fidelity(second)[0].error_by_image
 
 
+def test_samples_are_drawn_with_the_first_seed_alone(grid: Grid, tmp_path: Path) -> None:
+    """The report has the samples of one seed; drawing them is no part of what identifies a cell."""
+    two_seeds = apply_overrides(grid, ["seeds=[3, 1]"])
+    run_grid(two_seeds, tmp_path, ignore, only="linear")
+    folders = {cell.seed: tmp_path / "cells" / cell.id for cell in two_seeds.cells() if cell.variant.name == "linear"}
+    assert (folders[3] / "samples" / "64" / "0.png").is_file()
+    assert not (folders[1] / "samples").exists()
+    assert all((folder / "arrays.safetensors").is_file() for folder in folders.values())
+    cell = two_seeds.cells()[0]
+    silent = cell.model_copy(update={"draws_samples": False})
+    assert (silent.id, silent.training) == (cell.id, cell.training)
+
+
 def test_a_training_is_identified_by_all_that_its_weights_depend_on(grid: Grid) -> None:
     def trainings(*settings: str) -> set[str]:
         return {cell.training for cell in apply_overrides(grid, list(settings)).cells()}

@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
-
-from torch import Tensor
 
 from experiments.ablation.result import CellResult, write_result
 from experiments.config import CellConfig, Grid
 from experiments.core.files import read_json, write_json, write_text
-from experiments.core.fingerprints import TensorVersions, tensor_versions
 from experiments.core.progress import ProgressCallback
 from experiments.distill import DistillationContext, build_student, open_context, run_stages
 from experiments.distill.student import OUTPUT_GAINS, seed_stages, stage_folders, training_sources
@@ -40,12 +36,12 @@ def open_cell_context(config: CellConfig | Grid) -> DistillationContext:
 def training_key(config: CellConfig, context: DistillationContext) -> str:
     """Return the SHA-256 of everything that a cell's weights depend on.
 
-    That is its configuration, the teacher with its settings and noise schedule, the encoded training images, and the
-    source of a mixer and of objectives that are not the library's own.
+    That is its configuration, the teacher with its settings and noise schedule, the training images and captions, and
+    the source of a mixer and of objectives that are not the library's own. It is the same on every machine, so a run
+    can be continued on another one.
     """
     sources = training_sources(config.variant.mixer, config.distillation)
-    encoded = _encoded_digest(context, tensor_versions(_encoded_tensors(context)))
-    parts = [config.training, context.teacher.fingerprint, encoded, sources]
+    parts = [config.training, context.teacher.fingerprint, context.encoded.source_digest, sources]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -168,17 +164,3 @@ def _join_logs(stages: list[tuple[list[dict[str, float]], int]], path: Path) -> 
         lines += [json.dumps({**row, "step": row["step"] + offset}) + "\n" for row in log]
         offset += steps
     write_text(path, "".join(lines))
-
-
-def _encoded_tensors(context: DistillationContext) -> list[Tensor]:
-    return [tensor for batch in context.encoded.sizes.values() for tensor in batch.values()]
-
-
-@lru_cache(maxsize=2)
-def _encoded_digest(context: DistillationContext, versions: TensorVersions) -> str:
-    digest = hashlib.sha256()
-    for size, batch in context.encoded.sizes.items():
-        for name, tensor in sorted(batch.items()):
-            digest.update(f"{size} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

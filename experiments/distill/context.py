@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,10 +29,13 @@ class EncodedImages:
     Attributes:
         sizes: size in pixels -> latents (n, c, h, w) and conditions.
         unconditional: the conditions of an empty caption, of one sample.
+        source_digest: SHA-256 of the images and captions before encoding. With the teacher's fingerprint it identifies
+            the latents on every machine, although their last bits differ between processors.
     """
 
     sizes: Mapping[int, Batch]
     unconditional: Mapping[str, Tensor]
+    source_digest: str
 
     def __len__(self) -> int:
         return len(next(iter(self.sizes.values()))["latents"])
@@ -114,13 +118,17 @@ def encode_images(teacher: Teacher, data: str, sizes: tuple[int, ...], images: i
     """Encode training images of a data set, drawn with replacement, each scene at every size, in memory."""
     dataset = open_dataset(data, split="train")
     indices = torch.randint(0, len(dataset), (images,), generator=torch.Generator().manual_seed(0)).tolist()
-    encoded = {size: _encode_at(teacher, dataset, indices, size) for size in sizes}
-    return EncodedImages(encoded, teacher.unconditional)
+    digest = hashlib.sha256()
+    encoded = {size: _encode_at(teacher, dataset, indices, size, digest) for size in sizes}
+    return EncodedImages(encoded, teacher.unconditional, digest.hexdigest())
 
 
-def _encode_at(teacher: Teacher, dataset: CaptionedImages, indices: list[int], size: int) -> Batch:
+def _encode_at(teacher: Teacher, dataset: CaptionedImages, indices: list[int], size: int, digest: Any) -> Batch:
     parts = []
     for start in range(0, len(indices), CHUNK):
         items = indices[start : start + CHUNK]
-        parts.append(teacher.encode(*batch(dataset, items, size, range(start, start + len(items)))))
+        pixels, captions = batch(dataset, items, size, range(start, start + len(items)))
+        digest.update(f"{tuple(pixels.shape)} {captions}".encode())
+        digest.update(pixels.contiguous().numpy().data)
+        parts.append(teacher.encode(pixels, captions))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

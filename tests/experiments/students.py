@@ -30,7 +30,7 @@ def encoded(teacher: Teacher, sizes: tuple[int, ...] = (16,), count: int = 4) ->
     for size in sizes:
         images = torch.rand(count, 3, size, size + 8, generator=generator) * 2 - 1
         by_size[size] = teacher.encode(images.to(teacher.denoiser.dtype), ["a b", "c", "d e f", "g"][:count])
-    return EncodedImages(by_size, teacher.unconditional)
+    return EncodedImages(by_size, teacher.unconditional, source_digest="")
 
 
 def batch_of(teacher: Teacher, step: int = 0) -> Batch:

@@ -132,7 +132,7 @@ def test_samples_have_the_size_that_is_asked_for(teacher, kind) -> None:
 @pytest.mark.parametrize("objective", ["noise", "output", "features", "local"])
 def test_one_step_of_every_objective(teacher, kind, objective) -> None:
     adapter = MixerAdapter.build(teacher.pipe, "linear_attention")
-    encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional)
+    encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional, source_digest="")
     batch = draw_batch(encoded, 0, FIT, teacher.train_timesteps, (16,), 0.5)
     loss = DistillationLoss(teacher, adapter, {objective: LossTerm()})
     before = loss(batch)["loss"]
@@ -147,7 +147,7 @@ def test_one_step_of_every_objective(teacher, kind, objective) -> None:
 @torch.no_grad()
 def test_output_gains_of_softmax_are_one(teacher) -> None:
     adapter = MixerAdapter.build(teacher.pipe, "softmax", output_gain=True)
-    encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional)
+    encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional, source_digest="")
     batch = draw_batch(encoded, 0, FIT, teacher.train_timesteps, (16,))
     for gains in fit_output_gains(teacher, adapter, [batch]).values():
         torch.testing.assert_close(gains, torch.ones_like(gains), rtol=1e-4, atol=1e-4)
@@ -162,7 +162,7 @@ MATRIX_REFUSED = {
 
 def test_matrix_is_refused_where_attention_is_not_plain(teacher, kind) -> None:
     adapter = MixerAdapter.build(teacher.pipe, "linear_attention")
-    encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional)
+    encoded = EncodedImages({16: encode(teacher)}, teacher.unconditional, source_digest="")
     batch = draw_batch(encoded, 0, FIT, teacher.train_timesteps, (16,))
     loss = DistillationLoss(teacher, adapter, {"matrix": LossTerm()})
     if kind not in MATRIX_REFUSED:

@@ -103,16 +103,14 @@ def describe_effect(effect: Effect, effects: list[Effect], run: RunRecord, contr
     elif not effect.complete:
         pairs = f"incomplete: {pairs}, some of which lack seeds"
     sentence = f"{start} rather than {effect.factor.below}{within}: {format_ratio(effect.ratio)} the error ({pairs})"
-    if effect.depends:
-        sentence += f", but it depends on {_describe_parts(effect, run)}"
     at_training = [e for e in effects if e.factor == effect.factor and e.size == run.train_size]
     if at_training and effect.size != run.train_size:
-        ratio = format_ratio(at_training[0].ratio)
-        sentence += f"; at the training resolution of {run.train_size} px, {ratio}"
-    if effect.ratio.has_bounds and not effect.significant and not effect.depends:
-        sentence += "; not distinguishable from noise"
-    note = control_note(run, effect, controls)
-    return sentence + (f"; {note}" if note else "") + "."
+        sentence += f", and {format_ratio(at_training[0].ratio)} at {run.train_size} px, the training resolution"
+    if effect.depends:
+        sentence += f". This depends on {_describe_parts(effect, run)}"
+    elif effect.ratio.has_bounds and not effect.significant:
+        sentence += ". This is not distinguishable from noise"
+    return " ".join([f"{sentence}.", *control_note(run, effect, controls)])
 
 
 def _lead(strongest: Effect, run: RunRecord) -> str:
@@ -196,13 +194,14 @@ def _judge(claim: Claim, effects: list[Effect], run: RunRecord, controls: Contro
     depending = [effect for effect in tested if effect.depends]
     if depending:
         clauses.append(f"at {depending[-1].size} px it depends on {_describe_parts(depending[-1], run)}")
-    notes = [note for effect in by_state.get("holds", []) if (note := control_note(run, effect, controls))]
-    if notes and state.startswith("holds"):
-        state += ", and a control shows it too"
-        clauses.append(notes[-1])
+    notes = [note for effect in by_state.get("holds", []) for note in control_note(run, effect, controls)]
     evidence = "; ".join(clauses)
     subject = f"error of {tested[0].factor.above} over {tested[0].factor.below}, {METRIC.replace('_', ' ')}"
-    return ClaimVerdict(claim.statement, state, f"{evidence[0].upper()}{evidence[1:]} — {subject}.")
+    sentences = [f"{evidence[0].upper()}{evidence[1:]} — {subject}."]
+    if notes and state.startswith("holds"):
+        state += ", and a control shows it too"
+        sentences.append(notes[-1])
+    return ClaimVerdict(claim.statement, state, " ".join(sentences))
 
 
 def _describe_size(effect: Effect) -> str:

@@ -52,8 +52,8 @@ def share_of_identity(run: RunRecord, variant: VariantDescription, controls: Con
     return None if controls.identity is None else ratio(run, variant, controls.identity, size)
 
 
-def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
-    """Return a clause that names a control which shows an effect as well; empty if none does.
+def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> list[str]:
+    """Return a sentence that names a control which shows an effect as well; none if no control does.
 
     An effect is an improvement of one row over another. A control shows it if it improves on the same worse rows at
     least half as much, on a log scale: then mixing tokens is not what the improvement needs. How much it may still need
@@ -61,7 +61,7 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
     """
     log_effect = math.log(effect.ratio.mean) if 0 < effect.ratio.mean < math.inf else 0.0
     if log_effect == 0.0:
-        return ""
+        return []
     worse = [pair.above if log_effect > 0 else pair.below for pair in effect.pairs]
     better = [pair.below if log_effect > 0 else pair.above for pair in effect.pairs]
     for control in controls.no_mixing:
@@ -70,20 +70,20 @@ def control_note(run: RunRecord, effect: Effect, controls: ControlRows) -> str:
         gain = _ratio_to_rows(run, control, worse, effect.size)
         if 0 < gain.mean <= math.exp(-0.5 * abs(log_effect)) and (gain.excludes(1.0) or not gain.has_bounds):
             rest = _ratio_to_rows(run, control, better, effect.size)
-            return (
-                f"the control “{control.label}”, which does not mix tokens by their content, also improves on the "
-                f"worse rows, {format_number(1 / gain.mean)}×{_describe_share_of_mixing(rest)}"
-            )
-    return ""
+            return [
+                f"The control “{control.label}” shows the same without mixing tokens by their content: the worse rows "
+                f"have {format_number(1 / gain.mean)}× its error{_describe_share_of_mixing(rest)}."
+            ]
+    return []
 
 
 def _describe_share_of_mixing(rest: Interval) -> str:
     """What an effect owes to mixing, by the error of a control over that of the better rows."""
     if not rest.has_bounds:
-        return "; with one seed, it is unknown how much of this is an effect of mixing"
+        return ". How much of the effect is due to mixing cannot be known from one seed"
     if rest.high <= 1:
-        return ", so this is no effect of mixing"
-    return f", so at most {format_number(rest.high)}× of this is an effect of mixing"
+        return ", so none of the effect is due to mixing"
+    return f", so mixing accounts for at most {format_number(rest.high)}×"
 
 
 def identity_warnings(run: RunRecord, controls: ControlRows) -> list[str]:
@@ -104,8 +104,8 @@ def identity_warnings(run: RunRecord, controls: ControlRows) -> list[str]:
     if not counts:
         return []
     return [
-        f"No closer to the teacher than “{controls.identity.label}”, which mixes nothing: {', '.join(counts)}. What "
-        "distinguishes such rows is not how they mix."
+        f"Some mixers are no closer to the teacher than “{controls.identity.label}”, which mixes nothing: "
+        f"{', '.join(counts)}. What distinguishes such rows from each other is not how they mix."
     ]
 
 

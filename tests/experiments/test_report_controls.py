@@ -33,8 +33,8 @@ def test_a_finding_that_a_control_also_shows_is_called_that() -> None:
     run.description = run.description.model_copy(update={"claims": (claim,)})
     add_row(run, identity_row(), 0.001)
     effect = by_name(run)["not normalized ÷ normalized"]
-    note = control_note(run, effect, control_rows(run))
-    assert "“identity”" in note and "this is no effect of mixing" in note
+    note = " ".join(control_note(run, effect, control_rows(run)))
+    assert "“identity”" in note and "none of the effect is due to mixing" in note
     conclusions = draw_conclusions(run)
     assert conclusions.verdicts[0].state == "holds, and a control shows it too"
     assert any("“identity”, which mixes nothing: 8 of 8 mixers at 64 px" in w for w in conclusions.warnings)
@@ -46,8 +46,8 @@ def test_what_a_control_leaves_of_a_finding_is_said() -> None:
     for error in np.geomspace(10, 1e-3, 40):
         run = made_up()
         add_row(run, identity_row(), float(error))
-        note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
-        states.append(next((n for n, words in enumerate(("at most", "no effect of mixing"), 1) if words in note), 0))
+        note = " ".join(control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run)))
+        states.append(next((n for n, words in enumerate(("at most", "none of the effect"), 1) if words in note), 0))
     assert states == sorted(states) and set(states) == {0, 1, 2}
 
 
@@ -59,18 +59,18 @@ def test_an_exploding_row_does_not_make_a_control_explain_a_mixer() -> None:
             cell.result = cell_record(cell.variant, cell.seed or 0, {64: 1e9}).result
             cell.__dict__.pop("fidelity", None)
     add_row(run, identity_row(), 1.0)
-    notes = {effect.name: control_note(run, effect, control_rows(run)) for effect in compute_effects(run)}
+    notes = {effect.name: " ".join(control_note(run, effect, control_rows(run))) for effect in compute_effects(run)}
     assert not notes["mamba2 ÷ linear_attention (normalized rows)"]
     assert "“identity”" in notes["mamba2 ÷ linear_attention (unnormalized rows)"]
-    assert not any("this is no effect of mixing" in note for note in notes.values())
+    assert not any("none of the effect is due to mixing" in note for note in notes.values())
 
 
 def test_one_seed_cannot_tell_what_is_an_effect_of_mixing() -> None:
     run = made_up()
     add_row(run, identity_row(), 0.001)
     run.cells = [cell for cell in run.cells if cell.seed == 0]
-    note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
-    assert "“identity”" in note and "with one seed, it is unknown" in note and "no effect of mixing" not in note
+    note = " ".join(control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run)))
+    assert "“identity”" in note and "cannot be known from one seed" in note and "none of the effect" not in note
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
@@ -81,8 +81,8 @@ def test_a_control_shows_an_effect_only_beyond_its_interval(noise: float) -> Non
     for seed, sign in enumerate((-1, 0, 1)):
         errors = {64: 0.03 * (1 + seed) * math.exp(noise * sign)}
         run.cells.append(cell_record("identity", seed, errors))
-    note = control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run))
-    expected = {0.0: "this is no effect of mixing", 0.3: "of this is an effect of mixing", 3.0: ""}[noise]
+    note = " ".join(control_note(run, by_name(run)["not normalized ÷ normalized"], control_rows(run)))
+    expected = {0.0: "none of the effect is due to mixing", 0.3: "mixing accounts for at most", 3.0: ""}[noise]
     assert expected in note and bool(note) is bool(expected)
 
 
@@ -90,7 +90,7 @@ def test_a_control_that_is_worse_explains_nothing() -> None:
     run = made_up()
     add_row(run, identity_row(), 10.0)
     effect = by_name(run)["not normalized ÷ normalized"]
-    assert control_note(run, effect, control_rows(run)) == ""
+    assert control_note(run, effect, control_rows(run)) == []
     assert not any("mixes nothing" in warning for warning in draw_conclusions(run).warnings)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ teacher_app = typer.Typer(no_args_is_help=True, help="The embedded teacher.")
 app.add_typer(teacher_app, name="teacher")
 
 STATE = Path("/var/tmp/linear-token-mixers/teacher")
+Precision = Literal["bf16", "no"]
 State = Annotated[Path, typer.Option("--state", help="folder of the training state; it survives a fresh checkout")]
 
 
@@ -22,6 +23,9 @@ def train(
     state: State = STATE,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     batch_size: Annotated[int | None, typer.Option(min=1, help="of the UNet; default: the recipe's")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="of the UNet; 'no' is float32, for CPUs that emulate bfloat16")
+    ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=1.0, help="wall-clock budget of the UNet in this call", callback=check_finite)
     ] = None,
@@ -38,7 +42,7 @@ def train(
     from experiments.teacher.train import STAGES, train_teacher
 
     with clean_errors():
-        recipe = TeacherRecipe().scaled(share).with_batch_size(batch_size)
+        recipe = TeacherRecipe().scaled(share).with_batch_size(batch_size).with_precision(precision)
         with progress() as bars:
 
             def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
@@ -52,19 +56,36 @@ def decay(
     state: State = STATE,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     steps: Annotated[int | None, typer.Option(min=1, help="default: the recipe's")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="as of `mixlab teacher train`")] = None,
 ) -> None:
     """Let the learning rate of a copy of the newest state fall to a tenth, before an export with `--stage decay`."""
     from experiments.teacher.decay import decay_learning_rate
     from experiments.teacher.recipe import TeacherRecipe
 
     with clean_errors(), progress() as bars:
-        recipe = TeacherRecipe()
+        recipe = TeacherRecipe().with_precision(precision)
         recipe = recipe.model_copy(update={"decay": steps or recipe.decay})
 
         def show(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
             bars.update(stage, step, steps, f"{stage}: loss {losses['loss']:.4f}")
 
         decay_learning_rate(state / "state", recipe, show, device=device)
+
+
+@teacher_app.command("restore")
+def restore(
+    export: Annotated[Path, typer.Argument(help="folder that `mixlab teacher export` wrote", callback=check_folder)],
+    state: State = STATE,
+) -> None:
+    """Make a training state of an exported teacher, to train it further where its own state is lost."""
+    from experiments.teacher.recipe import TeacherRecipe
+    from experiments.teacher.restore import restore_state
+
+    with clean_errors():
+        step = restore_state(state / "state", export, TeacherRecipe())
+    console.print(
+        f"State at step {step}: {state / 'state'}. Continue with: mixlab teacher train --state {state}", soft_wrap=True
+    )
 
 
 @teacher_app.command("imitate")

@@ -18,7 +18,7 @@ class Variant(MixerSpec):
 
     `trained=False` mounts the mixer as it is: with softmax that is the sanity row, whose error must be zero.
     `distillation` replaces the grid's, for grids that compare how students are made; None is the grid's.
-    `control` marks rows that findings are held against: the teacher's own attention distilled from scratch, the
+    `control` marks rows that findings are held against: the teacher's own attention with random projections, the
     identity, and other mixers whose matrix does not depend on the input.
     """
 
@@ -28,6 +28,10 @@ class Variant(MixerSpec):
     trained: bool = True
     distillation: DistillationConfig | None = None
     control: ControlRole | None = None
+
+
+_NAMES = {"name", "label", "control"}
+"""Fields of a variant that change no number."""
 
 
 class CellConfig(FrozenModel):
@@ -44,17 +48,15 @@ class CellConfig(FrozenModel):
 
     @property
     def id(self) -> str:
-        """A readable name and the hash of everything that the numbers depend on."""
-        numbers = self.model_dump(mode="json", exclude={"draws_samples"})
+        """A readable name and the hash of everything that the numbers depend on: not of what the variant is called."""
+        numbers = self.model_dump(mode="json", exclude={"draws_samples": True, "variant": _NAMES})
         return f"{self.variant.name}-s{self.seed}-{short_hash(numbers)}"
 
     @property
     def training(self) -> str:
         """The hash of what the trained weights depend on: all but the evaluation, and what the variant is called."""
-        names = {"name", "label", "control"}
-        return short_hash(
-            self.model_dump(mode="json", exclude={"draws_samples": True, "evaluation": True, "variant": names})
-        )
+        weights = self.model_dump(mode="json", exclude={"draws_samples": True, "evaluation": True, "variant": _NAMES})
+        return short_hash(weights)
 
 
 class Claim(FrozenModel):

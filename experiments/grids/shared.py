@@ -86,7 +86,7 @@ def controls(plan: DistillationConfig) -> tuple[Variant, ...]:
         UNTOUCHED_SOFTMAX,
         Variant(
             name="softmax_distilled",
-            label="softmax, distilled from scratch",
+            label="softmax, random projections",
             mixer="softmax",
             control="teacher",
             distillation=plan.model_copy(

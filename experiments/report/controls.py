@@ -20,7 +20,7 @@ class ControlRows:
 
     Attributes:
         identity: W = I, with nothing else.
-        distilled_softmax: the teacher's own attention, distilled from scratch with the grid's plan.
+        distilled_softmax: the teacher's own attention with random projections, trained with the grid's plan.
         no_mixing: every row whose matrix does not depend on the input, with or without a convolution.
     """
 

@@ -35,9 +35,9 @@ EFFECTS_NOTE = (
     "parts together. Among: which rows are compared."
 )
 CONTROLS_NOTE = (
-    "Excess: the error minus that of softmax attention distilled from scratch with the same recipe, in shares of the "
-    "teacher's mean square; 0 is as good as the recipe can be expected to get. Share of identity's error: 1 is as far "
-    "from the teacher as a student that mixes nothing."
+    "Excess: the error minus that of softmax attention with random projections, trained with the same recipe, in "
+    "shares of the teacher's mean square; 0 is as good as the recipe can be expected to get. Share of identity's "
+    "error: 1 is as far from the teacher as a student that mixes nothing."
 )
 SPLITS_NOTE = "Error to teacher on held-out images, and on images whose objects were trained on."
 SHAPES_NOTE = "Error to teacher on held-out images, width × height."

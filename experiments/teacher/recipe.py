@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -72,15 +72,16 @@ class TeacherRecipe(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What a training state is of, by architecture and stage.
 
-        Left out is what may change while a training goes on: how long the open-ended ones do, the size of their
-        batches, the decay, and what is logged and kept.
+        Left out is what may change while a training goes on: how long the open-ended ones do, their precision, the size
+        of their batches, the decay, and what is logged and kept.
         """
         bookkeeping = {"checkpoint_every", "keep", "log_every", "trackers"}
         whole = ("vae", "decoder", "judge")
         open_ended = ("unet", "dit")
+        free = {"steps", "batch_size", "mixed_precision"}
         stages = {name: getattr(self, name).model_dump(mode="json", exclude=bookkeeping) for name in whole}
         for name in open_ended:
-            stages[name] = getattr(self, name).model_dump(mode="json", exclude=bookkeeping | {"steps", "batch_size"})
+            stages[name] = getattr(self, name).model_dump(mode="json", exclude=bookkeeping | free)
         left_out = {"decay", "decay_ema", *whole, *open_ended}
         return {"architecture": self.model_dump(mode="json", exclude=left_out), **stages}
 
@@ -95,3 +96,9 @@ class TeacherRecipe(BaseModel):
         if batch_size is None:
             return self
         return self.model_copy(update={"unet": self.unet.model_copy(update={"batch_size": batch_size})})
+
+    def with_precision(self, precision: Literal["bf16", "no"] | None) -> TeacherRecipe:
+        """The same recipe with another precision of the UNet's training, for other devices; None changes nothing."""
+        if precision is None:
+            return self
+        return self.model_copy(update={"unet": self.unet.model_copy(update={"mixed_precision": precision})})

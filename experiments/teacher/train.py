@@ -144,8 +144,7 @@ def train_decoder(
     coder: AutoencoderKL, directory: Path, recipe: TeacherRecipe, report: StageCallback | None = None
 ) -> AutoencoderKL:
     """Train the decoder on whole images while the encoder, and so every cached latent, stays as it is."""
-    coder.encoder.requires_grad_(False)
-    coder.quant_conv.requires_grad_(False)
+    freeze_encoder(coder)
     images = render_images(recipe, 5000 if recipe.decoder.steps > 100 else 64, first_variation=50_000)
 
     def batch(step: int) -> Tensor:
@@ -154,6 +153,12 @@ def train_decoder(
     callback = stage_callback(report, "decoder", recipe.decoder)
     fit_stage(Reconstruction(coder), batch, recipe.decoder, directory / "decoder", callback)
     return coder.eval()
+
+
+def freeze_encoder(coder: AutoencoderKL) -> None:
+    """Exclude what makes latents from training."""
+    coder.encoder.requires_grad_(False)
+    coder.quant_conv.requires_grad_(False)
 
 
 def train_unet(

@@ -16,19 +16,29 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from experiments.config import FitConfig
 from experiments.core.files import write_bytes
-from experiments.training.state import TrainingState
+from experiments.training.optimizers import create_optimizer
+from experiments.training.state import TrainingState, trainable_parameters
 from mixers.files import PARTIAL
 
 FOLDER = "checkpoints"
 SUFFIX = ".safetensors"
 CHECKSUM = ".sha256"
 _log = logging.getLogger(__name__)
+
+
+def initial_state(model: nn.Module, config: FitConfig, scaler: Any = None, *, writes: bool = True) -> TrainingState:
+    """Return the state before the first step: an optimizer without moments, and averages that equal the parameters."""
+    parameters = trainable_parameters(model)
+    ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
+    return TrainingState(model, create_optimizer(model, config), ema, scaler, writes=writes)
 
 
 def delete_checkpoints(directory: Path) -> None:
@@ -69,6 +79,25 @@ def save(directory: Path, step: int, state: TrainingState, keep: int) -> bool:
     for partial in folder.glob(f"*{PARTIAL}"):  # of processes that were killed while they wrote
         partial.unlink(missing_ok=True)
     return True
+
+
+def save_weights(directory: Path, model: nn.Module, config: FitConfig, step: int, seconds: float = 0.0) -> None:
+    """Write a checkpoint of a model as it is, as if `step` steps had been trained; `fit` resumes from it.
+
+    Args:
+        directory: of the training.
+        model: its parameters that require gradients.
+        config: of the training; at its last step, `fit` finds it completed.
+        step: completed steps.
+        seconds: of training so far.
+
+    Raises:
+        OSError: the checkpoint cannot be written.
+    """
+    state = initial_state(model, config)
+    state.start_time -= seconds
+    if not save(directory, step, state, config.keep):
+        raise OSError(f"Cannot write a checkpoint in {directory / FOLDER}.")
 
 
 def resume(directory: Path, state: TrainingState) -> int:

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from experiments.config import FitConfig
 from experiments.core.signals import Interrupted
-from experiments.training.checkpoints import resume, save
+from experiments.training.checkpoints import initial_state, resume, save
 from experiments.training.guard import check_gradients, check_losses
 from experiments.training.log import MetricsLog
-from experiments.training.optimizers import create_optimizer
 from experiments.training.processes import agree_on_start, open_accelerator, split_batch
 from experiments.training.schedule import learning_rate_factor
 from experiments.training.state import TrainingState, trainable_parameters
@@ -71,7 +70,7 @@ def fit(
         ValueError: checkpoints of another model, a batch that cannot be divided, or what `open_accelerator` refuses.
     """
     accelerator = open_accelerator(config, model, directory)
-    state = _initial_state(model, config, accelerator)
+    state = initial_state(model, config, accelerator.scaler, writes=accelerator.is_main_process)
     start = agree_on_start(resume(directory, state))
     log = MetricsLog(directory, accelerator)
     history = log.truncate(start)
@@ -96,13 +95,6 @@ def fit(
                 raise Interrupted(_stop_message(completed, config.steps, saved), stop)
     _apply_average(state.ema, model)
     return history
-
-
-def _initial_state(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> TrainingState:
-    parameters = trainable_parameters(model)
-    ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
-    optimizer = create_optimizer(model, config)
-    return TrainingState(model, optimizer, ema, accelerator.scaler, writes=accelerator.is_main_process)
 
 
 def _draw_batch(batch: Callable[[int], Any], seed: int, step: int, process: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from experiments.config import FitConfig
 
+_log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=1)
 """How long processes wait for one that works alone: the main one encodes data and draws samples for hours."""
 
@@ -124,5 +126,12 @@ def _check(accelerator: Accelerator, config: FitConfig, model: nn.Module) -> Non
             f"Cannot train in {config.mixed_precision!r} with {accelerator.num_processes} process(es): the model is on "
             f"{device}, this process trains on {accelerator.device}. Move the model there first."
         )
+    if config.mixed_precision == "bf16" and device.type == "cpu" and _emulates_bfloat16():
+        _log.warning("This CPU emulates bfloat16, which is many times slower than float32: train with precision 'no'.")
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError(f"Cannot train in fp16 on {device.type}: choose mixed_precision 'bf16' or 'no'.")
+
+
+def _emulates_bfloat16() -> bool:
+    """Whether this CPU has no instructions for bfloat16."""
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -102,6 +102,8 @@ def test_cell_ids_follow_the_configuration(grid: Grid) -> None:
     changed = apply_overrides(grid, ["distillation.fit.steps=7", "seeds=[0,1]"])
     assert len(changed.cells()) == 6
     assert not set(ids) & {cell.id for cell in changed.cells()}
+    renamed = apply_overrides(grid, ["variants.1.label=other"])
+    assert ids == [cell.id for cell in renamed.cells()], "finished cells are kept where only a label changes"
 
 
 @pytest.mark.parametrize("setting", ["nonsense", "nothing.there=1", "distillation.fit.steps=-1", "seeds=[]"])

@@ -14,7 +14,9 @@ from experiments.config import FitConfig
 from experiments.core.locks import lock_folder
 from experiments.teacher import train
 from experiments.teacher.decay import decay_learning_rate
+from experiments.teacher.export import export_state
 from experiments.teacher.recipe import TeacherRecipe
+from experiments.teacher.restore import restore_state
 from experiments.teacher.train import STAGES, open_encoder, open_tokenizer, train_teacher
 from experiments.teacher.transformer import train_transformer
 from tests.experiments import test_distributed
@@ -87,7 +89,7 @@ def test_a_state_that_names_no_recipe_is_accepted_and_named(state: Path) -> None
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # "other" is of no field's type
 def test_the_identity_has_every_field_but_those_that_may_change() -> None:
     free = {"decay", "decay_ema"}
-    free |= {f"{stage}.{name}" for stage in ("unet", "dit") for name in ("steps", "batch_size")}
+    free |= {f"{stage}.{name}" for stage in ("unet", "dit") for name in ("steps", "batch_size", "mixed_precision")}
     stages = ("vae", "decoder", "unet", "dit", "judge")
     free |= {f"{stage}.{name}" for stage in stages for name in ("checkpoint_every", "keep", "log_every", "trackers")}
     fields = {name for name in TeacherRecipe.model_fields if name not in stages}
@@ -98,6 +100,35 @@ def test_the_identity_has_every_field_but_those_that_may_change() -> None:
         change = {name: "other"}
         other = changed(stage, **change) if stage else TINY.model_copy(update=change)
         assert (other.identity() == TINY.identity()) == (field in free), field
+
+
+def test_a_state_restored_from_an_export_is_trained_further(state: Path, tmp_path: Path) -> None:
+    """Its export is the same again, and what was complete is not trained anew."""
+    export = export_state(tmp_path / "export", state, TINY)
+    restored = tmp_path / "restored"
+    assert restore_state(restored, export, TINY) == TINY.unet.steps
+    again = export_state(tmp_path / "again", restored, TINY)
+    for path in export.rglob("*.safetensors"):
+        before = safetensors.torch.load_file(path)
+        after = safetensors.torch.load_file(again / path.relative_to(export))
+        assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before), path.name
+    assert (again / "training.json").read_text() == (export / "training.json").read_text()
+    trained: list[str] = []
+    longer = changed("unet", steps=TINY.unet.steps + 1)
+    train_teacher(restored, longer, lambda stage, *_: trained.append(stage))
+    assert trained == ["unet"]
+    with pytest.raises(ValueError, match="it exists"):
+        restore_state(restored, export, TINY)
+
+
+def test_what_no_state_can_be_restored_from_is_refused(state: Path, tmp_path: Path) -> None:
+    export = export_state(tmp_path / "export", state, TINY)
+    with pytest.raises(ValueError, match="another architecture"):
+        restore_state(tmp_path / "restored", export, OTHERS["architecture"])
+    (export / "training.json").write_text("{")
+    with pytest.raises(ValueError, match="is missing or damaged"):
+        restore_state(tmp_path / "restored", export, TINY)
+    assert not (tmp_path / "restored").exists()
 
 
 @pytest.mark.parametrize("stage", ["vae", *STAGES])

@@ -103,7 +103,7 @@ def test_the_identity_has_every_field_but_those_that_may_change() -> None:
 
 
 def test_a_state_restored_from_an_export_is_trained_further(state: Path, tmp_path: Path) -> None:
-    """Its export is the same again, and what was complete is not trained anew."""
+    """Its export is the same again, and what was complete is not trained again."""
     export = export_state(tmp_path / "export", state, TINY)
     restored = tmp_path / "restored"
     assert restore_state(restored, export, TINY) == TINY.unet.steps

@@ -70,7 +70,8 @@ def draw_conclusions(run: RunRecord) -> Conclusions:
         conclusions.sentences.append(best)
     if len(described) > MOST_SENTENCES:
         rest = len(described) - MOST_SENTENCES
-        conclusions.sentences.append(f"{rest} more effects, which are smaller, are in the table of factors.")
+        effects_are = "effects are" if rest > 1 else "effect is"
+        conclusions.sentences.append(f"{rest} smaller {effects_are} in the table of factors.")
     if not conclusions.broken:
         conclusions.verdicts = [_judge(claim, effects, run, controls) for claim in run.description.claims]
     return conclusions
@@ -110,7 +111,8 @@ def describe_effect(effect: Effect, effects: list[Effect], run: RunRecord, contr
         sentence += f". This depends on {_describe_parts(effect, run)}"
     elif effect.ratio.has_bounds and not effect.significant:
         sentence += ". This is not distinguishable from noise"
-    return " ".join([f"{sentence}.", *control_note(run, effect, controls)])
+    notes = [] if effect.factor.is_control else control_note(run, effect, controls)
+    return " ".join([f"{sentence}.", *notes])
 
 
 def _lead(strongest: Effect, run: RunRecord) -> str:

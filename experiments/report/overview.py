@@ -1,4 +1,4 @@
-"""The figure to look at first: errors and samples by size, of the rows that show what normalization does."""
+"""The figure to look at first: errors and samples by size, of rows that show what normalization and causality do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.ablation.description import VariantDescription
 from experiments.core.figures import PALETTE
 from experiments.report import style
 from experiments.report.controls import control_rows
-from experiments.report.errors import mean_error
+from experiments.report.errors import errors_by_seed, mean_error
 from experiments.report.image_grids import Pixels, draw_block, read_image
 from experiments.report.run_files import DESIGN_FIELDS, RunRecord
 
@@ -52,8 +52,8 @@ def plot_overview(run: RunRecord, path: Path) -> bool:
 def overview_rows(run: RunRecord) -> list[VariantDescription]:
     """Return the rows of the overview, the best at the largest size first.
 
-    They are the reference row, rows that differ from it in normalization alone, the row that is closest to the teacher
-    at the largest size, and the identity, which mixes nothing. Unfinished rows are left out.
+    They are the reference row, rows that differ from it in normalization or in causality alone, the row that is closest
+    to the teacher at the largest size, and the identity, which mixes nothing. Unfinished rows are left out.
     """
     rows = [variant for variant in run.trained if run.done(variant.name)]
     if run.reference not in rows or not run.sizes:
@@ -64,7 +64,7 @@ def overview_rows(run: RunRecord) -> list[VariantDescription]:
     mixers = [row for row in rows if row.control is None]
     closest = min(mixers, key=lambda row: errors[row.name])
     identity = control_rows(run).identity
-    selected = [row for row in rows if row in (closest, identity) or _agree_but_for_normalization(row, run.reference)]
+    selected = [row for row in rows if row in (closest, identity) or _differ_in_one_switch(row, run.reference)]
     return sorted(selected, key=lambda row: errors[row.name])
 
 
@@ -79,10 +79,15 @@ def _draw_errors(axes: Axes, run: RunRecord, rows: list[VariantDescription], siz
         points = [(size, error) for size in sizes if (error := mean_error(run, row, size)) is not None]
         look: dict[str, Any]
         if row.control is None:
-            look = {"color": next(colors), "linestyle": style.DASHES[row.normalization], "marker": "o"}
+            marker = style.MARKERS.get(row.causality, "o")
+            look = {"color": next(colors), "linestyle": style.DASHES[row.normalization], "marker": marker}
         else:
             look = {"color": style.GRAY, "linestyle": ":", "marker": "s"}
         axes.plot([x for x, _ in points], [y for _, y in points], label=row.label, **look)
+        ranges = [[np.mean(e) for e in errors_by_seed(run, row, size).values()] for size, _ in points]
+        axes.fill_between(
+            [x for x, _ in points], [min(r) for r in ranges], [max(r) for r in ranges], color=look["color"], alpha=0.15
+        )
     axes.set(xscale="log", yscale="log", ylabel="squared error to the teacher / its mean square")
     axes.set_xlabel(f"image side (px); distilled at {run.train_sizes_text}")
     style.set_ticks(axes, sizes)
@@ -96,10 +101,12 @@ def _draw_samples(axes: Axes, samples: list[tuple[str, list[Pixels]]], sizes: li
     draw_block(axes, names, [f"{size} px" for size in sizes], images, PIXELS)
 
 
-def _agree_but_for_normalization(row: VariantDescription, reference: VariantDescription | None) -> bool:
-    """Whether they are the same row, or differ in normalization alone."""
-    fields = [field for field in DESIGN_FIELDS if field != "normalization"]
-    return reference is not None and all(getattr(row, field) == getattr(reference, field) for field in fields)
+def _differ_in_one_switch(row: VariantDescription, reference: VariantDescription | None) -> bool:
+    """Whether they are the same row, or differ in normalization alone, or in causality alone."""
+    if reference is None:
+        return False
+    different = {field for field in DESIGN_FIELDS if getattr(row, field) != getattr(reference, field)}
+    return different <= {"normalization"} or different <= {"causality"}
 
 
 def _enlarged_or_averaged(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

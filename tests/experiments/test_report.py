@@ -72,10 +72,10 @@ def test_figures_and_markdown(run: Path) -> None:
     assert "| identity: no mixing | 1.00 [1.00, 1.00] |" in text.split("## Controls")[1]
 
 
-def test_the_overview_shows_what_normalization_does(run: Path) -> None:
-    """The reference, its rows without normalization, the best mixer, and the row that mixes nothing; best first."""
+def test_the_overview_shows_what_normalization_and_causality_do(run: Path) -> None:
+    """The reference, its rows that differ in one switch, the best mixer, and the row that mixes nothing; best first."""
     names = [row.name for row in overview_rows(load_run(run))]
-    assert names == ["linfusion", "linear", "identity", "linear_raw"]
+    assert names == ["linfusion", "linear", "linear_causal", "identity", "linear_raw"]
 
 
 def test_the_overview_shows_the_last_prompt(run: Path) -> None:

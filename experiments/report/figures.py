@@ -76,8 +76,8 @@ def _overview(run: RunRecord) -> _Plan:
         partial(plot_overview, run),
         "Error against size, and samples at every size, of a few rows",
         "The reference row, the rows that differ from it in normalization or in causality alone, the row closest to "
-        "the teacher at the largest size, and the identity, which mixes nothing. Left: error to the teacher on held-out "
-        "images; band: smallest to largest over seeds, if there are several. "
+        "the teacher at the largest size, and the identity, which mixes nothing. Left: error to the teacher on "
+        "held-out images; band: smallest to largest over seeds, if there are several. "
         f"Right: samples of the last prompt{prompt}, from the same noise at each size. {LICENSE}",
     )
 
